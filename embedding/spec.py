@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a table and a dense parameter are: the specs that job files, messages and manifests carry as JSON.
+
+Invariant: a spec that exists is valid; its JSON form gives back an equal spec. Specs are immutable and free of arrays.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from oarlock.proto.errors import InvalidArgument
+
+MAX_DIM = 65536
+MAX_BLOCKS = 1 << 20
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
+
+INITIALIZERS = ("zeros", "constant", "uniform", "normal")
+
+
+def check_name(kind: str, name: object) -> None:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InvalidArgument(f"{kind} name {name!r}: use 1 to 128 letters, digits, '_', '-' or '.', not starting with a digit")
+
+
+def _finite(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidArgument(f"{owner}.{name} = {value!r}: give a finite number")
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """First values: ``zeros``, ``constant`` (mean), ``uniform`` (mean - scale, mean + scale) or ``normal`` (mean, scale)."""
+
+    kind: str = "normal"
+    mean: float = 0.0
+    scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.kind not in INITIALIZERS:
+            raise InvalidArgument(f"initializer {self.kind!r}: choose one of {', '.join(INITIALIZERS)}")
+        _finite("initializer", "mean", self.mean)
+        _finite("initializer", "scale", self.scale)
+        if self.scale < 0:
+            raise InvalidArgument(f"initializer.scale = {self.scale}: give a number >= 0")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer's name and constants; the learning rate travels in each push and is not part of it.
+
+    ``initial`` is the accumulator's first value of adagrad. Names and formulas: ``embedding/optimizer.py``.
+    """
+
+    name: str = "adam"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.name != "name":
+                _finite("optimizer", f.name, getattr(self, f.name))
+        if not isinstance(self.name, str):
+            raise InvalidArgument(f"optimizer.name = {self.name!r}: give a string")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise InvalidArgument(f"optimizer beta1 = {self.beta1}, beta2 = {self.beta2}: both must be in [0, 1)")
+        if self.epsilon < 0 or self.initial < 0:
+            raise InvalidArgument("optimizer epsilon and initial must be >= 0")
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A named set of rows: ``dim`` float32 weights per key, cut into ``blocks`` (a power of two) hash ranges."""
+
+    name: str
+    dim: int
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    initializer: Initializer = field(default_factory=Initializer)
+    blocks: int = 64
+
+    def __post_init__(self) -> None:
+        check_name("table", self.name)
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 1 <= self.dim <= MAX_DIM:
+            raise InvalidArgument(f"table {self.name}: dim = {self.dim!r}: give an integer from 1 to {MAX_DIM}")
+        if (
+            isinstance(self.blocks, bool)
+            or not isinstance(self.blocks, int)
+            or not 1 <= self.blocks <= MAX_BLOCKS
+            or self.blocks & (self.blocks - 1)
+        ):
+            raise InvalidArgument(f"table {self.name}: blocks = {self.blocks!r}: give a power of two from 1 to {MAX_BLOCKS}")
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """A dense parameter: float32 of ``shape``, cut in row-major order into blocks of ``slice`` values."""
+
+    name: str
+    shape: tuple[int, ...]
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    initializer: Initializer = field(default_factory=lambda: Initializer("zeros"))
+    slice: int = 65536
+
+    def __post_init__(self) -> None:
+        check_name("dense parameter", self.name)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.shape):
+            raise InvalidArgument(f"dense parameter {self.name}: shape = {self.shape}: give integers >= 1")
+        if self.size > 1 << 31:
+            raise InvalidArgument(f"dense parameter {self.name}: {self.size} values are over the limit of 2^31")
+        if isinstance(self.slice, bool) or not isinstance(self.slice, int) or self.slice < 1:
+            raise InvalidArgument(f"dense parameter {self.name}: slice = {self.slice!r}: give an integer >= 1")
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.size // self.slice)
+
+
+def to_json(spec: TableSpec | DenseSpec) -> dict[str, Any]:
+    """Return the spec as JSON-ready values."""
+    out = asdict(spec)
+    if isinstance(spec, DenseSpec):
+        out["shape"] = list(spec.shape)
+    return out
+
+
+def _build(kind: type, values: object, owner: str) -> Any:
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{owner}: expected an object, got {type(values).__name__}")
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InvalidArgument(f"{owner}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InvalidArgument(f"{owner}: {error}") from None
+
+
+def _nested(values: object, owner: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{owner}: expected an object, got {type(values).__name__}")
+    out = dict(values)
+    for name, kind in (("optimizer", OptimizerSpec), ("initializer", Initializer)):
+        if name in out:
+            out[name] = _build(kind, out[name], f"{owner}.{name}")
+    return out
+
+
+def table_from_json(values: object) -> TableSpec:
+    """Return the TableSpec of its JSON form; InvalidArgument names what does not fit."""
+    spec: TableSpec = _build(TableSpec, _nested(values, "table"), "table")
+    return spec
+
+
+def dense_from_json(values: object) -> DenseSpec:
+    """Return the DenseSpec of its JSON form; InvalidArgument names what does not fit."""
+    out = _nested(values, "dense parameter")
+    if isinstance(out.get("shape"), list):
+        out["shape"] = tuple(out["shape"])
+    spec: DenseSpec = _build(DenseSpec, out, "dense parameter")
+    return spec
