@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays as messages: little-endian bytes with dtype and shape, checked against limits before they are believed.
+
+Invariant: `unpack` returns an array only if data, dtype and shape agree; the array is read-only and shares the
+message's memory. Any thread.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.proto import common_pb2 as pb
+from oarlock.proto.errors import Malformed, OutOfMemory
+
+# One message may hold this many bytes; gRPC refuses larger ones before they are read (rpc.py).
+MAX_MESSAGE_BYTES = 128 << 20
+MAX_DIMENSIONS = 4
+
+_DTYPES: dict[int, np.dtype] = {
+    pb.UINT64: np.dtype("<u8"),
+    pb.INT32: np.dtype("<i4"),
+    pb.FLOAT32: np.dtype("<f4"),
+    pb.UINT32: np.dtype("<u4"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def pack(array: NDArray) -> pb.Array:
+    """Return ``array`` (uint64, int32, uint32 or float32, any shape) as a message; the data is copied."""
+    dtype = array.dtype.newbyteorder("<")
+    code = _CODES.get(dtype)
+    if code is None:
+        raise Malformed(f"an array of {array.dtype} cannot travel; use one of {', '.join(d.name for d in _CODES)}")
+    return pb.Array(data=array.astype(dtype, copy=False).tobytes(), dtype=code, shape=array.shape)  # type: ignore[arg-type]
+
+
+def unpack(message: pb.Array, dtype: type, what: str, *, dims: int = 1, columns: int | None = None) -> NDArray:
+    """Return the message's array, which must have ``dtype`` and ``dims`` dimensions (and ``columns`` in the last one).
+
+    An absent array is an empty one. Malformed names ``what`` and the two things that disagree.
+    """
+    wanted = np.dtype(dtype)
+    if not message.data and not message.shape and message.dtype == pb.DTYPE_UNSPECIFIED:
+        return np.empty((0,) * (dims - 1) + (columns or 0,) if dims > 1 else (0,), dtype=wanted)
+    found = _DTYPES.get(message.dtype)
+    if found is None or found != wanted.newbyteorder("<"):
+        raise Malformed(f"{what}: dtype {found.name if found else message.dtype}, wanted {wanted.name}")
+    shape = tuple(message.shape)
+    if len(shape) != dims or len(shape) > MAX_DIMENSIONS:
+        raise Malformed(f"{what}: {len(shape)} dimensions, wanted {dims}")
+    size = math.prod(shape)
+    if size * wanted.itemsize > MAX_MESSAGE_BYTES:
+        raise OutOfMemory(f"{what}: {size} values are over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
+    if size * wanted.itemsize != len(message.data):
+        raise Malformed(f"{what}: {len(message.data)} bytes for shape {shape} of {wanted.name}")
+    if columns is not None and shape[-1] != columns:
+        raise Malformed(f"{what}: {shape[-1]} columns, wanted {columns}")
+    return np.frombuffer(message.data, dtype=found).reshape(shape)

@@ -1,0 +1,171 @@
+from oarlock.proto import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    SHARD: _ClassVar[Role]
+    WORKER: _ClassVar[Role]
+
+class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORK_UNSPECIFIED: _ClassVar[Work]
+    TRAIN: _ClassVar[Work]
+    EVALUATE: _ClassVar[Work]
+    WAIT: _ClassVar[Work]
+    FINISHED: _ClassVar[Work]
+ROLE_UNSPECIFIED: Role
+SHARD: Role
+WORKER: Role
+WORK_UNSPECIFIED: Work
+TRAIN: Work
+EVALUATE: Work
+WAIT: Work
+FINISHED: Work
+
+class JoinRequest(_message.Message):
+    __slots__ = ("protocol", "role", "address", "nonce", "pid", "host", "reader")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    READER_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    role: Role
+    address: str
+    nonce: int
+    pid: int
+    host: str
+    reader: str
+    def __init__(self, protocol: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., nonce: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., reader: _Optional[str] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("job", "run", "term", "id", "incarnation", "spec", "lease_seconds", "heartbeat_seconds", "placement")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    job: bytes
+    run: int
+    term: int
+    id: int
+    incarnation: int
+    spec: str
+    lease_seconds: float
+    heartbeat_seconds: float
+    placement: _common_pb2.Placement
+    def __init__(self, job: _Optional[bytes] = ..., run: _Optional[int] = ..., term: _Optional[int] = ..., id: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., heartbeat_seconds: _Optional[float] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("header", "stats")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    stats: str
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ...) -> None: ...
+
+class HeartbeatReply(_message.Message):
+    __slots__ = ("term", "generation", "phase", "step")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    generation: int
+    phase: str
+    step: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class PlacementRequest(_message.Message):
+    __slots__ = ("header",)
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("header", "wanted")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    wanted: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ...) -> None: ...
+
+class LeaseReply(_message.Message):
+    __slots__ = ("work", "splits", "fresh", "retry_seconds")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    SPLITS_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    RETRY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    work: Work
+    splits: _containers.RepeatedScalarFieldContainer[int]
+    fresh: _containers.RepeatedScalarFieldContainer[bool]
+    retry_seconds: float
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ...) -> None: ...
+
+class CloseSplitRequest(_message.Message):
+    __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    work: Work
+    split: int
+    samples: int
+    loss_sum: float
+    sums: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., work: _Optional[_Union[Work, str]] = ..., split: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("header", "splits", "evaluations", "reason")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SPLITS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    splits: _containers.RepeatedScalarFieldContainer[int]
+    evaluations: _containers.RepeatedScalarFieldContainer[int]
+    reason: str
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., splits: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("header", "error")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    error: str
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: str
+    def __init__(self, status: _Optional[str] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ("checkpoint", "reason")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: bool
+    reason: str
+    def __init__(self, checkpoint: bool = ..., reason: _Optional[str] = ...) -> None: ...

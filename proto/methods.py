@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method of the wire: its name, and the messages that go in and come out.
+
+Invariant: this table is the only list of methods; transports and servers are driven by it.
+"""
+
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from oarlock.proto import common_pb2 as common
+from oarlock.proto import coordinator_pb2 as coordinator
+from oarlock.proto import shard_pb2 as shard
+
+# Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
+PROTOCOL = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: ``service.Name``, its messages, and the attribute of the handler that answers it."""
+
+    name: str
+    request: type[Message]
+    reply: type[Message]
+
+    @property
+    def path(self) -> str:
+        service, method = self.name.split(".")
+        return f"/oarlock.{service}/{method}"
+
+    @property
+    def attribute(self) -> str:
+        name = self.name.split(".")[1]
+        return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("Shard.Hello", common.HelloRequest, common.HelloReply),
+        Method("Shard.Pull", shard.PullRequest, shard.PullReply),
+        Method("Shard.Push", shard.PushRequest, shard.PushReply),
+        Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
+        Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply),
+        Method("Shard.Close", shard.CloseRequest, common.Empty),
+        Method("Shard.Write", shard.WriteRequest, shard.WriteReply),
+        Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
+        Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
+        Method("Coordinator.Join", coordinator.JoinRequest, coordinator.JoinReply),
+        Method("Coordinator.Heartbeat", coordinator.HeartbeatRequest, coordinator.HeartbeatReply),
+        Method("Coordinator.Placement", coordinator.PlacementRequest, common.Placement),
+        Method("Coordinator.Lease", coordinator.LeaseRequest, coordinator.LeaseReply),
+        Method("Coordinator.CloseSplit", coordinator.CloseSplitRequest, common.Empty),
+        Method("Coordinator.Release", coordinator.ReleaseRequest, common.Empty),
+        Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty),
+        Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
+        Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
+    )
+}

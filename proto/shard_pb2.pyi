@@ -1,0 +1,156 @@
+from oarlock.proto import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TableKeys(_message.Message):
+    __slots__ = ("table", "keys", "blocks", "counts")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    table: int
+    keys: _common_pb2.Array
+    blocks: _common_pb2.Array
+    counts: _common_pb2.Array
+    def __init__(self, table: _Optional[int] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("header", "tables", "dense")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
+    dense: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("rows", "dense", "pushes")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
+    dense: _common_pb2.Array
+    pushes: int
+    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ...) -> None: ...
+
+class TableGradients(_message.Message):
+    __slots__ = ("keys", "gradients", "rate")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    keys: TableKeys
+    gradients: _common_pb2.Array
+    rate: float
+    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
+
+class DenseGradients(_message.Message):
+    __slots__ = ("blocks", "gradients", "rate")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    blocks: _common_pb2.Array
+    gradients: _common_pb2.Array
+    rate: float
+    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
+
+class PushRequest(_message.Message):
+    __slots__ = ("header", "split", "group", "tables", "dense")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    split: int
+    group: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableGradients]
+    dense: _containers.RepeatedCompositeFieldContainer[DenseGradients]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ...) -> None: ...
+
+class PushReply(_message.Message):
+    __slots__ = ("applied", "skipped", "moved", "refused")
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    applied: int
+    skipped: int
+    moved: _common_pb2.Array
+    refused: int
+    def __init__(self, applied: _Optional[int] = ..., skipped: _Optional[int] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., refused: _Optional[int] = ...) -> None: ...
+
+class MarksRequest(_message.Message):
+    __slots__ = ("header", "splits")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SPLITS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    splits: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., splits: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class MarksReply(_message.Message):
+    __slots__ = ("next",)
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    next: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, next: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AdoptRequest(_message.Message):
+    __slots__ = ("header", "placement", "closed", "restore")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    placement: _common_pb2.Placement
+    closed: _common_pb2.ClosedSplits
+    restore: str
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., restore: _Optional[str] = ...) -> None: ...
+
+class AdoptReply(_message.Message):
+    __slots__ = ("generation", "rows")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    rows: int
+    def __init__(self, generation: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("header", "closed")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    closed: _common_pb2.ClosedSplits
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("header", "cut", "root")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    cut: int
+    root: str
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., root: _Optional[str] = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: str
+    def __init__(self, entries: _Optional[str] = ...) -> None: ...
+
+class ShardStatsReply(_message.Message):
+    __slots__ = ("stats",)
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    stats: str
+    def __init__(self, stats: _Optional[str] = ...) -> None: ...
+
+class ShardStatsRequest(_message.Message):
+    __slots__ = ("header",)
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...

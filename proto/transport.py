@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transport seam: one method, `call`. Here its in-process form; the gRPC form is in rpc.py.
+
+Invariant: a handler sees one whole message and answers with one whole message or raises a PSError; a transport delivers
+exactly that to the caller. Handlers are called from many threads at once.
+"""
+
+from threading import Lock
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from oarlock.proto.errors import Internal, NotFound, OutOfMemory, PSError, Unavailable
+from oarlock.proto.methods import METHODS
+
+
+class Transport(Protocol):
+    """How a request reaches the process at an address."""
+
+    async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
+        """Return the reply, or raise the PSError that the handler raised; DeadlineExceeded after the timeout."""
+
+    def close(self) -> None:
+        """Give back connections; idempotent."""
+
+
+def dispatch(handler: object, method: str, request: Message) -> Message:
+    """Answer ``request`` by the handler's function of the method's name; any other exception becomes Internal."""
+    answer = getattr(handler, METHODS[method].attribute, None) if method in METHODS else None
+    if answer is None:
+        raise NotFound(f"this process does not answer {method}", method=method)
+    try:
+        reply: Message = answer(request)
+    except PSError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(f"{method}: this process is out of memory") from error
+    except Exception as error:
+        raise Internal(f"{method} failed: {type(error).__name__}: {error}", method=method) from error
+    return reply
+
+
+class InProcess:
+    """Calls handlers of this process directly: no bytes are made, messages are passed as they are.
+
+    A message is not changed after it was sent, and an answer not after it was returned.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, object] = {}
+        self._lock = Lock()
+
+    def serve(self, handler: object, address: str) -> str:
+        with self._lock:
+            self._handlers[address] = handler
+        return address
+
+    def stop(self, address: str) -> None:
+        with self._lock:
+            self._handlers.pop(address, None)
+
+    async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
+        handler = self._handlers.get(address)
+        if handler is None:
+            raise Unavailable(f"nothing answers at {address}", address=address)
+        return dispatch(handler, method, request)
+
+    def close(self) -> None:
+        self._handlers.clear()
