@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test: seeded randomness, nothing left behind, loud words about what could not be run.
 
-Invariant: after a test that passed, the process has the threads, open files, sockets and children that it had before.
-What ends by itself (a channel that is closing, an executor's threads) is given ``GRACE_SECONDS`` to do so.
+Invariant: after a test that passed, and after a module whose tests passed, the process has the threads, open files,
+sockets and children that it had before. What ends by itself (a closing channel, an executor's threads) is given
+``GRACE_SECONDS`` to do so. pytest calls all of it from the main thread.
 """
 
+import contextlib
 import gc
 import importlib.util
+import multiprocessing.resource_tracker
 import os
 import random
 import signal
@@ -28,8 +31,6 @@ OPTIONAL = {
     "petastorm": "petastorm is not installed",
 }
 MISSING = (*OPTIONAL, "shared data")
-# multiprocessing keeps one of each for as long as the process lives.
-LASTING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 # Epoll sets, event counters and timers belong to gRPC's and Arrow's own threads, which last; so do devices.
 LASTING_FILES = ("anon_inode:", "/dev/", "/proc/", "/sys/")
 FAILED = pytest.StashKey[bool]()
@@ -64,9 +65,7 @@ def children() -> dict[int, str]:
                 arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
-            command = arguments.replace(b"\0", b" ").decode(errors="replace").strip()
-            if not any(name in command for name in LASTING_CHILDREN):
-                found[pid] = command or "(ended, not waited for)"
+            found[pid] = arguments.replace(b"\0", b" ").decode(errors="replace").strip() or "(ended, not waited for)"
     return found
 
 
@@ -84,36 +83,53 @@ class Leaks:
         processes = [f"child {pid}: {text}" for pid, text in children().items() if pid not in self.children]
         return threads + files + processes
 
-    def after_grace(self) -> list[str]:
-        deadline = time.monotonic() + GRACE_SECONDS
-        if self.now():
+    def check(self, node: pytest.Item | pytest.Collector) -> None:
+        # A failed test's traceback keeps its objects alive, which would only add noise to the failure.
+        failed = node.stash.get(FAILED, False)
+        if not failed and self.now():
             gc.collect()
-        while (left := self.now()) and time.monotonic() < deadline:
-            threading.Event().wait(0.01)
-        return left
-
-    def end_children(self) -> None:
+            deadline = time.monotonic() + GRACE_SECONDS
+            while self.now() and time.monotonic() < deadline:
+                threading.Event().wait(0.01)
+        left = self.now()
         for pid in children().keys() - self.children.keys():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if left and not failed:
+            pytest.fail(f"{node.nodeid} left behind: " + "; ".join(left), pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     if report.failed:
-        item.stash[FAILED] = True
+        for node in item.listchain():
+            node.stash[FAILED] = True
     return report
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def module_leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    # Its pipe and process last as long as this process, so they are there before anything is counted.
+    multiprocessing.resource_tracker.ensure_running()
     leaks = Leaks()
     yield
-    # A failed test's traceback keeps its objects alive, which would only add noise to the failure.
-    left = [] if request.node.stash.get(FAILED, False) else leaks.after_grace()
-    leaks.end_children()
-    if left:
-        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+    leaks.check(request.node)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    leaks = Leaks()
+    yield
+    # What a module's fixture started may connect and grow while any of its tests runs: its module answers for it.
+    used = (name for name in request.fixturenames if name != "module_leaves_nothing_behind")
+    if not any(scope_of(request, name) in ("module", "class") for name in used):
+        leaks.check(request.node)
+
+
+def scope_of(request: pytest.FixtureRequest, name: str) -> str:
+    definitions = request.node._fixtureinfo.name2fixturedefs.get(name)
+    return definitions[-1].scope if definitions else "function"
 
 
 @pytest.fixture
