@@ -146,6 +146,9 @@ class GrpcTransport:
         def finish(rpc: Any) -> None:
             if answered.done():
                 return
+            if rpc.cancelled():
+                answered.set_exception(errors.Unavailable(f"{method} at {address} was given up", address=address))
+                return
             failed = rpc.exception()
             if failed is None:
                 answered.set_result(rpc.result())

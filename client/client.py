@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Client: pull and push for a member of a job.
+
+Invariant: a pull is complete, and a push acknowledged by every block, when its awaitable is done. One event loop; several
+calls may be in flight at once, but groups of one split are pushed one after another (the caller's duty, SEMANTICS section 2).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.membership import Membership
+from oarlock.client.pull import pull
+from oarlock.client.push import PushCounts, RowGradients, cut_push, push
+from oarlock.client.router import Routes, ShardAddress
+from oarlock.embedding.keys import KeySet
+from oarlock.proto.errors import Unavailable
+from oarlock.proto.shard_pb2 import MarksReply, MarksRequest
+
+
+class Client:
+    """Moves rows and gradients between this process and the shards of its job."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._member = membership
+        # Pushes that each shard had applied at the last pull: the measure of staleness.
+        self.pushes_seen: dict[int, int] = {}
+
+    @property
+    def routes(self) -> Routes:
+        """The newest placement; Unavailable before there is one."""
+        if self._member.routes is None:
+            raise Unavailable("the job has no placement yet: its shards are still joining")
+        return self._member.routes
+
+    def pull(
+        self,
+        keys: Mapping[str, KeySet],
+        rows: Mapping[str, NDArray[np.float32]],
+        *,
+        dense: NDArray[np.float32] | None = None,
+    ) -> Awaitable[None]:
+        """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given."""
+        return pull(self._member, self.routes, keys, rows, dense, self.pushes_seen)
+
+    def push(
+        self,
+        split: int,
+        group: int,
+        gradients: Mapping[str, RowGradients],
+        *,
+        dense: NDArray[np.float32] | None = None,
+        dense_rate: float = 0.0,
+    ) -> Awaitable[PushCounts]:
+        """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
+
+        The messages are made before this returns: the arrays may be reused at once, also before the awaitable is done.
+        """
+        return push(self._member, cut_push(self._member.layout, self.routes, split, group, gradients, dense, dense_rate))
+
+    async def next_group(self, split: int) -> int:
+        """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""
+        member = self._member
+
+        async def ask(shard: ShardAddress) -> int:
+            async def attempt(timeout: float) -> MarksReply:
+                request = MarksRequest(header=member.header(shard.incarnation), splits=[split])
+                reply: MarksReply = await member.transport.call(shard.address, "Shard.Marks", request, timeout_seconds=timeout)
+                return reply
+
+            return (await member.retry.run(attempt, rng=member.rng)).next[0]
+
+        applied = await asyncio.gather(*(ask(s) for s in self.routes.shards.values()))
+        # That group may be missing in some blocks: it is sent again, and the blocks that have it skip it.
+        return max(0, max(applied, default=0) - 1)

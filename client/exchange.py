@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exchange: send messages to the owners of blocks until every block was answered for.
+
+Invariant: a block counts as answered only when its owner said so; the rest is cut anew by the newest placement and sent again.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.membership import Membership
+from oarlock.client.router import Routes, ShardAddress
+from oarlock.proto.errors import Malformed, PSError, Unavailable, WrongIncarnation
+
+
+class Message(Protocol):
+    """What goes to one shard in one request; ``numbers`` int32[m] are the blocks in it."""
+
+    @property
+    def shard(self) -> ShardAddress: ...
+
+    @property
+    def numbers(self) -> NDArray[np.int32]: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+def shard_of(routes: Routes, shard: int) -> ShardAddress:
+    """Return where shard ``shard`` listens; a block that nobody owns is a placement in the making: retryable."""
+    found = routes.shards.get(shard)
+    if found is None:
+        raise Unavailable(f"generation {routes.generation} of the placement gives a block to nobody yet")
+    return found
+
+
+def _mendable(error: BaseException) -> bool:
+    return isinstance(error, PSError) and (error.retryable or isinstance(error, WrongIncarnation))
+
+
+async def exchange(
+    member: Membership,
+    messages: list[M],
+    send: Callable[[M, float], Awaitable[NDArray[np.int32]]],
+    recut: Callable[[Routes, list[tuple[M, NDArray[np.int32]]]], list[M]],
+) -> None:
+    """Send ``messages``; ``send`` answers with the blocks that live elsewhere (none: done).
+
+    ``recut(routes, left)`` makes new messages of the blocks left over from each message. The first error that neither a
+    pause nor a newer placement can mend is raised, after all answers of the round came in.
+    """
+    retry = member.retry
+    clock = asyncio.get_running_loop().time
+    end = clock() + retry.deadline_seconds
+    pause = retry.first_seconds
+    while True:
+        timeout = max(0.001, min(retry.call_seconds, end - clock()))
+        answers = await asyncio.gather(*(send(m, timeout) for m in messages), return_exceptions=True)
+        failed: BaseException = Malformed("blocks kept moving until the deadline")
+        left = []
+        for message, answer in zip(messages, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                if len(answer):
+                    left.append((message, answer))
+            elif _mendable(answer):
+                failed = answer
+                left.append((message, message.numbers))
+            else:
+                raise answer
+        if not left:
+            return
+        if clock() + pause >= end:
+            if isinstance(failed, PSError):
+                raise type(failed)(f"{failed} (given up after {retry.deadline_seconds:g} s)", **failed.details)
+            raise failed
+        await asyncio.sleep(pause * (0.5 + member.rng.random() / 2))
+        pause = min(retry.most_seconds, pause * 2)
+        await member.refresh()
+        if member.routes is not None:
+            messages = recut(member.routes, left)

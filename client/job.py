@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JobSpec: all that the processes of one job agree on, fixed when the job is created.
+
+Invariant: it does not change while the job lives; the coordinator stores it and gives it to whoever joins.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from oarlock.embedding.spec import DenseSpec, TableSpec, dense_from_json, table_from_json, to_json
+from oarlock.proto.errors import InvalidArgument
+
+MODES = ("async",)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job: identity, parameters, data and the recipe that trains it.
+
+    ``files`` and ``evaluation_files`` are JSON forms of data files (path, size, row groups); the splits of an epoch follow
+    from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
+    """
+
+    job: str
+    name: str
+    seed: int
+    recipe: str
+    tables: tuple[TableSpec, ...]
+    dense: tuple[DenseSpec, ...]
+    files: tuple[Any, ...]
+    evaluation_files: tuple[Any, ...]
+    splits: int
+    evaluation_splits: int
+    rows_per_split: int
+    evaluation_rows_per_split: int
+    batch_rows: int
+    epochs: int
+    servers: int
+    workers: int
+    primary_metric: str
+    config: dict[str, Any] = field(default_factory=dict)
+    mode: str = "async"
+    reader: str = "auto"
+    open_splits: int = 2
+    prefetch: int = 2
+    lease_seconds: float = 5.0
+    heartbeat_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        try:
+            valid = len(bytes.fromhex(self.job)) == 16
+        except (ValueError, TypeError):
+            valid = False
+        if not valid:
+            raise InvalidArgument(f"job id {self.job!r}: give 32 hexadecimal digits")
+        if self.mode not in MODES:
+            raise InvalidArgument(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        for name in ("splits", "rows_per_split", "batch_rows", "epochs", "servers", "workers", "open_splits", "prefetch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^64 - 1")
+        if not 0 < self.heartbeat_seconds < self.lease_seconds:
+            raise InvalidArgument(
+                f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"
+            )
+        names = [s.name for s in (*self.tables, *self.dense)]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidArgument(f"two parameters are named {name!r}; every table and dense parameter needs its own name")
+
+    @property
+    def job_bytes(self) -> bytes:
+        return bytes.fromhex(self.job)
+
+    def to_json(self) -> str:
+        values = {k: v for k, v in asdict(self).items() if k not in ("tables", "dense")}
+        values["tables"] = [to_json(t) for t in self.tables]
+        values["dense"] = [to_json(d) for d in self.dense]
+        return json.dumps(values, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "JobSpec":
+        try:
+            values = json.loads(text)
+            values["tables"] = tuple(table_from_json(t) for t in values["tables"])
+            values["dense"] = tuple(dense_from_json(d) for d in values["dense"])
+            values["files"] = tuple(values["files"])
+            values["evaluation_files"] = tuple(values["evaluation_files"])
+            return JobSpec(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Membership: how a shard or a worker joins the job, keeps its lease, and learns newer placements.
+
+Invariant: identities (job, run, incarnation) come from the coordinator's answer to Join and do not change after it; the
+placement only gets newer. One event loop.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from oarlock.client.job import JobSpec
+from oarlock.client.layout import Layout
+from oarlock.client.retry import Retry
+from oarlock.client.router import Routes, unpack_placement
+from oarlock.proto.common_pb2 import Header
+from oarlock.proto.coordinator_pb2 import (
+    HeartbeatReply,
+    HeartbeatRequest,
+    JoinReply,
+    JoinRequest,
+    LeaveRequest,
+    PlacementRequest,
+    Role,
+)
+from oarlock.proto.errors import PSError
+from oarlock.proto.methods import PROTOCOL
+from oarlock.proto.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class Membership:
+    """A process's place in a job: ``join()``, then ``keep()`` as a task beside the work, then ``leave()``."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        coordinator: str,
+        role: Role,
+        *,
+        rng: random.Random,
+        address: str = "",
+        reader: str = "",
+        retry: Retry | None = None,
+    ) -> None:
+        self.transport = transport
+        self.coordinator = coordinator
+        self.role = role
+        self.rng = rng
+        self.retry = retry or Retry()
+        self.phase = "joining"
+        self.step = 0
+        self.spec: JobSpec
+        self.layout: Layout
+        self.routes: Routes | None = None
+        self.id = -1
+        self.incarnation = 0
+        self.run = 0
+        self._address = address
+        self._reader = reader
+        self._heartbeat_seconds = 0.5
+        self._fetching: asyncio.Task[Routes] | None = None
+
+    async def call(self, method: str, request: Any) -> Any:
+        """Call the coordinator, waiting for it while it is away (it may be restarted at any time)."""
+
+        async def attempt(timeout: float) -> Any:
+            return await self.transport.call(self.coordinator, method, request, timeout_seconds=timeout)
+
+        return await self.retry.run(attempt, rng=self.rng)
+
+    def header(self, target: int = 0) -> Header:
+        """Return a message's header, meant for incarnation ``target`` (0: the coordinator)."""
+        return Header(
+            protocol=PROTOCOL,
+            job=self.spec.job_bytes,
+            run=self.run,
+            sender=self.incarnation,
+            target=target,
+            generation=self.routes.generation if self.routes else 0,
+        )
+
+    async def join(self) -> JobSpec:
+        """Join and return the job's spec."""
+        request = JoinRequest(
+            protocol=PROTOCOL,
+            role=self.role,
+            address=self._address,
+            nonce=self.rng.getrandbits(63) | 1,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            reader=self._reader,
+        )
+        reply: JoinReply = await self.call("Coordinator.Join", request)
+        self.spec = JobSpec.from_json(reply.spec)
+        self.layout = Layout(self.spec.tables, self.spec.dense)
+        self.id, self.incarnation, self.run = reply.id, reply.incarnation, reply.run
+        self._heartbeat_seconds = reply.heartbeat_seconds
+        if reply.placement.generation:
+            self.routes = unpack_placement(self.layout, reply.placement)
+        logger.info("event=joined role=%s id=%d incarnation=%d run=%d", Role.Name(self.role), self.id, self.incarnation, self.run)
+        return self.spec
+
+    async def keep(self, stats: Callable[[], dict[str, Any]]) -> None:
+        """Renew the lease every heartbeat, for ever. Ends by raising what the coordinator refuses (LeaseLost, WrongRun, ...)."""
+        while True:
+            request = HeartbeatRequest(header=self.header(), stats=json.dumps(stats()))
+            try:
+                reply: HeartbeatReply = await self.transport.call(
+                    self.coordinator, "Coordinator.Heartbeat", request, timeout_seconds=max(1.0, self._heartbeat_seconds * 4)
+                )
+                self.phase, self.step = reply.phase, reply.step
+                if reply.generation > (self.routes.generation if self.routes else 0):
+                    await self.newer_routes(reply.generation)
+            except PSError as error:
+                if not error.retryable:
+                    raise
+                logger.debug("event=heartbeat_unanswered error=%s", error)
+            await asyncio.sleep(self._heartbeat_seconds)
+
+    async def newer_routes(self, generation: int) -> Routes:
+        """Return routes of at least ``generation``, asking the coordinator if need be (one question at a time)."""
+        while self.routes is None or self.routes.generation < generation:
+            if self._fetching is None:
+                self._fetching = asyncio.ensure_future(self._fetch())
+                self._fetching.add_done_callback(self._fetched)
+            fetched = await asyncio.shield(self._fetching)
+            if fetched.generation < generation:
+                await asyncio.sleep(self._heartbeat_seconds / 5)
+        return self.routes
+
+    async def refresh(self) -> None:
+        """Take a newer placement if the coordinator answers now that there is one; work goes on without it otherwise."""
+        try:
+            message = await self.transport.call(
+                self.coordinator, "Coordinator.Placement", PlacementRequest(header=self.header()), timeout_seconds=1.0
+            )
+        except PSError as error:
+            if not error.retryable:
+                raise
+            return
+        if message.generation > (self.routes.generation if self.routes else 0):
+            self.routes = unpack_placement(self.layout, message)
+
+    async def _fetch(self) -> Routes:
+        routes = unpack_placement(
+            self.layout, await self.call("Coordinator.Placement", PlacementRequest(header=self.header()))
+        )
+        if self.routes is None or routes.generation > self.routes.generation:
+            self.routes = routes
+        return routes
+
+    def _fetched(self, task: "asyncio.Task[Routes]") -> None:
+        self._fetching = None
+
+    async def leave(self, error: str = "") -> None:
+        """Tell the coordinator that this process goes; not hearing it is no harm, the lease ends by itself."""
+        try:
+            await self.transport.call(
+                self.coordinator, "Coordinator.Leave", LeaveRequest(header=self.header(), error=error), timeout_seconds=2.0
+            )
+        except PSError as failed:
+            logger.debug("event=leave_unheard error=%s", failed)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pull: the rows of a batch's unique keys and the dense parameters, one request per shard.
+
+Invariant: every wanted row is written once by the answer of its owner; a pull changes nothing on a shard.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.exchange import exchange, shard_of
+from oarlock.client.layout import Layout
+from oarlock.client.membership import Membership
+from oarlock.client.pieces import Piece, by_owner
+from oarlock.client.router import Routes, ShardAddress
+from oarlock.embedding.keys import KeySet
+from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.errors import Malformed, UnknownTable
+from oarlock.proto.shard_pb2 import PullReply, PullRequest
+
+_NONE = np.empty(0, np.int32)
+
+
+@dataclass
+class PullMessage:
+    """Pieces of tables (by name) and dense blocks for one shard."""
+
+    shard: ShardAddress
+    layout: Layout
+    pieces: list[tuple[str, Piece]] = field(default_factory=list)
+    dense: NDArray[np.int32] = field(default_factory=lambda: _NONE)
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        parts = [self.layout.table_base[p.table] + p.blocks for _, p in self.pieces]
+        return np.concatenate([*parts, self.dense])
+
+
+def table_number(layout: Layout, name: str) -> int:
+    """Return a table's position in the job's list."""
+    found = layout.table_index.get(name)
+    if found is None:
+        raise UnknownTable(f"this job has no table {name!r}; it has: {', '.join(layout.table_index) or 'none'}", table=name)
+    return found
+
+
+def dense_spans(layout: Layout, numbers: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Return (offset, length) of dense blocks in the vector of all dense parameters."""
+    found = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
+    return [(b.offset, b.length) for b in found]
+
+
+def cut_pull(
+    layout: Layout,
+    routes: Routes,
+    keys: Mapping[str, KeySet],
+    dense: NDArray[np.int32],
+    wanted: NDArray[np.bool_] | None = None,
+) -> list[PullMessage]:
+    """Cut a pull into messages by owner: all blocks, or those marked in ``wanted`` bool[blocks of the job]."""
+    filling: dict[int, PullMessage] = {}
+    full: list[PullMessage] = []
+
+    def message_for(shard: int) -> PullMessage:
+        return filling.setdefault(shard, PullMessage(shard_of(routes, shard), layout))
+
+    for name, keyset in keys.items():
+        table = table_number(layout, name)
+        numbers = layout.table_base[table] + keyset.blocks
+        for shard, piece in by_owner(
+            table,
+            keyset.blocks,
+            keyset.counts,
+            routes.owners[numbers],
+            row_bytes=4 * layout.tables[table].dim,
+            wanted=None if wanted is None else wanted[numbers],
+        ):
+            if any(p.table == table for _, p in message_for(shard).pieces):
+                full.append(filling.pop(shard))
+            message_for(shard).pieces.append((name, piece))
+    if wanted is not None:
+        dense = dense[wanted[dense]]
+    owners = routes.owners[dense]
+    for shard in np.unique(owners).tolist():
+        message_for(shard).dense = dense[owners == shard]
+    return full + list(filling.values())
+
+
+async def pull(
+    member: Membership,
+    routes: Routes,
+    keys: Mapping[str, KeySet],
+    rows: Mapping[str, NDArray[np.float32]],
+    dense: NDArray[np.float32] | None,
+    pushes_seen: dict[int, int],
+) -> None:
+    """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given."""
+    layout = member.layout
+    numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32) if dense is not None else _NONE
+
+    async def send(message: PullMessage, timeout: float) -> NDArray[np.int32]:
+        request = PullRequest(
+            header=member.header(message.shard.incarnation),
+            tables=[piece.keys(keys[name].keys) for name, piece in message.pieces],
+            dense=pack(message.dense),
+        )
+        reply: PullReply = await member.transport.call(message.shard.address, "Shard.Pull", request, timeout_seconds=timeout)
+        if len(reply.rows) != len(message.pieces):
+            raise Malformed(f"shard {message.shard.id} answered {len(reply.rows)} tables of {len(message.pieces)}")
+        for (name, piece), answer in zip(message.pieces, reply.rows, strict=True):
+            found = unpack(answer, np.float32, f"rows of {name}", dims=2, columns=layout.tables[piece.table].dim)
+            if len(found) != piece.size:
+                raise Malformed(f"shard {message.shard.id} answered {len(found)} rows of {name}, asked for {piece.size}")
+            rows[name][piece.rows] = found
+        if dense is not None:
+            _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values"), dense)
+        pushes_seen[message.shard.id] = reply.pushes
+        return _NONE
+
+    def recut(newer: Routes, left: list[tuple[PullMessage, NDArray[np.int32]]]) -> list[PullMessage]:
+        wanted = np.zeros(layout.blocks, np.bool_)
+        for _, blocks in left:
+            wanted[blocks] = True
+        return cut_pull(layout, newer, keys, numbers, wanted)
+
+    await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
+
+
+def _scatter(layout: Layout, numbers: NDArray[np.int32], values: NDArray[np.float32], dense: NDArray[np.float32]) -> None:
+    spans = dense_spans(layout, numbers)
+    if sum(length for _, length in spans) != len(values):
+        raise Malformed(f"{len(values)} dense values answered, asked for {sum(length for _, length in spans)}")
+    at = 0
+    for offset, length in spans:
+        dense[offset : offset + length] = values[at : at + length]
+        at += length

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Push: a group's gradients, one request per shard, under the identity (split, group).
+
+Invariant: the bytes of a block's part are made once, before the first send; a block that has to go elsewhere takes its own
+bytes out of the message that was refused. So a retry never sees a buffer that was reused meanwhile.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.exchange import exchange, shard_of
+from oarlock.client.layout import Layout
+from oarlock.client.membership import Membership
+from oarlock.client.pieces import by_owner
+from oarlock.client.pull import dense_spans, table_number
+from oarlock.client.router import Routes, ShardAddress
+from oarlock.embedding.keys import KeySet
+from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.shard_pb2 import DenseGradients, PushReply, PushRequest, TableGradients
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of a batch for one table: float32[u, dim], one per unique key of ``keys``, and the learning rate."""
+
+    keys: KeySet
+    gradients: NDArray[np.float32]
+    rate: float
+
+
+@dataclass
+class PushCounts:
+    """What became of a push: blocks that it changed, blocks that had it already, gradients refused as not finite."""
+
+    applied: int = 0
+    skipped: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class PushMessage:
+    """A request on its way to one shard; only its header changes when it is sent again."""
+
+    shard: ShardAddress
+    request: PushRequest
+    numbers: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _RowPart:
+    table: int
+    keys: NDArray[np.uint64]
+    blocks: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    gradients: NDArray[np.float32]
+    rate: float
+
+
+@dataclass(frozen=True)
+class _DensePart:
+    numbers: NDArray[np.int32]
+    gradients: NDArray[np.float32]
+    rate: float
+
+
+class _Packer:
+    """Packs parts into one message per shard, or more where a message would be over the limit."""
+
+    def __init__(self, layout: Layout, routes: Routes, split: int, group: int) -> None:
+        self._layout = layout
+        self._routes = routes
+        self._identity = (split, group)
+        self._filling: dict[int, tuple[PushRequest, list[NDArray[np.int32]]]] = {}
+        self._full: list[PushMessage] = []
+
+    def _message(self, shard: int) -> tuple[PushRequest, list[NDArray[np.int32]]]:
+        if shard not in self._filling:
+            self._filling[shard] = (PushRequest(split=self._identity[0], group=self._identity[1]), [])
+        return self._filling[shard]
+
+    def _close(self, shard: int) -> None:
+        request, numbers = self._filling.pop(shard)
+        self._full.append(PushMessage(shard_of(self._routes, shard), request, np.concatenate(numbers)))
+
+    def rows(self, part: _RowPart, wanted: NDArray[np.bool_] | None) -> None:
+        numbers = self._layout.table_base[part.table] + part.blocks
+        pieces = by_owner(
+            part.table,
+            part.blocks,
+            part.counts,
+            self._routes.owners[numbers],
+            row_bytes=4 * part.gradients.shape[1],
+            wanted=None if wanted is None else wanted[numbers],
+        )
+        for shard, piece in pieces:
+            request, inside = self._message(shard)
+            if any(t.keys.table == part.table for t in request.tables):
+                self._close(shard)
+                request, inside = self._message(shard)
+            gradients = pack(part.gradients[piece.rows])
+            request.tables.append(TableGradients(keys=piece.keys(part.keys), gradients=gradients, rate=part.rate))
+            inside.append(self._layout.table_base[part.table] + piece.blocks)
+
+    def dense(self, part: _DensePart, wanted: NDArray[np.bool_] | None) -> None:
+        spans = dense_spans(self._layout, part.numbers)
+        lengths = np.array([n for _, n in spans], np.int64)
+        starts = np.cumsum(lengths) - lengths
+        owners = self._routes.owners[part.numbers]
+        chosen = np.ones(len(owners), np.bool_) if wanted is None else wanted[part.numbers]
+        for shard in np.unique(owners[chosen]).tolist():
+            mine = np.flatnonzero(chosen & (owners == shard))
+            values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
+            request, inside = self._message(shard)
+            numbers = part.numbers[mine]
+            request.dense.append(DenseGradients(blocks=pack(numbers), gradients=pack(values), rate=part.rate))
+            inside.append(numbers)
+
+    def messages(self) -> list[PushMessage]:
+        for shard in list(self._filling):
+            self._close(shard)
+        return self._full
+
+
+def cut_push(
+    layout: Layout,
+    routes: Routes,
+    split: int,
+    group: int,
+    gradients: Mapping[str, RowGradients],
+    dense: NDArray[np.float32] | None,
+    dense_rate: float,
+) -> list[PushMessage]:
+    """Make the messages of a push; the gradients are copied into them."""
+    packer = _Packer(layout, routes, split, group)
+    for name, part in gradients.items():
+        if len(part.keys.keys):
+            packer.rows(
+                _RowPart(
+                    table_number(layout, name), part.keys.keys, part.keys.blocks, part.keys.counts, part.gradients, part.rate
+                ),
+                None,
+            )
+    if dense is not None and layout.dense_blocks:
+        numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32)
+        packer.dense(_DensePart(numbers, dense, dense_rate), None)
+    return packer.messages()
+
+
+def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDArray[np.int32]]]) -> list[PushMessage]:
+    """Make new messages of the blocks left over from each message, out of its own bytes."""
+    out: list[PushMessage] = []
+    for message, blocks in left:
+        wanted = np.zeros(layout.blocks, np.bool_)
+        wanted[blocks] = True
+        packer = _Packer(layout, routes, message.request.split, message.request.group)
+        for sent in message.request.tables:
+            part = _RowPart(
+                sent.keys.table,
+                unpack(sent.keys.keys, np.uint64, "keys"),
+                unpack(sent.keys.blocks, np.int32, "blocks"),
+                unpack(sent.keys.counts, np.int32, "counts"),
+                unpack(sent.gradients, np.float32, "gradients", dims=2),
+                sent.rate,
+            )
+            packer.rows(part, wanted)
+        for each in message.request.dense:
+            numbers = unpack(each.blocks, np.int32, "dense blocks")
+            packer.dense(_DensePart(numbers, unpack(each.gradients, np.float32, "dense gradients"), each.rate), wanted)
+        out.extend(packer.messages())
+    return out
+
+
+async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
+    """Send the messages until every block answered that it has its part; return what became of them."""
+    counts = PushCounts()
+
+    async def send(message: PushMessage, timeout: float) -> NDArray[np.int32]:
+        request = message.request
+        request.header.CopyFrom(member.header(message.shard.incarnation))
+        reply: PushReply = await member.transport.call(message.shard.address, "Shard.Push", request, timeout_seconds=timeout)
+        counts.applied += reply.applied
+        counts.skipped += reply.skipped
+        counts.refused += reply.refused
+        return unpack(reply.moved, np.int32, "moved blocks").astype(np.int32)
+
+    def recut(newer: Routes, left: list[tuple[PushMessage, NDArray[np.int32]]]) -> list[PushMessage]:
+        return recut_push(member.layout, newer, left)
+
+    await exchange(member, messages, send, recut)
+    return counts

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks: the last group of each open split that each block has applied.
+
+Invariant: a mark only grows, and goes away only when its split is closed. Guarded by the shard's push lock.
+Memory: blocks of the job x open splits x 4 bytes.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.closed import ClosedSet
+
+
+class Marks:
+    """One int32 per block and open split: -1 where the block has nothing of the split."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._marks: dict[int, NDArray[np.int32]] = {}
+
+    def missing(self, split: int, group: int, blocks: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return bool[m]: the blocks that have not applied ``group`` of ``split``."""
+        found = self._marks.get(split)
+        return np.ones(len(blocks), np.bool_) if found is None else found[blocks] < group
+
+    def record(self, split: int, group: int, blocks: NDArray[np.int32]) -> None:
+        found = self._marks.get(split)
+        if found is None:
+            found = self._marks[split] = np.full(self._blocks, -1, np.int32)
+        found[blocks] = group
+
+    def highest(self, split: int) -> int:
+        """Return the highest group of ``split`` that any block here has applied, -1 if none."""
+        found = self._marks.get(split)
+        return -1 if found is None else int(found.max(initial=-1))
+
+    def of_block(self, block: int) -> dict[int, int]:
+        return {split: int(marks[block]) for split, marks in self._marks.items() if marks[block] >= 0}
+
+    def restore(self, block: int, marks: dict[int, int]) -> None:
+        for split, group in marks.items():
+            self.record(split, group, np.array([block], np.int32))
+
+    def drop_block(self, block: int) -> None:
+        for marks in self._marks.values():
+            marks[block] = -1
+
+    def drop_closed(self, closed: ClosedSet) -> None:
+        for split in [s for s in self._marks if s in closed]:
+            del self._marks[split]
+
+    def clear(self) -> None:
+        self._marks.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(m.nbytes for m in self._marks.values())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._marks)

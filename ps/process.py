@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a shard process: listen, compile, join, keep the lease, end when the job does.
+
+Invariant: it joins only after its kernels are compiled (compiling holds the interpreter lock), and its address answers
+from before the join until after the job is over.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from oarlock.client.membership import Membership
+from oarlock.proto.coordinator_pb2 import SHARD
+from oarlock.proto.transport import Transport
+from oarlock.ps.identity import Identity
+from oarlock.ps.service import ShardService
+
+logger = logging.getLogger(__name__)
+
+# Phases of a job in which its shards have nothing left to do.
+OVER = ("done", "stopped", "failed")
+
+
+async def run_shard(
+    transport: Transport, coordinator: str, service: ShardService, address: str, *, rng: random.Random, warm_up: Callable[[], None]
+) -> None:
+    """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already."""
+    warm_up()
+    member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
+    spec = await member.join()
+    shard = service.configure(spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation))
+    keeping = asyncio.ensure_future(member.keep(shard.stats))
+    try:
+        while member.phase not in OVER and not keeping.done():
+            await asyncio.wait({keeping}, timeout=spec.heartbeat_seconds / 2)
+        if keeping.done():
+            keeping.result()
+    finally:
+        keeping.cancel()
+    logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
+    await member.leave()

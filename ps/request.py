@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests taken apart: arrays out of messages, checked for shape and against the job's tables.
+
+Invariant: what these functions return agrees with the specs; whether keys belong to their blocks is the table's to check.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.layout import Layout
+from oarlock.proto.arrays import unpack
+from oarlock.proto.common_pb2 import Array
+from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
+from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Unique keys of one table grouped by block; ``numbers`` are the blocks in the job's layout."""
+
+    table: int
+    keys: NDArray[np.uint64]
+    blocks: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    numbers: NDArray[np.int32]
+
+    def only(self, chosen: NDArray[np.bool_]) -> tuple["Keys", NDArray[np.bool_]]:
+        """Return the keys of the chosen blocks, and bool[n] of which keys those are."""
+        rows = np.repeat(chosen, self.counts)
+        return Keys(self.table, self.keys[rows], self.blocks[chosen], self.counts[chosen], self.numbers[chosen]), rows
+
+
+@dataclass(frozen=True)
+class RowPush:
+    """Gradients float32[n, dim] for ``keys``, at a learning rate."""
+
+    keys: Keys
+    gradients: NDArray[np.float32]
+    rate: float
+
+
+@dataclass(frozen=True)
+class DensePush:
+    """Gradients of dense blocks (numbers in the job's layout), one array per block."""
+
+    numbers: NDArray[np.int32]
+    gradients: list[NDArray[np.float32]]
+    rate: float
+
+
+def read_keys(layout: Layout, message: TableKeys) -> Keys:
+    if message.table >= len(layout.tables):
+        raise UnknownTable(f"the message names table {message.table}, this job has {len(layout.tables)}", table=message.table)
+    spec = layout.tables[message.table]
+    keys = unpack(message.keys, np.uint64, f"keys of {spec.name}")
+    blocks = unpack(message.blocks, np.int32, f"blocks of {spec.name}")
+    counts = unpack(message.counts, np.int32, f"counts of {spec.name}")
+    if len(blocks) != len(counts):
+        raise Malformed(f"table {spec.name}: {len(blocks)} blocks but {len(counts)} counts")
+    if len(blocks) and not (0 <= blocks.min() and blocks.max() < spec.blocks):
+        raise Malformed(f"table {spec.name}: a block number is outside 0 to {spec.blocks - 1}")
+    if len(counts) and counts.min() < 1:
+        raise Malformed(f"table {spec.name}: a block has {int(counts.min())} keys; leave blocks without keys out")
+    if int(counts.sum(dtype=np.int64)) != len(keys):
+        raise Malformed(f"table {spec.name}: counts add up to {int(counts.sum(dtype=np.int64))}, {len(keys)} keys came")
+    return Keys(message.table, keys, blocks, counts, layout.table_base[message.table] + blocks)
+
+
+def read_rate(rate: float, what: str) -> float:
+    if not 0 <= rate < float("inf"):
+        raise InvalidArgument(f"{what}: learning rate {rate}: give a finite number >= 0")
+    return rate
+
+
+def read_rows(layout: Layout, message: TableGradients) -> RowPush:
+    keys = read_keys(layout, message.keys)
+    spec = layout.tables[keys.table]
+    gradients = unpack(message.gradients, np.float32, f"gradients of {spec.name}", dims=2, columns=spec.dim)
+    if len(gradients) != len(keys.keys):
+        raise Malformed(f"table {spec.name}: {len(gradients)} gradients for {len(keys.keys)} keys")
+    return RowPush(keys, gradients, read_rate(message.rate, f"table {spec.name}"))
+
+
+def read_dense_numbers(layout: Layout, message: Array) -> NDArray[np.int32]:
+    numbers = unpack(message, np.int32, "dense blocks")
+    if len(numbers) and not (layout.dense_base <= numbers.min() and numbers.max() < layout.blocks):
+        raise Malformed(f"a dense block's number is outside {layout.dense_base} to {layout.blocks - 1}")
+    if len(np.unique(numbers)) != len(numbers):
+        raise Malformed("a dense block is named twice in one message")
+    return numbers
+
+
+def read_dense(layout: Layout, message: DenseGradients) -> DensePush:
+    numbers = read_dense_numbers(layout, message.blocks)
+    values = unpack(message.gradients, np.float32, "dense gradients")
+    lengths = [layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()]
+    if sum(lengths) != len(values):
+        raise Malformed(f"{len(values)} dense gradients came for blocks of {sum(lengths)} values")
+    parts = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
+    return DensePush(numbers, parts, read_rate(message.rate, "dense parameters"))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shard's service: every message's header is checked here, then the message goes to the shard or its blocks.
+
+Invariant: before the process has joined its job every method but Hello answers Unavailable. Called from many threads.
+"""
+
+import json
+
+from oarlock import __version__
+from oarlock.client.closed import ClosedSet
+from oarlock.client.job import JobSpec
+from oarlock.client.router import unpack_placement
+from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
+from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.shard_pb2 import (
+    AdoptReply,
+    AdoptRequest,
+    CloseRequest,
+    MarksReply,
+    MarksRequest,
+    PullReply,
+    PullRequest,
+    PushReply,
+    PushRequest,
+    ShardStatsReply,
+    ShardStatsRequest,
+    WriteReply,
+    WriteRequest,
+)
+from oarlock.proto.version import hello
+from oarlock.ps.blocks import adopt, write
+from oarlock.ps.identity import Identity
+from oarlock.ps.shard import Shard
+
+# Splits that one Marks request may ask for; a worker asks for the few that it opens.
+MAX_SPLITS = 1024
+
+
+class ShardService:
+    """Answers the methods of ``Shard`` in proto/methods.py."""
+
+    def __init__(self) -> None:
+        self._joined: tuple[Identity, Shard] | None = None
+
+    def configure(self, spec: JobSpec, identity: Identity) -> Shard:
+        """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
+        shard = Shard(spec)
+        self._joined = (identity, shard)
+        return shard
+
+    def _shard(self, header: Header) -> tuple[Identity, Shard]:
+        if self._joined is None:
+            raise Unavailable("this shard has not joined its job yet")
+        self._joined[0].check(header)
+        return self._joined
+
+    def hello(self, request: HelloRequest) -> HelloReply:
+        return hello(request, "shard", __version__)
+
+    def pull(self, request: PullRequest) -> PullReply:
+        return self._shard(request.header)[1].pull(request)
+
+    def push(self, request: PushRequest) -> PushReply:
+        return self._shard(request.header)[1].push(request)
+
+    def marks(self, request: MarksRequest) -> MarksReply:
+        shard = self._shard(request.header)[1]
+        if len(request.splits) > MAX_SPLITS:
+            raise InvalidArgument(f"{len(request.splits)} splits asked for, at most {MAX_SPLITS} in one message")
+        return MarksReply(next=shard.next_groups(list(request.splits)))
+
+    def close(self, request: CloseRequest) -> Empty:
+        self._shard(request.header)[1].close_splits(ClosedSet.unpack(request.closed))
+        return Empty()
+
+    def adopt(self, request: AdoptRequest) -> AdoptReply:
+        identity, shard = self._shard(request.header)
+        routes = unpack_placement(shard.layout, request.placement)
+        adopt(shard, identity.id, routes, ClosedSet.unpack(request.closed), request.restore)
+        return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
+
+    def write(self, request: WriteRequest) -> WriteReply:
+        _, shard = self._shard(request.header)
+        entries = write(shard, request.cut, request.root)
+        return WriteReply(entries=json.dumps([e.to_json() for e in entries]))
+
+    def stats(self, request: ShardStatsRequest) -> ShardStatsReply:
+        return ShardStatsReply(stats=json.dumps(self._shard(request.header)[1].stats()))

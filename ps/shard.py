@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shard: the blocks that this process owns, and what the messages do to them.
+
+Invariant: a group is applied to a block at most once: under the push lock, a block whose mark has reached the group is
+skipped, any other is changed and then marked. A malformed push changes and marks nothing. Called from many threads.
+"""
+
+from collections import Counter
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.closed import ClosedSet
+from oarlock.client.job import JobSpec
+from oarlock.client.layout import Layout
+from oarlock.embedding.dense import DenseParameter
+from oarlock.embedding.table import Table
+from oarlock.proto.arrays import pack
+from oarlock.proto.errors import InvalidArgument, StalePlacement
+from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
+from oarlock.ps.marks import Marks
+from oarlock.ps.request import DensePush, RowPush, read_dense, read_dense_numbers, read_keys, read_rows
+
+
+class Shard:
+    """The job's tables and dense parameters, as far as their blocks are ``owned`` bool[blocks] here.
+
+    ``sequence`` int64[blocks] counts the operations that changed each block. ``push_lock`` covers marks, the closed set,
+    the sequence and all changes of blocks.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.layout = Layout(spec.tables, spec.dense)
+        self.push_lock = Lock()
+        self.counters: Counter[str] = Counter()
+        self.closed = ClosedSet()
+        self.generation = 0
+        self.tables = [Table(t, seed=spec.seed) for t in spec.tables]
+        self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
+        self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
+        self.sequence: NDArray[np.int64] = np.zeros(self.layout.blocks, np.int64)
+        self.marks = Marks(self.layout.blocks)
+
+    def pull(self, request: PullRequest) -> PullReply:
+        """Answer with the rows and dense values asked for; creates nothing."""
+        layout = self.layout
+        reply = PullReply(pushes=self.counters["pushes"])
+        for message in request.tables:
+            keys = read_keys(layout, message)
+            self._owns(keys.numbers)
+            table = self.tables[keys.table]
+            rows = np.empty((len(keys.keys), table.spec.dim), np.float32)
+            table.check(keys.keys, keys.blocks, keys.counts)
+            table.pull(keys.keys, keys.blocks, keys.counts, rows)
+            reply.rows.append(pack(rows))
+            self.counters["rows_pulled"] += len(rows)
+        numbers = read_dense_numbers(layout, request.dense)
+        self._owns(numbers)
+        reply.dense.CopyFrom(pack(self._dense_values(numbers)))
+        self.counters["pulls"] += 1
+        return reply
+
+    def _owns(self, numbers: NDArray[np.int32]) -> None:
+        elsewhere = numbers[~self.owned[numbers]]
+        if len(elsewhere):
+            raise StalePlacement(f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0]))
+
+    def _dense_values(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
+        layout = self.layout
+        blocks = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
+        out = np.empty(sum(b.length for b in blocks), np.float32)
+        at = 0
+        for block in blocks:
+            self.dense[block.parameter].pull_block(block.block, out[at : at + block.length])
+            at += block.length
+        return out
+
+    def push(self, request: PushRequest) -> PushReply:
+        """Apply the group to the blocks that have not got it; say which blocks live elsewhere."""
+        layout = self.layout
+        if request.group >= 1 << 31:
+            raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
+        rows = [read_rows(layout, message) for message in request.tables]
+        dense = [read_dense(layout, message) for message in request.dense]
+        with self.push_lock:
+            # All of the message is checked before any of it is applied.
+            moved: list[NDArray[np.int32]] = []
+            for part in rows:
+                here = self.owned[part.keys.numbers]
+                moved.append(part.keys.numbers[~here])
+                keys, _ = part.keys.only(here)
+                self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
+            moved.extend(p.numbers[~self.owned[p.numbers]] for p in dense)
+            reply = PushReply(moved=pack(np.concatenate([np.empty(0, np.int32), *moved]).astype(np.int32)))
+            for part in rows:
+                self._push_rows(request.split, request.group, part, reply)
+            for each in dense:
+                self._push_dense(request.split, request.group, each, reply)
+            self.counters["pushes"] += 1
+        return reply
+
+    def _todo(self, split: int, group: int, numbers: NDArray[np.int32], reply: PushReply) -> NDArray[np.bool_]:
+        """Return bool[m]: the blocks that are here and have not got the group; count the others."""
+        here = self.owned[numbers]
+        # A late duplicate of a closed split finds no mark: the closed set is what tells that it is old.
+        if split in self.closed:
+            reply.skipped += int(here.sum())
+            return np.zeros(len(numbers), np.bool_)
+        todo = here & self.marks.missing(split, group, numbers)
+        reply.applied += int(todo.sum())
+        reply.skipped += int(here.sum() - todo.sum())
+        return todo
+
+    def _push_rows(self, split: int, group: int, part: RowPush, reply: PushReply) -> None:
+        keys, gradients = part.keys, part.gradients
+        todo = self._todo(split, group, keys.numbers, reply)
+        if not todo.any():
+            return
+        if not todo.all():
+            keys, chosen = keys.only(todo)
+            gradients = gradients[chosen]
+        done = self.tables[keys.table].push(keys.keys, keys.blocks, keys.counts, gradients, rate=part.rate)
+        self.marks.record(split, group, keys.numbers)
+        self.sequence[keys.numbers] += 1
+        reply.refused += done.refused
+        self.counters["rows_pushed"] += len(keys.keys)
+        self.counters["rows_refused"] += done.refused
+
+    def _push_dense(self, split: int, group: int, part: DensePush, reply: PushReply) -> None:
+        layout = self.layout
+        todo = self._todo(split, group, part.numbers, reply)
+        for i in np.flatnonzero(todo).tolist():
+            number = int(part.numbers[i])
+            block = layout.dense_blocks[number - layout.dense_base]
+            if not self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate):
+                reply.refused += 1
+                self.counters["dense_refused"] += 1
+        if todo.any():
+            self.marks.record(split, group, part.numbers[todo])
+            self.sequence[part.numbers[todo]] += 1
+
+    def next_groups(self, splits: list[int]) -> list[int]:
+        """Return per split 1 + the highest group that any block here has applied, 0 if none."""
+        with self.push_lock:
+            return [self.marks.highest(s) + 1 for s in splits]
+
+    def close_splits(self, closed: ClosedSet) -> None:
+        """Skip all later pushes of these splits and forget their marks."""
+        with self.push_lock:
+            self.closed.merge(closed)
+            self.marks.drop_closed(self.closed)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what this shard holds and has done."""
+        return {
+            **dict(self.counters),
+            "rows": sum(t.rows for t in self.tables),
+            "bytes": sum(t.nbytes for t in self.tables) + sum(d.nbytes for d in self.dense),
+            "marks_bytes": self.marks.nbytes,
+            "blocks": int(self.owned.sum()),
+            "tables": {t.spec.name: t.rows for t in self.tables},
+        }
