@@ -104,7 +104,7 @@ def test_third_parties_stay_behind_their_gates() -> None:
         for line, name in imports(path):
             allowed = GATES.get(name.split(".")[0])
             if allowed is not None and not relative(path).startswith(allowed):
-                problems.append(f"{relative(path)}:{line} imports {name}: only {', '.join(allowed) or 'nobody'} may")
+                problems.append(f"{relative(path)}:{line} imports {name}: only {', '.join(allowed) or 'no file'} may")
     found(problems)
 
 
