@@ -13,6 +13,12 @@ from oarlock.proto.errors import InvalidArgument
 
 MODES = ("async",)
 
+# What a job is doing. "gathering": shards join; "training"; "writing": a checkpoint, nobody trains; "stopping": workers
+# finish their groups and leave; then one of the three ends.
+GATHERING, TRAINING, WRITING, STOPPING = "gathering", "training", "writing", "stopping"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+OVER = (DONE, STOPPED, FAILED)
+
 
 @dataclass(frozen=True)
 class JobSpec:
@@ -20,6 +26,8 @@ class JobSpec:
 
     ``files`` and ``evaluation_files`` are JSON forms of data files (path, size, row groups); the splits of an epoch follow
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
+    ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
+    every ``checkpoint_epochs`` epochs (0: only at the end).
     """
 
     job: str
@@ -38,9 +46,11 @@ class JobSpec:
     epochs: int
     servers: int
     workers: int
-    primary_metric: str
+    metrics: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
     mode: str = "async"
+    checkpoint_epochs: int = 1
+    checkpoints_kept: int = 2
     reader: str = "auto"
     open_splits: int = 2
     prefetch: int = 2
@@ -89,6 +99,7 @@ class JobSpec:
             values["dense"] = tuple(dense_from_json(d) for d in values["dense"])
             values["files"] = tuple(values["files"])
             values["evaluation_files"] = tuple(values["evaluation_files"])
+            values["metrics"] = tuple(values["metrics"])
             return JobSpec(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

@@ -11,10 +11,11 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
-from oarlock.client.job import JobSpec
+from oarlock.client.job import OVER, STOPPING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.retry import Retry
 from oarlock.client.router import Routes, unpack_placement
@@ -56,6 +57,9 @@ class Membership:
         self.retry = retry or Retry()
         self.phase = "joining"
         self.step = 0
+        # Set once the job wants its workers to leave, and once it is over.
+        self.stopping = asyncio.Event()
+        self.over = asyncio.Event()
         self.spec: JobSpec
         self.layout: Layout
         self.routes: Routes | None = None
@@ -115,7 +119,8 @@ class Membership:
                 reply: HeartbeatReply = await self.transport.call(
                     self.coordinator, "Coordinator.Heartbeat", request, timeout_seconds=max(1.0, self._heartbeat_seconds * 4)
                 )
-                self.phase, self.step = reply.phase, reply.step
+                self._in_phase(reply.phase)
+                self.step = reply.step
                 if reply.generation > (self.routes.generation if self.routes else 0):
                     await self.newer_routes(reply.generation)
             except PSError as error:
@@ -123,6 +128,38 @@ class Membership:
                     raise
                 logger.debug("event=heartbeat_unanswered error=%s", error)
             await asyncio.sleep(self._heartbeat_seconds)
+
+    @asynccontextmanager
+    async def kept(self, stats: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+        """Keep the lease while the body runs. When the coordinator refuses, the body is cancelled and the refusal raised."""
+        body = asyncio.current_task()
+        refused: list[BaseException] = []
+
+        async def keep() -> None:
+            try:
+                await self.keep(stats)
+            except Exception as error:
+                refused.append(error)
+                if body is not None:
+                    body.cancel()
+
+        keeping = asyncio.ensure_future(keep())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if refused and body is not None:
+                body.uncancel()
+                raise refused[0] from None
+            raise
+        finally:
+            keeping.cancel()
+
+    def _in_phase(self, phase: str) -> None:
+        self.phase = phase
+        if phase in (STOPPING, *OVER):
+            self.stopping.set()
+        if phase in OVER:
+            self.over.set()
 
     async def newer_routes(self, generation: int) -> Routes:
         """Return routes of at least ``generation``, asking the coordinator if need be (one question at a time)."""

@@ -6,16 +6,16 @@ Orders come from the coordinator, one at a time; the push lock is held throughou
 """
 
 import logging
-from pathlib import Path
 
 import numpy as np
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.client.closed import ClosedSet
 from oarlock.client.router import Routes
-from oarlock.embedding.table import BlockRows
+from oarlock.embedding.block import BlockRows
+from oarlock.embedding.dense import DenseBlock as DenseContent
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.shard import Shard
 
@@ -27,12 +27,12 @@ def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str
     with shard.push_lock:
         if routes.generation < shard.generation:
             raise InvalidArgument(f"generation {routes.generation} is older than this shard's {shard.generation}")
+        if routes.generation == shard.generation:
+            return
         wanted = routes.owners == me
         images = None
         if restore:
-            path = Path(restore)
-            store = LocalStore(path.parent)
-            images = _Images(store, store.load_manifest(path))
+            images = _Images(*open_checkpoint(restore))
             # A restore replaces the closed set: splits closed in the abandoned history are open again.
             shard.closed = closed
         shard.closed.merge(closed)
@@ -66,7 +66,7 @@ def _create(shard: Shard, number: int, image: BlockImage | None) -> None:
         parameter = shard.dense[found.parameter]
         parameter.adopt(found.block)
         if image is not None:
-            parameter.import_block(found.block, image.weights[0], image.state[0])
+            parameter.import_block(found.block, DenseContent(image.weights[0], image.state[0]))
     else:
         name, local = layout.name(number)
         table = shard.tables[layout.table_index[name]]
@@ -92,7 +92,7 @@ def _drop(shard: Shard, number: int) -> None:
 
 def write(shard: Shard, cut: int, root: str) -> list[BlockEntry]:
     """Write all owned blocks into the folder of ``cut`` under ``root``; nothing exists until the manifest is committed."""
-    store = LocalStore(Path(root))
+    store = LocalStore(root)
     with shard.push_lock:
         numbers = np.flatnonzero(shard.owned).tolist()
         entries = [store.write_block(cut, _image(shard, n)) for n in numbers]
@@ -106,7 +106,8 @@ def _image(shard: Shard, number: int) -> BlockImage:
     seq, marks = int(shard.sequence[number]), shard.marks.of_block(number)
     if number >= layout.dense_base:
         found = layout.dense_blocks[number - layout.dense_base]
-        weights, state = shard.dense[found.parameter].export_block(found.block)
-        return BlockImage("dense", name, local, seq, marks, np.empty(0, np.uint64), weights[None], state[None])
+        content = shard.dense[found.parameter].export_block(found.block)
+        keys = np.empty(0, np.uint64)
+        return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
     rows = shard.tables[layout.table_index[name]].export_block(local)
     return BlockImage("rows", name, local, seq, marks, rows.keys, rows.weights, rows.state)

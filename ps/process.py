@@ -18,9 +18,6 @@ from oarlock.ps.service import ShardService
 
 logger = logging.getLogger(__name__)
 
-# Phases of a job in which its shards have nothing left to do.
-OVER = ("done", "stopped", "failed")
-
 
 async def run_shard(
     transport: Transport, coordinator: str, service: ShardService, address: str, *, rng: random.Random, warm_up: Callable[[], None]
@@ -30,13 +27,7 @@ async def run_shard(
     member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
     spec = await member.join()
     shard = service.configure(spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation))
-    keeping = asyncio.ensure_future(member.keep(shard.stats))
-    try:
-        while member.phase not in OVER and not keeping.done():
-            await asyncio.wait({keeping}, timeout=spec.heartbeat_seconds / 2)
-        if keeping.done():
-            keeping.result()
-    finally:
-        keeping.cancel()
+    async with member.kept(shard.stats):
+        await member.over.wait()
     logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
     await member.leave()

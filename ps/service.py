@@ -5,6 +5,7 @@ Invariant: before the process has joined its job every method but Hello answers 
 """
 
 import json
+from dataclasses import asdict
 
 from oarlock import __version__
 from oarlock.client.closed import ClosedSet
@@ -82,7 +83,7 @@ class ShardService:
     def write(self, request: WriteRequest) -> WriteReply:
         _, shard = self._shard(request.header)
         entries = write(shard, request.cut, request.root)
-        return WriteReply(entries=json.dumps([e.to_json() for e in entries]))
+        return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:
         return ShardStatsReply(stats=json.dumps(self._shard(request.header)[1].stats()))

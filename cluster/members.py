@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Members: who takes part, and until when. Pure: time comes in as ``now``, decisions go out as return values.
+
+Invariant: an incarnation is given once and never again; a lease that ended is not renewed. The coordinator's lock covers it.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from oarlock.proto.errors import LeaseLost
+
+
+@dataclass
+class Member:
+    """A process that joined. ``state``: alive, left (in good order) or dead (its lease ended, or its exit was seen)."""
+
+    incarnation: int
+    id: int
+    role: str
+    address: str
+    nonce: int
+    pid: int
+    host: str
+    reader: str
+    state: str = "alive"
+    expires: float = 0.0
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return what is kept on disk: identity and state, not the lease and not the counters."""
+        return {k: v for k, v in asdict(self).items() if k not in ("expires", "stats")}
+
+
+class Members:
+    """All members of a job, past and present, by incarnation."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self.all: dict[int, Member] = {}
+
+    def alive(self, role: str) -> list[Member]:
+        return [m for m in self.all.values() if m.role == role and m.state == "alive"]
+
+    def by_nonce(self, nonce: int) -> Member | None:
+        """Return the member that a repeated Join belongs to."""
+        return next((m for m in self.all.values() if m.nonce == nonce), None)
+
+    def next_id(self, role: str) -> int:
+        """Return the lowest number of the role that nobody alive has."""
+        taken = {m.id for m in self.alive(role)}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
+
+    def add(self, member: Member, now: float) -> None:
+        member.expires = now + self._lease_seconds
+        self.all[member.incarnation] = member
+
+    def renew(self, incarnation: int, now: float) -> Member:
+        """Extend the member's lease; LeaseLost if it has none any more."""
+        member = self.all.get(incarnation)
+        if member is None or member.state != "alive":
+            raise LeaseLost(
+                f"incarnation {incarnation} is not a member{'' if member is None else f' any more: {member.state}'}: join anew",
+                incarnation=incarnation,
+            )
+        member.expires = now + self._lease_seconds
+        return member
+
+    def expired(self, now: float) -> list[Member]:
+        """Return living members whose lease ended."""
+        return [m for m in self.all.values() if m.state == "alive" and m.expires < now]
+
+    def grant_full_term(self, now: float) -> None:
+        """Give every lease a full term: after the coordinator itself was away, nobody is judged by the time it missed."""
+        for member in self.all.values():
+            member.expires = max(member.expires, now + self._lease_seconds)

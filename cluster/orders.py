@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders: what the coordinator wants of shards, sent until it is done or the shard is gone.
+
+Invariant: an order names the placement generation, run and incarnation it is meant for, so a late one does no harm. One event
+loop beside the service's threads.
+"""
+
+import asyncio
+import json
+import logging
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from oarlock.checkpoint.manifest import BlockEntry, Manifest
+from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
+from oarlock.checkpoint.store import LocalStore
+from oarlock.client.closed import ClosedSet
+from oarlock.client.job import FAILED, OVER, STOPPED, STOPPING, WRITING
+from oarlock.client.router import ShardAddress, pack_placement
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.embedding.spec import to_json
+from oarlock.proto.common_pb2 import Header
+from oarlock.proto.errors import PSError
+from oarlock.proto.methods import PROTOCOL
+from oarlock.proto.shard_pb2 import AdoptRequest, CloseRequest, WriteRequest
+from oarlock.proto.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+ORDER_SECONDS = 30.0
+WRITE_SECONDS = 600.0
+
+
+class Orders:
+    """Carries out the coordinator's decisions; ``step()`` looks once at what is to be done."""
+
+    def __init__(self, coordinator: Coordinator, transport: Transport, checkpoints: Path) -> None:
+        self._coordinator = coordinator
+        self._transport = transport
+        self._checkpoints = checkpoints
+        self._told: dict[int, ClosedSet] = {}
+        self._told_generation = 0
+
+    def _header(self, shard: ShardAddress) -> Header:
+        c = self._coordinator
+        return Header(
+            protocol=PROTOCOL, job=c.spec.job_bytes, run=c.run, target=shard.incarnation, generation=c.generation, term=c.term
+        )
+
+    async def step(self) -> None:
+        """Do what is to be done now; errors that a later step may mend are logged."""
+        c = self._coordinator
+        c.tick()
+        if c.phase in OVER:
+            return
+        if c.shards and not c.placed:
+            await self._adopt()
+        if c.placed:
+            await self._tell_closed()
+        workers_left = not c.members.alive("worker")
+        if c.phase == WRITING or (c.phase == STOPPING and workers_left):
+            if c.phase == STOPPING and c.stop_wanted is False:
+                c.set_phase(STOPPED, c.reason)
+            else:
+                await self._checkpoint()
+
+    async def _adopt(self) -> None:
+        c = self._coordinator
+        with c.lock:
+            generation = c.generation
+            placement = pack_placement(generation, c.owners, c.shards)
+            closed = c.work.closed.pack()
+            waiting = [s for s in c.shards.values() if s.id not in c.adopted]
+
+        async def one(shard: ShardAddress) -> None:
+            request = AdoptRequest(header=self._header(shard), placement=placement, closed=closed, restore=c.restore)
+            await self._transport.call(shard.address, "Shard.Adopt", request, timeout_seconds=WRITE_SECONDS)
+            c.has_adopted(shard.id, generation)
+
+        for shard, result in zip(waiting, await asyncio.gather(*map(one, waiting), return_exceptions=True), strict=True):
+            if isinstance(result, PSError) and not result.retryable:
+                c.fail(f"shard {shard.id} could not take its blocks: {result}")
+            elif isinstance(result, PSError):
+                logger.info("event=order_failed order=adopt shard=%d error=%s", shard.id, result)
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _tell_closed(self) -> None:
+        """Tell shards which splits are closed, so that they forget the marks; a lost message is sent with the next one."""
+        c = self._coordinator
+        with c.lock:
+            now = ClosedSet(c.work.closed.floor, c.work.closed.above)
+            if self._told_generation != c.generation:
+                self._told, self._told_generation = {}, c.generation
+            behind = [s for s in c.shards.values() if self._told.get(s.id) != now]
+
+        async def one(shard: ShardAddress) -> None:
+            request = CloseRequest(header=self._header(shard), closed=now.pack())
+            await self._transport.call(shard.address, "Shard.Close", request, timeout_seconds=ORDER_SECONDS)
+            self._told[shard.id] = now
+
+        for result in await asyncio.gather(*map(one, behind), return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, PSError):
+                raise result
+
+    async def _checkpoint(self) -> None:
+        """Have every shard write its blocks, then commit the manifest. Nobody trains meanwhile."""
+        c = self._coordinator
+        cut = c.next_cut()
+        store = LocalStore(self._checkpoints)
+
+        async def one(shard: ShardAddress) -> list[BlockEntry]:
+            request = WriteRequest(header=self._header(shard), cut=cut, root=str(self._checkpoints))
+            reply = await self._transport.call(shard.address, "Shard.Write", request, timeout_seconds=WRITE_SECONDS)
+            return [BlockEntry(**e) for e in json.loads(reply.entries)]
+
+        try:
+            entries = [e for part in await asyncio.gather(*map(one, list(c.shards.values()))) for e in part]
+            manifest = self._manifest(cut, entries)
+            store.commit(manifest)
+        except (PSError, OSError) as error:
+            logger.error("event=checkpoint_failed cut=%d error=%s", cut, error)
+            if c.phase == STOPPING or c.work.finished:
+                c.set_phase(FAILED, f"the last checkpoint could not be written: {error}")
+            elif c.phase == WRITING:
+                c.after_writing()
+            return
+        c.committed(manifest, str(store.path(cut)))
+        store.keep_last(c.spec.checkpoints_kept)
+        store.discard_incomplete(below=cut)
+
+    def _manifest(self, cut: int, entries: list[BlockEntry]) -> Manifest:
+        c = self._coordinator
+        with c.lock:
+            work, spec, best = c.work, c.spec, c.work.best()
+            return Manifest(
+                job=spec.job,
+                run=c.run,
+                cut=cut,
+                created=datetime.now(UTC).isoformat(),
+                seed=spec.seed,
+                tables=tuple(to_json(t) for t in spec.tables),
+                dense=tuple(to_json(d) for d in spec.dense),
+                recipe=spec.recipe,
+                config=spec.config,
+                files=spec.files,
+                closed=ClosedRecord(work.closed.floor, tuple(sorted(work.closed.above))),
+                open_splits=tuple(work.open_splits()),
+                epoch=work.epoch,
+                step=work.closed.floor,
+                metrics={
+                    "history": [asdict(r) for r in work.history],
+                    "evaluations": {str(s): v for s, v in work.results.items()},
+                    "counted": c.counted(),
+                },
+                best=asdict(best) if best else {},
+                blocks=tuple(entries),
+            )
+
+

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a coordinator process: lock the state, listen, carry out orders, end when the job is over and members are told.
+
+Invariant: the state is open (and so locked) before the first message is answered.
+"""
+
+import asyncio
+import logging
+
+from oarlock.client.job import OVER
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.orders import Orders
+
+logger = logging.getLogger(__name__)
+
+
+async def run_coordinator(coordinator: Coordinator, orders: Orders) -> None:
+    """Run until the job is over and its members have left, or had a lease's time to hear of it."""
+    pause = coordinator.spec.heartbeat_seconds / 10
+    while coordinator.phase not in OVER:
+        await orders.step()
+        await asyncio.sleep(pause)
+    clock = asyncio.get_running_loop().time
+    end = clock() + coordinator.spec.lease_seconds
+    while clock() < end and (coordinator.members.alive("shard") or coordinator.members.alive("worker")):
+        coordinator.tick()
+        await asyncio.sleep(pause)
+    logger.info("event=coordinator_over phase=%s", coordinator.phase)

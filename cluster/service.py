@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator's service: messages checked and turned into calls, answers into messages. Called from many threads."""
+
+import json
+import re
+
+from oarlock import __version__
+from oarlock.client.job import OVER, STOPPING, TRAINING
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.members import Member
+from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
+from oarlock.proto.coordinator_pb2 import (
+    EVALUATE,
+    FINISHED,
+    SHARD,
+    TRAIN,
+    WAIT,
+    WORKER,
+    CloseSplitRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
+    JoinReply,
+    JoinRequest,
+    LeaseReply,
+    LeaseRequest,
+    LeaveRequest,
+    PlacementRequest,
+    ReleaseRequest,
+    StatusReply,
+    StatusRequest,
+    StopRequest,
+)
+from oarlock.proto.errors import InvalidArgument, Malformed, WrongJob, WrongRun
+from oarlock.proto.version import check_protocol, hello
+
+MAX_SPLITS = 64
+MAX_STATS = 1 << 16
+_ADDRESS = re.compile(r"unix:[^\s]{1,200}|[^\s/]{1,253}:[0-9]{1,5}|in-process:[^\s]{1,100}")
+_WORK = {"train": TRAIN, "evaluate": EVALUATE, "wait": WAIT, "finished": FINISHED}
+
+
+class CoordinatorService:
+    """Answers the methods of ``Coordinator`` in proto/methods.py."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def _member(self, header: Header, role: str | None = None) -> Member:
+        """Return the sender, its lease renewed; refuse by name whoever does not belong."""
+        c = self._coordinator
+        check_protocol(header.protocol)
+        if header.job != c.spec.job_bytes:
+            raise WrongJob(f"this is the coordinator of job {c.spec.job}, the message is of job {header.job.hex() or 'none'}")
+        if header.run != c.run:
+            raise WrongRun(f"the job is in run {c.run}, the message is of run {header.run}: join anew", run=c.run)
+        with c.lock:
+            member = c.members.renew(header.sender, c.clock())
+        if role is not None and member.role != role:
+            raise InvalidArgument(f"only a {role} may ask this; incarnation {member.incarnation} is a {member.role}")
+        return member
+
+    def hello(self, request: HelloRequest) -> HelloReply:
+        return hello(request, "coordinator", __version__)
+
+    def join(self, request: JoinRequest) -> JoinReply:
+        c = self._coordinator
+        check_protocol(request.protocol)
+        roles = {SHARD: "shard", WORKER: "worker"}
+        if request.role not in roles or not request.nonce:
+            raise Malformed("a Join needs a role (shard or worker) and a nonce")
+        if request.role == SHARD and not _ADDRESS.fullmatch(request.address):
+            raise InvalidArgument(f"a shard's address {request.address!r} is neither host:port nor unix:PATH")
+        with c.lock:
+            member = c.join(
+                roles[request.role], request.address, request.nonce, request.pid, request.host[:256], request.reader[:32]
+            )
+            return JoinReply(
+                job=c.spec.job_bytes,
+                run=c.run,
+                term=c.term,
+                id=member.id,
+                incarnation=member.incarnation,
+                spec=c.spec.to_json(),
+                lease_seconds=c.spec.lease_seconds,
+                heartbeat_seconds=c.spec.heartbeat_seconds,
+                placement=c.placement() if c.placed else None,
+            )
+
+    def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        c = self._coordinator
+        member = self._member(request.header)
+        if len(request.stats) > MAX_STATS:
+            raise InvalidArgument(f"statistics of {len(request.stats)} bytes, at most {MAX_STATS}")
+        try:
+            stats = json.loads(request.stats or "{}")
+        except ValueError as error:
+            raise Malformed(f"statistics that are no JSON: {error}") from None
+        with c.lock:
+            member.stats = stats if isinstance(stats, dict) else {}
+            generation = c.generation if c.placed else 0
+            return HeartbeatReply(term=c.term, generation=generation, phase=c.phase)
+
+    def placement(self, request: PlacementRequest) -> Placement:
+        self._member(request.header)
+        return self._coordinator.placement()
+
+    def lease(self, request: LeaseRequest) -> LeaseReply:
+        c = self._coordinator
+        member = self._member(request.header, "worker")
+        if not 1 <= request.wanted <= MAX_SPLITS:
+            raise InvalidArgument(f"{request.wanted} splits wanted: ask for 1 to {MAX_SPLITS}")
+        with c.lock:
+            if c.phase in (STOPPING, *OVER):
+                return LeaseReply(work=FINISHED)
+            if c.phase != TRAINING:
+                return LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10)
+            grant = c.work.grant(member.incarnation, request.wanted)
+            return LeaseReply(
+                work=_WORK[grant.kind],  # type: ignore[arg-type]
+                splits=grant.splits,
+                fresh=grant.fresh,
+                retry_seconds=c.spec.heartbeat_seconds / 10,
+            )
+
+    def close_split(self, request: CloseSplitRequest) -> Empty:
+        c = self._coordinator
+        member = self._member(request.header, "worker")
+        if request.work == TRAIN:
+            c.close_split(member.incarnation, request.split, request.samples, request.loss_sum)
+        elif request.work == EVALUATE:
+            c.evaluated(member.incarnation, request.split, list(request.sums))
+        else:
+            raise Malformed("a split that is closed is one of TRAIN or EVALUATE")
+        return Empty()
+
+    def release(self, request: ReleaseRequest) -> Empty:
+        c = self._coordinator
+        member = self._member(request.header, "worker")
+        if len(request.splits) + len(request.evaluations) > MAX_SPLITS:
+            raise InvalidArgument(f"more than {MAX_SPLITS} splits given back in one message")
+        for kind, splits in (("train", request.splits), ("evaluate", request.evaluations)):
+            for split in splits:
+                c.release(member.incarnation, kind, split, request.reason[:2048])
+        return Empty()
+
+    def leave(self, request: LeaveRequest) -> Empty:
+        member = self._member(request.header)
+        self._coordinator.member_gone(member, "dead" if request.error else "left", request.error[:2048])
+        return Empty()
+
+    def status(self, request: StatusRequest) -> StatusReply:
+        return StatusReply(status=json.dumps(self._coordinator.status()))
+
+    def stop(self, request: StopRequest) -> Empty:
+        self._coordinator.stop(request.checkpoint, request.reason[:2048])
+        return Empty()

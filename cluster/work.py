@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work: the splits of the current epoch, leased to workers, closed or given back; then its evaluation. Pure.
+
+Invariant: a split is leased to at most one living worker and closed at most once; epoch e + 1 begins when all training
+splits of e are closed and all its evaluation splits have results. The coordinator's lock covers it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.proto.errors import LeaseLost, NotFound
+
+# After this many workers met an error on one split the job stops: the split, not the workers, is at fault.
+MAX_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a worker may do: ``kind`` train, evaluate, wait or finished; fresh[i]: no shard can have a mark of splits[i]."""
+
+    kind: str
+    splits: tuple[int, ...] = ()
+    fresh: tuple[bool, ...] = ()
+
+
+@dataclass
+class EpochResult:
+    """What became of one epoch: samples trained and the mean loss; evaluation's means; seconds of both parts."""
+
+    epoch: int
+    samples: int
+    loss: float
+    metrics: dict[str, float]
+    train_seconds: float
+    evaluate_seconds: float
+
+
+@dataclass
+class Work:
+    """The state of training and evaluation. ``splits`` and ``evaluation_splits`` are numbers per epoch."""
+
+    splits: int
+    evaluation_splits: int
+    epochs: int
+    metrics: tuple[str, ...]
+    closed: ClosedSet = field(default_factory=ClosedSet)
+    epoch: int = 0
+    results: dict[int, list[float]] = field(default_factory=dict)
+    samples: int = 0
+    loss_sum: float = 0.0
+    history: list[EpochResult] = field(default_factory=list)
+    leases: dict[tuple[str, int], int] = field(default_factory=dict)
+    touched: set[int] = field(default_factory=set)
+    # After a restart or a restore it is not known which splits were ever leased: none counts as fresh.
+    all_touched: bool = False
+    failures: dict[tuple[str, int], dict[int, str]] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.epochs
+
+    @property
+    def trained(self) -> bool:
+        """Whether all training splits of the epoch are closed."""
+        return self.closed.floor >= (self.epoch + 1) * self.splits
+
+    @property
+    def evaluated(self) -> bool:
+        return len(self.results) >= self.evaluation_splits
+
+    def open_splits(self) -> list[int]:
+        """Return training splits that are leased now, ascending."""
+        return sorted(s for kind, s in self.leases if kind == "train")
+
+    def grant(self, worker: int, wanted: int) -> Grant:
+        """Lease up to ``wanted`` of the lowest free splits to ``worker``."""
+        if self.finished:
+            return Grant("finished")
+        if not self.trained:
+            first, last, kind = self.epoch * self.splits, (self.epoch + 1) * self.splits, "train"
+            last = min(last, self.closed.floor + SPLIT_WINDOW)
+            free = (s for s in range(max(first, self.closed.floor), last) if s not in self.closed)
+        else:
+            first, kind = self.epoch * self.evaluation_splits, "evaluate"
+            free = (s for s in range(first, first + self.evaluation_splits) if s not in self.results)
+        found: list[int] = []
+        for split in free:
+            if len(found) == wanted:
+                break
+            if (kind, split) not in self.leases:
+                found.append(split)
+        if not found:
+            return Grant("wait")
+        for split in found:
+            self.leases[kind, split] = worker
+        fresh = tuple(kind == "train" and not self.all_touched and s not in self.touched for s in found)
+        if kind == "train":
+            self.touched.update(found)
+        return Grant(kind, tuple(found), fresh)
+
+    def close(self, worker: int, split: int, samples: int, loss_sum: float) -> bool:
+        """Close a training split; return False if it was closed already (a repeated report)."""
+        if not 0 <= split < self.epochs * self.splits:
+            raise NotFound(f"there is no training split {split}: the job has {self.epochs * self.splits}", split=split)
+        if split in self.closed:
+            return False
+        self._holds("train", worker, split)
+        self.closed.add(split)
+        self.samples += samples
+        self.loss_sum += loss_sum
+        self._forget("train", split)
+        return True
+
+    def evaluate(self, worker: int, split: int, sums: list[float]) -> bool:
+        """Keep the sums of an evaluation split; return False if they were there already."""
+        if split in self.results or split < self.epoch * self.evaluation_splits:
+            return False
+        self._holds("evaluate", worker, split)
+        self.results[split] = sums
+        self._forget("evaluate", split)
+        return True
+
+    def _holds(self, kind: str, worker: int, split: int) -> None:
+        holder = self.leases.get((kind, split))
+        if holder != worker:
+            raise LeaseLost(
+                f"{kind} split {split} is leased to {holder or 'nobody'}, not to incarnation {worker}", split=split, holder=holder
+            )
+
+    def _forget(self, kind: str, split: int) -> None:
+        self.leases.pop((kind, split), None)
+        self.touched.discard(split)
+        self.failures.pop((kind, split), None)
+
+    def release(self, worker: int, kind: str, split: int, reason: str) -> bool:
+        """Give a lease back; return False once too many workers met an error on the split."""
+        if self.leases.get((kind, split)) == worker:
+            del self.leases[kind, split]
+        if reason:
+            self.failures.setdefault((kind, split), {})[worker] = reason
+        return len(self.failures.get((kind, split), ())) < MAX_FAILURES
+
+    def drop_worker(self, worker: int) -> int:
+        """Free all leases of a worker that is gone; return how many."""
+        gone = [key for key, holder in self.leases.items() if holder == worker]
+        for key in gone:
+            del self.leases[key]
+        return len(gone)
+
+    def finish_epoch(self) -> EpochResult:
+        """Merge the evaluation in order of split and begin the next epoch. Only when trained and evaluated."""
+        totals = [0.0] * (1 + len(self.metrics))
+        for split in sorted(self.results):
+            totals = [a + b for a, b in zip(totals, self.results[split], strict=True)]
+        means = {m: (t / totals[0] if totals[0] else 0.0) for m, t in zip(self.metrics, totals[1:], strict=True)}
+        loss = self.loss_sum / self.samples if self.samples else 0.0
+        result = EpochResult(self.epoch, self.samples, loss, means, self.train_seconds, self.evaluate_seconds)
+        self.history.append(result)
+        self.epoch += 1
+        self.results, self.samples, self.loss_sum = {}, 0, 0.0
+        self.train_seconds = self.evaluate_seconds = 0.0
+        return result
+
+    def best(self) -> EpochResult | None:
+        """Return the epoch with the highest first metric, the earliest of equals."""
+        if not self.history or not self.metrics:
+            return None
+        return max(self.history, key=lambda r: (r.metrics[self.metrics[0]], -r.epoch))
+
+    def progress(self) -> dict[str, Any]:
+        done = min(max(self.closed.floor - self.epoch * self.splits, 0) + len(self.closed.above), self.splits)
+        return {"epoch": self.epoch, "epochs": self.epochs, "splits_closed": done, "splits": self.splits,
+                "evaluated": len(self.results), "evaluation_splits": self.evaluation_splits, "samples": self.samples}
