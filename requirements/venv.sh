@@ -20,8 +20,8 @@ if ! "$folder/bin/python" -c 'import pip' 2>/dev/null; then
         package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             echo "setup: $python comes without ensurepip: installing $package"
-            apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$package" >/dev/null \
-                || fail "apt-get could not install $package; install it and run make again"
+            said=$(export DEBIAN_FRONTEND=noninteractive; { apt-get update && apt-get install -y "$package"; } </dev/null 2>&1) \
+                || fail "apt-get could not install $package; install it and run make again"$'\n'"$said"
         else
             fail "$python comes without ensurepip: install the package $package (apt-get install $package) and run make again"
         fi
