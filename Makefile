@@ -63,7 +63,7 @@ proto: .venv-proto/ready  ## generate the code of proto/*.proto
 	cd proto && sha256sum *.proto *_pb2.py *_pb2.pyi > generated.sha256
 
 bench: setup  ## measure, with ratios to the machine and to what else one could use
-	.venv/bin/python -m oarlock.benchmarks
+	.venv/bin/python -P -m oarlock.benchmarks
 
 # Petastorm's declared dependency on PySpark (half a gigabyte) is not needed to read plain Parquet, so it is left out here.
 pins: requirements/overrides.txt  ## choose the newest versions that fit and write their hashes
