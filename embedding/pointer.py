@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory at an integer address, for kernels: typed loads and stores, prefetch, and the arrays that kernels accept.
+
+Invariant: nothing here checks bounds; an address comes from an array that its owner (``embedding/block.py``,
+``embedding/dense.py``) keeps alive. Callable from kernels and, with NUMBA_DISABLE_JIT=1, from plain Python, where
+ctypes does the same slowly. No state, any thread.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from oarlock.proto.errors import InvalidArgument, Malformed
+
+Int = int | np.signedinteger[Any]  # an int64 of a kernel: an address, a slot, a count
+
+LINE = 64  # bytes of a cache line, the unit of prefetch
+
+
+def _pointer(builder: Any, address: Any, index: Any, bytes_each: int) -> Any:
+    offset = builder.mul(index, ir.Constant(ir.IntType(64), bytes_each))
+    return builder.inttoptr(builder.add(address, offset), ir.PointerType())
+
+
+def _load(kind: Any, llvm: Any, bytes_each: int) -> Callable[..., Any]:
+    def load(typing: Any, address: Any, index: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = _pointer(builder, arguments[0], arguments[1], bytes_each)
+            return builder.load(pointer, align=bytes_each, typ=llvm)
+
+        return kind(types.int64, types.int64), code
+
+    return load
+
+
+def _store(kind: Any, bytes_each: int) -> Callable[..., Any]:
+    def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            builder.store(arguments[2], _pointer(builder, arguments[0], arguments[1], bytes_each), align=bytes_each)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, kind), code
+
+    return store
+
+
+def _prefetch(typing: Any, address: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), word, word, word])
+        function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
+            builder.module, kind, "llvm.prefetch.p0"
+        )
+        # for reading, to be kept in all levels, data cache
+        flags = [ir.Constant(word, n) for n in (0, 3, 1)]
+        builder.call(function, [builder.inttoptr(arguments[0], ir.PointerType()), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+def _bit_length(typing: Any, value: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zeros = builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+        return builder.sub(ir.Constant(ir.IntType(64), 64), zeros)
+
+    return types.int64(types.int64), code
+
+
+def _plain_load(kind: Any, scalar: Any, bytes_each: int) -> Callable[..., Any]:
+    return lambda address, index: scalar(kind.from_address(int(address) + bytes_each * int(index)).value)
+
+
+def _plain_store(kind: Any, bytes_each: int) -> Callable[..., Any]:
+    def store(address: Any, index: Any, value: Any) -> None:
+        kind.from_address(int(address) + bytes_each * int(index)).value = (
+            value.item() if hasattr(value, "item") else value
+        )
+
+    return store
+
+
+# load_X(address, index) reads item ``index`` of an array of X at ``address``; store_X(address, index, value) writes it;
+# prefetch(address) asks for that cache line; bit_length(n) counts the bits of n >= 0.
+load_f32: Callable[[Any, Any], Any]
+load_u64: Callable[[Any, Any], Any]
+load_i64: Callable[[Any, Any], Any]
+store_f32: Callable[[Any, Any, Any], None]
+store_u64: Callable[[Any, Any, Any], None]
+prefetch: Callable[[Any], None]
+bit_length: Callable[[Any], Any]
+
+if numba.config.DISABLE_JIT:
+    load_f32 = _plain_load(ctypes.c_float, np.float32, 4)
+    load_u64 = _plain_load(ctypes.c_uint64, np.uint64, 8)
+    load_i64 = _plain_load(ctypes.c_int64, np.int64, 8)
+    store_f32 = _plain_store(ctypes.c_float, 4)
+    store_u64 = _plain_store(ctypes.c_uint64, 8)
+    prefetch = lambda address: None  # noqa: E731
+    bit_length = lambda value: int(value).bit_length()  # noqa: E731
+else:
+    load_f32 = intrinsic(_load(types.float32, ir.FloatType(), 4))
+    load_u64 = intrinsic(_load(types.uint64, ir.IntType(64), 8))
+    load_i64 = intrinsic(_load(types.int64, ir.IntType(64), 8))
+    store_f32 = intrinsic(_store(types.float32, 4))
+    store_u64 = intrinsic(_store(types.uint64, 8))
+    prefetch = intrinsic(_prefetch)
+    bit_length = intrinsic(_bit_length)
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return the address of an array's first item."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def check_output(name: str, array: NDArray[Any]) -> None:
+    """Raise InvalidArgument unless a kernel can write to ``array`` as it is."""
+    if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
+        raise InvalidArgument(f"{name} must be a writable array in C order")
+
+
+class _Exposed:
+    """Lends an array's memory to a second array that numba types as writable."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.owner = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (address_of(array), False)}
+
+
+def kernel_array(name: str, array: NDArray[Any], dtype: type, ndim: int = 1) -> NDArray[Any]:
+    """Return ``array`` in the one form that kernels are compiled for: right dtype, C order, aligned, typed as writable.
+
+    numba compiles a second copy of a kernel for a read-only array, and arrays from the wire are read-only. They are
+    lent to kernels that only read them. Malformed when dtype or dimensions differ.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
+        have = f"{array.dtype}, {array.ndim} dimensions" if isinstance(array, np.ndarray) else type(array).__name__
+        raise Malformed(f"{name}: expected an array of {np.dtype(dtype).name} with {ndim} dimensions, got {have}")
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        return np.array(array, dtype=dtype, order="C")
+    if not array.flags.writeable:
+        return np.asarray(_Exposed(array))
+    return array
