@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block as an Arrow IPC file: columns ``key``, ``weights``, ``state``, and metadata that says whose it is.
 
-Invariant: equal content gives equal bytes (rows ascend by key), and what ``decode`` returns has distinct ascending
-keys, no nulls and, unless told otherwise, finite values only. Pure functions over arrays, from any thread; ``decode``
-copies nothing, so its arrays are read-only views that keep the file's buffer alive.
+Invariant: equal content gives equal bytes (rows ascend by key; one version of pyarrow), and what ``decode`` returns
+has distinct ascending keys, no nulls and, unless told otherwise, finite values only. Pure functions over arrays, from
+any thread; ``decode`` copies nothing, so its arrays are read-only views that keep the file's buffer alive.
 """
 
 import json

@@ -37,7 +37,7 @@ def check_format(text: object, file: str) -> tuple[int, int]:
     if version[0] != FORMAT[0]:
         raise VersionMismatch(
             f"{file}: checkpoint format {format_text(version)}; this Oarlock reads {FORMAT[0]}.x: "
-            f"use the version of Oarlock that wrote it, or a {'newer' if version > FORMAT else 'older'} one",
+            f"use the version of Oarlock that wrote it{', or a newer one' if version > FORMAT else ''}",
             file=file,
         )
     return version

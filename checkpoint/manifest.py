@@ -40,7 +40,7 @@ class ClosedSet:
 
     def __post_init__(self) -> None:
         floor = check_count("closed.floor", self.floor)
-        above = sorted({check_count("closed.above", split) for split in self.above if split >= floor})
+        above = sorted(split for split in {check_count("closed.above", n) for n in self.above} if split >= floor)
         done = 0
         while done < len(above) and above[done] == floor:
             floor, done = floor + 1, done + 1

@@ -19,7 +19,7 @@ from oarlock.checkpoint.block_file import BlockImage, decode, encode
 from oarlock.checkpoint.files import Files, LocalFiles
 from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder, folder_cut
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
-from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, VersionMismatch
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,9 @@ class CheckpointStore:
     def commit(self, manifest: Manifest) -> None:
         """Make the cut exist, in one atomic step. Committing the same manifest again changes nothing."""
         folder, data = cut_folder(manifest.cut), manifest.encode()
-        if self._is_committed(manifest.cut):
-            # The same again is written again: it may be visible from before a crash, but not durable yet.
-            if bytes(self.files.read_file(f"{folder}/{MANIFEST}")) != data:
-                raise InvalidArgument(f"cut {manifest.cut} is committed already: a cut's number is never used twice")
+        # The same again is written again: it may be visible from before a crash, but not durable yet.
+        if self._is_committed(manifest.cut) and bytes(self.files.read_file(f"{folder}/{MANIFEST}")) != data:
+            raise InvalidArgument(f"cut {manifest.cut} is committed already: a cut's number is never used twice")
         for entry in manifest.blocks:
             self._check_size(manifest.cut, entry)
         self.files.commit_file(f"{folder}/{MANIFEST}", data)
@@ -98,6 +97,8 @@ class CheckpointStore:
         try:
             data = self.files.read_file(f"{cut_folder(manifest.cut)}/{entry.file}")
         except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
             raise self._corrupt(manifest.cut, entry, f"cannot be read: {error.strerror}") from None
         if not checked and hashlib.sha256(data).hexdigest() != entry.sha256:
             raise self._corrupt(manifest.cut, entry, "altered: its checksum does not fit")
@@ -166,7 +167,7 @@ class CheckpointStore:
     def _is_committed(self, cut: int) -> bool:
         try:
             self.files.size(f"{cut_folder(cut)}/{MANIFEST}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
             # Something of that name is there; whether it is a manifest is said when it is read.
@@ -204,6 +205,8 @@ class CheckpointStore:
         except FileNotFoundError:
             raise self._corrupt(cut, entry, "missing") from None
         except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
             raise self._corrupt(cut, entry, f"cannot be read: {error.strerror}") from None
         if size != entry.bytes:
             what = "truncated" if size < entry.bytes else "too long"
@@ -211,8 +214,11 @@ class CheckpointStore:
 
     def _corrupt(self, cut: int, entry: BlockEntry, problem: str) -> CorruptCheckpoint:
         file = self._path(cut, entry)
-        older = self._newest(other for other in reversed(self.cuts()) if other < cut)
-        advice = "there is no older cut" if older is None else f"cut {older.cut} is the next older one"
+        try:
+            older = self._newest(other for other in reversed(self.cuts()) if other < cut)
+        except (OSError, VersionMismatch):
+            older = None
+        advice = "no older cut can be read" if older is None else f"cut {older.cut} is the next older one"
         details: dict[str, Any] = {"file": file, "cut": cut, "older": None if older is None else older.cut}
         return CorruptCheckpoint(f"{file}: {problem} ({entry.where}); {advice}", **details)
 

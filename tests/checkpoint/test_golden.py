@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as format 1.0 wrote it: readable for ever, and the same bytes when pyarrow 14 writes it again.
+
+Another version of pyarrow may lay out the frame around the same columns differently; then the contents are compared.
+
+The files are made once, by ``write_cut(LocalStore(GOLDEN), 12, 3)`` of this folder's conftest, and never made anew.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+
+from oarlock.checkpoint.manifest import ClosedSet
+from oarlock.checkpoint.store import LocalStore
+
+GOLDEN = Path(__file__).parent / "golden" / "format-1.0"
+
+
+@pytest.fixture
+def store() -> LocalStore:
+    return LocalStore(GOLDEN)
+
+
+def test_it_is_read(store: LocalStore, images: Any, same: Any) -> None:
+    manifest = store.load_manifest()
+    assert (manifest.format_version, manifest.cut, manifest.run, manifest.seed) == ("1.0", 12, 2, 42)
+    assert manifest.job == "0123456789abcdef0123456789abcdef"
+    assert manifest.closed == ClosedSet(5, (6, 9))
+    assert manifest.open_splits == (7, 1 << 40)
+    assert manifest.config == {"batch_size": 512, "learning_rate": 1e-05, "label": "clické"}
+    assert manifest.table_specs()["user"].optimizer.name == "adagrad"
+    assert manifest.dense_specs()["tower.0-w"].slice == 4
+    store.verify(manifest)
+    loaded = {(entry.kind, entry.name, entry.block): store.load_block(manifest, entry) for entry in manifest.blocks}
+    for image in images(3):
+        assert same(loaded.pop((image.kind, image.name, image.block)), image)
+    assert not loaded
+
+
+def test_it_is_written_again(store: LocalStore, images: Any, same: Any, tmp_path: Path) -> None:
+    """From what was read, and from the values: the same files, byte for byte."""
+    same_frame = pa.__version__.startswith("14.")
+    manifest = store.load_manifest(12)
+    loaded = [store.load_block(manifest, entry) for entry in manifest.blocks]
+    for name, blocks in (("read", loaded), ("made", images(3))):
+        other = LocalStore(tmp_path / name)
+        entries = [other.write_block(12, image) for image in blocks]
+        again = replace(manifest, blocks=tuple(entries))
+        other.commit(again)
+        for entry in again.blocks:
+            assert same(other.load_block(again, entry), next(i for i in images(3) if i.where == entry.where))
+        for path in (GOLDEN / "cut-000012").iterdir() if same_frame else ():
+            assert (tmp_path / name / "cut-000012" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert manifest.encode() == (GOLDEN / "cut-000012" / "manifest.json").read_bytes()
+
+
+def test_it_is_read_without_oarlock() -> None:
+    folder = GOLDEN / "cut-000012"
+    document = json.loads((folder / "manifest.json").read_bytes())
+    checksum = document.pop("checksum")
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(canonical.encode()).hexdigest() == checksum
+    for entry in document["blocks"]:
+        data = (folder / entry["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        assert len(data) == entry["bytes"]
+    with pa.memory_map(str(folder / "rows-user-00000.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    assert table.column("key").to_pylist() == [0, 8, (1 << 64) - 1]
+    assert table.column("weights").to_pylist()[1] == [3.75, 4.75, 5.75]
+    assert table.column("state").to_pylist() == [[3.5] * 3] * 3
+    assert table.schema.metadata[b"oarlock.marks"] == b'{"7":6,"1099511627776":3}'
+
+
+def test_it_is_small_and_complete() -> None:
+    files = sorted(path.name for path in (GOLDEN / "cut-000012").iterdir())
+    assert files == [
+        "dense-tower.0-w-00000.arrow",
+        "dense-tower.0-w-00001.arrow",
+        "manifest.json",
+        "rows-item=1-00000.arrow",
+        "rows-user-00000.arrow",
+        "rows-user-00001.arrow",
+    ]
+    assert sum(path.stat().st_size for path in (GOLDEN / "cut-000012").iterdir()) < 20_000
+
+
+def test_damage_to_it_is_seen(tmp_path: Path, store: LocalStore) -> None:
+    """The golden files are under test here, so that a change to the reader cannot make it blind."""
+    shutil.copytree(GOLDEN, tmp_path / "copy")
+    path = tmp_path / "copy" / "cut-000012" / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"seed": 42', b'"seed": 43'))
+    assert LocalStore(tmp_path / "copy").latest() is None
