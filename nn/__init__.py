@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as static dataflow graphs: layers called on nodes, then ``Model(...).bind(max_batch)`` to train and predict.
+
+Reading order: graph, layers, loss, model; then layout, operations, program; kernels; feeds; picture.
+"""
+
+from oarlock.nn.graph import DenseInput, Linear, Lookup, Node
+from oarlock.nn.layers import add, columns, concat, dense_input, lookup, multiply, relu, sigmoid, tanh
+from oarlock.nn.loss import binary_cross_entropy
+from oarlock.nn.model import Model
+from oarlock.nn.picture import LayerCost, cost, dot, picture
+from oarlock.nn.program import Program
+
+__all__ = [
+    "DenseInput",
+    "LayerCost",
+    "Linear",
+    "Lookup",
+    "Model",
+    "Node",
+    "Program",
+    "add",
+    "binary_cross_entropy",
+    "columns",
+    "concat",
+    "cost",
+    "dense_input",
+    "dot",
+    "lookup",
+    "multiply",
+    "picture",
+    "relu",
+    "sigmoid",
+    "tanh",
+]

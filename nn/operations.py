@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each kind of node does: one table of forward and backward, bound to strips by ``nn.layout``.
+
+``backward`` reads ``step.gradient`` (which it may overwrite) and writes each of ``step.targets`` that is not None;
+where gradients of several readers meet, the program adds them afterwards. An operation that only moves columns has no
+backward: its gradient is routed. Invariant: no operation allocates, and none keeps anything between steps. To add one:
+a row here, a function in ``nn.layers``, and its twin in the tests. Called by the one thread that runs the program.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from oarlock.nn import kernels
+from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed
+from oarlock.nn.graph import Linear, Node
+from oarlock.nn.layout import Route, Strip
+
+Array = np.ndarray[Any, Any]
+Feed = LookupFeed | DenseFeed | LabelFeed
+
+
+@dataclass
+class Step:
+    """One node, bound: where it reads and writes. ``offsets``: where a concat's inputs begin."""
+
+    node: Node
+    inputs: list[Strip]
+    output: Strip | None
+    gradient: Strip | None
+    targets: list[Strip | None]
+    routes: list[Route]
+    feed: Feed | None = None
+    parameters: tuple[Array, ...] = ()
+    gradients: tuple[Array, ...] = ()
+    pieces: list[tuple[int, Strip, Strip | None]] = field(default_factory=list)
+    moves: list[tuple[Strip, Strip]] = field(default_factory=list)
+    tile: Array = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the table. ``multiplications``: multiply-adds (or calls of a function) per sample, forward."""
+
+    name: str
+    forward: Callable[[Step], None]
+    backward: Callable[[Step], None] | None
+    multiplications: Callable[[Node], int] = lambda node: 0
+
+
+def _lookup_forward(step: Step) -> None:
+    feed = step.feed
+    assert isinstance(feed, LookupFeed)
+    for start, output, _ in step.pieces:
+        kernels.gather(feed.rows, feed.inverse, start, output.rows, output.start, output.width)
+
+
+def _lookup_backward(step: Step) -> None:
+    feed = step.feed
+    assert isinstance(feed, LookupFeed)
+    out = feed.gradient
+    kernels.zero(out, 0, out.shape[1])
+    for start, _, gradient in step.pieces:
+        if gradient is not None:
+            kernels.segment_sum(gradient.rows, gradient.start, gradient.width, feed.inverse, start, out)
+
+
+def _dense_input_forward(step: Step) -> None:
+    assert isinstance(step.feed, DenseFeed)
+    assert step.output is not None
+    values = step.feed.values
+    kernels.copy(values, 0, step.output.rows, step.output.start, step.output.width)
+
+
+def _nothing(step: Step) -> None:
+    pass
+
+
+def _concat_forward(step: Step) -> None:
+    for source, target in step.moves:
+        kernels.copy(source.rows, source.start, target.rows, target.start, source.width)
+
+
+def _linear_forward(step: Step) -> None:
+    out = step.output
+    layer = step.node.detail
+    assert out is not None
+    assert isinstance(layer, Linear)
+    np.matmul(step.inputs[0].matrix, step.parameters[0], out=out.matrix)
+    if layer.activation == "relu":
+        if layer.bias:
+            kernels.add_bias_relu(out.rows, out.start, step.parameters[1])
+        else:
+            kernels.relu(out.rows, out.start, out.rows, out.start, out.width)
+        return
+    if layer.bias:
+        kernels.add_bias(out.rows, out.start, step.parameters[1])
+    if layer.activation == "sigmoid":
+        kernels.sigmoid(out.rows, out.start, out.rows, out.start, out.width)
+    elif layer.activation == "tanh":
+        kernels.tanh(out.rows, out.start, out.rows, out.start, out.width)
+
+
+_IN_PLACE = {"relu": kernels.relu_gradient, "sigmoid": kernels.sigmoid_gradient, "tanh": kernels.tanh_gradient}
+
+
+def _linear_backward(step: Step) -> None:
+    out, g = step.output, step.gradient
+    layer = step.node.detail
+    assert out is not None
+    assert g is not None
+    assert isinstance(layer, Linear)
+    if layer.activation == "relu" and layer.bias:
+        kernels.relu_bias_gradient(out.rows, out.start, g.rows, g.start, step.tile, step.gradients[1])
+    else:
+        if layer.activation is not None:
+            _IN_PLACE[layer.activation](out.rows, out.start, g.rows, g.start, g.rows, g.start, g.width)
+        if layer.bias:
+            kernels.bias_gradient(g.rows, g.start, step.tile, step.gradients[1])
+    np.matmul(step.inputs[0].matrix.T, g.matrix, out=step.gradients[0])
+    target = step.targets[0]
+    if target is None:
+        return
+    if layer.units == 1:
+        # BLAS takes 10 times as long for a product over a single column.
+        kernels.outer(g.rows, g.start, step.parameters[0], target.rows, target.start)
+    else:
+        np.matmul(g.matrix, step.parameters[0].T, out=target.matrix)
+
+
+def _multiply_forward(step: Step) -> None:
+    out = step.output
+    a, b = step.inputs
+    assert out is not None
+    kernels.multiply(a.rows, a.start, b.rows, b.start, out.rows, out.start, out.width)
+
+
+def _multiply_backward(step: Step) -> None:
+    g = step.gradient
+    assert g is not None
+    for target, other in zip(step.targets, reversed(step.inputs), strict=True):
+        if target is not None:
+            kernels.multiply(g.rows, g.start, other.rows, other.start, target.rows, target.start, g.width)
+
+
+def _add_forward(step: Step) -> None:
+    out = step.output
+    a, b = step.inputs
+    assert out is not None
+    kernels.add(a.rows, a.start, b.rows, b.start, out.rows, out.start, out.width)
+
+
+def _elementwise(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Operation:
+    def run_forward(step: Step) -> None:
+        source, out = step.inputs[0], step.output
+        assert out is not None
+        forward(source.rows, source.start, out.rows, out.start, out.width)
+
+    def run_backward(step: Step) -> None:
+        out, g, target = step.output, step.gradient, step.targets[0]
+        assert out is not None
+        assert g is not None
+        if target is not None:
+            backward(out.rows, out.start, g.rows, g.start, target.rows, target.start, g.width)
+
+    return Operation(name, run_forward, run_backward, lambda node: node.width)
+
+
+def _cross_entropy_forward(step: Step) -> None:
+    assert isinstance(step.feed, LabelFeed)
+    logit = step.inputs[0]
+    kernels.binary_cross_entropy(logit.rows, logit.start, step.feed.values, step.feed.total)
+
+
+def _cross_entropy_backward(step: Step) -> None:
+    assert isinstance(step.feed, LabelFeed)
+    logit, target = step.inputs[0], step.targets[0]
+    assert target is not None
+    kernels.binary_cross_entropy_gradient(logit.rows, logit.start, step.feed.values, target.rows, target.start)
+
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Operation("lookup", _lookup_forward, _lookup_backward),
+        Operation("dense_input", _dense_input_forward, None),
+        Operation("columns", _nothing, None),
+        Operation("concat", _concat_forward, None),
+        Operation("linear", _linear_forward, _linear_backward, lambda node: node.inputs[0].width * node.width),
+        Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
+        Operation("add", _add_forward, None, lambda node: node.width),
+        _elementwise("relu", kernels.relu, kernels.relu_gradient),
+        _elementwise("sigmoid", kernels.sigmoid, kernels.sigmoid_gradient),
+        _elementwise("tanh", kernels.tanh, kernels.tanh_gradient),
+        Operation("binary_cross_entropy", _cross_entropy_forward, _cross_entropy_backward, lambda node: 1),
+    )
+}

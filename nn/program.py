@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph bound to memory: runs forward, backward and prediction for batches of up to ``max_batch`` samples.
+
+Invariant: results depend only on the feeds, the parameters and the batch, to the bit: not on ``max_batch``, earlier
+steps or where memory lies. After the first steps nothing is allocated but array headers. One thread at a time; the
+arrays that it gives out are views that the next call overwrites. How many threads BLAS uses is the process's business.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oarlock.nn import kernels
+from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
+from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, trainable
+from oarlock.nn.layout import Layout, Route, plan
+from oarlock.nn.operations import OPERATIONS, Feed, Step
+from oarlock.proto.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from oarlock.nn.model import Model
+
+Array = np.ndarray[Any, Any]
+
+
+class Program:
+    """Made by ``Model.bind``.
+
+    ``flat_parameters: float32[P]`` holds all parameters in the order of ``model.parameters``, row-major; ``parameters``
+    are shaped views of it. They start as zeros: fill them from the shards before the first step. ``flat_gradients`` and
+    ``gradients`` likewise, written by ``train``. ``row_gradients`` maps each lookup to float32[u, dim].
+    """
+
+    def __init__(self, model: "Model", max_batch: int) -> None:
+        self.model = model
+        self.max_batch = check_width("max_batch", max_batch)
+        size = sum(spec.size for spec in model.parameters)
+        self.flat_parameters: Array = np.zeros(size, np.float32)
+        self.flat_gradients: Array = np.zeros(size, np.float32)
+        self.parameters = self._shaped(self.flat_parameters)
+        self.gradients = self._shaped(self.flat_gradients)
+        self.row_gradients: dict[str, Array] = {
+            lookup.name: np.zeros((0, lookup.dim), np.float32) for lookup in model.lookups
+        }
+        self._layout = plan(model.loss, model.score, self.max_batch)
+        self._batch = self.max_batch
+        self._feeds: dict[str, Feed] = {}
+        self._tile: Array = np.empty(max((node.width for node in model.loss_nodes), default=1), np.float32)
+        steps = {node: self._step(node) for node in dict.fromkeys((*model.loss_nodes, *model.score_nodes))}
+        self._lookups = [feed for feed in self._feeds.values() if isinstance(feed, LookupFeed)]
+        self._train = [steps[node] for node in model.loss_nodes]
+        self._predict = [steps[node] for node in model.score_nodes]
+        self._sum_shared(self._train)
+        self._forward = [(OPERATIONS[step.node.operation].forward, step) for step in self._train]
+        learning = trainable(model.loss_nodes)
+        self._backward = [
+            (OPERATIONS[step.node.operation].backward, step) for step in reversed(self._train) if step.node in learning
+        ]
+        self._score = self._layout.values[model.score]
+        self._known = set(self._feeds)
+        self._needed = {node.name for node in model.score_nodes if isinstance(node.detail, Lookup | DenseInput)}
+
+    def _shaped(self, flat: Array) -> dict[str, Array]:
+        out, begin = {}, 0
+        for spec in self.model.parameters:
+            out[spec.name] = flat[begin : begin + spec.size].reshape(spec.shape)
+            begin += spec.size
+        return out
+
+    def _feed(self, node: Node) -> Feed | None:
+        match node.detail:
+            case Lookup() as spec:
+                return self._feeds.setdefault(spec.name, LookupFeed(spec))
+            case DenseInput() as spec:
+                return self._feeds.setdefault(spec.name, DenseFeed(spec))
+            case Label(name):
+                return self._feeds.setdefault(name, LabelFeed(name))
+        return None
+
+    def _step(self, node: Node) -> Step:
+        layout: Layout = self._layout
+        values = layout.values
+        step = Step(
+            node=node,
+            inputs=[values[child] for child in node.inputs if child in values],
+            output=values.get(node),
+            gradient=layout.gradients.get(node),
+            targets=layout.targets.get(node, []),
+            routes=layout.routes.get(node, []),
+            feed=self._feed(node),
+            tile=self._tile,
+        )
+        if node.operation == "lookup":
+            step.pieces = [(start, values[piece], layout.gradients.get(piece)) for start, piece in layout.pieces[node]]
+        elif node.operation == "concat":
+            assert step.output is not None
+            begin = 0
+            for source in step.inputs:
+                target = step.output.part(begin, source.width)
+                if not target.same(source):
+                    step.moves.append((source, target))
+                begin += source.width
+        elif isinstance(node.detail, Linear):
+            names = [f"{node.detail.name}.{part}" for part in (("weight", "bias") if node.detail.bias else ("weight",))]
+            step.parameters = tuple(self.parameters[name] for name in names)
+            step.gradients = tuple(self.gradients[name] for name in names)
+        return step
+
+    def _sum_shared(self, steps: list[Step]) -> None:
+        """Let every use of a shared Linear but the last write to scratch that is added after its backward."""
+        self._shared: dict[int, list[tuple[Array, Array]]] = {}
+        seen: set[str] = set()
+        for step in reversed(steps):
+            if not isinstance(step.node.detail, Linear):
+                continue
+            if step.node.detail.name in seen:
+                scratch = tuple(np.empty_like(gradient) for gradient in step.gradients)
+                pairs = zip(scratch, step.gradients, strict=True)
+                self._shared[id(step)] = [(own.reshape(1, -1), total.reshape(1, -1)) for own, total in pairs]
+                step.gradients = scratch
+            seen.add(step.node.detail.name)
+
+    def _resize(self, batch: int) -> None:
+        if batch == self._batch:
+            return
+        for strip in self._layout.strips():
+            strip.resize(batch)
+        for step in {id(step): step for step in (*self._train, *self._predict)}.values():
+            for _, target in step.moves:
+                target.resize(batch)
+        self._batch = batch
+
+    def _take(self, feeds: Mapping[str, Any], batch: int, needed: set[str]) -> None:
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= self.max_batch:
+            raise InvalidArgument(f"batch = {batch!r}: give an integer from 1 to {self.max_batch}, the max_batch")
+        check_names(feeds, needed, self._known)
+        for name in needed:
+            self._feeds[name].take(feeds[name], int(batch))
+        self._resize(int(batch))
+
+    def train(self, feeds: Mapping[str, Any], batch: int) -> float:
+        """Run forward and backward; return the mean loss over ``batch`` samples.
+
+        Fills ``gradients`` with d(mean loss)/d(parameter) and ``row_gradients`` with d(mean loss)/d(row), summed per
+        unique row in ascending order of position. ``feeds``: for a lookup (rows: float32[u, dim], inverse: int32[batch]
+        or int32[batch, fields]), for a dense input float32[batch, width], for the label float32[batch] in [0, 1]. A
+        wrong feed raises InvalidArgument or Malformed before anything is computed.
+        """
+        self._take(feeds, batch, self._known)
+        for forward, step in self._forward:
+            forward(step)
+        for strip in self._layout.zeros:
+            kernels.zero(strip.rows, strip.start, strip.width)
+        for lookup in self._lookups:
+            lookup.make_gradient()
+        for backward, step in self._backward:
+            if backward is not None:
+                backward(step)
+            for route in step.routes:
+                _run(route)
+            if self._shared:
+                for own, total in self._shared.get(id(step), ()):
+                    kernels.accumulate(own, 0, total, 0, own.shape[1])
+        for lookup in self._lookups:
+            self.row_gradients[lookup.spec.name] = lookup.gradient
+        label = self._feeds[self.model.label]
+        assert isinstance(label, LabelFeed)
+        return float(label.total[0]) / self._batch
+
+    def predict(self, feeds: Mapping[str, Any], batch: int) -> Array:
+        """Return the score float32[batch] of each sample, a view that is valid until the next call.
+
+        ``feeds`` as for ``train``; the label may be absent and is not read.
+        """
+        self._take(feeds, batch, self._needed)
+        for step in self._predict:
+            OPERATIONS[step.node.operation].forward(step)
+        return self._score.matrix[:, 0]
+
+
+def _run(route: Route) -> None:
+    source, target = route.source, route.target
+    kernel = kernels.accumulate if route.accumulate else kernels.copy
+    kernel(source.rows, source.start, target.rows, target.start, source.width)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building a graph: what a Model reports, what it refuses, how it is drawn; and where values are laid."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from oarlock.embedding.spec import Initializer, OptimizerSpec
+from oarlock.nn import (
+    Linear,
+    Model,
+    add,
+    binary_cross_entropy,
+    columns,
+    concat,
+    cost,
+    dense_input,
+    dot,
+    lookup,
+    multiply,
+    picture,
+    relu,
+    sigmoid,
+)
+from oarlock.nn.graph import consumers, topological
+from oarlock.nn.layout import plan
+from oarlock.nn.operations import OPERATIONS
+from oarlock.proto.errors import InvalidArgument
+
+
+def close(node, **options):
+    logit = Linear(1, name="out")(node)
+    return Model(score=logit, loss=binary_cross_entropy(logit, label="label"), **options)
+
+
+def test_what_a_model_reports():
+    a, b = lookup("a", table="t", dim=4), lookup("b", table="t", dim=4, fields=3)
+    hidden = Linear(5, activation="relu", name="fc", initializer=Initializer("normal", 0, 0.1))(concat([a, b]))
+    model = close(concat([hidden, dense_input("x", width=2)]), optimizer=OptimizerSpec("sgd"))
+    assert [(spec.name, spec.shape) for spec in model.parameters] == [
+        ("fc.weight", (16, 5)),
+        ("fc.bias", (5,)),
+        ("out.weight", (7, 1)),
+        ("out.bias", (1,)),
+    ]
+    assert {spec.optimizer.name for spec in model.parameters} == {"sgd"}
+    assert [spec.initializer for spec in model.parameters] == [
+        Initializer("normal", 0, 0.1),
+        Initializer("zeros"),
+        Initializer("uniform", 0.0, math.sqrt(6 / 8)),
+        Initializer("zeros"),
+    ]
+    assert model.tables == {"t": 4}
+    assert [(one.name, one.table, one.dim, one.fields) for one in model.lookups] == [("a", "t", 4, 1), ("b", "t", 4, 3)]
+    assert [one.name for one in model.dense_inputs] == ["x"]
+    assert model.label == "label"
+    assert close(a).parameters[0].optimizer == OptimizerSpec("adam")
+
+
+def test_nodes_are_immutable_and_printed_briefly():
+    node = lookup("a", table="t", dim=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        node.width = 5
+    for _ in range(60):
+        node = add(node, node)
+    assert repr(node) == "<add add, width 4>"
+
+
+def test_order_and_consumers():
+    a = lookup("a", table="t", dim=4)
+    left, right = relu(a), sigmoid(a)
+    top = multiply(left, right)
+    order = topological(top)
+    assert order == (a, left, right, top)
+    assert consumers(order)[a] == [(right, 0), (left, 0)]
+    deep = a
+    for _ in range(5000):
+        deep = relu(deep)
+    assert len(topological(deep)) == 5001
+
+
+def a(dim=4, name="a", table="t"):
+    return lookup(name, table=table, dim=dim)
+
+
+def both(node):
+    return Model(score=node, loss=binary_cross_entropy(node, label="label"))
+
+
+def never_trained():
+    logit = Linear(1, name="out")(a())
+    return Model(score=add(logit, Linear(1, name="lost")(a(name="b"))), loss=binary_cross_entropy(logit, label="y"))
+
+
+REFUSED = {
+    "dim": (lambda: lookup("a", table="t", dim=0), "lookup a: dim = 0"),
+    "dim over limit": (lambda: lookup("a", table="t", dim=65537), "lookup a: dim = 65537"),
+    "fields": (lambda: lookup("a", table="t", dim=2, fields=True), "lookup a: fields = True"),
+    "lookup name": (lambda: lookup("", table="t", dim=2), "lookup name"),
+    "table name": (lambda: lookup("a", table="1", dim=2), "table name"),
+    "input width": (lambda: dense_input("x", width=1.5), "dense input x: width"),
+    "no layer name": (lambda: Linear(3), "give name="),
+    "units": (lambda: Linear(0, name="fc"), "Linear fc: units"),
+    "activation": (lambda: Linear(1, activation="swish", name="fc"), "Linear fc: activation 'swish'"),
+    "not a node": (lambda: Linear(1, name="fc")(np.ones(3)), "Linear fc: expected a node, got ndarray"),
+    "columns beyond": (lambda: columns(a(), 2, 5), "give 0 <= start < stop <= 4"),
+    "columns empty": (lambda: columns(a(), 2, 2), "give 0 <= start"),
+    "columns reversed": (lambda: columns(a(), -1, 2), "give 0 <= start"),
+    "concat of nothing": (lambda: concat([]), "at least one node"),
+    "concat of a node": (lambda: concat(a()), "give a list"),
+    "widths": (lambda: multiply(a(), a(5)), "widths 4, 5 differ"),
+    "wide logit": (lambda: binary_cross_entropy(a(), label="y"), "give a logit of width 1"),
+    "sigmoid logit": (lambda: binary_cross_entropy(sigmoid(a(1)), label="y"), "from before the sigmoid"),
+    "sigmoid layer": (
+        lambda: binary_cross_entropy(Linear(1, activation="sigmoid", name="o")(a()), label="y"),
+        "from before the sigmoid",
+    ),
+    "loss is no loss": (lambda: Model(score=a(1), loss=a(1)), "loss is a lookup node"),
+    "wide score": (lambda: Model(score=a(), loss=binary_cross_entropy(a(1), label="y")), "give one of width 1"),
+    "score is the loss": (lambda: both(binary_cross_entropy(a(1), label="y")), "a loss is the input"),
+    "nothing to train": (lambda: both(dense_input("x", width=1)), "nothing to train"),
+    "not reaching the loss": (never_trained, "lookup b feeds the score but does not reach the loss"),
+    "feed twice": (lambda: close(concat([a(), a()])), "two feeds are named a"),
+    "feed named as the label": (lambda: close(a(name="label")), "two feeds are named label"),
+    "two dims": (lambda: close(concat([a(), a(5, "b")])), "table t with dim 5, another one with 4"),
+    "layer twice": (lambda: close(Linear(1, name="out")(a())), "two Linears are named out"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    build, message = REFUSED[name]
+    with pytest.raises(InvalidArgument, match=message):
+        build()
+
+
+def test_shared_layer_must_see_one_width():
+    shared = Linear(3, name="fc")
+    assert len(close(add(shared(a()), shared(a(name="b")))).parameters) == 4
+    with pytest.raises(InvalidArgument, match="Linear fc sees widths 4 and 5"):
+        close(add(shared(a()), shared(a(5, "b", "u"))))
+
+
+def test_cost_and_pictures(reference):
+    model = reference.neumf()
+    lines = cost(model)
+    assert {line.operation for line in lines} <= OPERATIONS.keys()
+    assert sum(line.parameters for line in lines) == sum(spec.size for spec in model.parameters) == 2761
+    assert sum(line.multiplications for line in lines) == 64 * 32 + 32 * 16 + 16 * 8 + 16 + 8 + 1
+    assert sum(line.row_floats for line in lines) == 80
+    assert len({line.name for line in lines}) == len(lines)
+    text = picture(model)
+    assert len(text.splitlines()) == len(lines) + 2
+    assert next(line for line in text.splitlines() if line.startswith("fc1 ")).split() == [
+        "fc1", "linear,", "relu", "32", "2080", "2048", "concat",
+    ]  # fmt: skip
+    drawn = dot(model)
+    assert drawn.count(" -> ") == sum(len(line.inputs) for line in lines)
+    assert drawn.count("peripheries") == 1
+    assert '"user[8:40]" -> "concat"' in drawn
+
+
+def test_shared_parameters_are_counted_once():
+    shared = Linear(3, name="fc")
+    model = close(add(shared(a()), shared(a(name="b"))))
+    assert sum(line.parameters for line in cost(model)) == sum(spec.size for spec in model.parameters) == 15 + 4
+
+
+def test_neumf_moves_no_columns(reference):
+    """Pieces of both lookups are gathered straight to where they are read."""
+    model = reference.neumf()
+    layout = plan(model.loss, model.score, 16)
+    assert not layout.zeros
+    assert not any(layout.routes.values())
+    tower, top = (node for node in model.loss_nodes if node.operation == "concat")
+    for node in (tower, top):
+        for group in (layout.values, layout.gradients):
+            assert all(group[child].buffer is group[node].buffer for child in node.inputs)
+    assert not any(node.operation == "lookup" for node in layout.values)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_blas_never_reads_what_it_writes(seed, reference):
+    model = reference.random_model(seed)
+    layout = plan(model.loss, model.score, 8)
+    for node in model.loss_nodes:
+        if node.operation == "linear":
+            source = layout.values[node.inputs[0]]
+            assert not np.may_share_memory(source.matrix, layout.values[node].matrix)
+            target = layout.targets[node][0]
+            if target is not None:
+                assert not np.may_share_memory(target.matrix, layout.gradients[node].matrix)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_two_values_share_a_column(seed, reference):
+    model = reference.random_model(seed)
+    layout = plan(model.loss, model.score, 8)
+    pieces = {node for row in layout.pieces.values() for _, node in row}
+    seen: dict[tuple[int, int], object] = {}
+    for node, strip in layout.values.items():
+        if node.operation == "concat" or (node.operation == "columns" and node not in pieces):
+            continue
+        for column in range(strip.start, strip.start + strip.width):
+            assert seen.setdefault((id(strip.buffer), column), node) is node
