@@ -2,8 +2,8 @@
 """The manifest: everything that a committed cut says about itself, as one JSON file with a checksum.
 
 Invariant: a Manifest that exists is whole: it names every block of every spec exactly once, under distinct plain file
-names, and ``decode(encode(m)) == m``. A file that differs in one bit from what ``encode`` wrote is refused. Immutable;
-from any thread.
+names, and decoding what it encodes returns an equal one. A file that differs in one bit from what ``encode`` wrote is
+refused. Immutable; from any thread.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
 from oarlock.checkpoint.format import (
     KINDS,
@@ -151,22 +151,22 @@ class Manifest:
         document[_CHECKSUM] = _checksum(document)
         return _render(document)
 
-
-def decode(data: bytes, *, file: str = MANIFEST) -> Manifest:
-    """Return the Manifest that a file's bytes hold; CorruptCheckpoint or VersionMismatch name ``file``."""
-    document = _document(data, file)
-    version = check_format(document.get("format_version"), file)
-    known = {f.name for f in fields(Manifest)}
-    problems = [f"the field {name!r} is unknown" for name in sorted(document.keys() - known)]
-    problems += [f"the field {name!r} is missing" for name in sorted(known - document.keys())]
-    if problems:
-        raise unreadable(file, version, problems[0])
-    try:
-        document["closed"] = _object("closed", ClosedSet, document["closed"])
-        document["blocks"] = tuple(_object("a block", BlockEntry, entry) for entry in document["blocks"])
-        return Manifest(**document)
-    except (InvalidArgument, TypeError) as error:
-        raise unreadable(file, version, str(error)) from None
+    @classmethod
+    def decode(cls, data: bytes, *, file: str = MANIFEST) -> Self:
+        """Return the Manifest that a file's bytes hold; CorruptCheckpoint or VersionMismatch name ``file``."""
+        document = _document(data, file)
+        version = check_format(document.get("format_version"), file)
+        known = {f.name for f in fields(cls)}
+        problems = [f"the field {name!r} is unknown" for name in sorted(document.keys() - known)]
+        problems += [f"the field {name!r} is missing" for name in sorted(known - document.keys())]
+        if problems:
+            raise unreadable(file, version, problems[0])
+        try:
+            document["closed"] = _object("closed", ClosedSet, document["closed"])
+            document["blocks"] = tuple(_object("a block", BlockEntry, entry) for entry in document["blocks"])
+            return cls(**document)
+        except (InvalidArgument, TypeError) as error:
+            raise unreadable(file, version, str(error)) from None
 
 
 def _document(data: bytes, file: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from oarlock.checkpoint import manifest as manifest_file
 from oarlock.checkpoint.block_file import BlockImage, decode, encode
 from oarlock.checkpoint.files import Files, LocalFiles
 from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder, folder_cut
@@ -183,7 +182,7 @@ class CheckpointStore:
             if error.errno not in _NO_FILE:
                 raise
             raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}", file=path) from None
-        manifest = manifest_file.decode(data, file=path)
+        manifest = Manifest.decode(data, file=path)
         if manifest.cut != cut:
             raise CorruptCheckpoint(f"{path}: it is the manifest of cut {manifest.cut}", file=path)
         return manifest

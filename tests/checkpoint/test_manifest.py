@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oarlock.checkpoint.format import block_file_name, cut_folder, folder_cut, is_block_file
-from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest, decode
+from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.embedding.spec import NAME
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, PSError, SpecMismatch, VersionMismatch
 
@@ -52,8 +52,8 @@ def signed(document: dict[str, Any]) -> bytes:
 
 def test_it_comes_back_equal(manifest: Manifest) -> None:
     data = manifest.encode()
-    assert decode(data) == manifest
-    assert decode(data).encode() == data
+    assert Manifest.decode(data) == manifest
+    assert Manifest.decode(data).encode() == data
     assert signed(json.loads(data)) == data
     assert json.loads(data)["config"]["label"] == "clické"
     assert manifest.table_specs()["user"].dim == 3
@@ -76,7 +76,7 @@ def test_it_keeps_no_reference_to_what_it_was_given(make_manifest: Any) -> None:
 def test_a_metric_that_is_not_finite_becomes_null(make_manifest: Any) -> None:
     manifest = make_manifest(1, ENTRIES, metrics={"auc": float("nan"), "by": [float("inf"), 1.0]}, best={"x": -0.0})
     assert manifest.metrics == {"auc": None, "by": [None, 1.0]}
-    assert decode(manifest.encode()) == manifest
+    assert Manifest.decode(manifest.encode()) == manifest
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_contents_that_do_not_fit_are_refused(manifest: Manifest, change: Any, e
     document = json.loads(manifest.encode())
     change(document)
     with pytest.raises(error) as caught:
-        decode(signed(document), file="cut-000012/manifest.json")
+        Manifest.decode(signed(document), file="cut-000012/manifest.json")
     assert says in str(caught.value)
     assert str(caught.value).startswith("cut-000012/manifest.json: ")
 
@@ -190,7 +190,7 @@ def test_contents_that_do_not_fit_are_refused(manifest: Manifest, change: Any, e
 def test_a_newer_minor_version_without_news_is_read(manifest: Manifest) -> None:
     document = json.loads(manifest.encode())
     document["format_version"] = "1.9"
-    assert decode(signed(document)) == replace(manifest, format_version="1.9")
+    assert Manifest.decode(signed(document)) == replace(manifest, format_version="1.9")
 
 
 def test_changes_that_mean_the_same_are_refused_too(manifest: Manifest) -> None:
@@ -199,13 +199,13 @@ def test_changes_that_mean_the_same_are_refused_too(manifest: Manifest) -> None:
     for changed in (data.replace(b"1e-05", b"1E-05"), data.replace(b"click\\u00e9", b"click\\u00E9"), data + b"\n"):
         assert json.loads(changed) == json.loads(data)
         with pytest.raises(CorruptCheckpoint, match="altered"):
-            decode(changed)
+            Manifest.decode(changed)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"{" * 100_000, b'{"a":' * 100_000, b"NaN", b"\xff"])
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(CorruptCheckpoint, match=r"manifest.json: (truncated or )?altered"):
-        decode(data)
+        Manifest.decode(data)
 
 
 @given(st.integers(0, 30), st.sets(st.integers(0, 60)))
