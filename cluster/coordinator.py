@@ -26,7 +26,7 @@ from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.members import Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.store import Store
-from oarlock.cluster.work import EpochResult, Work
+from oarlock.cluster.work import MAX_FAILURES, EpochResult, Work
 from oarlock.proto.common_pb2 import Placement
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
@@ -244,7 +244,7 @@ class Coordinator:
     def release(self, worker: int, kind: str, split: int, reason: str) -> None:
         with self.lock:
             if not self.work.release(worker, kind, split, reason):
-                self.fail(f"{kind} split {split} met an error on {3} workers: {reason}")
+                self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
 
     def member_gone(self, member: Member, state: str, error: str = "") -> None:
         """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""
@@ -282,7 +282,9 @@ class Coordinator:
                 self.member_gone(member, "dead", "its lease ended")
             if self.phase == TRAINING and self.stop_wanted is not None:
                 self.set_phase(STOPPING, self.reason)
-            if self.phase == TRAINING:
+            if self.phase == TRAINING and self.work.finished:
+                self.set_phase(DONE)
+            elif self.phase == TRAINING and self.work.trained and self.work.evaluated:
                 with self.store as store:
                     self.end_epoch_if_done(store)
 

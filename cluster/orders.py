@@ -12,6 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.checkpoint.store import LocalStore
@@ -126,7 +127,7 @@ class Orders:
             elif c.phase == WRITING:
                 c.after_writing()
             return
-        c.committed(manifest, str(store.path(cut)))
+        c.committed(manifest, str(self._checkpoints / cut_folder(cut)))
         store.keep_last(c.spec.checkpoints_kept)
         store.discard_incomplete(below=cut)
 

@@ -8,7 +8,7 @@ from before the join until after the job is over.
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+
 
 from oarlock.client.membership import Membership
 from oarlock.proto.coordinator_pb2 import SHARD
@@ -20,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 async def run_shard(
-    transport: Transport, coordinator: str, service: ShardService, address: str, *, rng: random.Random, warm_up: Callable[[], None]
+    transport: Transport, coordinator: str, service: ShardService, address: str, *, rng: random.Random
 ) -> None:
     """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already."""
-    warm_up()
     member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
     spec = await member.join()
     shard = service.configure(spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation))

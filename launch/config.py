@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: defaults, then a TOML file, then the command line's --set and options.
+
+Invariant: an unknown field is an error that suggests the near one; the resolved form, written back as TOML, gives the same run.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from oarlock.proto.errors import InvalidArgument, NotFound
+from oarlock.worker.recipe import Recipe
+
+READERS = ("petastorm", "arrow", "auto")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``)."""
+
+    recipe: str = "ncf"
+    data: str = ""
+    # behaviour
+    epochs: int = 20
+    seed: int = 0
+    reader: str = "auto"
+    checkpoint_epochs: int = 1
+    checkpoints_kept: int = 2
+    # performance
+    servers: int = 2
+    workers: int = 2
+    open_splits: int = 2
+    prefetch: int = 2
+    lease_seconds: float = 5.0
+    heartbeat_seconds: float = 0.5
+    recipe_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.reader not in READERS:
+            raise InvalidArgument(f"reader = {self.reader!r}: choose one of {', '.join(READERS)}")
+        for name, most in (("servers", 4096), ("workers", 4096), ("epochs", 1 << 20), ("open_splits", 64), ("prefetch", 64)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from 1 to {most}")
+        if not 0 <= self.seed < 1 << 63:
+            raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^63 - 1")
+        if self.checkpoint_epochs < 0 or self.checkpoints_kept < 1:
+            raise InvalidArgument("checkpoint_epochs must be >= 0 and checkpoints_kept >= 1")
+        if not 0 < self.heartbeat_seconds < self.lease_seconds:
+            raise InvalidArgument(
+                f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"
+            )
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's values; the errors name the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgument(f"{path}: {error}") from None
+
+
+def assign(values: dict[str, Any], setting: str) -> None:
+    """Apply one ``--set a.b=c`` to nested values. ``c`` is read as TOML, or taken as a string if it is none."""
+    name, equals, text = setting.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        raise InvalidArgument(f"--set {setting}: write it as NAME=VALUE or TABLE.NAME=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise InvalidArgument(f"--set {setting}: {part} is a value, not a table")
+    values[parts[-1]] = value
+
+
+def build(kind: type, values: Mapping[str, Any], owner: str) -> Any:
+    """Return ``kind(**values)`` with every field's name and type checked; ``owner`` begins the messages."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidArgument(f"{owner}: unknown field {name!r}{hint} Known: {', '.join(known)}")
+        if not _is(hints[name], value):
+            raise InvalidArgument(f"{owner}: {name} = {value!r}: give {_named(hints[name])}")
+    return kind(**{n: float(v) if hints[n] is float else v for n, v in values.items()})
+
+
+def _is(hint: Any, value: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is(get_args(hint)[0], v) for v in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if isinstance(hint, types.UnionType):
+        return any(_is(h, value) for h in get_args(hint))
+    return isinstance(value, hint)
+
+
+def _named(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list, each {_named(get_args(hint)[0])}"
+    return {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}.get(hint, "a table")
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Return the checked configuration of a run."""
+    built: RunConfig = build(RunConfig, values, "job file")
+    return built
+
+
+def recipe_config(recipe: Recipe, options: Mapping[str, Any]) -> Any:
+    """Return the recipe's Config made of a run's recipe_options."""
+    return build(recipe.Config, options, "recipe_options")
+
+
+def to_toml(run: RunConfig, options: Mapping[str, Any]) -> str:
+    """Return the resolved run as TOML: ``options`` are the recipe's fields after it saw the data."""
+    lines = []
+    for f in dataclasses.fields(run):
+        if f.name != "recipe_options":
+            lines.append(f"{f.name} = {_toml(getattr(run, f.name))}")
+    lines += ["", "[recipe_options]", *(f"{k} = {_toml(v)}" for k, v in options.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'

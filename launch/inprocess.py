@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole job in one process: the coordinator and shards on one event loop, each worker on a thread with its own.
+
+Invariant: the same classes as in processes, over the in-process transport; no thread is left behind.
+"""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from oarlock.client.job import OVER, JobSpec
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.orders import Orders
+from oarlock.cluster.process import run_coordinator
+from oarlock.cluster.service import CoordinatorService
+from oarlock.cluster.store import Store
+from oarlock.data.reader import open_reader
+from oarlock.checkpoint.store import open_checkpoint
+from oarlock.proto.transport import InProcess
+from oarlock.ps.process import run_shard
+from oarlock.ps.service import ShardService
+from oarlock.worker.process import run_worker
+
+COORDINATOR = "in-process:coordinator"
+
+
+def run_in_process(
+    spec: JobSpec, folder: Path, *, restore: str = "", watch: Callable[[dict[str, Any]], bool], watch_seconds: float = 0.2
+) -> dict[str, Any]:
+    """Run the job to its end; return the coordinator's last status.
+
+    ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
+    """
+    store = Store(folder / "state.sqlite").open()
+    try:
+        coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.Random(0))
+        coordinator.open()
+        if restore:
+            opened, manifest = open_checkpoint(restore)
+            coordinator.begin_run(manifest, restore)
+        transport = InProcess()
+        transport.serve(CoordinatorService(coordinator), COORDINATOR)
+        return asyncio.run(_run(coordinator, transport, folder, watch, watch_seconds))
+    finally:
+        store.close()
+
+
+async def _run(
+    coordinator: Coordinator,
+    transport: InProcess,
+    folder: Path,
+    watch: Callable[[dict[str, Any]], bool],
+    watch_seconds: float,
+) -> dict[str, Any]:
+    spec = coordinator.spec
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
+            try:
+                reader = open_reader(spec.reader)
+                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=random.Random()))
+            except BaseException as error:
+                failures.append(error)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(spec.servers):
+            service, address = ShardService(), f"in-process:shard-{number}"
+            transport.serve(service, address)
+            group.create_task(run_shard(transport, COORDINATOR, service, address, rng=random.Random()))
+        group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
+        threads = [threading.Thread(target=work, args=(n,), name=f"oarlock-worker-{n}") for n in range(spec.workers)]
+        for thread in threads:
+            thread.start()
+        while coordinator.phase not in OVER:
+            if failures:
+                coordinator.fail(f"a worker failed: {failures[0]}")
+            elif not watch(coordinator.status()) and coordinator.stop_wanted is None:
+                coordinator.stop(True, "interrupted")
+            await asyncio.sleep(watch_seconds)
+        for thread in threads:
+            while thread.is_alive():
+                await asyncio.sleep(0.01)
+    return coordinator.status()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run's configuration to the JobSpec: the recipe looks at the data and decides what was left open."""
+
+import secrets
+from pathlib import Path
+
+from oarlock.client.job import JobSpec
+from oarlock.data.files import files_to_json
+from oarlock.data.splits import plan_splits
+from oarlock.launch.config import RunConfig, recipe_config
+from oarlock.worker.recipe import load_recipe, recipe_name
+
+
+def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
+    """Return the spec of a new job (or of job id ``job``, when it goes on from a checkpoint)."""
+    full = recipe_name(run.recipe)
+    recipe = load_recipe(full)
+    plan = recipe.plan(recipe_config(recipe, run.recipe_options), Path(run.data).absolute(), epochs=run.epochs)
+    splits = plan_splits(plan.files, plan.rows_per_split)
+    evaluation = plan_splits(plan.evaluation_files, plan.evaluation_rows_per_split) if plan.evaluation_files else ()
+    return JobSpec(
+        job=job or secrets.token_hex(16),
+        name=name,
+        seed=run.seed,
+        recipe=full,
+        tables=plan.tables,
+        dense=plan.model.parameters,
+        files=tuple(files_to_json(plan.files)),
+        evaluation_files=tuple(files_to_json(plan.evaluation_files)),
+        splits=len(splits),
+        evaluation_splits=len(evaluation),
+        rows_per_split=plan.rows_per_split,
+        evaluation_rows_per_split=plan.evaluation_rows_per_split,
+        batch_rows=plan.batch_rows,
+        epochs=run.epochs,
+        servers=run.servers,
+        workers=run.workers,
+        metrics=plan.metrics,
+        config=plan.config,
+        reader=run.reader,
+        open_splits=run.open_splits,
+        prefetch=run.prefetch,
+        checkpoint_epochs=run.checkpoint_epochs,
+        checkpoints_kept=run.checkpoints_kept,
+        lease_seconds=run.lease_seconds,
+        heartbeat_seconds=run.heartbeat_seconds,
+    )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluator: scores the rows of evaluation splits by pulls alone.
+
+Invariant: an evaluation changes nothing on a shard, and a split's sums do not depend on who computes them. One event loop.
+"""
+
+import asyncio
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+
+from oarlock.client.client import Client
+from oarlock.client.membership import Membership
+from oarlock.data.files import files_from_json
+from oarlock.data.reader import Reader
+from oarlock.data.splits import plan_splits
+from oarlock.nn import Program
+from oarlock.proto.coordinator_pb2 import EVALUATE, CloseSplitRequest
+from oarlock.telemetry.stages import Stages
+from oarlock.worker.prepare import Prepared, Preparer
+from oarlock.worker.recipe import EvaluationBatch, Workload
+
+
+class Evaluator:
+    """Evaluates splits of the evaluation files, in file order."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        program: Program,
+        client: Client,
+        member: Membership,
+        reader: Reader,
+        executor: Executor,
+        preparer: Preparer,
+    ) -> None:
+        self._workload = workload
+        self._program = program
+        self._client = client
+        self._member = member
+        self._reader = reader
+        self._executor = executor
+        self._preparer = preparer
+        spec = member.spec
+        files = files_from_json(list(spec.evaluation_files))
+        self._plan = plan_splits(files, spec.evaluation_rows_per_split) if files else ()
+        self.stages = Stages()
+
+    async def _in_thread(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def evaluate(self, split: int) -> None:
+        """Score one evaluation split and report its sums."""
+        with self.stages.time("evaluate"):
+            sums = await self._sums(split)
+        request = CloseSplitRequest(header=self._member.header(), work=EVALUATE, split=split, sums=sums.tolist())
+        await self._member.call("Coordinator.CloseSplit", request)
+
+    async def _sums(self, split: int) -> np.ndarray:
+        plan = self._plan[split % len(self._plan)]
+        rows = await self._in_thread(self._reader.read, plan, list(self._workload.evaluation_columns))
+        batches = self._workload.evaluation(rows)
+        total = np.zeros(1 + len(self._member.spec.metrics))
+        ahead = asyncio.ensure_future(self._fetch(next(batches, None)))
+        try:
+            while (fetched := await ahead) is not None:
+                ahead = asyncio.ensure_future(self._fetch(next(batches, None)))
+                batch, prepared = fetched
+                total += self._workload.sums(batch, self._predict(prepared))
+        finally:
+            ahead.cancel()
+        return total
+
+    async def _fetch(self, batch: EvaluationBatch | None) -> tuple[EvaluationBatch, Prepared] | None:
+        if batch is None:
+            return None
+        prepared = await self._in_thread(self._preparer.prepare, batch.example, self._client.routes)
+        await self._client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
+        return batch, prepared
+
+    def _predict(self, prepared: Prepared) -> np.ndarray:
+        self._program.flat_parameters[:] = prepared.dense
+        feeds: dict[str, Any] = dict(prepared.feeds)
+        for lookup in self._workload.model.lookups:
+            feeds[lookup.name] = (prepared.rows[lookup.table], prepared.inverse[lookup.name])
+        return self._program.predict(feeds, prepared.samples)

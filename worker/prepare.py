@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepare: raw rows to a batch whose keys are distinct and grouped by block, ready to be pulled.
+
+Invariant: lookups that share a table share one KeySet, so a key is pulled and pushed once per batch. One thread.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.layout import Layout
+from oarlock.client.router import Routes
+from oarlock.embedding.hashing import table_salt
+from oarlock.embedding.keys import KeySet, KeySorter
+from oarlock.nn import Model
+from oarlock.worker.recipe import Example
+
+
+@dataclass
+class Prepared:
+    """A batch on its way: what to pull, into which buffers, and where each lookup's samples find their rows."""
+
+    samples: int
+    keys: dict[str, KeySet]
+    inverse: dict[str, NDArray[np.int32]]
+    feeds: dict[str, NDArray[np.float32]]
+    rows: dict[str, NDArray[np.float32]]
+    dense: NDArray[np.float32]
+
+
+class Preparer:
+    """Turns Examples into Prepared batches; its sorter's scratch memory is used again and again."""
+
+    def __init__(self, model: Model, layout: Layout) -> None:
+        self._sorter = KeySorter()
+        self._layout = layout
+        self._tables: dict[str, list[str]] = {}
+        for lookup in model.lookups:
+            self._tables.setdefault(lookup.table, []).append(lookup.name)
+        self._salts = {t: table_salt(t) for t in self._tables}
+
+    def prepare(self, example: Example, routes: Routes) -> Prepared:
+        """Return the example with its keys made distinct, in the order in which ``routes`` groups blocks by owner."""
+        keys: dict[str, KeySet] = {}
+        inverse: dict[str, NDArray[np.int32]] = {}
+        rows: dict[str, NDArray[np.float32]] = {}
+        for table, lookups in self._tables.items():
+            number = self._layout.table_index[table]
+            spec = self._layout.tables[number]
+            raw = [example.keys[name] for name in lookups]
+            flat = raw[0].reshape(-1) if len(raw) == 1 else np.concatenate([r.reshape(-1) for r in raw])
+            made = self._sorter.build(flat, self._salts[table], spec.blocks.bit_length() - 1, routes.ranks[number])
+            keys[table] = made
+            at = 0
+            for name, r in zip(lookups, raw, strict=True):
+                inverse[name] = made.inverse[at : at + r.size].reshape(r.shape)
+                at += r.size
+            rows[table] = np.empty((len(made.keys), spec.dim), np.float32)
+        dense = np.empty(self._layout.dense_size, np.float32)
+        return Prepared(example.samples, keys, inverse, example.feeds, rows, dense)
