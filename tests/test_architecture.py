@@ -164,7 +164,8 @@ def test_form_of_a_file(path: Path) -> None:
     assert len(lines) <= MAX_LINES, f"{len(lines)} lines: which are the two concepts?"
     if path.name != "__init__.py" or lines:
         assert lines[:1] == ["# SPDX-License-Identifier: Apache-2.0"], "the first line names the licence"
-        assert ast.get_docstring(parse(path)), "the header says what it is, its invariant, who may call it"
+        header = ast.get_docstring(parse(path))
+        assert header or path in TESTS, "the header says what it is, its invariant, who may call it"
 
 
 def test_generated_code_is_fresh() -> None:
