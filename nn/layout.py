@@ -62,11 +62,17 @@ class Route:
 
 @dataclass
 class Layout:
-    """The plan: values of all nodes, gradients of those on the way to the loss, and how gradients meet."""
+    """The plan: values of all nodes, gradients of those on the way to the loss, and how gradients meet.
+
+    ``pieces``: what of a lookup is gathered, as (first column, node that it is the value of). ``moves``: inputs of a
+    concat that lie elsewhere, and where to. ``targets``: where a node's backward writes each input's gradient, None if
+    it need not. ``routes``: what is done with gradients right after it. ``zeros``: cleared before any backward.
+    """
 
     values: dict[Node, Strip] = field(default_factory=dict)
     gradients: dict[Node, Strip] = field(default_factory=dict)
     pieces: dict[Node, list[tuple[int, Node]]] = field(default_factory=dict)
+    moves: dict[Node, list[tuple[Strip, Strip]]] = field(default_factory=dict)
     targets: dict[Node, list[Strip | None]] = field(default_factory=dict)
     routes: dict[Node, list[Route]] = field(default_factory=dict)
     zeros: list[Strip] = field(default_factory=list)
@@ -79,6 +85,7 @@ class Layout:
             self.gradients.values(),
             (strip for row in self.targets.values() for strip in row),
             (strip for row in self.routes.values() for route in row for strip in (route.source, route.target)),
+            (strip for row in self.moves.values() for pair in row for strip in pair),
             self.zeros,
         )
         for group in groups:
@@ -157,6 +164,12 @@ class _Planner:
         for node in self.order:
             if not (node in self.layout.pieces and node not in self._own(node)):
                 self.value(node)
+        for node in self.order:
+            if node.operation == "concat":
+                own = self.value(node)
+                slices = [own.part(_offset(node, position), child.width) for position, child in enumerate(node.inputs)]
+                pairs = zip(map(self.value, node.inputs), slices, strict=True)
+                self.layout.moves[node] = [(source, target) for source, target in pairs if not source.same(target)]
 
     def value(self, node: Node) -> Strip:
         if node not in self.layout.values:

@@ -24,7 +24,7 @@ Feed = LookupFeed | DenseFeed | LabelFeed
 
 @dataclass
 class Step:
-    """One node, bound: where it reads and writes. ``offsets``: where a concat's inputs begin."""
+    """One node, bound: where it reads and writes. Of ``targets``, ``routes`` and ``moves`` see ``nn.layout.Layout``."""
 
     node: Node
     inputs: list[Strip]
@@ -32,11 +32,11 @@ class Step:
     gradient: Strip | None
     targets: list[Strip | None]
     routes: list[Route]
+    moves: list[tuple[Strip, Strip]]
     feed: Feed | None = None
     parameters: tuple[Array, ...] = ()
     gradients: tuple[Array, ...] = ()
     pieces: list[tuple[int, Strip, Strip | None]] = field(default_factory=list)
-    moves: list[tuple[Strip, Strip]] = field(default_factory=list)
     tile: Array = field(default_factory=lambda: np.empty(0, np.float32))
 
 

@@ -88,19 +88,12 @@ class Program:
             gradient=layout.gradients.get(node),
             targets=layout.targets.get(node, []),
             routes=layout.routes.get(node, []),
+            moves=layout.moves.get(node, []),
             feed=self._feed(node),
             tile=self._tile,
         )
         if node.operation == "lookup":
             step.pieces = [(start, values[piece], layout.gradients.get(piece)) for start, piece in layout.pieces[node]]
-        elif node.operation == "concat":
-            assert step.output is not None
-            begin = 0
-            for source in step.inputs:
-                target = step.output.part(begin, source.width)
-                if not target.same(source):
-                    step.moves.append((source, target))
-                begin += source.width
         elif isinstance(node.detail, Linear):
             names = [f"{node.detail.name}.{part}" for part in (("weight", "bias") if node.detail.bias else ("weight",))]
             step.parameters = tuple(self.parameters[name] for name in names)
@@ -126,9 +119,6 @@ class Program:
             return
         for strip in self._layout.strips():
             strip.resize(batch)
-        for step in {id(step): step for step in (*self._train, *self._predict)}.values():
-            for _, target in step.moves:
-                target.resize(batch)
         self._batch = batch
 
     def _take(self, feeds: Mapping[str, Any], batch: int, needed: set[str]) -> None:

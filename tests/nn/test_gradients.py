@@ -37,6 +37,8 @@ def layer_models():
         yield function.__name__, close(function(a))
     yield "multiply", close(multiply(a, b))
     yield "square", close(multiply(a, a))
+    yield "square-and-more", close(concat([multiply(h, h), relu(h), multiply(h, b)]))
+    yield "both-factors-shared", close(concat([multiply(h, b), relu(h), sigmoid(b)]))
     yield "add", close(add(a, b))
     yield "double", close(add(h, h))
     yield "concat", close(concat([a, x, b]))

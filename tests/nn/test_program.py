@@ -54,6 +54,21 @@ def test_bits_depend_on_nothing_but_the_feeds(kind, reference):
             assert outcome(program, feeds, batch) == expected
 
 
+def test_nan_does_not_outlive_its_step(reference):
+    """Also in columns of a buffer that no gradient reaches."""
+    hidden = Linear(6, activation="tanh", name="fc")(lookup("a", table="t", dim=3))
+    logit = Linear(1, name="out")(multiply(columns(hidden, 0, 2), columns(hidden, 3, 5)))
+    model = Model(score=logit, loss=binary_cross_entropy(logit, label="label"))
+    program = model.bind(5)
+    reference.fill(program, 1)
+    feeds = reference.make_feeds(model, 5, 1)
+    expected = outcome(program, feeds, 5)
+    spoiled = {**feeds, "a": (np.full_like(feeds["a"][0], np.nan), feeds["a"][1])}
+    assert np.isnan(program.train(spoiled, 5))
+    assert np.isnan(program.flat_gradients).any()
+    assert outcome(program, feeds, 5) == expected
+
+
 def test_rows_are_summed_in_order_of_position(reference):
     """With sums that round differently in any other order."""
     a = lookup("a", table="t", dim=1)
