@@ -47,11 +47,10 @@ def test_the_round_number_wraps_without_old_keys_coming_back():
     sorter, rank = KeySorter(), np.zeros(1, np.int32)
     keys = np.arange(10, dtype=np.uint64)
     sorter.build(keys, SALT, 0, rank)
-    sorter._round = (1 << 32) - 2
-    for shift in range(4):
-        moved = keys + np.uint64(5 * shift)
-        same(sorter.build(moved, SALT, 0, rank), reference.group("t", 0, moved))
-    assert sorter._round == 3
+    sorter._round = (1 << 32) - 1
+    for expected in (1, 2):
+        same(sorter.build(keys, SALT, 0, rank), reference.group("t", 0, keys))
+        assert sorter._round == expected
 
 
 @pytest.mark.parametrize("rank", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], [0, 1, 2, 3, 4], [-1, 0, 1, 2]])
