@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the entry points of all processes share: options, logging, the end of a parent, and how an error ends a process.
+
+Invariant: a process ends with 0, or with 1 after one line `error: ...` on standard error, or 2 for wrong usage.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError
+from oarlock.telemetry.log import to_stream
+
+# Where a job's folder keeps the address of its coordinator.
+ADDRESS_FILE = "coordinator.json"
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every process has."""
+    made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    made.add_argument("--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)")
+    return made
+
+
+def run(main: Callable[[], Awaitable[Any]], options: argparse.Namespace) -> int:
+    """Run a process's main coroutine; return its exit code."""
+    to_stream(options.log_level)
+    if options.until_stdin_closes:
+        threading.Thread(target=_end_with_parent, name="oarlock-parent", daemon=True).start()
+    try:
+        asyncio.run(_body(main))
+    except PSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _body(main: Callable[[], Awaitable[Any]]) -> None:
+    await main()
+
+
+def _end_with_parent() -> None:
+    try:
+        while sys.stdin.buffer.read(4096):
+            pass
+    except (OSError, ValueError):
+        pass
+    # Nothing to save here: what must survive is on disk before it is told. Threads of gRPC would delay a softer exit.
+    print("error: the parent process is gone", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def write_address(folder: Path, address: str) -> None:
+    """Publish the coordinator's address in the job's folder, whole or not at all."""
+    partial = folder / f".{ADDRESS_FILE}.{os.getpid()}"
+    partial.write_text(json.dumps({"address": address, "pid": os.getpid()}), encoding="utf-8")
+    os.replace(partial, folder / ADDRESS_FILE)
+
+
+def read_address(folder: Path) -> str:
+    """Return the address in a job's folder; NotFound if no coordinator has published one."""
+    try:
+        return str(json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))["address"])
+    except FileNotFoundError:
+        raise NotFound(f"{folder} has no {ADDRESS_FILE}: no coordinator runs there") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"{folder / ADDRESS_FILE} cannot be read: {error}") from None

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warm-up: compile, or load from the cache, every kernel that a shard calls, before it takes part in a job.
+
+Invariant: after it no request compiles anything, because the kernels' types do not depend on a table's spec.
+"""
+
+import numpy as np
+
+from oarlock.embedding.dense import DenseParameter
+from oarlock.embedding.keys import KeySorter
+from oarlock.embedding.optimizer import OPTIMIZERS
+from oarlock.embedding.spec import INITIALIZERS, DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.table import Table
+
+
+def warm_up() -> None:
+    """Push, pull, export and import a few rows under every optimizer and initializer."""
+    keys = np.arange(64, dtype=np.uint64)
+    for optimizer in OPTIMIZERS:
+        for kind in INITIALIZERS:
+            initializer = Initializer(kind)
+            table = Table(TableSpec("warm_up", 2, OptimizerSpec(optimizer), initializer, blocks=2), seed=0)
+            table.adopt(0)
+            table.adopt(1)
+            found = KeySorter().build(keys, table.salt, table.bits, np.arange(2, dtype=np.int32))
+            rows = np.empty((len(found.keys), 2), np.float32)
+            table.check(found.keys, found.blocks, found.counts, unique=True)
+            table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
+            table.pull(found.keys, found.blocks, found.counts, rows)
+            content = table.export_block(0)
+            table.import_block(0, content)
+            dense = DenseParameter(DenseSpec("warm_up", (4,), OptimizerSpec(optimizer), initializer), seed=0)
+            dense.adopt(0)
+            dense.push_block(0, np.ones(4, np.float32), rate=0.1)
+            dense.pull_block(0, np.empty(4, np.float32))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m oarlock.ps`: one shard."""
+
+import random
+import socket
+import sys
+
+from oarlock.client.entry import parser, run
+from oarlock.embedding.warmup import warm_up
+from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.ps.process import run_shard
+from oarlock.ps.service import ShardService
+
+
+def main() -> int:
+    """Run a shard until its job is over."""
+    options = parser("oarlock.ps", "A shard: holds rows and dense blocks of one job.")
+    options.add_argument("--coordinator", required=True, metavar="HOST:PORT")
+    options.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT|unix:PATH", help="port 0: any free port")
+    options.add_argument("--advertise", default="", metavar="HOST", help="the name under which others reach this host")
+    options.add_argument("--threads", type=int, default=8, help="requests served at once")
+    given = options.parse_args()
+    transport = GrpcTransport()
+    service = ShardService()
+    server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
+
+    async def body() -> None:
+        warm_up()
+        address = server.start()
+        await run_shard(
+            transport, given.coordinator, service, advertised(address, given.advertise), rng=random.SystemRandom()
+        )
+
+    try:
+        return run(body, given)
+    finally:
+        server.stop()
+        transport.close()
+
+
+def advertised(address: str, host: str) -> str:
+    """Return the address to tell others: ``0.0.0.0`` is no place to call."""
+    if address.startswith("unix:"):
+        return address
+    bound, _, port = address.rpartition(":")
+    return f"{host or (socket.gethostname() if bound in ('0.0.0.0', '[::]') else bound)}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warm-up of a worker: compile, or load from the cache, the kernels of every layer before joining a job.
+
+A process that compiles holds the interpreter lock and cannot renew its lease.
+"""
+
+import numpy as np
+
+from oarlock.data.negatives import NegativeSampler, group_positives
+from oarlock.data.order import permutation
+from oarlock.data.ranking import rank_lists
+from oarlock.embedding.keys import KeySorter
+from oarlock.nn import (
+    Linear,
+    Model,
+    add,
+    binary_cross_entropy,
+    columns,
+    concat,
+    dense_input,
+    lookup,
+    multiply,
+    relu,
+    sigmoid,
+    tanh,
+)
+
+
+def warm_up() -> None:
+    """Train a step of a graph that has every layer, and call the data kernels once."""
+    row, other, x = lookup("a", table="a", dim=4), lookup("b", table="b", dim=4), dense_input("x", width=4)
+    product = multiply(columns(row, 0, 2), columns(other, 0, 2))
+    hidden = Linear(4, activation="relu", name="h")(concat([columns(row, 2, 4), columns(other, 2, 4), x]))
+    deep = tanh(sigmoid(relu(Linear(4, name="i")(add(hidden, x)))))
+    score = Linear(1, name="o")(concat([product, deep]))
+    program = Model(score=score, loss=binary_cross_entropy(score, label="label")).bind(8)
+    keys = np.arange(8, dtype=np.uint64)
+    found = KeySorter().build(keys, np.uint64(1), 1, np.arange(2, dtype=np.int32))
+    rows = np.ones((8, 4), np.float32)
+    feeds = {"a": (rows, found.inverse), "b": (rows, found.inverse), "x": rows, "label": np.ones(8, np.float32)}
+    program.train(feeds, 8)
+    program.predict(feeds, 8)
+    permutation(8, 0, 1)
+    positives = group_positives(keys, keys)
+    NegativeSampler(positives, keys, per_positive=1, seed=0).draw(keys, epoch=0, split=0, batch=0)
+    rank_lists(np.ones(8, np.float32), np.array([0, 4, 8], np.int64), keys)
