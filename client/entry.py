@@ -50,9 +50,10 @@ async def _body(main: Callable[[], Awaitable[Any]]) -> None:
 
 def _end_with_parent() -> None:
     try:
-        while sys.stdin.buffer.read(4096):
+        # Not sys.stdin: a thread inside its lock when the interpreter ends aborts the process.
+        while os.read(0, 4096):
             pass
-    except (OSError, ValueError):
+    except OSError:
         pass
     # Nothing to save here: what must survive is on disk before it is told. Threads of gRPC would delay a softer exit.
     print("error: the parent process is gone", file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class RunView:
+    """Shows the statuses of a running job. Everything goes to standard error, so that standard output is the result."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._epochs = 0
+        self._phase = ""
+        self._samples = 0
+        self._since = time.monotonic()
+        self._speed = 0.0
+
+    def __enter__(self) -> "RunView":
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=1, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def show(self, status: dict[str, Any]) -> None:
+        """Show what changed since the last status."""
+        if status["phase"] != self._phase and status["phase"] in ("gathering", "stopping", "failed"):
+            self.say(f"{status['phase']}{': ' + status['reason'] if status['reason'] else ''}")
+        self._phase = status["phase"]
+        for result in status["history"][self._epochs :]:
+            self.say(_line(result, status["epochs"]))
+        self._epochs = max(self._epochs, len(status["history"]))
+        if self._task is not None:
+            self._measure(status)
+            evaluating = status["splits_closed"] == status["splits"]
+            done, total = ("evaluated", "evaluation_splits") if evaluating else ("splits_closed", "splits")
+            self._progress.update(
+                self._task,
+                description=f"epoch {status['epoch'] + 1}/{status['epochs']} {'evaluate' if evaluating else status['phase']}",
+                completed=status[done],
+                total=max(1, status[total]),
+                note=f"{self._speed:,.0f} samples/s" if self._speed else "",
+            )
+
+    def _measure(self, status: dict[str, Any]) -> None:
+        samples = sum(m["stats"].get("samples", 0) for m in status["members"])
+        now = time.monotonic()
+        if now - self._since >= 1.0:
+            self._speed = max(0.0, (samples - self._samples) / (now - self._since))
+            self._samples, self._since = samples, now
+
+    def table(self, status: dict[str, Any]) -> None:
+        """Show the table of epochs."""
+        if status["history"]:
+            self._console.print(epochs_table(status))
+
+
+def _line(result: dict[str, Any], epochs: int) -> str:
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    speed = result["samples"] / result["train_seconds"] if result["train_seconds"] else 0.0
+    return (
+        f"epoch {result['epoch'] + 1}/{epochs}  loss {result['loss']:.4f}  {metrics}  "
+        f"{result['samples']:,} samples in {result['train_seconds']:.1f} s ({speed:,.0f}/s), "
+        f"evaluated in {result['evaluate_seconds']:.1f} s"
+    )
+
+
+def epochs_table(status: dict[str, Any]) -> Table:
+    """Return the table of a job's epochs; the best one is marked."""
+    best = status["best"]["epoch"] if status.get("best") else -1
+    table = Table(title=f"{status['name']}: {status['phase']}", title_justify="left")
+    names = list(status["history"][0]["metrics"]) if status["history"] else []
+    for name in ("epoch", "loss", *names, "samples", "train s", "evaluate s"):
+        table.add_column(name, justify="right")
+    for r in status["history"]:
+        table.add_row(
+            f"{r['epoch'] + 1}{' *' if r['epoch'] == best else ''}",
+            f"{r['loss']:.4f}",
+            *(f"{r['metrics'][n]:.4f}" for n in names),
+            f"{r['samples']:,}",
+            f"{r['train_seconds']:.1f}",
+            f"{r['evaluate_seconds']:.1f}",
+            style="bold" if r["epoch"] == best else None,
+        )
+    return table

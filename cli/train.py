@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock train`, `oarlock prepare` and `oarlock demo`: from options to a job folder to a finished job."""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from oarlock.cli.show import RunView
+from oarlock.client.job import DONE, JobSpec
+from oarlock.data.planted import generate_ncf
+from oarlock.launch.config import assign, load_toml, run_config
+from oarlock.launch.folder import create, job_folder, resume
+from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.processes import LocalProcesses
+from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.telemetry.log import to_file
+
+_OPTIONS = ("epochs", "seed", "servers", "workers", "reader", "data")
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line sets, as nested values."""
+    values: dict[str, Any] = {}
+    for setting in options.set:
+        assign(values, setting)
+    values.update({n: getattr(options, n) for n in _OPTIONS if getattr(options, n, None) is not None})
+    return values
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for name, value in over.items():
+        out[name] = _merged(out[name], value) if isinstance(value, dict) and isinstance(out.get(name), dict) else value
+    return out
+
+
+def _values(options: argparse.Namespace) -> dict[str, Any]:
+    base = load_toml(Path(options.recipe)) if options.recipe.endswith(".toml") else {"recipe": options.recipe}
+    values = _merged(base, _changes(options))
+    if not values.get("data"):
+        raise InvalidArgument("no data: give --data DIR, or `data` in the job file")
+    return values
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a recipe or job file to its end."""
+    name, folder = job_folder(options.name, options.dir)
+    restore = ""
+    if options.resume:
+        if not (options.name or options.dir):
+            raise InvalidArgument("--resume needs --name or --dir of the job")
+        spec, restore = resume(folder, _changes(options))
+    else:
+        spec = create(folder, name, run_config(_values(options)))
+    return run(spec, folder, restore, options)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Plan a job and write its folder."""
+    name, folder = job_folder(options.name, options.dir)
+    create(folder, name, run_config(_values(options)))
+    print(folder)
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Generate planted preferences and train NCF on them."""
+    with tempfile.TemporaryDirectory(prefix="oarlock-demo-") as temporary:
+        data = Path(temporary) / "data"
+        info = generate_ncf(data, seed=options.seed or 0)
+        options.recipe, options.data, options.resume = "ncf", str(data), False
+        if options.epochs is None:
+            options.epochs = 6
+        if not options.dir and not options.name:
+            options.dir = str(Path(temporary) / "job")
+        print(
+            f"generated {info.train_rows} pairs of {info.users} users and {info.items} items; "
+            f"the best possible hr@10 is {info.figures['best_hr@10']:.3f}, popularity alone reaches "
+            f"{info.figures['popularity_hr@10']:.3f}",
+            file=sys.stderr,
+        )
+        return train(options)
+
+
+def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) -> int:
+    """Run a planned job; print its result; return the exit code."""
+    begun = time.monotonic()
+    with RunView() as view, _interrupts() as interrupts:
+        view.say(f"job {spec.name} in {folder}: {_described(spec, options.in_process)}")
+        if os.environ.get("OPENBLAS_CORETYPE"):
+            view.say(
+                f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} ties matrix products to one CPU type's kernels; "
+                "unset it for full speed"
+            )
+
+        def watch(status: dict[str, Any]) -> bool:
+            view.show(status)
+            if interrupts.count > 1:
+                raise KeyboardInterrupt
+            return not interrupts.count
+
+        if options.in_process:
+            to_file(folder / "logs" / "job.log", options.log_level)
+            status = run_in_process(spec, folder, restore=restore, watch=watch)
+        else:
+            launched = LocalProcesses(spec, folder, restore=restore, log_level=options.log_level)
+            status = asyncio.run(launched.run(watch))
+        view.show(status)
+        if status["phase"] == "failed":
+            raise Unavailable(status["reason"])
+        view.table(status)
+    result = summary(spec, status, time.monotonic() - begun)
+    print(json.dumps(result) if options.json else _sentence(result))
+    sys.stdout.flush()
+    return 0 if status["phase"] == DONE else 130
+
+
+class _Interrupts:
+    """How often the user asked to stop."""
+
+    count = 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Count SIGINT and SIGTERM: the first one asks for a checkpoint and an end, the second one for an end."""
+    state = _Interrupts()
+
+    def note(number: int, frame: object) -> None:
+        state.count += 1
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _described(spec: JobSpec, in_process: bool) -> str:
+    where = "in one process" if in_process else f"{spec.servers} servers, {spec.workers} workers"
+    return f"{spec.recipe}, {where}, {spec.epochs} epochs of {spec.splits} splits, seed {spec.seed}"
+
+
+def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what `--json` prints: the best epoch by the first metric, totals, and how it was run."""
+    history, best = status["history"], status["best"]
+    samples = sum(r["samples"] for r in history)
+    train_seconds = sum(r["train_seconds"] for r in history)
+    out: dict[str, Any] = {}
+    if best:
+        out.update(best["metrics"])
+        out["best_epoch"] = best["epoch"] + 1
+        out.update({f"last_{n}": v for n, v in history[-1]["metrics"].items()})
+    return {
+        **out,
+        "samples_per_s": round(samples / train_seconds, 1) if train_seconds else 0.0,
+        "samples_trained": samples,
+        "epochs": len(history),
+        "loss": history[-1]["loss"] if history else None,
+        "train_seconds": round(train_seconds, 3),
+        "evaluate_seconds": round(sum(r["evaluate_seconds"] for r in history), 3),
+        "seconds": round(seconds, 3),
+        "servers": spec.servers,
+        "workers": spec.workers,
+        "reader": status.get("reader", spec.reader),
+        "seed": spec.seed,
+        "name": spec.name,
+        "phase": status["phase"],
+        "run": status["run"],
+        "checkpoint": status["checkpoints"][-1]["path"] if status["checkpoints"] else None,
+        "config": spec.config,
+        "history": history,
+    }
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    shown = ("best_epoch", "samples_per_s", "samples_trained", "seconds", "reader", "checkpoint")
+    metrics = [n for n in result if "@" in n and not n.startswith("last_")]
+    return "  ".join(f"{n} {result[n]:.4f}" for n in metrics) + "  " + "  ".join(f"{n} {result.get(n)}" for n in shown)
