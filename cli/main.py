@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the job's newest checkpoint")
     _add_run_options(train)
 
-    prepare = commands.add_parser("prepare", help="plan a job and write its folder, for processes started by other means")
+    prepare = commands.add_parser(
+        "prepare", help="plan a job and write its folder, for processes started by other means"
+    )
     prepare.add_argument("recipe")
     prepare.add_argument("--data", help="the folder of the training data, as the workers see it")
     _add_run_options(prepare)

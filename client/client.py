@@ -58,7 +58,9 @@ class Client:
 
         The messages are made before this returns: the arrays may be reused at once, also before the awaitable is done.
         """
-        return push(self._member, cut_push(self._member.layout, self.routes, split, group, gradients, dense, dense_rate))
+        return push(
+            self._member, cut_push(self._member.layout, self.routes, split, group, gradients, dense, dense_rate)
+        )
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""
@@ -67,10 +69,13 @@ class Client:
         async def ask(shard: ShardAddress) -> int:
             async def attempt(timeout: float) -> MarksReply:
                 request = MarksRequest(header=member.header(shard.incarnation), splits=[split])
-                reply: MarksReply = await member.transport.call(shard.address, "Shard.Marks", request, timeout_seconds=timeout)
+                reply: MarksReply = await member.transport.call(
+                    shard.address, "Shard.Marks", request, timeout_seconds=timeout
+                )
                 return reply
 
-            return (await member.retry.run(attempt, rng=member.rng)).next[0]
+            reply = await member.retry.run(attempt, rng=member.rng)
+            return int(reply.next[0])
 
         applied = await asyncio.gather(*(ask(s) for s in self.routes.shards.values()))
         # That group may be missing in some blocks: it is sent again, and the blocks that have it skip it.

@@ -57,6 +57,8 @@ class ClosedSet:
     @staticmethod
     def unpack(message: ClosedSplits) -> "ClosedSet":
         if len(message.bitmap) > SPLIT_WINDOW // 8 + 1:
-            raise Malformed(f"a closed set reaches {len(message.bitmap) * 8} splits above its floor, at most {SPLIT_WINDOW} can be")
+            raise Malformed(
+                f"a closed set reaches {len(message.bitmap) * 8} splits above its floor, at most {SPLIT_WINDOW} can be"
+            )
         bits = int.from_bytes(message.bitmap, "little")
         return ClosedSet(message.floor, (message.floor + i for i in range(bits.bit_length()) if bits >> i & 1))

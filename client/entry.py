@@ -25,7 +25,9 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every process has."""
     made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    made.add_argument("--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)")
+    made.add_argument(
+        "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"
+    )
     return made
 
 

@@ -66,7 +66,16 @@ class JobSpec:
             raise InvalidArgument(f"job id {self.job!r}: give 32 hexadecimal digits")
         if self.mode not in MODES:
             raise InvalidArgument(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
-        for name in ("splits", "rows_per_split", "batch_rows", "epochs", "servers", "workers", "open_splits", "prefetch"):
+        for name in (
+            "splits",
+            "rows_per_split",
+            "batch_rows",
+            "epochs",
+            "servers",
+            "workers",
+            "open_splits",
+            "prefetch",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
@@ -76,10 +85,12 @@ class JobSpec:
             raise InvalidArgument(
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"
             )
-        names = [s.name for s in (*self.tables, *self.dense)]
+        names = [t.name for t in self.tables] + [d.name for d in self.dense]
         for name in names:
             if names.count(name) > 1:
-                raise InvalidArgument(f"two parameters are named {name!r}; every table and dense parameter needs its own name")
+                raise InvalidArgument(
+                    f"two parameters are named {name!r}; every table and dense parameter needs its own name"
+                )
 
     @property
     def job_bytes(self) -> bytes:

@@ -108,7 +108,13 @@ class Membership:
         self._heartbeat_seconds = reply.heartbeat_seconds
         if reply.placement.generation:
             self.routes = unpack_placement(self.layout, reply.placement)
-        logger.info("event=joined role=%s id=%d incarnation=%d run=%d", Role.Name(self.role), self.id, self.incarnation, self.run)
+        logger.info(
+            "event=joined role=%s id=%d incarnation=%d run=%d",
+            Role.Name(self.role),
+            self.id,
+            self.incarnation,
+            self.run,
+        )
         return self.spec
 
     async def keep(self, stats: Callable[[], dict[str, Any]]) -> None:
@@ -117,7 +123,10 @@ class Membership:
             request = HeartbeatRequest(header=self.header(), stats=json.dumps(stats()))
             try:
                 reply: HeartbeatReply = await self.transport.call(
-                    self.coordinator, "Coordinator.Heartbeat", request, timeout_seconds=max(1.0, self._heartbeat_seconds * 4)
+                    self.coordinator,
+                    "Coordinator.Heartbeat",
+                    request,
+                    timeout_seconds=max(1.0, self._heartbeat_seconds * 4),
                 )
                 self._in_phase(reply.phase)
                 self.step = reply.step
@@ -200,7 +209,10 @@ class Membership:
         """Tell the coordinator that this process goes; not hearing it is no harm, the lease ends by itself."""
         try:
             await self.transport.call(
-                self.coordinator, "Coordinator.Leave", LeaveRequest(header=self.header(), error=error), timeout_seconds=2.0
+                self.coordinator,
+                "Coordinator.Leave",
+                LeaveRequest(header=self.header(), error=error),
+                timeout_seconds=2.0,
             )
         except PSError as failed:
             logger.debug("event=leave_unheard error=%s", failed)

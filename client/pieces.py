@@ -32,7 +32,9 @@ class Piece:
         return int(self.counts.sum())
 
     def keys(self, keys: NDArray[np.uint64]) -> TableKeys:
-        return TableKeys(table=self.table, keys=pack(keys[self.rows]), blocks=pack(self.blocks), counts=pack(self.counts))
+        return TableKeys(
+            table=self.table, keys=pack(keys[self.rows]), blocks=pack(self.blocks), counts=pack(self.counts)
+        )
 
 
 def by_owner(
@@ -50,7 +52,7 @@ def by_owner(
     ``owners`` int32[m] is the owner of each of ``blocks``. Blocks of one owner that lie side by side become one slice of
     the keys; otherwise (after the placement changed) their keys are picked one by one.
     """
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     starts = ends - counts
     for owner in np.unique(owners if wanted is None else owners[wanted]):
         chosen = np.flatnonzero(owners == owner if wanted is None else (owners == owner) & wanted)

@@ -42,7 +42,9 @@ def table_number(layout: Layout, name: str) -> int:
     """Return a table's position in the job's list."""
     found = layout.table_index.get(name)
     if found is None:
-        raise UnknownTable(f"this job has no table {name!r}; it has: {', '.join(layout.table_index) or 'none'}", table=name)
+        raise UnknownTable(
+            f"this job has no table {name!r}; it has: {', '.join(layout.table_index) or 'none'}", table=name
+        )
     return found
 
 
@@ -106,13 +108,17 @@ async def pull(
             tables=[piece.keys(keys[name].keys) for name, piece in message.pieces],
             dense=pack(message.dense),
         )
-        reply: PullReply = await member.transport.call(message.shard.address, "Shard.Pull", request, timeout_seconds=timeout)
+        reply: PullReply = await member.transport.call(
+            message.shard.address, "Shard.Pull", request, timeout_seconds=timeout
+        )
         if len(reply.rows) != len(message.pieces):
             raise Malformed(f"shard {message.shard.id} answered {len(reply.rows)} tables of {len(message.pieces)}")
         for (name, piece), answer in zip(message.pieces, reply.rows, strict=True):
             found = unpack(answer, np.float32, f"rows of {name}", dims=2, columns=layout.tables[piece.table].dim)
             if len(found) != piece.size:
-                raise Malformed(f"shard {message.shard.id} answered {len(found)} rows of {name}, asked for {piece.size}")
+                raise Malformed(
+                    f"shard {message.shard.id} answered {len(found)} rows of {name}, asked for {piece.size}"
+                )
             rows[name][piece.rows] = found
         if dense is not None:
             _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values"), dense)
@@ -128,7 +134,9 @@ async def pull(
     await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
 
 
-def _scatter(layout: Layout, numbers: NDArray[np.int32], values: NDArray[np.float32], dense: NDArray[np.float32]) -> None:
+def _scatter(
+    layout: Layout, numbers: NDArray[np.int32], values: NDArray[np.float32], dense: NDArray[np.float32]
+) -> None:
     spans = dense_spans(layout, numbers)
     if sum(length for _, length in spans) != len(values):
         raise Malformed(f"{len(values)} dense values answered, asked for {sum(length for _, length in spans)}")

@@ -139,7 +139,12 @@ def cut_push(
         if len(part.keys.keys):
             packer.rows(
                 _RowPart(
-                    table_number(layout, name), part.keys.keys, part.keys.blocks, part.keys.counts, part.gradients, part.rate
+                    table_number(layout, name),
+                    part.keys.keys,
+                    part.keys.blocks,
+                    part.keys.counts,
+                    part.gradients,
+                    part.rate,
                 ),
                 None,
             )
@@ -180,7 +185,9 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
     async def send(message: PushMessage, timeout: float) -> NDArray[np.int32]:
         request = message.request
         request.header.CopyFrom(member.header(message.shard.incarnation))
-        reply: PushReply = await member.transport.call(message.shard.address, "Shard.Push", request, timeout_seconds=timeout)
+        reply: PushReply = await member.transport.call(
+            message.shard.address, "Shard.Push", request, timeout_seconds=timeout
+        )
         counts.applied += reply.applied
         counts.skipped += reply.skipped
         counts.refused += reply.refused

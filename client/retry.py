@@ -44,6 +44,8 @@ class Retry:
                     raise
                 drawn = pause * (0.5 + rng.random() / 2)
                 if clock() + drawn >= end:
-                    raise type(error)(f"{error} (given up after {self.deadline_seconds:g} s)", **error.details) from error
+                    raise type(error)(
+                        f"{error} (given up after {self.deadline_seconds:g} s)", **error.details
+                    ) from error
             await asyncio.sleep(drawn)
             pause = min(self.most_seconds, pause * 2)

@@ -33,7 +33,9 @@ def main() -> int:
         try:
             spec = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
         except OSError as error:
-            raise NotFound(f"{folder / 'job.json'} cannot be read ({error.strerror}); make it with `oarlock prepare`") from None
+            raise NotFound(
+                f"{folder / 'job.json'} cannot be read ({error.strerror}); make it with `oarlock prepare`"
+            ) from None
         store = Store(folder / "state.sqlite").open()
         transport = GrpcTransport()
         server: GrpcServer | None = None

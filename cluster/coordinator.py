@@ -65,7 +65,9 @@ class Coordinator:
         """Take up the stored state under a new term. Call once, before the first message."""
         with self.lock, self.store as store:
             if store.fact("job") not in (None, self.spec.job):
-                raise InvalidArgument(f"this state belongs to job {store.fact('job')}, the job file says {self.spec.job}")
+                raise InvalidArgument(
+                    f"this state belongs to job {store.fact('job')}, the job file says {self.spec.job}"
+                )
             self.term = store.fact("term", 0) + 1
             store.set_fact("job", self.spec.job)
             store.set_fact("term", self.term)
@@ -79,7 +81,9 @@ class Coordinator:
             self.work.history = [EpochResult(**e) for e in store.epochs()]
             self.work.epoch = len(self.work.history)
             self.work.results = store.evaluations()
-            counted = store.fact("counted", {"samples": 0, "loss_sum": 0.0, "train_seconds": 0.0, "evaluate_seconds": 0.0})
+            counted = store.fact(
+                "counted", {"samples": 0, "loss_sum": 0.0, "train_seconds": 0.0, "evaluate_seconds": 0.0}
+            )
             for name, value in counted.items():
                 setattr(self.work, name, value)
             self.work.all_touched = self.term > 1
@@ -168,7 +172,9 @@ class Coordinator:
         """Return the newest placement, once every shard has adopted it; Unavailable before."""
         with self.lock:
             if not self.placed:
-                raise Unavailable(f"the placement is not ready: {len(self.members.alive('shard'))} of {self.spec.servers} shards")
+                raise Unavailable(
+                    f"the placement is not ready: {len(self.members.alive('shard'))} of {self.spec.servers} shards"
+                )
             return pack_placement(self.generation, self.owners, self.shards)
 
     @property
@@ -204,8 +210,12 @@ class Coordinator:
     def counted(self) -> dict[str, Any]:
         """Return what the current epoch has counted so far."""
         work = self.work
-        return {"samples": work.samples, "loss_sum": work.loss_sum, "train_seconds": work.train_seconds,
-                "evaluate_seconds": work.evaluate_seconds}
+        return {
+            "samples": work.samples,
+            "loss_sum": work.loss_sum,
+            "train_seconds": work.train_seconds,
+            "evaluate_seconds": work.evaluate_seconds,
+        }
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float) -> None:
         with self.lock:
@@ -216,7 +226,9 @@ class Coordinator:
     def evaluated(self, worker: int, split: int, sums: list[float]) -> None:
         """Keep an evaluation split's sums; the last one of an epoch ends it."""
         if len(sums) != 1 + len(self.spec.metrics) or not all(np.isfinite(sums)):
-            raise InvalidArgument(f"evaluation split {split}: {len(sums)} sums came, wanted {1 + len(self.spec.metrics)} finite ones")
+            raise InvalidArgument(
+                f"evaluation split {split}: {len(sums)} sums came, wanted {1 + len(self.spec.metrics)} finite ones"
+            )
         with self.lock:
             if not self.work.evaluate(worker, split, sums):
                 return
@@ -239,7 +251,9 @@ class Coordinator:
         if due:
             self.phase = WRITING
             store.set_fact("phase", WRITING)
-        logger.info("event=epoch_done epoch=%d loss=%.6f metrics=%s", result.epoch, result.loss, json.dumps(result.metrics))
+        logger.info(
+            "event=epoch_done epoch=%d loss=%.6f metrics=%s", result.epoch, result.loss, json.dumps(result.metrics)
+        )
 
     def release(self, worker: int, kind: str, split: int, reason: str) -> None:
         with self.lock:
@@ -255,10 +269,19 @@ class Coordinator:
                 member.state = state
                 store.set_member(member.incarnation, member.record())
             freed = self.work.drop_worker(member.incarnation)
-            logger.info("event=member_gone role=%s id=%d state=%s splits_freed=%d error=%s", member.role, member.id, state, freed, error)
+            logger.info(
+                "event=member_gone role=%s id=%d state=%s splits_freed=%d error=%s",
+                member.role,
+                member.id,
+                state,
+                freed,
+                error,
+            )
             if member.role == "shard" and self.phase not in OVER and self.phase != GATHERING:
                 where = f"shard {member.id} ({member.address}, pid {member.pid})"
-                self.fail(f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume")
+                self.fail(
+                    f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume"
+                )
 
     def _count_time(self) -> None:
         now = self.clock()
@@ -347,8 +370,7 @@ class Coordinator:
                 "best": asdict(best) if best else None,
                 "history": [asdict(r) for r in work.history],
                 "checkpoints": self.checkpoints,
-                "members": [
-                    {**m.record(), "stats": m.stats} for m in self.members.all.values() if m.state == "alive"
-                ],
+                "members": [{**m.record(), "stats": m.stats} for m in self.members.all.values() if m.state == "alive"],
+                "reader": "+".join(sorted({m.reader for m in self.members.all.values() if m.reader})),
                 "blocks": {str(s): int((self.owners == s).sum()) for s in sorted(self.shards)},
             }

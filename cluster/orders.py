@@ -46,7 +46,12 @@ class Orders:
     def _header(self, shard: ShardAddress) -> Header:
         c = self._coordinator
         return Header(
-            protocol=PROTOCOL, job=c.spec.job_bytes, run=c.run, target=shard.incarnation, generation=c.generation, term=c.term
+            protocol=PROTOCOL,
+            job=c.spec.job_bytes,
+            run=c.run,
+            target=shard.incarnation,
+            generation=c.generation,
+            term=c.term,
         )
 
     async def step(self) -> None:
@@ -79,7 +84,9 @@ class Orders:
             await self._transport.call(shard.address, "Shard.Adopt", request, timeout_seconds=WRITE_SECONDS)
             c.has_adopted(shard.id, generation)
 
-        for shard, result in zip(waiting, await asyncio.gather(*map(one, waiting), return_exceptions=True), strict=True):
+        for shard, result in zip(
+            waiting, await asyncio.gather(*map(one, waiting), return_exceptions=True), strict=True
+        ):
             if isinstance(result, PSError) and not result.retryable:
                 c.fail(f"shard {shard.id} could not take its blocks: {result}")
             elif isinstance(result, PSError):
@@ -158,5 +165,3 @@ class Orders:
                 best=asdict(best) if best else {},
                 blocks=tuple(entries),
             )
-
-

@@ -50,7 +50,9 @@ class CoordinatorService:
         c = self._coordinator
         check_protocol(header.protocol)
         if header.job != c.spec.job_bytes:
-            raise WrongJob(f"this is the coordinator of job {c.spec.job}, the message is of job {header.job.hex() or 'none'}")
+            raise WrongJob(
+                f"this is the coordinator of job {c.spec.job}, the message is of job {header.job.hex() or 'none'}"
+            )
         if header.run != c.run:
             raise WrongRun(f"the job is in run {c.run}, the message is of run {header.run}: join anew", run=c.run)
         with c.lock:
@@ -72,7 +74,12 @@ class CoordinatorService:
             raise InvalidArgument(f"a shard's address {request.address!r} is neither host:port nor unix:PATH")
         with c.lock:
             member = c.join(
-                roles[request.role], request.address, request.nonce, request.pid, request.host[:256], request.reader[:32]
+                roles[request.role],
+                request.address,
+                request.nonce,
+                request.pid,
+                request.host[:256],
+                request.reader[:32],
             )
             return JoinReply(
                 job=c.spec.job_bytes,
@@ -116,7 +123,7 @@ class CoordinatorService:
                 return LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10)
             grant = c.work.grant(member.incarnation, request.wanted)
             return LeaseReply(
-                work=_WORK[grant.kind],  # type: ignore[arg-type]
+                work=_WORK[grant.kind],
                 splits=grant.splits,
                 fresh=grant.fresh,
                 retry_seconds=c.spec.heartbeat_seconds / 10,

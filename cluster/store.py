@@ -44,7 +44,9 @@ class Store:
             db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             db.close()
-            raise Unavailable(f"{self._path} cannot be locked: another coordinator of this job is running ({error})") from error
+            raise Unavailable(
+                f"{self._path} cannot be locked: another coordinator of this job is running ({error})"
+            ) from error
         except sqlite3.DatabaseError as error:
             db.close()
             raise InvalidArgument(f"{self._path} is no coordinator state: {error}") from error
@@ -66,7 +68,9 @@ class Store:
         self._open.execute("BEGIN IMMEDIATE")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.execute("ROLLBACK" if kind else "COMMIT")
 
     def fact(self, name: str, default: Any = None) -> Any:

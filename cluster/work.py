@@ -127,7 +127,9 @@ class Work:
         holder = self.leases.get((kind, split))
         if holder != worker:
             raise LeaseLost(
-                f"{kind} split {split} is leased to {holder or 'nobody'}, not to incarnation {worker}", split=split, holder=holder
+                f"{kind} split {split} is leased to {holder or 'nobody'}, not to incarnation {worker}",
+                split=split,
+                holder=holder,
             )
 
     def _forget(self, kind: str, split: int) -> None:
@@ -172,5 +174,12 @@ class Work:
 
     def progress(self) -> dict[str, Any]:
         done = min(max(self.closed.floor - self.epoch * self.splits, 0) + len(self.closed.above), self.splits)
-        return {"epoch": self.epoch, "epochs": self.epochs, "splits_closed": done, "splits": self.splits,
-                "evaluated": len(self.results), "evaluation_splits": self.evaluation_splits, "samples": self.samples}
+        return {
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "splits_closed": done,
+            "splits": self.splits,
+            "evaluated": len(self.results),
+            "evaluation_splits": self.evaluation_splits,
+            "samples": self.samples,
+        }

@@ -20,7 +20,9 @@ INITIALIZERS = ("zeros", "constant", "uniform", "normal")
 
 def check_name(kind: str, name: object) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InvalidArgument(f"{kind} name {name!r}: use 1 to 128 letters, digits, '_', '-' or '.', not starting with a digit")
+        raise InvalidArgument(
+            f"{kind} name {name!r}: use 1 to 128 letters, digits, '_', '-' or '.', not starting with a digit"
+        )
 
 
 def _finite(owner: str, name: str, value: object) -> None:
@@ -90,7 +92,9 @@ class TableSpec:
             or not 1 <= self.blocks <= MAX_BLOCKS
             or self.blocks & (self.blocks - 1)
         ):
-            raise InvalidArgument(f"table {self.name}: blocks = {self.blocks!r}: give a power of two from 1 to {MAX_BLOCKS}")
+            raise InvalidArgument(
+                f"table {self.name}: blocks = {self.blocks!r}: give a power of two from 1 to {MAX_BLOCKS}"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,22 @@ from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, load_f32, store_f32
 from oarlock.embedding.slab import AHEAD, prefetch_row, state_address
 
-_EXPONENT = np.uint32(0x7F800000)  # all ones in a float32 that is an infinity or NaN
+# Gradients of this size and above are refused with NaN and infinities, which lie above it as integers: their squares would
+# soon make an accumulator infinite, and a row with an infinity in it can be neither moved nor restored.
+GRADIENT_LIMIT = 1e15
+_LIMIT_BITS = np.uint32(np.float32(GRADIENT_LIMIT).view(np.uint32))
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _ONE = np.float32(1.0)
 
 
 @jit
 def refuse(bits: NDArray[np.uint32], refused: NDArray[np.uint8]) -> int:
-    """Mark in refused: uint8[n] the rows of bits: uint32[n, dim] (float32 seen as integers) that are not all finite."""
+    """Mark in refused: uint8[n] the rows of bits: uint32[n, dim] (float32 seen as integers) with a value beyond the limit."""
     found = 0
     for i in range(bits.shape[0]):
         bad = 0
         for column in range(bits.shape[1]):
-            bad |= (bits[i, column] & _EXPONENT) == _EXPONENT
+            bad |= (bits[i, column] & _MAGNITUDE) >= _LIMIT_BITS
         refused[i] = bad
         found += bad
     return found

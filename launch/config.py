@@ -44,7 +44,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.reader not in READERS:
             raise InvalidArgument(f"reader = {self.reader!r}: choose one of {', '.join(READERS)}")
-        for name, most in (("servers", 4096), ("workers", 4096), ("epochs", 1 << 20), ("open_splits", 64), ("prefetch", 64)):
+        for name, most in (
+            ("servers", 4096),
+            ("workers", 4096),
+            ("epochs", 1 << 20),
+            ("open_splits", 64),
+            ("prefetch", 64),
+        ):
             if not 1 <= getattr(self, name) <= most:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from 1 to {most}")
         if not 0 <= self.seed < 1 << 63:

@@ -28,7 +28,9 @@ _FIXED = ("seed", "recipe", "tables", "dense", "files", "splits", "rows_per_spli
 def job_folder(name: str, folder: str) -> tuple[str, Path]:
     """Return the (name, folder) of a job: what was given, else generated."""
     if name and not _NAME.fullmatch(name):
-        raise InvalidArgument(f"job name {name!r}: use 1 to 100 letters, digits, '_', '-' or '.', beginning with a letter or digit")
+        raise InvalidArgument(
+            f"job name {name!r}: use 1 to 100 letters, digits, '_', '-' or '.', beginning with a letter or digit"
+        )
     name = name or (Path(folder).name if folder else f"job-{secrets.token_hex(3)}")
     return name, Path(folder).absolute() if folder else (RUNS / name).absolute()
 
@@ -57,8 +59,12 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
         raise NotFound(f"{folder / 'checkpoints'} holds no whole checkpoint: train anew under another --name")
     spec = make_spec(run, old.name, job=old.job)
     for name in _FIXED:
-        if getattr(spec, name) != getattr(old, name) and json.dumps(_plain(spec, name)) != json.dumps(_plain(old, name)):
-            raise SpecMismatch(f"{name} differs from the checkpoint's, and cannot change in a job that goes on", field=name)
+        if getattr(spec, name) != getattr(old, name) and json.dumps(_plain(spec, name)) != json.dumps(
+            _plain(old, name)
+        ):
+            raise SpecMismatch(
+                f"{name} differs from the checkpoint's, and cannot change in a job that goes on", field=name
+            )
     store.verify(manifest)
     _write(folder, run, spec)
     return spec, str(folder / "checkpoints" / f"cut-{manifest.cut:06d}")
@@ -87,7 +93,9 @@ def locate(job: str) -> tuple[Path | None, str | None]:
     if ":" in job:
         return None, job
     known = sorted(p.parent.name for p in RUNS.glob("*/job.json"))
-    raise NotFound(f"no job {job!r}: give a name, a folder or host:port. Jobs under {RUNS}/: {', '.join(known) or 'none'}")
+    raise NotFound(
+        f"no job {job!r}: give a name, a folder or host:port. Jobs under {RUNS}/: {', '.join(known) or 'none'}"
+    )
 
 
 def stored_status(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.job import OVER, JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
@@ -20,7 +21,6 @@ from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.data.reader import open_reader
-from oarlock.checkpoint.store import open_checkpoint
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
@@ -30,7 +30,12 @@ COORDINATOR = "in-process:coordinator"
 
 
 def run_in_process(
-    spec: JobSpec, folder: Path, *, restore: str = "", watch: Callable[[dict[str, Any]], bool], watch_seconds: float = 0.2
+    spec: JobSpec,
+    folder: Path,
+    *,
+    restore: str = "",
+    watch: Callable[[dict[str, Any]], bool],
+    watch_seconds: float = 0.2,
 ) -> dict[str, Any]:
     """Run the job to its end; return the coordinator's last status.
 
@@ -41,8 +46,7 @@ def run_in_process(
         coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.Random(0))
         coordinator.open()
         if restore:
-            opened, manifest = open_checkpoint(restore)
-            coordinator.begin_run(manifest, restore)
+            coordinator.begin_run(open_checkpoint(restore)[1], restore)
         transport = InProcess()
         transport.serve(CoordinatorService(coordinator), COORDINATOR)
         return asyncio.run(_run(coordinator, transport, folder, watch, watch_seconds))

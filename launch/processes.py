@@ -42,7 +42,9 @@ class Child:
         """Return the last error line of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [line for line in lines if line.startswith("error: ")]
-        text = found[-1].removeprefix("error: ") if found else f"ended with code {self.process.returncode}, see {self.log}"
+        text = (
+            found[-1].removeprefix("error: ") if found else f"ended with code {self.process.returncode}, see {self.log}"
+        )
         return f"{self.role} {self.number}: {text}"
 
 

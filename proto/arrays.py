@@ -6,6 +6,7 @@ message's memory. Any thread.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from oarlock.proto.errors import Malformed, OutOfMemory
 MAX_MESSAGE_BYTES = 128 << 20
 MAX_DIMENSIONS = 4
 
-_DTYPES: dict[int, np.dtype] = {
+_DTYPES: dict[int, np.dtype[Any]] = {
     pb.UINT64: np.dtype("<u8"),
     pb.INT32: np.dtype("<i4"),
     pb.FLOAT32: np.dtype("<f4"),
@@ -26,7 +27,7 @@ _DTYPES: dict[int, np.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def pack(array: NDArray) -> pb.Array:
+def pack(array: NDArray[Any]) -> pb.Array:
     """Return ``array`` (uint64, int32, uint32 or float32, any shape) as a message; the data is copied."""
     dtype = array.dtype.newbyteorder("<")
     code = _CODES.get(dtype)
@@ -35,12 +36,14 @@ def pack(array: NDArray) -> pb.Array:
     return pb.Array(data=array.astype(dtype, copy=False).tobytes(), dtype=code, shape=array.shape)  # type: ignore[arg-type]
 
 
-def unpack(message: pb.Array, dtype: type, what: str, *, dims: int = 1, columns: int | None = None) -> NDArray:
+def unpack(
+    message: pb.Array, dtype: type[np.generic], what: str, *, dims: int = 1, columns: int | None = None
+) -> NDArray[Any]:
     """Return the message's array, which must have ``dtype`` and ``dims`` dimensions (and ``columns`` in the last one).
 
     An absent array is an empty one. Malformed names ``what`` and the two things that disagree.
     """
-    wanted = np.dtype(dtype)
+    wanted: np.dtype[Any] = np.dtype(dtype)
     if not message.data and not message.shape and message.dtype == pb.DTYPE_UNSPECIFIED:
         return np.empty((0,) * (dims - 1) + (columns or 0,) if dims > 1 else (0,), dtype=wanted)
     found = _DTYPES.get(message.dtype)

@@ -181,7 +181,9 @@ class GrpcTransport:
 
 def _error_of(rpc: Any, failed: BaseException, address: str, method: str) -> PSError:
     if not isinstance(failed, grpc.RpcError):
-        return errors.Unavailable(f"{method} at {address} was given up: {failed or type(failed).__name__}", address=address)
+        return errors.Unavailable(
+            f"{method} at {address} was given up: {failed or type(failed).__name__}", address=address
+        )
     trailing = dict(rpc.trailing_metadata() or ())
     return from_status(rpc.code(), rpc.details() or "", trailing.get(FAILURE_KEY), address=address, method=method)
 
@@ -210,7 +212,9 @@ class GrpcServer:
         try:
             port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
-            raise InvalidArgument(f"cannot listen on {self._listen}: taken, not of this machine, or malformed") from error
+            raise InvalidArgument(
+                f"cannot listen on {self._listen}: taken, not of this machine, or malformed"
+            ) from error
         server.start()
         self._server = server
         self._pool = pool
@@ -225,7 +229,8 @@ class GrpcServer:
                     request = method.request.FromString(data)
                 except DecodeError as error:
                     raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
-                return dispatch(self._handler, method.name, request).SerializeToString()
+                reply: bytes = dispatch(self._handler, method.name, request).SerializeToString()
+                return reply
             except PSError as error:
                 if isinstance(error, errors.Internal):
                     logger.exception("event=internal_error method=%s", method.name, exc_info=error.__cause__)

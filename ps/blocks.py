@@ -43,7 +43,10 @@ def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str
         shard.owned = wanted
         shard.generation = routes.generation
     logger.info(
-        "event=adopted generation=%d blocks=%d rows=%d", routes.generation, int(wanted.sum()), sum(t.rows for t in shard.tables)
+        "event=adopted generation=%d blocks=%d rows=%d",
+        routes.generation,
+        int(wanted.sum()),
+        sum(t.rows for t in shard.tables),
     )
 
 

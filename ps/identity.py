@@ -24,9 +24,13 @@ class Identity:
         """Raise what names the first part of ``header`` that does not fit."""
         check_protocol(header.protocol)
         if header.job != self.job:
-            raise WrongJob(f"this shard serves job {self.job.hex()}, the message is of job {header.job.hex() or 'none'}")
+            raise WrongJob(
+                f"this shard serves job {self.job.hex()}, the message is of job {header.job.hex() or 'none'}"
+            )
         if header.run != self.run:
-            raise WrongRun(f"this shard is in run {self.run}, the message is of run {header.run}: join anew", run=self.run)
+            raise WrongRun(
+                f"this shard is in run {self.run}, the message is of run {header.run}: join anew", run=self.run
+            )
         if header.target != self.incarnation:
             raise WrongIncarnation(
                 f"the message is for incarnation {header.target}, this shard is {self.incarnation}: fetch the placement",

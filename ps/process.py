@@ -5,10 +5,8 @@ Invariant: it joins only after its kernels are compiled (compiling holds the int
 from before the join until after the job is over.
 """
 
-import asyncio
 import logging
 import random
-
 
 from oarlock.client.membership import Membership
 from oarlock.proto.coordinator_pb2 import SHARD

@@ -52,14 +52,16 @@ class DensePush:
 
 def read_keys(layout: Layout, message: TableKeys) -> Keys:
     if message.table >= len(layout.tables):
-        raise UnknownTable(f"the message names table {message.table}, this job has {len(layout.tables)}", table=message.table)
+        raise UnknownTable(
+            f"the message names table {message.table}, this job has {len(layout.tables)}", table=message.table
+        )
     spec = layout.tables[message.table]
     keys = unpack(message.keys, np.uint64, f"keys of {spec.name}")
     blocks = unpack(message.blocks, np.int32, f"blocks of {spec.name}")
     counts = unpack(message.counts, np.int32, f"counts of {spec.name}")
     if len(blocks) != len(counts):
         raise Malformed(f"table {spec.name}: {len(blocks)} blocks but {len(counts)} counts")
-    if len(blocks) and not (0 <= blocks.min() and blocks.max() < spec.blocks):
+    if len(blocks) and not (blocks.min() >= 0 and blocks.max() < spec.blocks):
         raise Malformed(f"table {spec.name}: a block number is outside 0 to {spec.blocks - 1}")
     if len(counts) and counts.min() < 1:
         raise Malformed(f"table {spec.name}: a block has {int(counts.min())} keys; leave blocks without keys out")

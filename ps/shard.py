@@ -65,7 +65,9 @@ class Shard:
     def _owns(self, numbers: NDArray[np.int32]) -> None:
         elsewhere = numbers[~self.owned[numbers]]
         if len(elsewhere):
-            raise StalePlacement(f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0]))
+            raise StalePlacement(
+                f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0])
+            )
 
     def _dense_values(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         layout = self.layout

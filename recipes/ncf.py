@@ -30,7 +30,7 @@ MODELS = ("neumf", "gmf", "mlp")
 
 
 @dataclass(frozen=True)
-class Config:
+class NcfConfig:
     """Zero means: chosen by the size of the data (``adapted``)."""
 
     model: str = "neumf"
@@ -58,7 +58,7 @@ class Config:
                 raise InvalidArgument(f"ncf.{name} = {getattr(self, name)}: give a finite number >= 0")
 
 
-def adapted(config: Config, *, pairs: int) -> Config:
+def adapted(config: NcfConfig, *, pairs: int) -> NcfConfig:
     """Fill in what the config leaves open, from the number of training pairs."""
     samples = pairs * (1 + config.negatives)
     batch = config.batch_samples or int(np.clip(2 ** round(np.log2(max(1, samples) / 1200)), 256, 4096))
@@ -74,7 +74,7 @@ def adapted(config: Config, *, pairs: int) -> Config:
 # 2. The model
 
 
-def model(config: Config) -> Model:
+def model(config: NcfConfig) -> Model:
     """Return the graph. A user's and an item's row hold the GMF factors first, then half of the MLP's input."""
     gmf = config.factors if config.model != "mlp" else 0
     half = config.layers[0] // 2 if config.model != "gmf" else 0
@@ -98,9 +98,9 @@ def model(config: Config) -> Model:
 class NcfRecipe:
     """Plans jobs on a folder that `oarlock data import ncf` or `oarlock data generate ncf` made."""
 
-    Config = Config
+    Config = NcfConfig
 
-    def plan(self, config: Config, data: Path, *, epochs: int) -> Plan:
+    def plan(self, config: NcfConfig, data: Path, *, epochs: int) -> Plan:
         info = read_info(data)
         config = adapted(config, pairs=info.train_rows)
         built = model(config)
@@ -143,7 +143,7 @@ class NcfWorkload:
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        self._config = Config(**spec.config)
+        self._config = NcfConfig(**spec.config)
         self.model = model(self._config)
         self.max_samples = max(spec.batch_rows * (1 + self._config.negatives), 8192)
         self._labels = np.zeros((spec.batch_rows, 1 + self._config.negatives), np.float32)
@@ -170,7 +170,9 @@ class NcfWorkload:
         drawn[:, 0] = items
         drawn[:, 1:] = self._sampler.draw(users, epoch=epoch, split=split, batch=batch)
         label = self._labels[: len(users)].reshape(-1)
-        return Example(len(users) * width, {"user": np.repeat(users, width), "item": drawn.reshape(-1)}, {"label": label})
+        return Example(
+            len(users) * width, {"user": np.repeat(users, width), "item": drawn.reshape(-1)}, {"label": label}
+        )
 
     def rates(self, done: float) -> Rates:
         """Fall in a straight line to ``final_rate`` of the first rate."""

@@ -26,7 +26,10 @@ def main() -> int:
     async def body() -> None:
         warm_up()
         reader = open_reader(given.reader)
-        with ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor, threadpool_limits(given.blas_threads):
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
+            threadpool_limits(given.blas_threads),
+        ):
             await run_worker(transport, given.coordinator, reader, executor, rng=random.SystemRandom())
 
     try:

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oarlock.client.client import Client
 from oarlock.client.membership import Membership
@@ -57,7 +58,7 @@ class Evaluator:
         request = CloseSplitRequest(header=self._member.header(), work=EVALUATE, split=split, sums=sums.tolist())
         await self._member.call("Coordinator.CloseSplit", request)
 
-    async def _sums(self, split: int) -> np.ndarray:
+    async def _sums(self, split: int) -> NDArray[np.float64]:
         plan = self._plan[split % len(self._plan)]
         rows = await self._in_thread(self._reader.read, plan, list(self._workload.evaluation_columns))
         batches = self._workload.evaluation(rows)
@@ -79,7 +80,7 @@ class Evaluator:
         await self._client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
         return batch, prepared
 
-    def _predict(self, prepared: Prepared) -> np.ndarray:
+    def _predict(self, prepared: Prepared) -> NDArray[np.float32]:
         self._program.flat_parameters[:] = prepared.dense
         feeds: dict[str, Any] = dict(prepared.feeds)
         for lookup in self._workload.model.lookups:

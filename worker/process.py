@@ -22,7 +22,9 @@ from oarlock.worker.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-async def run_worker(transport: Transport, coordinator: str, reader: Reader, executor: Executor, *, rng: random.Random) -> Trainer:
+async def run_worker(
+    transport: Transport, coordinator: str, reader: Reader, executor: Executor, *, rng: random.Random
+) -> Trainer:
     """Take part in the coordinator's job until it needs no more work; return the trainer for its counts."""
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
     spec = await member.join()

@@ -6,6 +6,7 @@ were acknowledged. One event loop; reading and encoding run in the one thread of
 """
 
 import asyncio
+import contextlib
 import logging
 from concurrent.futures import Executor
 from typing import Any
@@ -43,7 +44,13 @@ class Trainer:
     """Trains and evaluates what the coordinator leases to this worker, until the job needs no more."""
 
     def __init__(
-        self, workload: Workload, program: Program, client: Client, member: Membership, reader: Reader, executor: Executor
+        self,
+        workload: Workload,
+        program: Program,
+        client: Client,
+        member: Membership,
+        reader: Reader,
+        executor: Executor,
     ) -> None:
         self._workload = workload
         self._program = program
@@ -115,10 +122,8 @@ class Trainer:
             return reply
 
     async def _pause(self, seconds: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._member.stopping.wait(), seconds)
-        except TimeoutError:
-            pass
 
     async def _open_split(self, split: int, fresh: bool) -> OpenSplit:
         spec = self._spec
