@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, Self
 
 from oarlock.checkpoint.format import (
@@ -136,11 +137,16 @@ class Manifest:
 
     def table_specs(self) -> dict[str, TableSpec]:
         """Return the tables' specs by name."""
-        return _by_name("table", [table_from_json(values) for values in self.tables])
+        return dict(self._specs[0])
 
     def dense_specs(self) -> dict[str, DenseSpec]:
         """Return the dense parameters' specs by name."""
-        return _by_name("dense parameter", [dense_from_json(values) for values in self.dense])
+        return dict(self._specs[1])
+
+    @cached_property
+    def _specs(self) -> tuple[dict[str, TableSpec], dict[str, DenseSpec]]:
+        tables = _by_name("table", [table_from_json(values) for values in self.tables])
+        return tables, _by_name("dense parameter", [dense_from_json(values) for values in self.dense])
 
     def encode(self) -> bytes:
         """Return the file's bytes: ASCII JSON, one field a line, lists of objects one object a line."""

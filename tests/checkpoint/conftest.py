@@ -2,6 +2,7 @@
 """A small job's blocks and manifests, and a disk that fails, dies or loses power at a chosen operation."""
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,7 +105,8 @@ class FaultyDisk(Calls):
     ``error``: that one call fails, as with a full disk (a write leaves half of its bytes), and the process goes on;
     ``kill``: the process dies before that call, the disk keeps what was done;
     ``power``: the same, and ``lose_power`` takes away all that was not made durable;
-    ``torn``: the same, but only bytes are lost, names and renames stay.
+    ``torn``: the same, but only bytes are lost, names and renames stay;
+    ``scattered``: the same, but each name's change is lost or kept by itself, in no order, as some file systems do.
     """
 
     fail_at: int
@@ -183,11 +185,12 @@ class FaultyDisk(Calls):
         self.undo.append((os.path.dirname(path), lambda: os.mkdir(path)))
 
     def lose_power(self) -> None:
-        for path, durable in self.unsynced.items() if self.mode in ("power", "torn") else ():
+        for path, durable in self.unsynced.items() if self.mode in ("power", "torn", "scattered") else ():
             if os.path.exists(path):
                 os.truncate(path, durable)
-        if self.mode == "power":
-            for _, action in reversed(self.undo):
+        chance = random.Random(self.fail_at)
+        for _, action in reversed(self.undo):
+            if self.mode == "power" or (self.mode == "scattered" and chance.random() < 0.5):
                 action()
 
 

@@ -130,6 +130,15 @@ def test_a_manifest_that_names_the_wrong_file(damaged: Damaged, make_manifest: A
         damaged.store.load_block(manifest, next(entry for entry in manifest.blocks if entry.file == second.file))
 
 
+def test_rows_that_are_not_as_long_as_the_spec_says(damaged: Damaged, make_manifest: Any) -> None:
+    tables = [dict(spec) for spec in damaged.manifest.tables]
+    tables[0]["dim"] = 4
+    manifest = make_manifest(2, list(damaged.manifest.blocks), tables=tables)
+    entry = next(entry for entry in manifest.blocks if entry.name == "user")
+    with pytest.raises(CorruptCheckpoint, match=rf"{entry.file}: its rows have 3 weights, unlike the spec"):
+        damaged.store.load_block(manifest, entry)
+
+
 def test_nothing_is_loaded_before_all_sizes_fit(damaged: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing last file is found before the first one is read."""
     last = damaged.manifest.blocks[-1].file

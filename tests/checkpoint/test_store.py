@@ -240,6 +240,13 @@ def test_links_are_not_followed(store: CheckpointStore, tmp_path: Path, images: 
         store.write_block(5, images(1)[0])
     assert os.listdir(elsewhere) == ["precious"]
 
+    (root / "cut-000001").rename(elsewhere / "moved")
+    (root / "cut-000001").symlink_to(elsewhere / "moved")
+    with pytest.raises(NotFound, match=r"no committed cut 1"):
+        store.load_manifest(1)
+    with pytest.raises(CorruptCheckpoint, match=r"cannot be read: Not a directory"):
+        store.load_block(manifest, manifest.blocks[1])
+
     # A link where a block's file goes is replaced, what it leads to is left alone.
     (root / "cut-000006").mkdir()
     (root / "cut-000006" / entry.file).symlink_to(elsewhere / "precious")
