@@ -21,7 +21,7 @@ async def _ask(address: str, method: str, request: Any) -> Any:
     try:
         return await transport.call(address, method, request, timeout_seconds=5.0)
     finally:
-        transport.close()
+        await transport.close()
 
 
 def status(options: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def main() -> int:
         finally:
             if server is not None:
                 server.stop()
-            transport.close()
+            await transport.close()
             store.close()
 
     return run(body, given)

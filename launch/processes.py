@@ -142,7 +142,7 @@ class LocalProcesses:
 
     async def _end(self) -> None:
         """Let processes end by themselves, then close their input, then kill; returns when none is left."""
-        self._transport.close()
+        await self._transport.close()
         end = asyncio.get_running_loop().time() + END_SECONDS
         # After a failure nobody has anything left to finish.
         while asyncio.get_running_loop().time() < end and any(c.process.poll() is None for c in self._children):

@@ -23,6 +23,8 @@ class Method:
     name: str
     request: type[Message]
     reply: type[Message]
+    # Travels on a long-lived stream of its own; the reply then has a field `failure`.
+    streamed: bool = False
 
     @property
     def path(self) -> str:
@@ -39,8 +41,8 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("Shard.Hello", common.HelloRequest, common.HelloReply),
-        Method("Shard.Pull", shard.PullRequest, shard.PullReply),
-        Method("Shard.Push", shard.PushRequest, shard.PushReply),
+        Method("Shard.Pull", shard.PullRequest, shard.PullReply, streamed=True),
+        Method("Shard.Push", shard.PushRequest, shard.PushReply, streamed=True),
         Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
         Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply),
         Method("Shard.Close", shard.CloseRequest, common.Empty),

@@ -30,14 +30,16 @@ class PullRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("rows", "dense", "pushes")
+    __slots__ = ("rows", "dense", "pushes", "failure")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     dense: _common_pb2.Array
     pushes: int
-    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ...) -> None: ...
+    failure: _common_pb2.Failure
+    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class TableGradients(_message.Message):
     __slots__ = ("keys", "gradients", "rate")
@@ -74,16 +76,18 @@ class PushRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ...) -> None: ...
 
 class PushReply(_message.Message):
-    __slots__ = ("applied", "skipped", "moved", "refused")
+    __slots__ = ("applied", "skipped", "moved", "refused", "failure")
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     applied: int
     skipped: int
     moved: _common_pb2.Array
     refused: int
-    def __init__(self, applied: _Optional[int] = ..., skipped: _Optional[int] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., refused: _Optional[int] = ...) -> None: ...
+    failure: _common_pb2.Failure
+    def __init__(self, applied: _Optional[int] = ..., skipped: _Optional[int] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., refused: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class MarksRequest(_message.Message):
     __slots__ = ("header", "splits")

@@ -20,7 +20,7 @@ class Transport(Protocol):
     async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
         """Return the reply, or raise the PSError that the handler raised; DeadlineExceeded after the timeout."""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Give back connections; idempotent."""
 
 
@@ -65,5 +65,5 @@ class InProcess:
             raise Unavailable(f"nothing answers at {address}", address=address)
         return dispatch(handler, method, request)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._handlers.clear()

@@ -18,7 +18,7 @@ def main() -> int:
     options.add_argument("--coordinator", required=True, metavar="HOST:PORT")
     options.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT|unix:PATH", help="port 0: any free port")
     options.add_argument("--advertise", default="", metavar="HOST", help="the name under which others reach this host")
-    options.add_argument("--threads", type=int, default=8, help="requests served at once")
+    options.add_argument("--threads", type=int, default=256, help="requests and streams served at once")
     given = options.parse_args()
     transport = GrpcTransport()
     service = ShardService()
@@ -26,16 +26,16 @@ def main() -> int:
 
     async def body() -> None:
         warm_up()
-        address = server.start()
-        await run_shard(
-            transport, given.coordinator, service, advertised(address, given.advertise), rng=random.SystemRandom()
-        )
+        address = advertised(server.start(), given.advertise)
+        try:
+            await run_shard(transport, given.coordinator, service, address, rng=random.SystemRandom())
+        finally:
+            await transport.close()
 
     try:
         return run(body, given)
     finally:
         server.stop()
-        transport.close()
 
 
 def advertised(address: str, host: str) -> str:

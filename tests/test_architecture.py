@@ -36,7 +36,7 @@ OUTSIDE = {"benchmarks"}
 GATES = {
     "numba": ("embedding/", "nn/", "data/"),
     "llvmlite": ("embedding/",),
-    "grpc": ("proto/rpc.py",),
+    "grpc": ("proto/rpc/",),
     "petastorm": ("data/petastorm_reader.py",),
     "torch": ("benchmarks/",),
     "ray": (),

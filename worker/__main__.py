@@ -30,12 +30,12 @@ def main() -> int:
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
             threadpool_limits(given.blas_threads),
         ):
-            await run_worker(transport, given.coordinator, reader, executor, rng=random.SystemRandom())
+            try:
+                await run_worker(transport, given.coordinator, reader, executor, rng=random.SystemRandom())
+            finally:
+                await transport.close()
 
-    try:
-        return run(body, given)
-    finally:
-        transport.close()
+    return run(body, given)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Invariant: it leaves in good order only after every push was acknowledged and un
 """
 
 import asyncio
+import json
 import logging
 import random
 from concurrent.futures import Executor
@@ -44,7 +45,7 @@ async def run_worker(
         if isinstance(cause, PSError):
             await member.leave(str(cause))
         raise cause from None
-    logger.info("event=worker_over id=%d samples=%d", member.id, trainer.samples)
+    logger.info("event=worker_over id=%d stats=%s", member.id, json.dumps(trainer.stats()))
     await member.leave()
     return trainer
 

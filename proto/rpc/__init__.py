@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gRPC: the only folder that knows it. No gRPC type leaves it.
+
+Reading order: status (errors), server, client, lane (the streams that pulls and pushes travel on).
+"""
+
+from oarlock.proto.rpc.client import GrpcTransport
+from oarlock.proto.rpc.server import GrpcServer
+from oarlock.proto.rpc.status import from_status, to_status
+
+__all__ = ["GrpcServer", "GrpcTransport", "from_status", "to_status"]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gRPC server: answers the methods of one service by a handler; errors become statuses, garbage becomes Malformed.
+
+Invariant: no message, however wrong, ends the process or another caller's stream. A stream holds a thread while it is open.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError
+from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.rpc.options import SERVER_OPTIONS
+from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
+from oarlock.proto.transport import dispatch
+
+logger = logging.getLogger(__name__)
+
+
+class GrpcServer:
+    """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``."""
+
+    def __init__(self, handler: object, service: str, *, listen: str, threads: int = 256) -> None:
+        self._handler = handler
+        self._service = service
+        self._listen = listen
+        self._threads = threads
+        self._server: grpc.Server | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self.address = listen
+
+    def start(self) -> str:
+        """Listen; return the address with the port that was given."""
+        # Threads are made as they are needed; each worker's stream holds one.
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
+        server = grpc.server(self._pool, options=SERVER_OPTIONS)
+        methods = {}
+        for method in METHODS.values():
+            service, name = method.name.split(".")
+            if service == self._service:
+                methods[name] = grpc.unary_unary_rpc_method_handler(self._answer(method))
+                if method.streamed:
+                    methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"oarlock.{self._service}", methods),))
+        try:
+            port = server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            self._pool.shutdown()
+            raise InvalidArgument(
+                f"cannot listen on {self._listen}: taken, not an address of this machine, or malformed"
+            ) from error
+        server.start()
+        self._server = server
+        if not self._listen.startswith("unix:"):
+            self.address = f"{self._listen.rsplit(':', 1)[0]}:{port}"
+        return self.address
+
+    def _reply(self, method: Method, data: bytes) -> Message:
+        try:
+            request = method.request.FromString(data)
+        except DecodeError as error:
+            raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
+        return dispatch(self._handler, method.name, request)
+
+    def _answer(self, method: Method) -> Callable[[bytes, Any], bytes]:
+        def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                reply: bytes = self._reply(method, data).SerializeToString()
+                return reply
+            except PSError as error:
+                _log_defect(method, error)
+                code, text, failure = to_status(error)
+                context.set_trailing_metadata(((FAILURE_KEY, failure),))
+                context.set_code(code)
+                context.set_details(text)
+                return b""
+
+        return answer
+
+    def _answer_stream(self, method: Method) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+        def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            for data in requests:
+                try:
+                    reply = self._reply(method, data)
+                except PSError as error:
+                    _log_defect(method, error)
+                    reply = method.reply(failure=failure_of(error))
+                yield reply.SerializeToString()
+
+        return answer
+
+    def stop(self, grace_seconds: float = 0.5) -> None:
+        """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
+        if self._server is not None and self._pool is not None:
+            self._server.stop(grace_seconds).wait()
+            self._pool.shutdown(wait=True)
+            self._server = None
+
+
+def _log_defect(method: Method, error: PSError) -> None:
+    if isinstance(error, Internal):
+        logger.error("event=internal_error method=%s", method.name, exc_info=error.__cause__)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors as gRPC statuses and back.
+
+Invariant: `to_status` and `from_status` are total: every error class has a status and every status an error class, and an
+error that crossed the wire has the class, message and details it had.
+"""
+
+import json
+import logging
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from oarlock.proto import errors
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES
+from oarlock.proto.common_pb2 import Failure
+from oarlock.proto.errors import CODES, PSError
+
+logger = logging.getLogger(__name__)
+
+FAILURE_KEY = "oarlock-failure-bin"
+# Headers of a response have limits of their own: a longer message is cut, the code stays.
+FAILURE_BYTES = 4096
+
+_S = grpc.StatusCode
+_STATUS: dict[type[PSError], grpc.StatusCode] = {
+    errors.PSError: _S.UNKNOWN,
+    errors.InvalidArgument: _S.INVALID_ARGUMENT,
+    errors.Malformed: _S.INVALID_ARGUMENT,
+    errors.SpecMismatch: _S.FAILED_PRECONDITION,
+    errors.VersionMismatch: _S.FAILED_PRECONDITION,
+    errors.UnknownTable: _S.NOT_FOUND,
+    errors.NotFound: _S.NOT_FOUND,
+    errors.WrongJob: _S.FAILED_PRECONDITION,
+    errors.WrongRun: _S.FAILED_PRECONDITION,
+    errors.WrongIncarnation: _S.FAILED_PRECONDITION,
+    errors.StalePlacement: _S.ABORTED,
+    errors.LeaseLost: _S.PERMISSION_DENIED,
+    errors.Unavailable: _S.UNAVAILABLE,
+    errors.DeadlineExceeded: _S.DEADLINE_EXCEEDED,
+    errors.OutOfMemory: _S.RESOURCE_EXHAUSTED,
+    errors.CorruptCheckpoint: _S.DATA_LOSS,
+    errors.Internal: _S.INTERNAL,
+}
+# What a bare status means: one that gRPC itself or another program made.
+_ERROR: dict[grpc.StatusCode, type[PSError]] = {
+    _S.OK: errors.Internal,
+    _S.CANCELLED: errors.Unavailable,
+    _S.UNKNOWN: errors.PSError,
+    _S.INVALID_ARGUMENT: errors.InvalidArgument,
+    _S.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    _S.NOT_FOUND: errors.NotFound,
+    _S.ALREADY_EXISTS: errors.InvalidArgument,
+    _S.PERMISSION_DENIED: errors.LeaseLost,
+    _S.RESOURCE_EXHAUSTED: errors.OutOfMemory,
+    _S.FAILED_PRECONDITION: errors.InvalidArgument,
+    _S.ABORTED: errors.StalePlacement,
+    _S.OUT_OF_RANGE: errors.InvalidArgument,
+    _S.UNIMPLEMENTED: errors.NotFound,
+    _S.INTERNAL: errors.Internal,
+    _S.UNAVAILABLE: errors.Unavailable,
+    _S.DATA_LOSS: errors.CorruptCheckpoint,
+    _S.UNAUTHENTICATED: errors.LeaseLost,
+}
+
+
+def to_status(error: PSError) -> tuple[grpc.StatusCode, str, bytes]:
+    """Return the status, its text, and the bytes of the Failure message for ``error``."""
+    failure = failure_of(error)
+    return _STATUS[type(error)], failure.message, failure.SerializeToString()
+
+
+def failure_of(error: PSError) -> Failure:
+    """Return the message that carries ``error``."""
+    message = error.message if len(error.message) <= FAILURE_BYTES else error.message[:FAILURE_BYTES] + " ..."
+    details = json.dumps(error.details, default=str)
+    return Failure(code=error.code, message=message, details=details if len(details) <= FAILURE_BYTES else "{}")
+
+
+def from_failure(sent: Failure) -> PSError:
+    """Return the error that a Failure carries; a code that this release does not know becomes the base class."""
+    details = json.loads(sent.details or "{}")
+    kind = CODES.get(sent.code, PSError)
+    return kind(sent.message, **{k: v for k, v in details.items() if k != "message"})
+
+
+def from_status(status: grpc.StatusCode, text: str, failure: bytes | None, *, address: str, method: str) -> PSError:
+    """Return the error that a failed call means; ``failure`` is the trailing metadata, if there was any."""
+    if failure is not None:
+        try:
+            return from_failure(Failure.FromString(failure))
+        except (DecodeError, ValueError, AttributeError):
+            logger.warning("event=failure_undecodable address=%s method=%s", address, method)
+    kind = _ERROR[status]
+    if status is _S.UNIMPLEMENTED:
+        text = f"{address} does not answer {method}; is it an Oarlock process of this version? ({text})"
+    elif status is _S.UNAVAILABLE:
+        text = f"no answer from {address}: {text}"
+    elif status is _S.DEADLINE_EXCEEDED:
+        text = f"{method} at {address}: no answer in time"
+    elif status is _S.RESOURCE_EXHAUSTED:
+        text = f"{method} at {address}: a message is over the limit of {MAX_MESSAGE_BYTES} bytes ({text})"
+    return kind(text or status.name, address=address, method=method)
