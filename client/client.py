@@ -16,7 +16,7 @@ from oarlock.client.pull import pull
 from oarlock.client.push import PushCounts, RowGradients, cut_push, push
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
-from oarlock.proto.errors import Unavailable
+from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import MarksReply, MarksRequest
 
 
@@ -75,6 +75,8 @@ class Client:
                 return reply
 
             reply = await member.retry.run(attempt, rng=member.rng)
+            if len(reply.next) != 1:
+                raise Malformed(f"shard {shard.id} answered {len(reply.next)} marks, asked for one", shard=shard.id)
             return int(reply.next[0])
 
         applied = await asyncio.gather(*(ask(s) for s in self.routes.shards.values()))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.membership import Membership
 from oarlock.client.router import Routes, ShardAddress
-from oarlock.proto.errors import Malformed, PSError, Unavailable, WrongIncarnation
+from oarlock.proto.errors import PSError, StalePlacement, Unavailable, WrongIncarnation
 
 
 class Message(Protocol):
@@ -29,16 +29,17 @@ class Message(Protocol):
 M = TypeVar("M", bound=Message)
 
 
+# Owner of the blocks that a placement in the making gives to nobody yet.
+NOBODY = ShardAddress(-1, "", 0)
+
+
 def shard_of(routes: Routes, shard: int) -> ShardAddress:
-    """Return where shard ``shard`` listens; a block that nobody owns is a placement in the making: retryable."""
-    found = routes.shards.get(shard)
-    if found is None:
-        raise Unavailable(f"generation {routes.generation} of the placement gives a block to nobody yet")
-    return found
+    """Return where shard ``shard`` listens; NOBODY for the blocks without an owner, whose messages wait for a newer placement."""
+    return routes.shards.get(shard, NOBODY)
 
 
-def _mendable(error: BaseException) -> bool:
-    return isinstance(error, PSError) and (error.retryable or isinstance(error, WrongIncarnation))
+def _mendable(error: PSError) -> bool:
+    return error.retryable or isinstance(error, WrongIncarnation)
 
 
 async def exchange(
@@ -54,18 +55,24 @@ async def exchange(
     """
     retry = member.retry
     clock = asyncio.get_running_loop().time
+
+    async def ask(message: M, timeout: float) -> NDArray[np.int32]:
+        if message.shard is NOBODY:
+            raise Unavailable(f"block {int(message.numbers[0])} belongs to no shard yet", block=int(message.numbers[0]))
+        return await send(message, timeout)
+
     end = clock() + retry.deadline_seconds
     pause = retry.first_seconds
     while True:
         timeout = max(0.001, min(retry.call_seconds, end - clock()))
-        answers = await asyncio.gather(*(send(m, timeout) for m in messages), return_exceptions=True)
-        failed: BaseException = Malformed("blocks kept moving until the deadline")
+        answers = await asyncio.gather(*(ask(m, timeout) for m in messages), return_exceptions=True)
+        failed: PSError = StalePlacement("blocks kept moving")
         left = []
         for message, answer in zip(messages, answers, strict=True):
             if not isinstance(answer, BaseException):
                 if len(answer):
                     left.append((message, answer))
-            elif _mendable(answer):
+            elif isinstance(answer, PSError) and _mendable(answer):
                 failed = answer
                 left.append((message, message.numbers))
             else:
@@ -73,11 +80,9 @@ async def exchange(
         if not left:
             return
         if clock() + pause >= end:
-            if isinstance(failed, PSError):
-                raise type(failed)(f"{failed} (given up after {retry.deadline_seconds:g} s)", **failed.details)
-            raise failed
+            raise type(failed)(f"{failed} (given up after {retry.deadline_seconds:g} s)", **failed.details) from failed
         await asyncio.sleep(pause * (0.5 + member.rng.random() / 2))
         pause = min(retry.most_seconds, pause * 2)
         await member.refresh()
-        if member.routes is not None:
-            messages = recut(member.routes, left)
+        assert member.routes is not None, "the messages were cut by a placement, and a placement only gets newer"
+        messages = recut(member.routes, left)

@@ -75,12 +75,21 @@ class JobSpec:
             "workers",
             "open_splits",
             "prefetch",
+            "checkpoints_kept",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
-        if not 0 <= self.seed < 1 << 64:
-            raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^64 - 1")
+        for name in ("evaluation_splits", "checkpoint_epochs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InvalidArgument(f"{name} = {value!r}: give an integer >= 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
+        for name in ("heartbeat_seconds", "lease_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidArgument(f"{name} = {value!r}: give a number of seconds")
         if not 0 < self.heartbeat_seconds < self.lease_seconds:
             raise InvalidArgument(
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces: a request's keys cut by owner and packed into messages.
+"""Pieces: a request's blocks cut by owner, each piece small enough for one message.
 
-Invariant: a block's keys are never divided, so all that a group adds to a block travels in one message; keys keep their order.
+Invariant: a block is never divided, so all that a group adds to a block travels in one message; keys keep their order.
+Pure functions; any thread.
 """
 
 from collections.abc import Iterator
@@ -10,22 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.client.layout import Layout
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
 from oarlock.proto.errors import OutOfMemory
 from oarlock.proto.shard_pb2 import TableKeys
 
-# Room for keys, block numbers and the envelope beside the rows.
+# Room for the envelope beside the arrays.
 MESSAGE_BYTES = MAX_MESSAGE_BYTES - (1 << 20)
+# A row travels with its key, a block with its number and count.
+KEY_BYTES = 8
+BLOCK_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Blocks of one table for one message: numbers within the table, keys per block, and where the keys are."""
+    """Blocks of one table for one message: numbers within the table, keys per block, where the keys are, and bytes."""
 
     table: int
     blocks: NDArray[np.int32]
     counts: NDArray[np.int32]
     rows: slice | NDArray[np.int64]
+    volume: int
 
     @property
     def size(self) -> int:
@@ -43,11 +49,12 @@ def by_owner(
     counts: NDArray[np.int32],
     owners: NDArray[np.int32],
     *,
+    name: str,
     row_bytes: int,
     wanted: NDArray[np.bool_] | None = None,
     limit: int = MESSAGE_BYTES,
 ) -> Iterator[tuple[int, Piece]]:
-    """Yield (shard, piece) for the blocks (all, or those ``wanted``), each piece under ``limit`` bytes.
+    """Yield (shard, piece) for the blocks (all, or those ``wanted``) of table ``name``, each piece within ``limit`` bytes.
 
     ``owners`` int32[m] is the owner of each of ``blocks``. Blocks of one owner that lie side by side become one slice of
     the keys; otherwise (after the placement changed) their keys are picked one by one.
@@ -56,35 +63,62 @@ def by_owner(
     starts = ends - counts
     for owner in np.unique(owners if wanted is None else owners[wanted]):
         chosen = np.flatnonzero(owners == owner if wanted is None else (owners == owner) & wanted)
-        volume = counts[chosen].astype(np.int64) * (row_bytes + 8)
-        if volume.max() > limit:
-            worst = int(blocks[chosen[volume.argmax()]])
-            raise OutOfMemory(
-                f"one batch's part of block {worst} is {int(volume.max())} bytes, over the {limit} bytes of a message: "
-                f"use smaller batches (batch_rows) or more blocks per table"
+        volume = counts[chosen].astype(np.int64) * (row_bytes + KEY_BYTES) + BLOCK_BYTES
+        worst = int(volume.argmax())
+        if volume[worst] > limit:
+            raise _too_large(
+                f"table {name}, block {int(blocks[chosen[worst]])}",
+                int(volume[worst]),
+                limit,
+                "use smaller batches (batch_rows) or give the table more blocks",
             )
-        message = np.cumsum(volume) // limit if volume.sum() > limit else np.zeros(len(chosen), np.int64)
-        # A block that begins in one message's share ends in the next one's: halve the limit to stay under it.
-        if message[-1] > 0:
-            message = np.cumsum(volume) // (limit // 2)
-        for number in np.unique(message):
-            part = chosen[message == number]
-            yield int(owner), _piece(table, blocks, counts, starts, ends, part)
+        for run, size in _runs(volume, limit):
+            part = chosen[run]
+            yield int(owner), Piece(table, blocks[part], counts[part], _rows(counts, starts, ends, part), size)
 
 
-def _piece(
-    table: int,
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    part: NDArray[np.int64],
-) -> Piece:
-    rows: slice | NDArray[np.int64]
+def dense_by_owner(
+    layout: Layout,
+    numbers: NDArray[np.int32],
+    owners: NDArray[np.int32],
+    *,
+    limit: int = MESSAGE_BYTES,
+) -> Iterator[tuple[int, NDArray[np.int64], int]]:
+    """Yield (shard, positions int64[k] in ``numbers``, bytes) for dense blocks, each piece within ``limit`` bytes."""
+    lengths = np.array([layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()], np.int64)
+    for owner in np.unique(owners):
+        chosen = np.flatnonzero(owners == owner)
+        volume = lengths[chosen] * 4 + BLOCK_BYTES
+        worst = int(volume.argmax())
+        if volume[worst] > limit:
+            name, block = layout.name(int(numbers[chosen[worst]]))
+            raise _too_large(
+                f"dense parameter {name}, block {block}", int(volume[worst]), limit, "give it a smaller slice"
+            )
+        for run, size in _runs(volume, limit):
+            yield int(owner), chosen[run], size
+
+
+def _too_large(what: str, size: int, limit: int, setting: str) -> OutOfMemory:
+    return OutOfMemory(f"one batch's part of {what} is {size} bytes, over the {limit} bytes of a message: {setting}")
+
+
+def _runs(volume: NDArray[np.int64], limit: int) -> Iterator[tuple[slice, int]]:
+    """Yield (run, bytes): as few runs of blocks side by side as keep within the limit; no block alone is over it."""
+    sums = np.cumsum(volume)
+    first, before = 0, 0
+    while first < len(volume):
+        last = int(np.searchsorted(sums, before + limit, side="right"))
+        yield slice(first, last), int(sums[last - 1]) - before
+        first, before = last, int(sums[last - 1])
+
+
+def _rows(
+    counts: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64], part: NDArray[np.int64]
+) -> slice | NDArray[np.int64]:
     if part[-1] - part[0] + 1 == len(part):
-        rows = slice(int(starts[part[0]]), int(ends[part[-1]]))
-    else:
-        sizes = counts[part].astype(np.int64)
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows = np.repeat(starts[part], sizes) + within
-    return Piece(table, blocks[part], counts[part], rows)
+        return slice(int(starts[part[0]]), int(ends[part[-1]]))
+    sizes = counts[part].astype(np.int64)
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    picked: NDArray[np.int64] = np.repeat(starts[part], sizes) + within
+    return picked

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from oarlock.client.exchange import exchange, shard_of
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
-from oarlock.client.pieces import Piece, by_owner
+from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.arrays import pack, unpack
@@ -25,10 +25,11 @@ _NONE = np.empty(0, np.int32)
 
 @dataclass
 class PullMessage:
-    """Pieces of tables (by name) and dense blocks for one shard."""
+    """Pieces of tables (by name) and dense blocks for one shard; ``volume`` is their size in bytes."""
 
     shard: ShardAddress
     layout: Layout
+    volume: int = 0
     pieces: list[tuple[str, Piece]] = field(default_factory=list)
     dense: NDArray[np.int32] = field(default_factory=lambda: _NONE)
 
@@ -60,13 +61,24 @@ def cut_pull(
     keys: Mapping[str, KeySet],
     dense: NDArray[np.int32],
     wanted: NDArray[np.bool_] | None = None,
+    *,
+    limit: int = MESSAGE_BYTES,
 ) -> list[PullMessage]:
-    """Cut a pull into messages by owner: all blocks, or those marked in ``wanted`` bool[blocks of the job]."""
+    """Cut a pull into messages by owner: all blocks, or those marked in ``wanted`` bool[blocks of the job].
+
+    Neither a message nor its answer is over ``limit`` bytes.
+    """
     filling: dict[int, PullMessage] = {}
     full: list[PullMessage] = []
 
-    def message_for(shard: int) -> PullMessage:
-        return filling.setdefault(shard, PullMessage(shard_of(routes, shard), layout))
+    def message_for(shard: int, volume: int) -> PullMessage:
+        found = filling.get(shard)
+        if found is None or found.volume + volume > limit:
+            if found is not None:
+                full.append(found)
+            found = filling[shard] = PullMessage(shard_of(routes, shard), layout)
+        found.volume += volume
+        return found
 
     for name, keyset in keys.items():
         table = table_number(layout, name)
@@ -76,17 +88,17 @@ def cut_pull(
             keyset.blocks,
             keyset.counts,
             routes.owners[numbers],
+            name=name,
             row_bytes=4 * layout.tables[table].dim,
             wanted=None if wanted is None else wanted[numbers],
+            limit=limit,
         ):
-            if any(p.table == table for _, p in message_for(shard).pieces):
-                full.append(filling.pop(shard))
-            message_for(shard).pieces.append((name, piece))
+            message_for(shard, piece.volume).pieces.append((name, piece))
     if wanted is not None:
         dense = dense[wanted[dense]]
-    owners = routes.owners[dense]
-    for shard in np.unique(owners).tolist():
-        message_for(shard).dense = dense[owners == shard]
+    for shard, positions, volume in dense_by_owner(layout, dense, routes.owners[dense], limit=limit):
+        # A shard's second run of dense blocks never fits beside its first, so none is overwritten.
+        message_for(shard, volume).dense = dense[positions]
     return full + list(filling.values())
 
 

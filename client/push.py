@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from oarlock.client.exchange import exchange, shard_of
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
-from oarlock.client.pieces import by_owner
+from oarlock.client.pieces import MESSAGE_BYTES, by_owner, dense_by_owner
 from oarlock.client.pull import dense_spans, table_number
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
@@ -66,24 +66,38 @@ class _DensePart:
     rate: float
 
 
+@dataclass
+class _Filling:
+    request: PushRequest
+    numbers: list[NDArray[np.int32]]
+    volume: int = 0
+
+
 class _Packer:
     """Packs parts into one message per shard, or more where a message would be over the limit."""
 
-    def __init__(self, layout: Layout, routes: Routes, split: int, group: int) -> None:
+    def __init__(self, layout: Layout, routes: Routes, split: int, group: int, limit: int) -> None:
         self._layout = layout
         self._routes = routes
         self._identity = (split, group)
-        self._filling: dict[int, tuple[PushRequest, list[NDArray[np.int32]]]] = {}
+        self._limit = limit
+        self._filling: dict[int, _Filling] = {}
         self._full: list[PushMessage] = []
 
-    def _message(self, shard: int) -> tuple[PushRequest, list[NDArray[np.int32]]]:
-        if shard not in self._filling:
-            self._filling[shard] = (PushRequest(split=self._identity[0], group=self._identity[1]), [])
-        return self._filling[shard]
+    def _message(self, shard: int, volume: int) -> _Filling:
+        found = self._filling.get(shard)
+        if found is not None and found.volume + volume > self._limit:
+            self._close(shard)
+            found = None
+        if found is None:
+            request = PushRequest(split=self._identity[0], group=self._identity[1])
+            found = self._filling[shard] = _Filling(request, [])
+        found.volume += volume
+        return found
 
     def _close(self, shard: int) -> None:
-        request, numbers = self._filling.pop(shard)
-        self._full.append(PushMessage(shard_of(self._routes, shard), request, np.concatenate(numbers)))
+        done = self._filling.pop(shard)
+        self._full.append(PushMessage(shard_of(self._routes, shard), done.request, np.concatenate(done.numbers)))
 
     def rows(self, part: _RowPart, wanted: NDArray[np.bool_] | None) -> None:
         numbers = self._layout.table_base[part.table] + part.blocks
@@ -92,31 +106,34 @@ class _Packer:
             part.blocks,
             part.counts,
             self._routes.owners[numbers],
+            name=self._layout.tables[part.table].name,
             row_bytes=4 * part.gradients.shape[1],
             wanted=None if wanted is None else wanted[numbers],
+            limit=self._limit,
         )
         for shard, piece in pieces:
-            request, inside = self._message(shard)
-            if any(t.keys.table == part.table for t in request.tables):
-                self._close(shard)
-                request, inside = self._message(shard)
+            message = self._message(shard, piece.volume)
             gradients = pack(part.gradients[piece.rows])
-            request.tables.append(TableGradients(keys=piece.keys(part.keys), gradients=gradients, rate=part.rate))
-            inside.append(self._layout.table_base[part.table] + piece.blocks)
+            message.request.tables.append(
+                TableGradients(keys=piece.keys(part.keys), gradients=gradients, rate=part.rate)
+            )
+            message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
 
     def dense(self, part: _DensePart, wanted: NDArray[np.bool_] | None) -> None:
         spans = dense_spans(self._layout, part.numbers)
         lengths = np.array([n for _, n in spans], np.int64)
         starts = np.cumsum(lengths) - lengths
-        owners = self._routes.owners[part.numbers]
-        chosen = np.ones(len(owners), np.bool_) if wanted is None else wanted[part.numbers]
-        for shard in np.unique(owners[chosen]).tolist():
-            mine = np.flatnonzero(chosen & (owners == shard))
+        chosen = np.arange(len(part.numbers)) if wanted is None else np.flatnonzero(wanted[part.numbers])
+        candidates = part.numbers[chosen]
+        for shard, positions, volume in dense_by_owner(
+            self._layout, candidates, self._routes.owners[candidates], limit=self._limit
+        ):
+            mine = chosen[positions]
             values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
-            request, inside = self._message(shard)
+            message = self._message(shard, volume)
             numbers = part.numbers[mine]
-            request.dense.append(DenseGradients(blocks=pack(numbers), gradients=pack(values), rate=part.rate))
-            inside.append(numbers)
+            message.request.dense.append(DenseGradients(blocks=pack(numbers), gradients=pack(values), rate=part.rate))
+            message.numbers.append(numbers)
 
     def messages(self) -> list[PushMessage]:
         for shard in list(self._filling):
@@ -132,9 +149,11 @@ def cut_push(
     gradients: Mapping[str, RowGradients],
     dense: NDArray[np.float32] | None,
     dense_rate: float,
+    *,
+    limit: int = MESSAGE_BYTES,
 ) -> list[PushMessage]:
-    """Make the messages of a push; the gradients are copied into them."""
-    packer = _Packer(layout, routes, split, group)
+    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them."""
+    packer = _Packer(layout, routes, split, group, limit)
     for name, part in gradients.items():
         if len(part.keys.keys):
             packer.rows(
@@ -160,7 +179,7 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
     for message, blocks in left:
         wanted = np.zeros(layout.blocks, np.bool_)
         wanted[blocks] = True
-        packer = _Packer(layout, routes, message.request.split, message.request.group)
+        packer = _Packer(layout, routes, message.request.split, message.request.group, MESSAGE_BYTES)
         for sent in message.request.tables:
             part = _RowPart(
                 sent.keys.table,

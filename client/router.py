@@ -14,6 +14,9 @@ from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import Member, Placement
 from oarlock.proto.errors import Malformed
 
+# Owners travel as int32.
+MAX_SHARD = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class ShardAddress:
@@ -62,6 +65,9 @@ def pack_placement(generation: int, owners: NDArray[np.int32], shards: dict[int,
 def unpack_placement(layout: Layout, message: Placement) -> Routes:
     """Return the Routes of a placement message; Malformed where it contradicts the layout."""
     owners = unpack(message.owners, np.int32, "placement owners").astype(np.int32)
+    ids = [m.id for m in message.shards]
+    if len(set(ids)) != len(ids) or max(ids, default=0) > MAX_SHARD:
+        raise Malformed(f"the placement's shards need different numbers from 0 to {MAX_SHARD}")
     shards = {m.id: ShardAddress(m.id, m.address, m.incarnation) for m in message.shards}
     if len(owners) != layout.blocks:
         raise Malformed(f"the placement names {len(owners)} blocks, the job has {layout.blocks}")
