@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that come and go: adopted by a placement, loaded from a checkpoint, written into one.
 
-Invariant: a block is owned only after its content is whole; a checkpoint's entry names content, marks and seq of one instant.
-Orders come from the coordinator, one at a time; the push lock is held throughout.
+Invariant: a block is owned only after its content is whole, and an order that fails leaves the shard as it was, ready for the
+same order again; a checkpoint's entry names content, marks and seq of one instant. Orders come from the coordinator, any thread;
+the push lock is held throughout.
 """
 
 import logging
@@ -13,10 +14,12 @@ from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.client.closed import ClosedSet
+from oarlock.client.layout import Layout
 from oarlock.client.router import Routes
 from oarlock.embedding.block import BlockRows
 from oarlock.embedding.dense import DenseBlock as DenseContent
-from oarlock.proto.errors import InvalidArgument
+from oarlock.embedding.spec import DenseSpec, TableSpec
+from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -30,16 +33,14 @@ def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str
         if routes.generation == shard.generation:
             return
         wanted = routes.owners == me
-        images = None
-        if restore:
-            images = _Images(*open_checkpoint(restore))
-            # A restore replaces the closed set: splits closed in the abandoned history are open again.
-            shard.closed = closed
-        shard.closed.merge(closed)
-        for number in np.flatnonzero(wanted & ~shard.owned).tolist():
-            _create(shard, number, images.load(*shard.layout.name(number)) if images else None)
+        _create_all(shard, np.flatnonzero(wanted & ~shard.owned).tolist(), restore)
         for number in np.flatnonzero(shard.owned & ~wanted).tolist():
             _drop(shard, number)
+        if restore:
+            # A restore replaces the closed set: splits closed in the abandoned history are open again.
+            shard.closed = ClosedSet()
+        shard.closed.merge(closed)
+        shard.marks.drop_closed(shard.closed)
         shard.owned = wanted
         shard.generation = routes.generation
     logger.info(
@@ -56,29 +57,78 @@ class _Images:
     def __init__(self, store: LocalStore, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
-        self._entries = {(e.name, e.block): e for e in manifest.blocks}
+        self._entries = {(e.kind, e.name, e.block): e for e in manifest.blocks}
 
-    def load(self, name: str, block: int) -> BlockImage:
-        return self._store.load_block(self._manifest, self._entries[name, block])
+    def check(self, layout: Layout) -> None:
+        """Raise SpecMismatch unless the checkpoint's blocks fit into this job's tables and dense parameters."""
+        saved: dict[str, TableSpec | DenseSpec] = {**self._manifest.table_specs(), **self._manifest.dense_specs()}
+        wanted_specs: list[TableSpec | DenseSpec] = [*layout.tables, *layout.dense]
+        for spec in wanted_specs:
+            found, wanted = saved.get(spec.name), _form(spec)
+            if found is None or _form(found) != wanted:
+                raise SpecMismatch(
+                    f"{spec.name}: the checkpoint has {_form(found) if found else 'nothing of that name'}, this job wants "
+                    f"{wanted}: restore it into a job with the same tables and dense parameters",
+                    table=spec.name,
+                )
+
+    def load(self, kind: str, name: str, block: int) -> BlockImage:
+        return self._store.load_block(self._manifest, self._entries[kind, name, block])
 
 
-def _create(shard: Shard, number: int, image: BlockImage | None) -> None:
+def _form(spec: TableSpec | DenseSpec) -> str:
+    """Return what a block's content depends on; an optimizer's constants may change."""
+    if isinstance(spec, TableSpec):
+        return f"a table of dim {spec.dim} in {spec.blocks} blocks under {spec.optimizer.name}"
+    return f"a dense parameter of shape {spec.shape} in blocks of {spec.slice} under {spec.optimizer.name}"
+
+
+def _create_all(shard: Shard, numbers: list[int], restore: str) -> None:
+    """Create the blocks, all or none of them."""
+    layout = shard.layout
+    created: list[int] = []
+    try:
+        images = None
+        if restore:
+            images = _Images(*open_checkpoint(restore))
+            images.check(layout)
+        for number in numbers:
+            kind = "dense" if number >= layout.dense_base else "rows"
+            image = images.load(kind, *layout.name(number)) if images else None
+            _create(shard, number)
+            created.append(number)
+            if image is not None:
+                _fill(shard, number, image)
+    except BaseException as error:
+        for number in created:
+            _drop(shard, number)
+        if isinstance(error, OSError):
+            raise InvalidArgument(f"the checkpoint {restore} cannot be read: {error}") from error
+        raise
+
+
+def _create(shard: Shard, number: int) -> None:
     layout = shard.layout
     if number >= layout.dense_base:
         found = layout.dense_blocks[number - layout.dense_base]
-        parameter = shard.dense[found.parameter]
-        parameter.adopt(found.block)
-        if image is not None:
-            parameter.import_block(found.block, DenseContent(image.weights[0], image.state[0]))
+        shard.dense[found.parameter].adopt(found.block)
     else:
         name, local = layout.name(number)
-        table = shard.tables[layout.table_index[name]]
-        table.adopt(local)
-        if image is not None:
-            table.import_block(local, BlockRows(image.keys, image.weights, image.state))
-    if image is not None:
-        shard.marks.restore(number, dict(image.marks))
-        shard.sequence[number] = image.seq
+        shard.tables[layout.table_index[name]].adopt(local)
+
+
+def _fill(shard: Shard, number: int, image: BlockImage) -> None:
+    layout = shard.layout
+    if number >= layout.dense_base:
+        found = layout.dense_blocks[number - layout.dense_base]
+        content = DenseContent(image.weights[0], image.state[0])
+        shard.dense[found.parameter].import_block(found.block, content)
+    else:
+        name, local = layout.name(number)
+        rows = BlockRows(image.keys, image.weights, image.state)
+        shard.tables[layout.table_index[name]].import_block(local, rows)
+    shard.marks.restore(number, dict(image.marks))
+    shard.sequence[number] = image.seq
 
 
 def _drop(shard: Shard, number: int) -> None:
@@ -96,9 +146,12 @@ def _drop(shard: Shard, number: int) -> None:
 def write(shard: Shard, cut: int, root: str) -> list[BlockEntry]:
     """Write all owned blocks into the folder of ``cut`` under ``root``; nothing exists until the manifest is committed."""
     store = LocalStore(root)
-    with shard.push_lock:
-        numbers = np.flatnonzero(shard.owned).tolist()
-        entries = [store.write_block(cut, _image(shard, n)) for n in numbers]
+    try:
+        with shard.push_lock:
+            numbers = np.flatnonzero(shard.owned).tolist()
+            entries = [store.write_block(cut, _image(shard, n)) for n in numbers]
+    except OSError as error:
+        raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
     logger.info("event=blocks_written cut=%d blocks=%d", cut, len(entries))
     return entries
 

@@ -5,8 +5,6 @@ Invariant: a mark only grows, and goes away only when its split is closed. Guard
 Memory: blocks of the job x open splits x 4 bytes.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,11 +23,14 @@ class Marks:
         found = self._marks.get(split)
         return np.ones(len(blocks), np.bool_) if found is None else found[blocks] < group
 
+    def open(self, split: int) -> None:
+        """Make room for the split's marks, so that nothing can fail between a change and its mark."""
+        if split not in self._marks:
+            self._marks[split] = np.full(self._blocks, -1, np.int32)
+
     def record(self, split: int, group: int, blocks: NDArray[np.int32]) -> None:
-        found = self._marks.get(split)
-        if found is None:
-            found = self._marks[split] = np.full(self._blocks, -1, np.int32)
-        found[blocks] = group
+        """Note the group in blocks of an open split."""
+        self._marks[split][blocks] = group
 
     def highest(self, split: int) -> int:
         """Return the highest group of ``split`` that any block here has applied, -1 if none."""
@@ -41,6 +42,7 @@ class Marks:
 
     def restore(self, block: int, marks: dict[int, int]) -> None:
         for split, group in marks.items():
+            self.open(split)
             self.record(split, group, np.array([block], np.int32))
 
     def drop_block(self, block: int) -> None:
@@ -51,12 +53,6 @@ class Marks:
         for split in [s for s in self._marks if s in closed]:
             del self._marks[split]
 
-    def clear(self) -> None:
-        self._marks.clear()
-
     @property
     def nbytes(self) -> int:
         return sum(m.nbytes for m in self._marks.values())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._marks)

@@ -15,6 +15,9 @@ from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
 
+# A rate of this size would take a row to infinity in a few steps, and such a row can be neither moved nor restored.
+RATE_LIMIT = 1e15
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -71,9 +74,19 @@ def read_keys(layout: Layout, message: TableKeys) -> Keys:
 
 
 def read_rate(rate: float, what: str) -> float:
-    if not 0 <= rate < float("inf"):
-        raise InvalidArgument(f"{what}: learning rate {rate}: give a finite number >= 0")
+    if not 0 <= rate < RATE_LIMIT:
+        raise InvalidArgument(f"{what}: learning rate {rate}: give a number from 0 to below {RATE_LIMIT:g}")
     return rate
+
+
+def refuse_repeated(numbers: list[NDArray[np.int32]]) -> None:
+    """Raise Malformed if a block comes twice in a push: the second part would pass for a repetition and be skipped."""
+    found, times = np.unique(np.concatenate([np.empty(0, np.int32), *numbers]), return_counts=True)
+    if times.max(initial=0) > 1:
+        block = int(found[times.argmax()])
+        raise Malformed(
+            f"block {block} comes twice in one push; send all that a group adds to it in one part", block=block
+        )
 
 
 def read_rows(layout: Layout, message: TableGradients) -> RowPush:

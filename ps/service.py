@@ -6,13 +6,14 @@ Invariant: before the process has joined its job every method but Hello answers 
 
 import json
 from dataclasses import asdict
+from threading import Lock
 
 from oarlock import __version__
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_placement
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
-from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 from oarlock.proto.shard_pb2 import (
     AdoptReply,
     AdoptRequest,
@@ -42,6 +43,8 @@ class ShardService:
 
     def __init__(self) -> None:
         self._joined: tuple[Identity, Shard] | None = None
+        self._term = 0
+        self._ordering = Lock()
 
     def configure(self, spec: JobSpec, identity: Identity) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
@@ -54,6 +57,15 @@ class ShardService:
             raise Unavailable("this shard has not joined its job yet")
         self._joined[0].check(header)
         return self._joined
+
+    def _ordered(self, header: Header) -> tuple[Identity, Shard]:
+        """As _shard, for orders: those of a coordinator that another one has replaced are refused."""
+        found = self._shard(header)
+        with self._ordering:
+            if header.term < self._term:
+                raise LeaseLost(f"the order is of term {header.term}, a coordinator of term {self._term} is in charge")
+            self._term = header.term
+        return found
 
     def hello(self, request: HelloRequest) -> HelloReply:
         return hello(request, "shard", __version__)
@@ -71,17 +83,17 @@ class ShardService:
         return MarksReply(next=shard.next_groups(list(request.splits)))
 
     def close(self, request: CloseRequest) -> Empty:
-        self._shard(request.header)[1].close_splits(ClosedSet.unpack(request.closed))
+        self._ordered(request.header)[1].close_splits(ClosedSet.unpack(request.closed))
         return Empty()
 
     def adopt(self, request: AdoptRequest) -> AdoptReply:
-        identity, shard = self._shard(request.header)
+        identity, shard = self._ordered(request.header)
         routes = unpack_placement(shard.layout, request.placement)
         adopt(shard, identity.id, routes, ClosedSet.unpack(request.closed), request.restore)
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 
     def write(self, request: WriteRequest) -> WriteReply:
-        _, shard = self._shard(request.header)
+        _, shard = self._ordered(request.header)
         entries = write(shard, request.cut, request.root)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 

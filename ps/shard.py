@@ -17,11 +17,11 @@ from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.table import Table
-from oarlock.proto.arrays import pack
-from oarlock.proto.errors import InvalidArgument, StalePlacement
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
+from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.ps.marks import Marks
-from oarlock.ps.request import DensePush, RowPush, read_dense, read_dense_numbers, read_keys, read_rows
+from oarlock.ps.request import DensePush, RowPush, read_dense, read_dense_numbers, read_keys, read_rows, refuse_repeated
 
 
 class Shard:
@@ -34,6 +34,7 @@ class Shard:
     def __init__(self, spec: JobSpec) -> None:
         self.layout = Layout(spec.tables, spec.dense)
         self.push_lock = Lock()
+        self._counting = Lock()
         self.counters: Counter[str] = Counter()
         self.closed = ClosedSet()
         self.generation = 0
@@ -47,20 +48,32 @@ class Shard:
         """Answer with the rows and dense values asked for; creates nothing."""
         layout = self.layout
         reply = PullReply(pushes=self.counters["pushes"])
-        for message in request.tables:
-            keys = read_keys(layout, message)
+        parts = [read_keys(layout, message) for message in request.tables]
+        numbers = read_dense_numbers(layout, request.dense)
+        # Known before any of it is allocated: a small request may ask for an enormous answer.
+        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in parts) + self._dense_length(numbers)
+        if values * 4 > MAX_MESSAGE_BYTES:
+            raise OutOfMemory(
+                f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
+                "ask for fewer at once"
+            )
+        for keys in parts:
             self._owns(keys.numbers)
             table = self.tables[keys.table]
             rows = np.empty((len(keys.keys), table.spec.dim), np.float32)
             table.check(keys.keys, keys.blocks, keys.counts)
             table.pull(keys.keys, keys.blocks, keys.counts, rows)
             reply.rows.append(pack(rows))
-            self.counters["rows_pulled"] += len(rows)
-        numbers = read_dense_numbers(layout, request.dense)
         self._owns(numbers)
         reply.dense.CopyFrom(pack(self._dense_values(numbers)))
-        self.counters["pulls"] += 1
+        with self._counting:
+            self.counters["rows_pulled"] += sum(len(keys.keys) for keys in parts)
+            self.counters["pulls"] += 1
         return reply
+
+    def _dense_length(self, numbers: NDArray[np.int32]) -> int:
+        layout = self.layout
+        return sum(layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist())
 
     def _owns(self, numbers: NDArray[np.int32]) -> None:
         elsewhere = numbers[~self.owned[numbers]]
@@ -72,7 +85,7 @@ class Shard:
     def _dense_values(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         layout = self.layout
         blocks = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
-        out = np.empty(sum(b.length for b in blocks), np.float32)
+        out = np.empty(self._dense_length(numbers), np.float32)
         at = 0
         for block in blocks:
             self.dense[block.parameter].pull_block(block.block, out[at : at + block.length])
@@ -86,6 +99,7 @@ class Shard:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
         rows = [read_rows(layout, message) for message in request.tables]
         dense = [read_dense(layout, message) for message in request.dense]
+        refuse_repeated([*(part.keys.numbers for part in rows), *(part.numbers for part in dense)])
         with self.push_lock:
             # All of the message is checked before any of it is applied.
             moved: list[NDArray[np.int32]] = []
@@ -100,7 +114,9 @@ class Shard:
                 self._push_rows(request.split, request.group, part, reply)
             for each in dense:
                 self._push_dense(request.split, request.group, each, reply)
-            self.counters["pushes"] += 1
+            # A repetition changes nothing, and staleness is counted in changes.
+            if reply.applied:
+                self.counters["pushes"] += 1
         return reply
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], reply: PushReply) -> NDArray[np.bool_]:
@@ -111,6 +127,8 @@ class Shard:
             reply.skipped += int(here.sum())
             return np.zeros(len(numbers), np.bool_)
         todo = here & self.marks.missing(split, group, numbers)
+        if todo.any():
+            self.marks.open(split)
         reply.applied += int(todo.sum())
         reply.skipped += int(here.sum() - todo.sum())
         return todo
@@ -136,12 +154,12 @@ class Shard:
         for i in np.flatnonzero(todo).tolist():
             number = int(part.numbers[i])
             block = layout.dense_blocks[number - layout.dense_base]
-            if not self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate):
+            accepted = self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate)
+            self.marks.record(split, group, part.numbers[i : i + 1])
+            self.sequence[number] += 1
+            if not accepted:
                 reply.refused += 1
                 self.counters["dense_refused"] += 1
-        if todo.any():
-            self.marks.record(split, group, part.numbers[todo])
-            self.sequence[part.numbers[todo]] += 1
 
     def next_groups(self, splits: list[int]) -> list[int]:
         """Return per split 1 + the highest group that any block here has applied, 0 if none."""
