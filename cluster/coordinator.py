@@ -7,8 +7,8 @@ Decisions are in members.py, work.py and placement.py; orders to shards are carr
 
 import json
 import logging
+import math
 import random
-import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from threading import RLock
@@ -17,20 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock import __version__
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.client.closed import ClosedSet
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, WRITING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.members import Member, Members
 from oarlock.cluster.placement import balanced
+from oarlock.cluster.recovery import go_back, take_up
+from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
-from oarlock.cluster.work import MAX_FAILURES, EpochResult, Work
+from oarlock.cluster.work import MAX_FAILURES, Work
 from oarlock.proto.common_pb2 import Placement
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
 logger = logging.getLogger(__name__)
+
+# A worker that has not left so long after it was asked to is struck off.
+STOP_SECONDS = 30.0
+MAX_WARNINGS = 1000
+# More samples than this in one split are no count but a mistake.
+MAX_SAMPLES = 1 << 53
 
 
 class Coordinator:
@@ -58,109 +64,58 @@ class Coordinator:
         # Shards that have adopted the newest placement, and that know the newest closed set.
         self.adopted: set[int] = set()
         self.stop_wanted: bool | None = None
+        self.stop_reason = ""
+        self.stopping_since = 0.0
         self.last_tick = 0.0
+        # What went wrong without ending the job.
+        self.warnings: list[str] = []
         self.checkpoints: list[dict[str, Any]] = []
 
     def open(self) -> None:
         """Take up the stored state under a new term. Call once, before the first message."""
-        with self.lock, self.store as store:
-            if store.fact("job") not in (None, self.spec.job):
-                raise InvalidArgument(
-                    f"this state belongs to job {store.fact('job')}, the job file says {self.spec.job}"
-                )
-            self.term = store.fact("term", 0) + 1
-            store.set_fact("job", self.spec.job)
-            store.set_fact("term", self.term)
-            self.run, self.cut = store.fact("run", 1), store.fact("cut", 0)
-            self.phase, self.reason = store.fact("phase", GATHERING), store.fact("reason", "")
-            self.restore = store.fact("restore", "")
-            self.stop_wanted = store.fact("stop", None)
-            self.checkpoints = store.fact("checkpoints", [])
-            closed = store.fact("closed", {"floor": 0, "above": []})
-            self.work.closed = ClosedSet(closed["floor"], closed["above"])
-            self.work.history = [EpochResult(**e) for e in store.epochs()]
-            self.work.epoch = len(self.work.history)
-            self.work.results = store.evaluations()
-            counted = store.fact(
-                "counted", {"samples": 0, "loss_sum": 0.0, "train_seconds": 0.0, "evaluate_seconds": 0.0}
-            )
-            for name, value in counted.items():
-                setattr(self.work, name, value)
-            self.work.all_touched = self.term > 1
-            placed = store.placement()
-            if placed is not None:
-                self.generation = placed[0]
-                self.owners = np.frombuffer(placed[1], np.int32).copy()
-                self.shards = {s["id"]: ShardAddress(**s) for s in placed[2]}
-            for value in store.members():
-                self.members.add(Member(**value), self.clock())
-            if self.phase == WRITING:
-                # The order to write died with the earlier life: the cut never was.
-                self.phase = TRAINING
-        self.last_tick = self.clock()
-        logger.info("event=coordinator_open term=%d run=%d phase=%s", self.term, self.run, self.phase)
+        with self.lock:
+            take_up(self)
 
     def begin_run(self, manifest: Manifest, path: str) -> None:
         """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""
-        with self.lock, self.store as store:
-            self.run = max(self.run, manifest.run) + 1
-            self.cut = max(self.cut, manifest.cut)
-            self.restore = path
-            self.work.closed = ClosedSet(manifest.closed.floor, manifest.closed.above)
-            saved = manifest.metrics
-            self.work.history = [EpochResult(**e) for e in saved["history"]]
-            self.work.epoch = len(self.work.history)
-            self.work.results = {int(s): list(v) for s, v in saved["evaluations"].items()}
-            for name, value in saved["counted"].items():
-                setattr(self.work, name, value)
-            self.work.all_touched = True
-            self.generation += 1
-            self.owners[:] = -1
-            self.shards, self.adopted = {}, set()
-            self.phase, self.reason, self.stop_wanted = GATHERING, "", None
-            for member in self.members.all.values():
-                if member.state == "alive":
-                    member.state = "dead"
-                    store.set_member(member.incarnation, member.record())
-            store.clear_evaluations()
-            store.clear_epochs()
-            for split, sums in self.work.results.items():
-                store.set_evaluation(split, sums)
-            for result in self.work.history:
-                store.set_epoch(result.epoch, asdict(result))
-            store.set_placement(self.generation, self.owners.tobytes(), [])
-            for name in ("run", "cut", "restore", "phase", "reason"):
-                store.set_fact(name, getattr(self, name))
-            store.set_fact("stop", None)
-            self._record_work(store)
-        logger.info("event=run_begun run=%d restore=%s", self.run, path)
+        with self.lock:
+            go_back(self, manifest, path)
 
     # What members are told
 
     def join(self, role: str, address: str, nonce: int, pid: int, host: str, reader: str) -> Member:
         """Take in a process under a new incarnation; the same nonce gets the same answer."""
         with self.lock:
+            known = self.members.by_nonce(role, nonce)
+            if known is not None:
+                return known
+            if role == "shard":
+                for old in self.members.alive("shard"):
+                    if old.address == address:
+                        self.member_gone(old, "dead", "another process listens at its address")
             if self.phase in (STOPPING, *OVER):
                 raise InvalidArgument(f"job {self.spec.name} takes nobody in any more: it is {self.phase}")
-            known = self.members.by_nonce(nonce)
-            if known is not None and known.state == "alive":
-                return known
             if role == "shard" and self.phase != GATHERING:
                 raise InvalidArgument(
                     f"job {self.spec.name} runs with {len(self.shards)} shards; adding one while it trains is not possible yet"
                 )
-            incarnation = secrets.randbits(62) | 1
-            member = Member(incarnation, self.members.next_id(role), role, address, nonce, pid, host, reader)
+            incarnation = self.rng.getrandbits(62) | 1
+            while incarnation in self.members.all:
+                incarnation = self.rng.getrandbits(62) | 1
+            member = Member(incarnation, self.members.next_id(role), role, address, nonce, pid, host, reader, self.run)
             with self.store as store:
                 store.set_member(incarnation, member.record())
             self.members.add(member, self.clock())
             logger.info("event=joined role=%s id=%d incarnation=%d address=%s", role, member.id, incarnation, address)
-            if role == "shard" and len(self.members.alive("shard")) == self.spec.servers:
-                self._place()
+            self._place_if_complete()
             return member
 
-    def _place(self) -> None:
-        shards = {m.id: ShardAddress(m.id, m.address, m.incarnation) for m in self.members.alive("shard")}
+    def _place_if_complete(self) -> None:
+        """Give all blocks to shards once there are enough; a shard more than that has none."""
+        found = self.members.alive("shard")[: self.spec.servers]
+        if self.phase != GATHERING or self.shards or len(found) < self.spec.servers:
+            return
+        shards = {m.id: ShardAddress(m.id, m.address, m.incarnation) for m in found}
         owners = balanced(self.layout, list(shards))
         with self.store as store:
             self.generation += 1
@@ -171,6 +126,8 @@ class Coordinator:
     def placement(self) -> Placement:
         """Return the newest placement, once every shard has adopted it; Unavailable before."""
         with self.lock:
+            if self.phase in OVER:
+                raise InvalidArgument(f"job {self.spec.name} is over: {self.phase}")
             if not self.placed:
                 raise Unavailable(
                     f"the placement is not ready: {len(self.members.alive('shard'))} of {self.spec.servers} shards"
@@ -193,6 +150,7 @@ class Coordinator:
         """Record and enter a phase."""
         with self.lock, self.store as store:
             self.phase, self.reason = phase, reason
+            self.stopping_since = self.clock()
             store.set_fact("phase", phase)
             store.set_fact("reason", reason)
         logger.log(logging.ERROR if phase == FAILED else logging.INFO, "event=phase phase=%s reason=%s", phase, reason)
@@ -202,7 +160,20 @@ class Coordinator:
             if self.phase not in OVER:
                 self.set_phase(FAILED, reason)
 
-    def _record_work(self, store: Store) -> None:
+    def warn(self, text: str) -> None:
+        """Note what went wrong without ending the job; status shows it."""
+        logger.warning("event=warning text=%s", text)
+        with self.lock:
+            if len(self.warnings) < MAX_WARNINGS:
+                self.warnings.append(text)
+
+    def abandon(self, reason: str) -> None:
+        """Have members leave though nothing can be recorded any more. The process is about to end."""
+        with self.lock:
+            if self.phase not in OVER:
+                self.phase, self.reason = FAILED, reason
+
+    def record_work(self, store: Store) -> None:
         work = self.work
         store.set_fact("closed", {"floor": work.closed.floor, "above": sorted(work.closed.above)})
         store.set_fact("counted", self.counted())
@@ -218,14 +189,21 @@ class Coordinator:
         }
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float) -> None:
+        """Count a split as trained."""
+        if not math.isfinite(loss_sum):
+            raise InvalidArgument(
+                f"split {split}: the loss is {loss_sum}; the model diverged, lower its learning rates", split=split
+            )
+        if samples > MAX_SAMPLES:
+            raise InvalidArgument(f"split {split}: {samples} samples are no count", split=split)
         with self.lock:
             if self.work.close(worker, split, samples, loss_sum):
                 with self.store as store:
-                    self._record_work(store)
+                    self.record_work(store)
 
     def evaluated(self, worker: int, split: int, sums: list[float]) -> None:
         """Keep an evaluation split's sums; the last one of an epoch ends it."""
-        if len(sums) != 1 + len(self.spec.metrics) or not all(np.isfinite(sums)):
+        if len(sums) != 1 + len(self.spec.metrics) or not all(map(math.isfinite, sums)):
             raise InvalidArgument(
                 f"evaluation split {split}: {len(sums)} sums came, wanted {1 + len(self.spec.metrics)} finite ones"
             )
@@ -245,7 +223,7 @@ class Coordinator:
         result = work.finish_epoch()
         store.set_epoch(result.epoch, asdict(result))
         store.clear_evaluations()
-        self._record_work(store)
+        self.record_work(store)
         every = self.spec.checkpoint_epochs
         due = work.finished or (every > 0 and work.epoch % every == 0)
         if due:
@@ -260,15 +238,19 @@ class Coordinator:
             if not self.work.release(worker, kind, split, reason):
                 self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
 
-    def member_gone(self, member: Member, state: str, error: str = "") -> None:
-        """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""
+    def member_gone(self, member: Member, state: str, error: str = "", *, own: bool = False) -> None:
+        """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed.
+
+        ``own``: the error is its own, so that what it worked on may be at fault.
+        """
         with self.lock:
             if member.state != "alive":
                 return
             with self.store as store:
-                member.state = state
+                member.state, member.error = state, error
                 store.set_member(member.incarnation, member.record())
-            freed = self.work.drop_worker(member.incarnation)
+            leases = self.work.leased_to(member.incarnation)
+            freed = len(leases)
             logger.info(
                 "event=member_gone role=%s id=%d state=%s splits_freed=%d error=%s",
                 member.role,
@@ -277,11 +259,31 @@ class Coordinator:
                 freed,
                 error,
             )
-            if member.role == "shard" and self.phase not in OVER and self.phase != GATHERING:
-                where = f"shard {member.id} ({member.address}, pid {member.pid})"
-                self.fail(
-                    f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume"
+            if self.phase not in OVER and state == "dead" and member.role == "worker":
+                self.warn(
+                    f"worker {member.id} (pid {member.pid}) is gone: {error or 'no reason known'}; "
+                    f"the {freed} splits that it had go to others"
                 )
+            for kind, split in leases:
+                self.release(member.incarnation, kind, split, error if own else "")
+            if member.role == "shard":
+                self._shard_gone(member, error)
+
+    def _shard_gone(self, member: Member, error: str) -> None:
+        placed = self.shards.get(member.id)
+        if placed is None or placed.incarnation != member.incarnation or self.phase in OVER:
+            return
+        if self.phase == GATHERING:
+            # Nothing was trained on it: whoever comes in its place starts from the same values.
+            with self.store as store:
+                self.generation += 1
+                self.owners[:] = -1
+                self.shards, self.adopted = {}, set()
+                store.set_placement(self.generation, self.owners.tobytes(), [])
+            self._place_if_complete()
+        else:
+            where = f"shard {member.id} ({member.address}, pid {member.pid})"
+            self.fail(f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume")
 
     def _count_time(self) -> None:
         now = self.clock()
@@ -296,15 +298,20 @@ class Coordinator:
     def tick(self) -> None:
         """Judge leases and move on phases that wait for nobody. Call every heartbeat."""
         with self.lock:
+            self.store.check()
             now = self.clock()
             if now - self.last_tick > max(self.spec.heartbeat_seconds * 2, 1.0):
                 # This process was paused itself: what it did not hear is not held against anybody.
                 self.members.grant_full_term(now)
+                self.stopping_since = now
             self._count_time()
             for member in self.members.expired(now):
                 self.member_gone(member, "dead", "its lease ended")
+            if self.phase == STOPPING and now - self.stopping_since > STOP_SECONDS:
+                for member in self.members.alive("worker"):
+                    self.member_gone(member, "dead", f"it did not leave within {STOP_SECONDS:g} s")
             if self.phase == TRAINING and self.stop_wanted is not None:
-                self.set_phase(STOPPING, self.reason)
+                self.set_phase(STOPPING, self.stop_reason)
             if self.phase == TRAINING and self.work.finished:
                 self.set_phase(DONE)
             elif self.phase == TRAINING and self.work.trained and self.work.evaluated:
@@ -317,8 +324,9 @@ class Coordinator:
             if self.phase in OVER:
                 return
             with self.store as store:
-                self.stop_wanted = checkpoint
+                self.stop_wanted, self.stop_reason = checkpoint, reason
                 store.set_fact("stop", checkpoint)
+                store.set_fact("stop_reason", reason)
             if self.phase == GATHERING:
                 self.set_phase(STOPPED, reason)
             elif self.phase == TRAINING:
@@ -332,12 +340,25 @@ class Coordinator:
                 store.set_fact("checkpoints", self.checkpoints)
             self.after_writing()
 
+    def not_committed(self, cut: int, error: str) -> None:
+        """Note a checkpoint that came to nothing. Training goes on, unless it was the one to end with."""
+        with self.lock:
+            if self.phase in OVER:
+                return
+            if self.phase == STOPPING or self.work.finished or self.stop_wanted:
+                self.fail(f"the last checkpoint could not be written: {error}")
+            else:
+                self.warn(f"checkpoint {cut} could not be written, training goes on: {error}")
+                self.after_writing()
+
     def after_writing(self) -> None:
         """Leave the writing phase: to the end if all is trained or a stop was asked for, else back to training."""
-        if self.phase == STOPPING or self.stop_wanted is not None:
-            self.set_phase(STOPPED, self.reason)
-        elif self.work.finished:
+        if self.phase in OVER:
+            return
+        if self.work.finished:
             self.set_phase(DONE)
+        elif self.phase == STOPPING or self.stop_wanted is not None:
+            self.set_phase(STOPPED, self.stop_reason)
         elif self.phase == WRITING:
             self.set_phase(TRAINING)
         self.last_tick = self.clock()
@@ -352,25 +373,4 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         """Return all that people ask about, JSON-ready."""
         with self.lock:
-            work, best = self.work, self.work.best()
-            return {
-                "job": self.spec.job,
-                "name": self.spec.name,
-                "version": __version__,
-                "recipe": self.spec.recipe,
-                "seed": self.spec.seed,
-                "phase": self.phase,
-                "reason": self.reason,
-                "run": self.run,
-                "term": self.term,
-                "generation": self.generation,
-                "servers": self.spec.servers,
-                "workers": self.spec.workers,
-                **work.progress(),
-                "best": asdict(best) if best else None,
-                "history": [asdict(r) for r in work.history],
-                "checkpoints": self.checkpoints,
-                "members": [{**m.record(), "stats": m.stats} for m in self.members.all.values() if m.state == "alive"],
-                "reader": "+".join(sorted({m.reader for m in self.members.all.values() if m.reader})),
-                "blocks": {str(s): int((self.owners == s).sum()) for s in sorted(self.shards)},
-            }
+            return status_of(self)

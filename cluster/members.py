@@ -22,7 +22,10 @@ class Member:
     pid: int
     host: str
     reader: str
+    run: int = 1
     state: str = "alive"
+    # Why it is dead.
+    error: str = ""
     expires: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -41,9 +44,13 @@ class Members:
     def alive(self, role: str) -> list[Member]:
         return [m for m in self.all.values() if m.role == role and m.state == "alive"]
 
-    def by_nonce(self, nonce: int) -> Member | None:
-        """Return the member that a repeated Join belongs to."""
-        return next((m for m in self.all.values() if m.nonce == nonce), None)
+    def by_nonce(self, role: str, nonce: int) -> Member | None:
+        """Return the living member that a repeated Join belongs to."""
+        return next((m for m in self.alive(role) if m.nonce == nonce), None)
+
+    def lost(self) -> list[Member]:
+        """Return members that died."""
+        return [m for m in self.all.values() if m.state == "dead"]
 
     def next_id(self, role: str) -> int:
         """Return the lowest number of the role that nobody alive has."""

@@ -17,7 +17,7 @@ from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import ClosedSet
-from oarlock.client.job import FAILED, OVER, STOPPED, STOPPING, WRITING
+from oarlock.client.job import OVER, STOPPED, STOPPING, WRITING
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.embedding.spec import to_json
@@ -57,19 +57,17 @@ class Orders:
     async def step(self) -> None:
         """Do what is to be done now; errors that a later step may mend are logged."""
         c = self._coordinator
-        c.tick()
         if c.phase in OVER:
             return
         if c.shards and not c.placed:
             await self._adopt()
         if c.placed:
             await self._tell_closed()
-        workers_left = not c.members.alive("worker")
-        if c.phase == WRITING or (c.phase == STOPPING and workers_left):
-            if c.phase == STOPPING and c.stop_wanted is False:
-                c.set_phase(STOPPED, c.reason)
-            else:
-                await self._checkpoint()
+        stopping = c.phase == STOPPING and not c.members.alive("worker")
+        if stopping and c.stop_wanted is False:
+            c.set_phase(STOPPED, c.stop_reason)
+        elif c.placed and (stopping or c.phase == WRITING):
+            await self._checkpoint()
 
     async def _adopt(self) -> None:
         c = self._coordinator
@@ -128,15 +126,14 @@ class Orders:
             manifest = self._manifest(cut, entries)
             store.commit(manifest)
         except (PSError, OSError) as error:
-            logger.error("event=checkpoint_failed cut=%d error=%s", cut, error)
-            if c.phase == STOPPING or c.work.finished:
-                c.set_phase(FAILED, f"the last checkpoint could not be written: {error}")
-            elif c.phase == WRITING:
-                c.after_writing()
+            c.not_committed(cut, str(error))
             return
         c.committed(manifest, str(self._checkpoints / cut_folder(cut)))
-        store.keep_last(c.spec.checkpoints_kept)
-        store.discard_incomplete(below=cut)
+        try:
+            store.keep_last(c.spec.checkpoints_kept)
+            store.discard_incomplete(below=cut)
+        except OSError as error:
+            c.warn(f"old checkpoints in {self._checkpoints} could not be deleted: {error}")
 
     def _manifest(self, cut: int, entries: list[BlockEntry]) -> Manifest:
         c = self._coordinator

@@ -5,6 +5,7 @@ Invariant: the state is open (and so locked) before the first message is answere
 """
 
 import asyncio
+import contextlib
 import logging
 
 from oarlock.client.job import OVER
@@ -17,9 +18,24 @@ logger = logging.getLogger(__name__)
 async def run_coordinator(coordinator: Coordinator, orders: Orders) -> None:
     """Run until the job is over and its members have left, or had a lease's time to hear of it."""
     pause = coordinator.spec.heartbeat_seconds / 10
-    while coordinator.phase not in OVER:
-        await orders.step()
-        await asyncio.sleep(pause)
+
+    async def carry_out() -> None:
+        while coordinator.phase not in OVER:
+            await orders.step()
+            await asyncio.sleep(pause)
+
+    # Beside the judging of leases: an order to a shard that hangs would otherwise never be given up.
+    orders_carried_out = asyncio.ensure_future(carry_out())
+    try:
+        while coordinator.phase not in OVER and not orders_carried_out.done():
+            coordinator.tick()
+            await asyncio.wait([orders_carried_out], timeout=pause)
+        if orders_carried_out.done():
+            orders_carried_out.result()
+    finally:
+        orders_carried_out.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([orders_carried_out])
     clock = asyncio.get_running_loop().time
     end = clock() + coordinator.spec.lease_seconds
     while clock() < end and (coordinator.members.alive("shard") or coordinator.members.alive("worker")):

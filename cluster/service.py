@@ -39,6 +39,10 @@ _ADDRESS = re.compile(r"unix:[^\s]{1,200}|[^\s/]{1,253}:[0-9]{1,5}|in-process:[^
 _WORK = {"train": TRAIN, "evaluate": EVALUATE, "wait": WAIT, "finished": FINISHED}
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 class CoordinatorService:
     """Answers the methods of ``Coordinator`` in proto/methods.py."""
 
@@ -75,7 +79,7 @@ class CoordinatorService:
         with c.lock:
             member = c.join(
                 roles[request.role],
-                request.address,
+                request.address if request.role == SHARD else "",
                 request.nonce,
                 request.pid,
                 request.host[:256],
@@ -99,11 +103,13 @@ class CoordinatorService:
         if len(request.stats) > MAX_STATS:
             raise InvalidArgument(f"statistics of {len(request.stats)} bytes, at most {MAX_STATS}")
         try:
-            stats = json.loads(request.stats or "{}")
-        except ValueError as error:
+            stats = json.loads(request.stats or "{}", parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             raise Malformed(f"statistics that are no JSON: {error}") from None
+        if not isinstance(stats, dict):
+            raise Malformed("statistics that are no JSON object")
         with c.lock:
-            member.stats = stats if isinstance(stats, dict) else {}
+            member.stats = stats
             generation = c.generation if c.placed else 0
             return HeartbeatReply(term=c.term, generation=generation, phase=c.phase)
 
@@ -152,7 +158,8 @@ class CoordinatorService:
 
     def leave(self, request: LeaveRequest) -> Empty:
         member = self._member(request.header)
-        self._coordinator.member_gone(member, "dead" if request.error else "left", request.error[:2048])
+        error = request.error[:2048]
+        self._coordinator.member_gone(member, "dead" if error else "left", error, own=bool(error))
         return Empty()
 
     def status(self, request: StatusRequest) -> StatusReply:

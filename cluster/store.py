@@ -2,9 +2,11 @@
 """The coordinator's durable state, in one SQLite file (WAL, synchronous = FULL).
 
 Invariant: what the coordinator tells was committed here before; one process holds the file, by an exclusive lock for life.
-Called under the coordinator's lock, from any thread.
+After a failed write (a full disk) it answers nothing any more: what its owner remembers may be ahead of it. Called under
+the coordinator's lock, from any thread.
 """
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -20,6 +22,9 @@ CREATE TABLE IF NOT EXISTS evaluations (split INTEGER PRIMARY KEY, sums TEXT NOT
 CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS placements (generation INTEGER PRIMARY KEY, owners BLOB NOT NULL, shards TEXT NOT NULL);
 """
+# A coordinator that was killed a moment ago may still hold the lock.
+LOCK_SECONDS = 1.0
+_TAKEN = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Store:
@@ -28,10 +33,14 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._broken = ""
 
     def open(self) -> "Store":
         """Open or create the file and lock it; Unavailable if another coordinator has it."""
-        db = sqlite3.connect(self._path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        try:
+            db = sqlite3.connect(self._path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise InvalidArgument(f"{self._path} cannot be opened: {error}") from None
         try:
             # The lock is taken by the first write and kept until the connection ends.
             db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -42,22 +51,36 @@ class Store:
                 db.execute(statement)
             db.execute("INSERT OR REPLACE INTO facts VALUES ('opened', '1')")
             db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             db.close()
-            raise Unavailable(
-                f"{self._path} cannot be locked: another coordinator of this job is running ({error})"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            db.close()
-            raise InvalidArgument(f"{self._path} is no coordinator state: {error}") from error
+            if error.sqlite_errorcode in _TAKEN:
+                raise Unavailable(f"{self._path} is locked: another coordinator of this job is running") from None
+            raise InvalidArgument(
+                f"{self._path} is no coordinator state, or cannot be written: {error}; "
+                "move it away to go on from the job's newest checkpoint with --resume"
+            ) from None
         self._db = db
         return self
 
-    @property
-    def _open(self) -> sqlite3.Connection:
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        if self._broken:
+            raise Unavailable(self._broken)
         if self._db is None:
             raise Unavailable("the coordinator's state is closed")
-        return self._db
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            self._broken = (
+                f"{self._path} cannot be written or read any more: {error}; mend that and go on with --resume"
+            )
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise Unavailable(self._broken) from error
+
+    def check(self) -> None:
+        """Raise Unavailable if a write has failed."""
+        if self._broken:
+            raise Unavailable(self._broken)
 
     def close(self) -> None:
         if self._db is not None:
@@ -65,49 +88,52 @@ class Store:
             self._db = None
 
     def __enter__(self) -> "Store":
-        self._open.execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN IMMEDIATE")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.execute("ROLLBACK" if kind else "COMMIT")
+        if kind is None:
+            self._execute("COMMIT")
+        elif not self._broken:
+            self._execute("ROLLBACK")
 
     def fact(self, name: str, default: Any = None) -> Any:
-        found = self._open.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return default if found is None else json.loads(found[0])
+        found = self._execute("SELECT value FROM facts WHERE name = ?", (name,))
+        return json.loads(found[0][0]) if found else default
 
     def set_fact(self, name: str, value: Any) -> None:
-        self._open.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+        self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def members(self) -> list[dict[str, Any]]:
-        return [json.loads(v) for (v,) in self._open.execute("SELECT value FROM members ORDER BY incarnation")]
+        return [json.loads(v) for (v,) in self._execute("SELECT value FROM members ORDER BY incarnation")]
 
     def set_member(self, incarnation: int, value: dict[str, Any]) -> None:
-        self._open.execute("INSERT OR REPLACE INTO members VALUES (?, ?)", (incarnation, json.dumps(value)))
+        self._execute("INSERT OR REPLACE INTO members VALUES (?, ?)", (incarnation, json.dumps(value)))
 
     def evaluations(self) -> dict[int, list[float]]:
-        return {s: json.loads(v) for s, v in self._open.execute("SELECT split, sums FROM evaluations")}
+        return {s: json.loads(v) for s, v in self._execute("SELECT split, sums FROM evaluations")}
 
     def set_evaluation(self, split: int, sums: list[float]) -> None:
-        self._open.execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?)", (split, json.dumps(sums)))
+        self._execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?)", (split, json.dumps(sums)))
 
     def clear_evaluations(self) -> None:
-        self._open.execute("DELETE FROM evaluations")
+        self._execute("DELETE FROM evaluations")
 
     def epochs(self) -> list[dict[str, Any]]:
-        return [json.loads(v) for (v,) in self._open.execute("SELECT value FROM epochs ORDER BY epoch")]
+        return [json.loads(v) for (v,) in self._execute("SELECT value FROM epochs ORDER BY epoch")]
 
     def set_epoch(self, epoch: int, value: dict[str, Any]) -> None:
-        self._open.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (epoch, json.dumps(value)))
+        self._execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (epoch, json.dumps(value)))
 
     def clear_epochs(self) -> None:
-        self._open.execute("DELETE FROM epochs")
+        self._execute("DELETE FROM epochs")
 
     def placement(self) -> tuple[int, bytes, list[dict[str, Any]]] | None:
         """Return (generation, int32 owners as bytes, shards) of the newest placement."""
-        found = self._open.execute("SELECT * FROM placements ORDER BY generation DESC LIMIT 1").fetchone()
-        return None if found is None else (found[0], found[1], json.loads(found[2]))
+        found = self._execute("SELECT * FROM placements ORDER BY generation DESC LIMIT 1")
+        return (found[0][0], found[0][1], json.loads(found[0][2])) if found else None
 
     def set_placement(self, generation: int, owners: bytes, shards: list[dict[str, Any]]) -> None:
-        self._open.execute("INSERT INTO placements VALUES (?, ?, ?)", (generation, owners, json.dumps(shards)))
+        self._execute("INSERT INTO placements VALUES (?, ?, ?)", (generation, owners, json.dumps(shards)))

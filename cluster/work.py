@@ -107,7 +107,7 @@ class Work:
             raise NotFound(f"there is no training split {split}: the job has {self.epochs * self.splits}", split=split)
         if split in self.closed:
             return False
-        self._holds("train", worker, split)
+        self._may_end("train", worker, split)
         self.closed.add(split)
         self.samples += samples
         self.loss_sum += loss_sum
@@ -116,21 +116,37 @@ class Work:
 
     def evaluate(self, worker: int, split: int, sums: list[float]) -> bool:
         """Keep the sums of an evaluation split; return False if they were there already."""
+        if not 0 <= split < self.epochs * self.evaluation_splits:
+            raise NotFound(
+                f"there is no evaluation split {split}: the job has {self.epochs * self.evaluation_splits}", split=split
+            )
         if split in self.results or split < self.epoch * self.evaluation_splits:
             return False
-        self._holds("evaluate", worker, split)
+        if not self.trained:
+            raise LeaseLost(f"evaluation split {split} is not due: epoch {self.epoch} is still trained", split=split)
+        self._may_end("evaluate", worker, split)
         self.results[split] = sums
         self._forget("evaluate", split)
         return True
 
-    def _holds(self, kind: str, worker: int, split: int) -> None:
+    def _may_end(self, kind: str, worker: int, split: int) -> None:
+        """Refuse a report about a split that was never leased to its sender.
+
+        Leases are forgotten when the coordinator restarts. A report of work that was begun under one is true all the same,
+        whoever was given the split since: every group is applied once, whoever sends it.
+        """
         holder = self.leases.get((kind, split))
-        if holder != worker:
+        if holder != worker and not (self.all_touched and self._due(kind, split)):
             raise LeaseLost(
                 f"{kind} split {split} is leased to {holder or 'nobody'}, not to incarnation {worker}",
                 split=split,
                 holder=holder,
             )
+
+    def _due(self, kind: str, split: int) -> bool:
+        """Whether the split belongs to what is worked on now."""
+        per_epoch = self.splits if kind == "train" else self.evaluation_splits
+        return split // per_epoch == self.epoch if per_epoch else False
 
     def _forget(self, kind: str, split: int) -> None:
         self.leases.pop((kind, split), None)
@@ -139,18 +155,16 @@ class Work:
 
     def release(self, worker: int, kind: str, split: int, reason: str) -> bool:
         """Give a lease back; return False once too many workers met an error on the split."""
-        if self.leases.get((kind, split)) == worker:
-            del self.leases[kind, split]
+        if self.leases.get((kind, split)) != worker:
+            return True
+        del self.leases[kind, split]
         if reason:
             self.failures.setdefault((kind, split), {})[worker] = reason
         return len(self.failures.get((kind, split), ())) < MAX_FAILURES
 
-    def drop_worker(self, worker: int) -> int:
-        """Free all leases of a worker that is gone; return how many."""
-        gone = [key for key, holder in self.leases.items() if holder == worker]
-        for key in gone:
-            del self.leases[key]
-        return len(gone)
+    def leased_to(self, worker: int) -> list[tuple[str, int]]:
+        """Return (kind, split) of all leases of a worker."""
+        return sorted(key for key, holder in self.leases.items() if holder == worker)
 
     def finish_epoch(self) -> EpochResult:
         """Merge the evaluation in order of split and begin the next epoch. Only when trained and evaluated."""

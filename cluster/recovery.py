@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recovery: a coordinator's memory made from its stored state, or from a checkpoint that the job goes back to.
+
+Invariant: the number of the term, and of the run, is on disk before anybody hears it. The coordinator's lock covers it.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.client.closed import ClosedSet
+from oarlock.client.job import GATHERING
+from oarlock.client.router import ShardAddress
+from oarlock.cluster.members import Member
+from oarlock.cluster.work import EpochResult
+from oarlock.embedding.spec import to_json
+from oarlock.proto.errors import InvalidArgument, SpecMismatch
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
+
+
+def take_up(c: "Coordinator") -> None:
+    """Load the stored state under a new term."""
+    with c.store as store:
+        if store.fact("job") not in (None, c.spec.job):
+            raise InvalidArgument(f"this state belongs to job {store.fact('job')}, the job file says {c.spec.job}")
+        c.term = store.fact("term", 0) + 1
+        store.set_fact("job", c.spec.job)
+        store.set_fact("term", c.term)
+        c.run, c.cut = store.fact("run", 1), store.fact("cut", 0)
+        c.phase, c.reason = store.fact("phase", GATHERING), store.fact("reason", "")
+        c.restore = store.fact("restore", "")
+        c.stop_wanted, c.stop_reason = store.fact("stop", None), store.fact("stop_reason", "")
+        c.checkpoints = store.fact("checkpoints", [])
+        closed = store.fact("closed", {"floor": 0, "above": []})
+        c.work.closed = ClosedSet(closed["floor"], closed["above"])
+        c.work.history = [EpochResult(**e) for e in store.epochs()]
+        c.work.epoch = len(c.work.history)
+        c.work.results = store.evaluations()
+        counted = store.fact("counted", {"samples": 0, "loss_sum": 0.0, "train_seconds": 0.0, "evaluate_seconds": 0.0})
+        for name, value in counted.items():
+            setattr(c.work, name, value)
+        c.work.all_touched = c.term > 1
+        placed = store.placement()
+        if placed is not None:
+            c.generation = placed[0]
+            c.owners = np.frombuffer(placed[1], np.int32).copy()
+            c.shards = {s["id"]: ShardAddress(**s) for s in placed[2]}
+        for value in store.members():
+            c.members.add(Member(**value), c.clock())
+    # In the phase "writing" the earlier life's cut never was: the next one takes a new number and writes anew.
+    c.last_tick = c.stopping_since = c.clock()
+    logger.info("event=coordinator_open term=%d run=%d phase=%s", c.term, c.run, c.phase)
+
+
+def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
+    """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""
+    _check_fits(c, manifest, path)
+    with c.store as store:
+        c.run = max(c.run, manifest.run) + 1
+        c.cut = max(c.cut, manifest.cut)
+        c.restore = path
+        c.work.closed = ClosedSet(manifest.closed.floor, manifest.closed.above)
+        saved = manifest.metrics
+        c.work.history = [EpochResult(**e) for e in saved["history"]]
+        c.work.epoch = len(c.work.history)
+        c.work.results = {int(s): list(v) for s, v in saved["evaluations"].items()}
+        for name, value in saved["counted"].items():
+            setattr(c.work, name, value)
+        c.work.all_touched = True
+        c.generation += 1
+        c.owners[:] = -1
+        c.shards, c.adopted = {}, set()
+        c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
+        c.work.leases.clear()
+        c.work.failures.clear()
+        if path not in [known["path"] for known in c.checkpoints]:
+            c.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
+        for member in c.members.all.values():
+            if member.state == "alive":
+                member.state = "dead"
+                store.set_member(member.incarnation, member.record())
+        store.clear_evaluations()
+        store.clear_epochs()
+        for split, sums in c.work.results.items():
+            store.set_evaluation(split, sums)
+        for result in c.work.history:
+            store.set_epoch(result.epoch, asdict(result))
+        store.set_placement(c.generation, c.owners.tobytes(), [])
+        for name in ("run", "cut", "restore", "phase", "reason", "checkpoints"):
+            store.set_fact(name, getattr(c, name))
+        store.set_fact("stop", None)
+        c.record_work(store)
+    logger.info("event=run_begun run=%d restore=%s", c.run, path)
+
+
+def _check_fits(c: "Coordinator", manifest: Manifest, path: str) -> None:
+    """Refuse a checkpoint of other parameters: its blocks would be missing or of another shape."""
+    spec = c.spec
+    tables, dense = [to_json(t) for t in spec.tables], [to_json(d) for d in spec.dense]
+    mine = {"seed": spec.seed, "tables": tables, "dense": dense}
+    theirs = {"seed": manifest.seed, "tables": list(manifest.tables), "dense": list(manifest.dense)}
+    for name, value in mine.items():
+        if json.dumps(value, sort_keys=True) != json.dumps(theirs[name], sort_keys=True):
+            raise SpecMismatch(f"the checkpoint {path} has another {name} than job {spec.name}", field=name)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Status: all that people ask a coordinator about, JSON-ready. A pure view; the coordinator's lock covers it."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from oarlock import __version__
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+
+def status_of(c: "Coordinator") -> dict[str, Any]:
+    """Return the job's state: phase and reason, progress, history, members with their counters, warnings, placement."""
+    best = c.work.best()
+    return {
+        "job": c.spec.job,
+        "name": c.spec.name,
+        "version": __version__,
+        "recipe": c.spec.recipe,
+        "seed": c.spec.seed,
+        "phase": c.phase,
+        "reason": c.reason,
+        "run": c.run,
+        "term": c.term,
+        "generation": c.generation,
+        "servers": c.spec.servers,
+        "workers": c.spec.workers,
+        **c.work.progress(),
+        "best": asdict(best) if best else None,
+        "history": [asdict(r) for r in c.work.history],
+        "checkpoints": c.checkpoints,
+        "warnings": c.warnings,
+        "members": [{**m.record(), "stats": m.stats} for m in c.members.all.values() if m.state == "alive"],
+        "lost": [m.record() for m in c.members.lost() if m.run == c.run],
+        "reader": "+".join(sorted({m.reader for m in c.members.all.values() if m.reader and m.run == c.run})),
+        "blocks": {str(s): int((c.owners == s).sum()) for s in sorted(c.shards)},
+    }
