@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import EncodeError, Message
 from numpy.typing import NDArray
 
 from oarlock.proto import common_pb2 as pb
@@ -27,8 +28,22 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
+def encoded(message: Message, what: str) -> bytes:
+    """Return the bytes of a message that is ready to travel; OutOfMemory if it is too large for that."""
+    try:
+        data: bytes = message.SerializeToString()
+    except EncodeError:
+        # Over 2 GiB there are no bytes of a message at all.
+        raise OutOfMemory(f"{what} is over the limit of {MAX_MESSAGE_BYTES} bytes in one message") from None
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise OutOfMemory(f"{what} is {len(data)} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
+    return data
+
+
 def pack(array: NDArray[Any]) -> pb.Array:
-    """Return ``array`` (uint64, int32, uint32 or float32, any shape) as a message; the data is copied."""
+    """Return ``array`` (uint64, int32, uint32 or float32, up to 4 dimensions) as a message; the data is copied."""
+    if array.ndim > MAX_DIMENSIONS:
+        raise Malformed(f"an array of {array.ndim} dimensions cannot travel; at most {MAX_DIMENSIONS} can")
     dtype = array.dtype.newbyteorder("<")
     code = _CODES.get(dtype)
     if code is None:

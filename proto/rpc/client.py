@@ -4,17 +4,19 @@
 Invariant: every failure leaves as a PSError. One event loop, from the first call to close().
 """
 
+import asyncio
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
-from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.arrays import encoded
+from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable
 from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.rpc.lane import Lane
 from oarlock.proto.rpc.options import CLIENT_OPTIONS
-from oarlock.proto.rpc.status import FAILURE_KEY, from_status
+from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 
 
 class GrpcTransport:
@@ -36,22 +38,40 @@ class GrpcTransport:
 
     async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
         """Return the reply, or raise the error that the other side raised; DeadlineExceeded after the timeout."""
-        found = METHODS[method]
+        found = METHODS.get(method)
+        if found is None:
+            raise NotFound(f"there is no method {method}", method=method)
+        data = encoded(request, f"{method} to {address}: the request")
         if found.streamed:
-            return await self._lane(address, found).call(request, timeout_seconds)
-        call = self._calls.get((address, method))
-        if call is None:
-            call = self._calls[address, method] = self._channel(address).unary_unary(
-                found.path,
-                request_serializer=found.request.SerializeToString,
-                response_deserializer=found.reply.FromString,
-            )
+            reply = await self._lane(address, found).call(data, timeout_seconds)
+        else:
+            reply = await self._single(address, found, data, timeout_seconds)
         try:
-            return await call(request, timeout=timeout_seconds)
+            answer: Any = found.reply.FromString(reply)
+        except DecodeError as error:
+            raise Malformed(f"{address} answered {method} with {len(reply)} bytes that are no such message") from error
+        if found.streamed and answer.HasField("failure"):
+            raise from_failure(answer.failure)
+        return answer
+
+    async def _single(self, address: str, method: Method, data: bytes, timeout_seconds: float) -> bytes:
+        channel = self._channel(address)
+        call = self._calls.get((address, method.name))
+        if call is None:
+            call = self._calls[address, method.name] = channel.unary_unary(method.path)
+        try:
+            reply: bytes = await call(data, timeout=timeout_seconds)
+            return reply
         except aio.AioRpcError as error:
-            raise error_of(error, address, method) from None
+            raise error_of(error, address, method.name) from None
         except (aio.UsageError, aio.InternalError, ValueError) as error:
             raise Unavailable(f"the connection to {address} is closed: {error}", address=address) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # A channel that is closed cancels its calls, but nobody cancelled the caller.
+            if self._closed and task is not None and not task.cancelling():
+                raise Unavailable(f"the connection to {address} is closed", address=address) from None
+            raise
 
     def _lane(self, address: str, method: Method) -> Lane:
         lane = self._lanes.get((address, method.name))

@@ -9,14 +9,11 @@ many single calls cost (docs/performance.md). One event loop.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-from google.protobuf.message import Message
 from grpc import aio
 
 from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
 from oarlock.proto.methods import Method
-from oarlock.proto.rpc.status import from_failure
 
 ErrorOf = Callable[[aio.AioRpcError, str, str], PSError]
 
@@ -29,18 +26,14 @@ class Lane:
         self._address = address
         self._method = method
         self._error_of = error_of
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[asyncio.Future[bytes]] = deque()
         self._writing = asyncio.Lock()
-        self._stream = channel.stream_stream(
-            method.path + "Stream",
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.reply.FromString,
-        )()
+        self._stream = channel.stream_stream(method.path + "Stream")()
         self._reader = asyncio.ensure_future(self._read())
 
-    async def call(self, request: Message, timeout_seconds: float) -> Any:
-        """Return the answer to ``request``, or raise what it says; DeadlineExceeded breaks the lane."""
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    async def call(self, request: bytes, timeout_seconds: float) -> bytes:
+        """Return the answer to ``request``; DeadlineExceeded breaks the lane."""
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._send(request, answer)
@@ -50,11 +43,9 @@ class Lane:
             raise DeadlineExceeded(
                 f"{self._method.name} at {self._address}: no answer in time", address=self._address
             ) from None
-        if reply.HasField("failure"):
-            raise from_failure(reply.failure)
         return reply
 
-    async def _send(self, request: Message, answer: asyncio.Future[Any]) -> None:
+    async def _send(self, request: bytes, answer: asyncio.Future[bytes]) -> None:
         async with self._writing:
             if self.broken:
                 raise Unavailable(f"the stream to {self._address} is broken", address=self._address)
@@ -84,7 +75,7 @@ class Lane:
             reason = self._error_of(error, self._address, self._method.name)
         except asyncio.CancelledError:
             reason = Unavailable(f"the stream to {self._address} is closed", address=self._address)
-        except (IndexError, aio.UsageError, aio.InternalError, asyncio.InvalidStateError) as error:
+        except Exception as error:
             reason = Unavailable(f"the stream to {self._address} is out of step: {error}", address=self._address)
         self._break(reason)
 

@@ -5,13 +5,15 @@ Invariant: no message, however wrong, ends the process or another caller's strea
 """
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
+from oarlock.proto.arrays import encoded
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError
 from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.rpc.options import SERVER_OPTIONS
@@ -34,7 +36,8 @@ class GrpcServer:
         self.address = listen
 
     def start(self) -> str:
-        """Listen; return the address with the port that was given."""
+        """Listen; return the address with the port that was given. InvalidArgument if nobody can listen there."""
+        check_address(self._listen)
         # Threads are made as they are needed; each worker's stream holds one.
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
         server = grpc.server(self._pool, options=SERVER_OPTIONS)
@@ -59,18 +62,17 @@ class GrpcServer:
             self.address = f"{self._listen.rsplit(':', 1)[0]}:{port}"
         return self.address
 
-    def _reply(self, method: Method, data: bytes) -> Message:
+    def _reply(self, method: Method, data: bytes) -> bytes:
         try:
             request = method.request.FromString(data)
         except DecodeError as error:
             raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
-        return dispatch(self._handler, method.name, request)
+        return encoded(dispatch(self._handler, method.name, request), f"{method.name}: the reply")
 
     def _answer(self, method: Method) -> Callable[[bytes, Any], bytes]:
         def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                reply: bytes = self._reply(method, data).SerializeToString()
-                return reply
+                return self._reply(method, data)
             except PSError as error:
                 _log_defect(method, error)
                 code, text, failure = to_status(error)
@@ -88,8 +90,8 @@ class GrpcServer:
                     reply = self._reply(method, data)
                 except PSError as error:
                     _log_defect(method, error)
-                    reply = method.reply(failure=failure_of(error))
-                yield reply.SerializeToString()
+                    reply = method.reply(failure=failure_of(error)).SerializeToString()
+                yield reply
 
         return answer
 
@@ -99,6 +101,21 @@ class GrpcServer:
             self._server.stop(grace_seconds).wait()
             self._pool.shutdown(wait=True)
             self._server = None
+
+
+def check_address(listen: str) -> None:
+    """Raise InvalidArgument for what gRPC would take for another address, or take away from another process."""
+    if listen.startswith("unix:"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(listen.removeprefix("unix:"))
+            except OSError:
+                # Nobody answers: gRPC replaces what a dead process left.
+                return
+        raise InvalidArgument(f"cannot listen on {listen}: taken by another process")
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidArgument(f"cannot listen on {listen!r}: give HOST:PORT with a port from 0 to 65535, or unix:PATH")
 
 
 def _log_defect(method: Method, error: PSError) -> None:

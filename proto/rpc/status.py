@@ -9,6 +9,7 @@ import json
 import logging
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from oarlock.proto import errors
@@ -19,8 +20,11 @@ from oarlock.proto.errors import CODES, PSError
 logger = logging.getLogger(__name__)
 
 FAILURE_KEY = "oarlock-failure-bin"
-# Headers of a response have limits of their own: a longer message is cut, the code stays.
-FAILURE_BYTES = 4096
+# A failed call travels in headers, which have a limit of their own (8 KiB in all): what is longer is cut, the code stays.
+MESSAGE_BYTES = 2048
+DETAILS_BYTES = 2048
+# The status has room for a summary; the whole message is in the Failure.
+TEXT_CHARACTERS = 200
 
 _S = grpc.StatusCode
 _STATUS: dict[type[PSError], grpc.StatusCode] = {
@@ -66,22 +70,37 @@ _ERROR: dict[grpc.StatusCode, type[PSError]] = {
 
 def to_status(error: PSError) -> tuple[grpc.StatusCode, str, bytes]:
     """Return the status, its text, and the bytes of the Failure message for ``error``."""
-    failure = failure_of(error)
-    return _STATUS[type(error)], failure.message, failure.SerializeToString()
+    text = error.message.encode("ascii", "replace").decode()
+    return _STATUS[type(error)], _cut(text, TEXT_CHARACTERS), failure_of(error).SerializeToString()
 
 
 def failure_of(error: PSError) -> Failure:
     """Return the message that carries ``error``."""
-    message = error.message if len(error.message) <= FAILURE_BYTES else error.message[:FAILURE_BYTES] + " ..."
-    details = json.dumps(error.details, default=str)
-    return Failure(code=error.code, message=message, details=details if len(details) <= FAILURE_BYTES else "{}")
+    details = json.dumps(error.details, default=_plain)
+    if len(details) > DETAILS_BYTES:
+        details = "{}"
+    return Failure(code=error.code, message=_cut(error.message, MESSAGE_BYTES), details=details)
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can hold of a detail; numbers stay numbers."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _cut(text: str, size: int) -> str:
+    """Return ``text``, or its first ``size`` bytes and a sign that there was more."""
+    data = text.encode("utf-8", "replace")
+    return data.decode() if len(data) <= size else data[:size].decode("utf-8", "ignore") + " ..."
 
 
 def from_failure(sent: Failure) -> PSError:
     """Return the error that a Failure carries; a code that this release does not know becomes the base class."""
-    details = json.loads(sent.details or "{}")
+    try:
+        details = json.loads(sent.details or "{}")
+    except (ValueError, RecursionError):
+        details = {}
     kind = CODES.get(sent.code, PSError)
-    return kind(sent.message, **{k: v for k, v in details.items() if k != "message"})
+    return kind(sent.message, **details) if isinstance(details, dict) else kind(sent.message)
 
 
 def from_status(status: grpc.StatusCode, text: str, failure: bytes | None, *, address: str, method: str) -> PSError:
@@ -89,7 +108,7 @@ def from_status(status: grpc.StatusCode, text: str, failure: bytes | None, *, ad
     if failure is not None:
         try:
             return from_failure(Failure.FromString(failure))
-        except (DecodeError, ValueError, AttributeError):
+        except DecodeError:
             logger.warning("event=failure_undecodable address=%s method=%s", address, method)
     kind = _ERROR[status]
     if status is _S.UNIMPLEMENTED:
