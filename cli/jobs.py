@@ -4,13 +4,16 @@
 import argparse
 import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from oarlock.cli.show import epochs_table
-from oarlock.launch.folder import locate, stored_status
+from oarlock.client.job import OVER
+from oarlock.launch.folder import is_running, locate, read_spec, stored_status
 from oarlock.proto.coordinator_pb2 import StatusReply, StatusRequest, StopRequest
 from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.rpc import GrpcTransport
@@ -24,17 +27,25 @@ async def _ask(address: str, method: str, request: Any) -> Any:
         await transport.close()
 
 
+def _live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
+    """Return what the coordinator at ``address`` says, if it answers and is the one of the folder's job."""
+    if address is None:
+        return None
+    try:
+        reply: StatusReply = asyncio.run(_ask(address, "Coordinator.Status", StatusRequest()))
+    except PSError:
+        if folder is None:
+            raise
+        return None
+    found: dict[str, Any] = json.loads(reply.status)
+    # The port of a coordinator that is gone may be another job's by now.
+    return found if folder is None or found["job"] == read_spec(folder).job else None
+
+
 def status(options: argparse.Namespace) -> int:
     """Show a job: the live one if its coordinator answers, else what its folder says."""
     folder, address = locate(options.job)
-    found: dict[str, Any] | None = None
-    if address is not None:
-        try:
-            reply: StatusReply = asyncio.run(_ask(address, "Coordinator.Status", StatusRequest()))
-            found = json.loads(reply.status)
-        except PSError:
-            if folder is None:
-                raise
+    found = _live(folder, address)
     if found is None:
         assert folder is not None
         found = stored_status(folder)
@@ -44,10 +55,13 @@ def status(options: argparse.Namespace) -> int:
     console = Console()
     console.print(
         f"job {found['name']}: {found['phase']}{' (' + found['reason'] + ')' if found['reason'] else ''}, run {found['run']}, "
-        f"epoch {min(found['epoch'] + 1, found['epochs'])} of {found['epochs']}",
+        f"{len(found['history'])} of {found['epochs']} epochs done",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
+    for warning in found.get("warnings", []):
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if found["members"]:
         console.print(_members(found))
     if found["history"]:
@@ -68,19 +82,24 @@ def _members(found: dict[str, Any]) -> Table:
             str(m["pid"]),
             str(s.get("blocks", "")),
             str(s.get("rows", "")),
-            f"{s['bytes'] / 1e6:.1f}" if "bytes" in s else "",
+            f"{s['bytes'] / 1e6:.1f}" if isinstance(s.get("bytes"), int) else "",
             str(s.get("pushes", "")),
             str(s.get("samples", "")),
-            " ".join(map(str, s.get("open_splits", []))),
+            " ".join(map(str, s["open_splits"])) if isinstance(s.get("open_splits"), list) else "",
         )
     return table
 
 
 def stop(options: argparse.Namespace) -> int:
     """Ask a running job to end."""
-    _, address = locate(options.job)
-    if address is None:
+    folder, address = locate(options.job)
+    found = _live(folder, address)
+    if found is None or found["phase"] in OVER:
+        if folder is not None and is_running(folder):
+            raise Unavailable(f"job {options.job} runs in one process: press Ctrl-C there")
         raise Unavailable(f"job {options.job} is not running")
+    assert address is not None
     request = StopRequest(checkpoint=not options.no_checkpoint, reason="oarlock stop")
     asyncio.run(_ask(address, "Coordinator.Stop", request))
+    print(f"job {found['name']} was asked to stop", file=sys.stderr)
     return 0

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after."""
+"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after.
+
+Invariant: a screen that goes away (a pipe whose reader ended) costs the view, not the job. One thread.
+"""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -24,31 +28,51 @@ class RunView:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._gone = False
         self._epochs = 0
+        self._warnings = 0
         self._phase = ""
         self._samples = 0
         self._since = time.monotonic()
         self._speed = 0.0
 
     def __enter__(self) -> "RunView":
-        self._progress.start()
+        self._safely(self._progress.start)
         self._task = self._progress.add_task("starting", total=1, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._safely(self._progress.stop)
+
+    def _safely(self, draw: Callable[[], None]) -> None:
+        if self._gone:
+            return
+        try:
+            draw()
+        except (OSError, SystemExit):
+            # Newer rich ends the process when a pipe breaks.
+            self._gone = True
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        # Lines are not broken: what reads a pipe wants them whole.
+        self._safely(lambda: self._console.print(text, highlight=False, markup=False, soft_wrap=True))
 
     def show(self, status: dict[str, Any]) -> None:
         """Show what changed since the last status."""
-        if status["phase"] != self._phase and status["phase"] in ("gathering", "stopping", "failed"):
+        if status["phase"] != self._phase and status["phase"] in ("gathering", "stopping"):
             self.say(f"{status['phase']}{': ' + status['reason'] if status['reason'] else ''}")
         self._phase = status["phase"]
         for result in status["history"][self._epochs :]:
             self.say(_line(result, status["epochs"]))
         self._epochs = max(self._epochs, len(status["history"]))
+        warnings = status.get("warnings", [])
+        for warning in warnings[self._warnings :]:
+            self.say(f"warning: {warning}")
+        self._warnings = len(warnings)
+        if self._task is not None and "splits" in status:
+            self._safely(lambda: self._update(status))
+
+    def _update(self, status: dict[str, Any]) -> None:
         if self._task is not None:
             self._measure(status)
             evaluating = status["splits_closed"] == status["splits"]
@@ -62,7 +86,7 @@ class RunView:
             )
 
     def _measure(self, status: dict[str, Any]) -> None:
-        samples = sum(m["stats"].get("samples", 0) for m in status["members"])
+        samples = sum(s for m in status["members"] if isinstance(s := m["stats"].get("samples"), int))
         now = time.monotonic()
         if now - self._since >= 1.0:
             self._speed = max(0.0, (samples - self._samples) / (now - self._since))
@@ -71,7 +95,7 @@ class RunView:
     def table(self, status: dict[str, Any]) -> None:
         """Show the table of epochs."""
         if status["history"]:
-            self._console.print(epochs_table(status))
+            self._safely(lambda: self._console.print(epochs_table(status)))
 
 
 def _line(result: dict[str, Any], epochs: int) -> str:

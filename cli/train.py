@@ -43,9 +43,12 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _base(options: argparse.Namespace) -> dict[str, Any]:
+    return load_toml(Path(options.recipe)) if options.recipe.endswith(".toml") else {"recipe": options.recipe}
+
+
 def _values(options: argparse.Namespace) -> dict[str, Any]:
-    base = load_toml(Path(options.recipe)) if options.recipe.endswith(".toml") else {"recipe": options.recipe}
-    values = _merged(base, _changes(options))
+    values = _merged(_base(options), _changes(options))
     if not values.get("data"):
         raise InvalidArgument("no data: give --data DIR, or `data` in the job file")
     return values
@@ -56,9 +59,8 @@ def train(options: argparse.Namespace) -> int:
     name, folder = job_folder(options.name, options.dir)
     restore = ""
     if options.resume:
-        if not (options.name or options.dir):
-            raise InvalidArgument("--resume needs --name or --dir of the job")
-        spec, restore = resume(folder, _changes(options))
+        # A job file may change what may be changed; a recipe's name says again which it is.
+        spec, restore = resume(folder, _merged(_base(options), _changes(options)))
     else:
         spec = create(folder, name, run_config(_values(options)))
     return run(spec, folder, restore, options)
@@ -103,7 +105,8 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
             )
 
         def watch(status: dict[str, Any]) -> bool:
-            view.show(status)
+            if status:
+                view.show(status)
             if interrupts.count > 1:
                 raise KeyboardInterrupt
             return not interrupts.count
@@ -116,12 +119,21 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
             status = asyncio.run(launched.run(watch))
         view.show(status)
         if status["phase"] == "failed":
-            raise Unavailable(status["reason"])
+            raise Unavailable(f"job {spec.name} failed: {status['reason']}")
         view.table(status)
+        if status["phase"] != DONE:
+            view.say(f"job {spec.name} was stopped ({status['reason']}); {_how_to_go_on(options, folder, status)}")
     result = summary(spec, status, time.monotonic() - begun)
     print(json.dumps(result) if options.json else _sentence(result))
     sys.stdout.flush()
     return 0 if status["phase"] == DONE else 130
+
+
+def _how_to_go_on(options: argparse.Namespace, folder: Path, status: dict[str, Any]) -> str:
+    if not status["checkpoints"]:
+        return "there is no checkpoint to go on from"
+    where = f"--dir {options.dir}" if options.dir else f"--name {folder.name}"
+    return f"go on with `oarlock train {options.recipe} {where} --resume`"
 
 
 class _Interrupts:
@@ -156,6 +168,8 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
     history, best = status["history"], status["best"]
     samples = sum(r["samples"] for r in history)
     train_seconds = sum(r["train_seconds"] for r in history)
+    # Of an epoch that was not ended: trained and kept, though the epoch has no result yet.
+    unfinished = status["samples"] if status["phase"] != DONE else 0
     out: dict[str, Any] = {}
     if best:
         out.update(best["metrics"])
@@ -164,7 +178,7 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
     return {
         **out,
         "samples_per_s": round(samples / train_seconds, 1) if train_seconds else 0.0,
-        "samples_trained": samples,
+        "samples_trained": samples + unfinished,
         "epochs": len(history),
         "loss": history[-1]["loss"] if history else None,
         "train_seconds": round(train_seconds, 3),
@@ -186,4 +200,6 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
 def _sentence(result: dict[str, Any]) -> str:
     shown = ("best_epoch", "samples_per_s", "samples_trained", "seconds", "reader", "checkpoint")
     metrics = [n for n in result if "@" in n and not n.startswith("last_")]
-    return "  ".join(f"{n} {result[n]:.4f}" for n in metrics) + "  " + "  ".join(f"{n} {result.get(n)}" for n in shown)
+    return "  ".join(
+        [*(f"{n} {result[n]:.4f}" for n in metrics), *(f"{n} {result[n]}" for n in shown if result.get(n) is not None)]
+    )

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from oarlock.checkpoint.store import open_checkpoint
-from oarlock.client.entry import parser, run, write_address
+from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
@@ -53,6 +53,7 @@ def main() -> int:
         finally:
             if server is not None:
                 server.stop()
+                (folder / ADDRESS_FILE).unlink(missing_ok=True)
             await transport.close()
             store.close()
 

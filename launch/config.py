@@ -7,6 +7,7 @@ Invariant: an unknown field is an error that suggests the near one; the resolved
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.worker.recipe import Recipe
 
 READERS = ("petastorm", "arrow", "auto")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def assign(values: dict[str, Any], setting: str) -> None:
     if not equals or not all(parts):
         raise InvalidArgument(f"--set {setting}: write it as NAME=VALUE or TABLE.NAME=VALUE")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
+        value = read["value"] if len(read) == 1 else text
     except tomllib.TOMLDecodeError:
         value = text
     for part in parts[:-1]:
@@ -101,6 +104,8 @@ def build(kind: type, values: Mapping[str, Any], owner: str) -> Any:
             raise InvalidArgument(f"{owner}: unknown field {name!r}{hint} Known: {', '.join(known)}")
         if not _is(hints[name], value):
             raise InvalidArgument(f"{owner}: {name} = {value!r}: give {_named(hints[name])}")
+        if isinstance(value, str) and "\0" in value:
+            raise InvalidArgument(f"{owner}: {name} holds a zero byte")
     return kind(**{n: float(v) if hints[n] is float else v for n, v in values.items()})
 
 
@@ -141,8 +146,13 @@ def to_toml(run: RunConfig, options: Mapping[str, Any]) -> str:
     for f in dataclasses.fields(run):
         if f.name != "recipe_options":
             lines.append(f"{f.name} = {_toml(getattr(run, f.name))}")
-    lines += ["", "[recipe_options]", *(f"{k} = {_toml(v)}" for k, v in options.items())]
+    # TOML has no null: what is left open stays away.
+    lines += ["", "[recipe_options]", *(f"{_key(k)} = {_toml(v)}" for k, v in options.items() if v is not None)]
     return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
@@ -152,5 +162,12 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{text!r} is no text in UTF-8, as a job file must be") from None
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text) + '"'

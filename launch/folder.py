@@ -5,24 +5,44 @@ Invariant: a folder belongs to one job for ever; a new job never takes over a fo
 """
 
 import json
+import logging
+import os
 import re
 import secrets
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.store import LocalStore
-from oarlock.client.entry import ADDRESS_FILE, read_address
-from oarlock.client.job import JobSpec
+from oarlock.client.entry import read_address
+from oarlock.client.job import FAILED, OVER, JobSpec
+from oarlock.cluster.store import Store
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
-from oarlock.proto.errors import InvalidArgument, NotFound, SpecMismatch
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, Unavailable
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
 # What a run may change when it goes on from a checkpoint: nothing that a batch or a row depends on.
-_FIXED = ("seed", "recipe", "tables", "dense", "files", "splits", "rows_per_split", "batch_rows", "config")
+_FIXED = (
+    "recipe",
+    "seed",
+    "config",
+    "tables",
+    "dense",
+    "batch_rows",
+    "rows_per_split",
+    "files",
+    "splits",
+    "evaluation_rows_per_split",
+    "evaluation_files",
+    "evaluation_splits",
+    "metrics",
+)
+STATE_FILE = "state.sqlite"
 
 
 def job_folder(name: str, folder: str) -> tuple[str, Path]:
@@ -46,12 +66,11 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
 
 def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
     """Plan the rest of a folder's job with some fields changed; return its spec and the checkpoint to begin from."""
-    try:
-        old = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise NotFound(f"{folder} holds no job: there is nothing to resume") from None
+    old = read_spec(folder)
+    if is_running(folder):
+        raise Unavailable(f"job {old.name} is running: stop it before it is resumed")
     values = load_toml(folder / "job.toml")
-    options = {**values.get("recipe_options", {}), **changes.pop("recipe_options", {})}
+    options = {**values.get("recipe_options", {}), **changes.get("recipe_options", {})}
     run = run_config({**values, **changes, "recipe_options": options})
     store = LocalStore(folder / "checkpoints")
     manifest = store.latest()
@@ -59,37 +78,89 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
         raise NotFound(f"{folder / 'checkpoints'} holds no whole checkpoint: train anew under another --name")
     spec = make_spec(run, old.name, job=old.job)
     for name in _FIXED:
-        if getattr(spec, name) != getattr(old, name) and json.dumps(_plain(spec, name)) != json.dumps(
-            _plain(old, name)
-        ):
-            raise SpecMismatch(
-                f"{name} differs from the checkpoint's, and cannot change in a job that goes on", field=name
-            )
-    store.verify(manifest)
+        was, wanted = _plain(old, name), _plain(spec, name)
+        if was != wanted:
+            raise SpecMismatch(_difference(name, was, wanted), field=name)
+    try:
+        store.verify(manifest)
+    except CorruptCheckpoint as error:
+        cut = folder / "checkpoints" / cut_folder(manifest.cut)
+        raise CorruptCheckpoint(f"{error}; move {cut} away to go on from an older one", **error.details) from None
     _write(folder, run, spec)
-    return spec, str(folder / "checkpoints" / f"cut-{manifest.cut:06d}")
+    return spec, str(folder / "checkpoints" / cut_folder(manifest.cut))
 
 
 def _plain(spec: JobSpec, name: str) -> Any:
     return json.loads(spec.to_json())[name]
 
 
+def _difference(name: str, was: Any, wanted: Any) -> str:
+    """Say what cannot change in a job that goes on, as near to what the user wrote as possible."""
+    if isinstance(was, dict) and isinstance(wanted, dict):
+        part = next(k for k in [*was, *wanted] if was.get(k) != wanted.get(k))
+        name, was, wanted = f"recipe_options.{part}", was.get(part), wanted.get(part)
+    shown = f" (it was {was!r}, now {wanted!r})" if len(repr(was)) + len(repr(wanted)) < 100 else ""
+    return f"{name} cannot change in a job that goes on from a checkpoint{shown}; train anew under another --name"
+
+
 def _write(folder: Path, run: RunConfig, spec: JobSpec) -> None:
+    run = replace(run, data=str(Path(run.data).absolute()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
-        run = replace(run, data=str(Path(run.data).absolute()))
-        (folder / "job.toml").write_text(to_toml(run, spec.config), encoding="utf-8")
-        (folder / "job.json").write_text(spec.to_json(), encoding="utf-8")
+        # Whole or not at all, and job.json last: it is what makes the folder a job's.
+        for name, text in (("job.toml", to_toml(run, spec.config)), ("job.json", spec.to_json())):
+            partial = folder / f".{name}.{os.getpid()}"
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, folder / name)
     except OSError as error:
         raise InvalidArgument(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def read_spec(folder: Path) -> JobSpec:
+    """Return the spec of a folder's job."""
+    try:
+        return JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"{folder} holds no job: it has no job.json") from None
+    except (OSError, UnicodeDecodeError, InvalidArgument) as error:
+        raise InvalidArgument(f"{folder / 'job.json'} cannot be read: {error}") from None
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether a coordinator holds the state of a folder's job."""
+    if not (folder / STATE_FILE).exists():
+        return False
+    try:
+        Store(folder / STATE_FILE).open().close()
+    except Unavailable:
+        return True
+    except InvalidArgument:
+        return False
+    return False
+
+
+def record_failure(folder: Path, reason: str) -> None:
+    """Note why a job failed whose coordinator could not note it any more."""
+    store = Store(folder / STATE_FILE)
+    try:
+        with store.open():
+            store.set_fact("phase", FAILED)
+            store.set_fact("reason", reason)
+    except PSError as error:
+        logger.warning("event=failure_unrecorded error=%s", error)
+    finally:
+        store.close()
 
 
 def locate(job: str) -> tuple[Path | None, str | None]:
     """Return (folder, coordinator's address) of a JOB given as a name, a folder or an address; either may be unknown."""
     for folder in (Path(job), RUNS / job):
         if (folder / "job.json").exists():
-            return folder, read_address(folder) if (folder / ADDRESS_FILE).exists() else None
+            try:
+                return folder, read_address(folder)
+            except PSError:
+                return folder, None
     if ":" in job:
         return None, job
     known = sorted(p.parent.name for p in RUNS.glob("*/job.json"))
@@ -100,32 +171,44 @@ def locate(job: str) -> tuple[Path | None, str | None]:
 
 def stored_status(folder: Path) -> dict[str, Any]:
     """Return what the coordinator's file says of a job that is not running."""
-    spec = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
-    path = folder / "state.sqlite"
+    spec = read_spec(folder)
+    path = folder / STATE_FILE
     if not path.exists():
         raise NotFound(f"{folder}: the job was never started")
+    store = Store(path)
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1) as db:
-            facts = {n: json.loads(v) for n, v in db.execute("SELECT name, value FROM facts")}
-            history = [json.loads(v) for (v,) in db.execute("SELECT value FROM epochs ORDER BY epoch")]
-    except sqlite3.DatabaseError as error:
-        raise InvalidArgument(f"{path} cannot be read: {error}") from None
-    phase = facts.get("phase", "gathering")
+        with store.open():
+            facts = {n: store.fact(n) for n in ("phase", "reason", "run", "checkpoints", "closed", "counted")}
+            history = store.epochs()
+    except Unavailable:
+        raise Unavailable(
+            f"job {spec.name} is running, but cannot be asked: it runs in one process, or its coordinator is stuck"
+        ) from None
+    finally:
+        store.close()
+    phase = facts["phase"] or "never begun"
     best = max(history, key=lambda r: (r["metrics"].get(spec.metrics[0], 0.0), -r["epoch"])) if history else None
+    closed = facts["closed"] or {"floor": 0, "above": []}
     return {
         "job": spec.job,
         "name": spec.name,
         "recipe": spec.recipe,
         "seed": spec.seed,
-        "phase": phase if phase in ("done", "stopped", "failed") else "not running",
-        "reason": facts.get("reason", ""),
-        "run": facts.get("run", 1),
+        "phase": phase if phase in OVER else "not running",
+        "reason": facts["reason"] or "",
+        "run": facts["run"] or 1,
         "epoch": len(history),
         "epochs": spec.epochs,
+        "splits_closed": closed["floor"] - len(history) * spec.splits + len(closed["above"]),
+        "splits": spec.splits,
+        "evaluated": 0,
+        "evaluation_splits": spec.evaluation_splits,
+        "samples": (facts["counted"] or {}).get("samples", 0),
         "servers": spec.servers,
         "workers": spec.workers,
         "best": best,
         "history": history,
-        "checkpoints": facts.get("checkpoints", []),
+        "checkpoints": facts["checkpoints"] or [],
+        "warnings": [],
         "members": [],
     }

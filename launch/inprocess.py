@@ -5,6 +5,7 @@ Invariant: the same classes as in processes, over the in-process transport; no t
 """
 
 import asyncio
+import logging
 import random
 import threading
 import time
@@ -21,10 +22,14 @@ from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.data.reader import open_reader
+from oarlock.launch.folder import STATE_FILE
+from oarlock.proto.errors import PSError
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.worker.process import run_worker
+
+logger = logging.getLogger(__name__)
 
 COORDINATOR = "in-process:coordinator"
 
@@ -41,9 +46,9 @@ def run_in_process(
 
     ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
     """
-    store = Store(folder / "state.sqlite").open()
+    store = Store(folder / STATE_FILE).open()
     try:
-        coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.Random(0))
+        coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.SystemRandom())
         coordinator.open()
         if restore:
             coordinator.begin_run(open_checkpoint(restore)[1], restore)
@@ -62,32 +67,52 @@ async def _run(
     watch_seconds: float,
 ) -> dict[str, Any]:
     spec = coordinator.spec
-    failures: list[BaseException] = []
+    failures: list[str] = []
 
     def work(number: int) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
             try:
                 reader = open_reader(spec.reader)
-                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=random.Random()))
+                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=random.SystemRandom()))
+            except PSError as error:
+                failures.append(str(error))
             except BaseException as error:
-                failures.append(error)
+                logger.exception("event=worker_failed number=%d", number)
+                failures.append(f"{type(error).__name__}: {error}")
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(spec.servers):
-            service, address = ShardService(), f"in-process:shard-{number}"
-            transport.serve(service, address)
-            group.create_task(run_shard(transport, COORDINATOR, service, address, rng=random.Random()))
-        group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
-        threads = [threading.Thread(target=work, args=(n,), name=f"oarlock-worker-{n}") for n in range(spec.workers)]
-        for thread in threads:
-            thread.start()
-        while coordinator.phase not in OVER:
-            if failures:
-                coordinator.fail(f"a worker failed: {failures[0]}")
-            elif not watch(coordinator.status()) and coordinator.stop_wanted is None:
-                coordinator.stop(True, "interrupted")
-            await asyncio.sleep(watch_seconds)
-        for thread in threads:
-            while thread.is_alive():
-                await asyncio.sleep(0.01)
+    threads = [threading.Thread(target=work, args=(n,), name=f"oarlock-worker-{n}") for n in range(spec.workers)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in range(spec.servers):
+                service, address = ShardService(), f"in-process:shard-{number}"
+                transport.serve(service, address)
+                group.create_task(run_shard(transport, COORDINATOR, service, address, rng=random.SystemRandom()))
+            group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
+            for thread in threads:
+                thread.start()
+            while coordinator.phase not in OVER:
+                if failures:
+                    coordinator.fail(f"a worker failed: {failures[0]}")
+                elif not watch(coordinator.status()) and coordinator.stop_wanted is None:
+                    coordinator.stop(True, "interrupted")
+                await asyncio.sleep(watch_seconds)
+            await _joined(threads)
+    except BaseExceptionGroup as group_error:
+        raise _first(group_error) from None
+    finally:
+        # Whatever went wrong, the workers hear that it is over, and none is left behind.
+        coordinator.abandon("the job was ended by an error")
+        await _joined(threads)
     return coordinator.status()
+
+
+async def _joined(threads: list[threading.Thread]) -> None:
+    while any(thread.is_alive() for thread in threads):
+        await asyncio.sleep(0.01)
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what went wrong first in a group of tasks; the others were cancelled for it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
