@@ -16,7 +16,11 @@ from oarlock.data.splits import SplitPlan
 
 @dataclass
 class OpenSplit:
-    """A leased split. ``groups`` are its batches; ``scheduled`` is the next one to prepare."""
+    """A leased split. ``groups`` are its batches, of equal size within one row and at most ``batch_rows``.
+
+    A short last batch would move the parameters as far as a full one on a fraction of the evidence. ``scheduled`` is the
+    next batch to prepare.
+    """
 
     id: int
     epoch: int
@@ -34,7 +38,7 @@ class OpenSplit:
 
     def batch(self, group: int) -> Arrays:
         """Return the rows of one batch, as views."""
-        run = slice(group * self.batch_rows, (group + 1) * self.batch_rows)
+        run = slice(group * self.size // self.groups, (group + 1) * self.size // self.groups)
         return {name: values[run] for name, values in self.rows.items()}
 
 
