@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to run a body against a handler over each transport: TCP, a unix socket, and none at all."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.transport import InProcess
+
+Body = Callable[[Any, str], Awaitable[Any]]
+Runner = Callable[..., Any]
+
+
+def over_grpc(handler: object, body: Body, *, listen: str = "127.0.0.1:0", service: str = "Shard") -> Any:
+    """Return what ``body(transport, address)`` returns while ``handler`` is served at ``listen``."""
+    server = GrpcServer(handler, service, listen=listen)
+
+    async def run() -> Any:
+        transport = GrpcTransport()
+        try:
+            return await body(transport, server.address)
+        finally:
+            await transport.close()
+
+    try:
+        server.start()
+        return asyncio.run(run())
+    finally:
+        server.stop(0)
+
+
+@pytest.fixture
+def tcp() -> Runner:
+    return over_grpc
+
+
+@pytest.fixture(params=["tcp", "unix", "in-process"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
+    """The contract's runner: ``run(handler, body)``."""
+    if request.param == "tcp":
+        return over_grpc
+    if request.param == "unix":
+        return lambda handler, body: over_grpc(handler, body, listen=f"unix:{tmp_path}/s")
+
+    def in_process(handler: object, body: Body) -> Any:
+        async def inside() -> Any:
+            transport = InProcess()
+            try:
+                return await body(transport, transport.serve(handler, "here"))
+            finally:
+                await transport.close()
+
+        return asyncio.run(inside())
+
+    return in_process
