@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator: phases, deaths and restarts, driven by messages under a clock that only the test turns."""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
+from oarlock.cluster.coordinator import STOP_SECONDS
+from oarlock.embedding.spec import to_json
+from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto.errors import InvalidArgument, LeaseLost, SpecMismatch, Unavailable
+
+Make = Callable[..., Any]
+
+
+def manifest_of(c: Any, cut: int = 4, **changes: Any) -> Manifest:
+    """Return a manifest as Orders makes it, of the coordinator's present state."""
+    spec, work = c.spec, c.work
+    blocks = [("rows", t.name, b, 0) for t in spec.tables for b in range(t.blocks)]
+    blocks += [("dense", d.name, b, min(d.slice, d.size - b * d.slice)) for d in spec.dense for b in range(d.blocks)]
+    entries = [
+        BlockEntry(kind=k, name=n, block=b, file=f"{k}-{n}-{b:05d}.arrow", bytes=1, rows=r, seq=0, sha256="0" * 64)
+        for k, n, b, r in blocks
+    ]
+    values: dict[str, Any] = {
+        "job": spec.job,
+        "run": c.run,
+        "cut": cut,
+        "created": "2024-01-01T00:00:00+00:00",
+        "seed": spec.seed,
+        "tables": tuple(to_json(t) for t in spec.tables),
+        "dense": tuple(to_json(d) for d in spec.dense),
+        "recipe": spec.recipe,
+        "config": {},
+        "files": (),
+        "closed": ClosedSet(work.closed.floor, tuple(sorted(work.closed.above))),
+        "open_splits": tuple(work.open_splits()),
+        "epoch": work.epoch,
+        "step": work.closed.floor,
+        "metrics": {
+            "history": [vars(r) for r in work.history],
+            "evaluations": {str(s): v for s, v in work.results.items()},
+            "counted": c.counted(),
+        },
+        "best": {},
+        "blocks": tuple(entries),
+    }
+    return Manifest(**{**values, **changes})
+
+
+def commit(cluster: Any, cut: int = 1) -> None:
+    cluster.coordinator.committed(manifest_of(cluster.coordinator, cut), f"/cut-{cut:06d}")
+
+
+def test_a_job_from_beginning_to_end(cluster: Any) -> None:
+    c = cluster.coordinator
+    assert c.phase == "gathering"
+    first = cluster.join("shard", "a:1")
+    worker = cluster.join("worker", reader="arrow").incarnation
+    assert cluster.lease(worker).work == pb.WAIT
+    with pytest.raises(Unavailable, match="1 of 2 shards"):
+        c.placement()
+    second = cluster.join("shard", "a:2")
+    assert {first.id, second.id} == {0, 1}
+    with pytest.raises(Unavailable, match="not ready"):
+        c.placement()
+    cluster.adopt()
+    assert c.phase == "training"
+    assert set(np.frombuffer(c.placement().owners.data, np.int32).tolist()) == {0, 1}
+    cluster.train_epoch(worker)
+    assert c.phase == "writing"
+    assert cluster.lease(worker).work == pb.WAIT
+    commit(cluster)
+    assert c.phase == "training"
+    cluster.train_epoch(worker)
+    commit(cluster, 2)
+    assert c.phase == "done"
+    assert cluster.lease(worker).work == pb.FINISHED
+    status = cluster.status()
+    assert [r["metrics"]["hr"] for r in status["history"]] == [0.25, 0.25]
+    assert [r["samples"] for r in status["history"]] == [30, 30]
+    assert [k["cut"] for k in status["checkpoints"]] == [1, 2]
+    assert status["reader"] == "arrow"
+
+
+def test_a_repeated_join_gets_the_same_answer(cluster: Any) -> None:
+    first = cluster.join("shard", "a:1", nonce=5)
+    again = cluster.join("shard", "a:1", nonce=5)
+    assert (first.id, first.incarnation) == (again.id, again.incarnation)
+    assert len(cluster.coordinator.members.all) == 1
+
+
+def test_a_dead_workers_splits_go_to_others(cluster: Any) -> None:
+    shards = cluster.shards()
+    one, two = cluster.workers()
+    cluster.lease(one, 2)
+    cluster.pass_time(4.0, *shards, two)
+    assert list(cluster.lease(two, 3).splits) == [2]
+    cluster.pass_time(4.0, *shards, two)
+    granted = cluster.lease(two, 3)
+    assert list(granted.splits) == [0, 1]
+    assert list(granted.fresh) == [False, False]
+    with pytest.raises(LeaseLost, match="dead"):
+        cluster.close(one, 0)
+    assert cluster.coordinator.phase == "training"
+    (warning,) = cluster.status()["warnings"]
+    assert "worker 0" in warning
+    assert "lease ended" in warning
+
+
+def test_the_coordinators_own_pause_kills_nobody(cluster: Any) -> None:
+    shards = cluster.shards()
+    workers = cluster.workers()
+    cluster.pass_time(1.0, *shards, *workers)
+    cluster.clock.now += 3600
+    cluster.coordinator.tick()
+    assert len(cluster.coordinator.members.alive("worker")) == 2
+    cluster.pass_time(4.9)
+    assert len(cluster.coordinator.members.alive("worker")) == 2
+    cluster.pass_time(1.0)
+    assert cluster.coordinator.members.alive("worker") == []
+    assert cluster.coordinator.phase == "failed"
+
+
+def test_a_dead_shard_ends_a_job_that_trains(cluster: Any) -> None:
+    _, shard = cluster.shards()
+    cluster.leave(shard, "it ran out of memory")
+    assert cluster.coordinator.phase == "failed"
+    assert cluster.status()["reason"].endswith(
+        "is gone: it ran out of memory; go on from the last checkpoint with --resume"
+    )
+
+
+def test_a_shard_that_dies_while_the_job_gathers_is_replaced(cluster: Any) -> None:
+    c = cluster.coordinator
+    one = cluster.join("shard", "a:1")
+    cluster.join("shard", "a:2")
+    generation = c.generation
+    cluster.leave(one.incarnation, "killed")
+    assert c.phase == "gathering"
+    assert not c.shards
+    c.has_adopted(0, generation)
+    assert c.phase == "gathering", "an answer to the earlier placement"
+    cluster.restart()
+    c = cluster.coordinator
+    assert not c.shards
+    three = cluster.join("shard", "a:3")
+    assert {s.incarnation for s in c.shards.values()} == {m.incarnation for m in c.members.alive("shard")}
+    assert c.generation > generation
+    cluster.adopt()
+    assert c.phase == "training"
+    assert three.id == one.id
+
+
+def test_a_shard_that_comes_back_at_its_address_was_dead(cluster: Any) -> None:
+    one = cluster.join("shard", "a:1")
+    again = cluster.join("shard", "a:1")
+    assert again.incarnation != one.incarnation
+    assert len(cluster.coordinator.members.alive("shard")) == 1
+    cluster.join("shard", "a:2")
+    cluster.adopt()
+    assert cluster.coordinator.phase == "training"
+    with pytest.raises(InvalidArgument, match="it is failed"):
+        cluster.join("shard", "a:2")
+    assert "another process listens at its address" in cluster.status()["reason"]
+
+
+def test_a_shard_too_many_waits_without_blocks(cluster: Any) -> None:
+    c = cluster.coordinator
+    joined = [cluster.join("shard", f"a:{i}") for i in (1, 2, 3)]
+    assert set(c.shards) == {0, 1}
+    cluster.leave(joined[2].incarnation, "not needed")
+    assert c.phase == "gathering"
+    cluster.adopt()
+    assert c.phase == "training"
+
+
+def test_a_spare_takes_the_place_of_a_shard_that_dies_before_training(cluster: Any) -> None:
+    c = cluster.coordinator
+    joined = [cluster.join("shard", f"a:{i}") for i in (1, 2, 3)]
+    cluster.leave(joined[0].incarnation, "killed")
+    assert {s.incarnation for s in c.shards.values()} == {j.incarnation for j in joined[1:]}
+
+
+def test_stop_while_training_waits_for_workers_and_then_for_the_checkpoint(cluster: Any) -> None:
+    cluster.shards()
+    one, two = cluster.workers()
+    cluster.lease(one, 2)
+    c = cluster.coordinator
+    c.stop(True, "enough")
+    assert c.phase == "stopping"
+    assert cluster.heartbeat(one).phase == "stopping"
+    assert cluster.lease(two).work == pb.FINISHED
+    with pytest.raises(InvalidArgument, match="takes nobody in any more: it is stopping"):
+        cluster.join("worker")
+    cluster.leave(one)
+    cluster.leave(two)
+    commit(cluster)
+    assert (c.phase, c.reason) == ("stopped", "enough")
+
+
+def test_workers_that_do_not_leave_are_struck_off(cluster: Any) -> None:
+    shards = cluster.shards()
+    workers = cluster.workers()
+    cluster.coordinator.stop(True, "enough")
+    cluster.pass_time(STOP_SECONDS - 1, *shards, *workers)
+    assert len(cluster.coordinator.members.alive("worker")) == 2
+    with pytest.raises(LeaseLost):
+        cluster.pass_time(3, *shards, *workers)
+    assert cluster.coordinator.members.alive("worker") == []
+    assert cluster.coordinator.phase == "stopping"
+
+
+def test_stop_while_gathering_ends_at_once(cluster: Any) -> None:
+    cluster.join("shard", "a:1")
+    worker = cluster.workers()[0]
+    cluster.coordinator.stop(True, "enough")
+    assert cluster.coordinator.phase == "stopped"
+    assert cluster.heartbeat(worker).phase == "stopped"
+    with pytest.raises(InvalidArgument, match="is over: stopped"):
+        cluster.service.placement(pb.PlacementRequest(header=cluster.header(worker)))
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_stop_while_writing_keeps_its_reason(cluster: Any, checkpoint: bool) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    c = cluster.coordinator
+    c.stop(checkpoint, "enough")
+    assert c.phase == "writing"
+    commit(cluster)
+    assert (c.phase, c.reason) == ("stopped", "enough")
+
+
+def test_stop_during_the_last_checkpoint_does_not_undo_the_end(cluster: Any) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    commit(cluster)
+    cluster.train_epoch(worker)
+    cluster.coordinator.stop(True, "enough")
+    commit(cluster, 2)
+    assert cluster.coordinator.phase == "done"
+
+
+def test_a_checkpoint_that_fails_is_a_warning_unless_it_is_the_last(make_cluster: Make) -> None:
+    cluster = make_cluster()
+    c = cluster.coordinator
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    c.not_committed(1, "no space left")
+    assert c.phase == "training"
+    assert cluster.status()["warnings"] == ["checkpoint 1 could not be written, training goes on: no space left"]
+    cluster.train_epoch(worker)
+    c.not_committed(2, "no space left")
+    assert (c.phase, c.reason) == ("failed", "the last checkpoint could not be written: no space left")
+
+
+def test_a_failed_checkpoint_after_a_stop_that_wanted_one_is_a_failure(cluster: Any) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    cluster.coordinator.stop(True, "enough")
+    cluster.coordinator.not_committed(1, "no space left")
+    assert cluster.coordinator.phase == "failed"
+
+
+def test_nothing_overwrites_a_failure(cluster: Any) -> None:
+    c = cluster.coordinator
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    c.stop(True, "enough")
+    c.fail("a shard died while it wrote")
+    commit(cluster)
+    c.not_committed(2, "late")
+    c.abandon("later")
+    c.stop(True, "again")
+    assert (c.phase, c.reason) == ("failed", "a shard died while it wrote")
+
+
+def test_a_split_that_ends_three_workers_ends_the_job(cluster: Any) -> None:
+    cluster.shards()
+    for i in range(3):
+        assert cluster.coordinator.phase == "training"
+        worker = cluster.join("worker").incarnation
+        cluster.lease(worker)
+        cluster.leave(worker, f"row 7 is bad, said worker {i}")
+    assert cluster.coordinator.phase == "failed"
+    assert "train split 0 met an error on 3 workers: row 7 is bad" in cluster.status()["reason"]
+
+
+def test_lost_leases_are_no_fault_of_the_split(cluster: Any) -> None:
+    shards = cluster.shards()
+    for _ in range(5):
+        worker = cluster.join("worker").incarnation
+        cluster.lease(worker)
+        cluster.pass_time(7.0, *shards)
+    assert cluster.coordinator.phase == "training"
+
+
+def test_without_evaluation_files_an_epoch_ends_with_its_training(make_cluster: Make) -> None:
+    cluster = make_cluster(evaluation_splits=0, metrics=())
+    cluster.shards()
+    worker, _ = cluster.workers()
+    for cut in (1, 2):
+        cluster.train_epoch(worker)
+        cluster.coordinator.tick()
+        assert cluster.coordinator.phase == "writing"
+        commit(cluster, cut)
+    assert cluster.coordinator.phase == "done"
+    assert cluster.status()["best"] is None
+
+
+def test_checkpoints_at_the_end_only(make_cluster: Make) -> None:
+    cluster = make_cluster(checkpoint_epochs=0)
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    assert cluster.coordinator.phase == "training"
+    cluster.train_epoch(worker)
+    assert cluster.coordinator.phase == "writing"
+
+
+# Restarts
+
+
+def test_a_restart_keeps_all_that_was_told(cluster: Any) -> None:
+    shards = cluster.shards()
+    worker, other = cluster.workers()
+    cluster.train_epoch(worker)
+    commit(cluster)
+    cluster.close(worker, cluster.lease(worker).splits[0])
+    before = cluster.status()
+    cluster.restart()
+    after = cluster.status()
+    assert after["term"] == before["term"] + 1
+    for name in ("run", "generation", "phase", "epoch", "history", "checkpoints", "splits_closed", "samples", "blocks"):
+        assert after[name] == before[name], name
+    assert {m["incarnation"] for m in after["members"]} == {*shards, worker, other}
+    assert cluster.coordinator.next_cut() == 1, "no cut was begun through this test"
+
+
+def test_after_a_restart_members_have_a_full_term_and_finish_what_they_held(cluster: Any) -> None:
+    shards = cluster.shards()
+    one, two = cluster.workers()
+    (held,) = cluster.lease(one).splits
+    cluster.clock.now += 1000
+    cluster.restart()
+    cluster.pass_time(4.5)
+    assert len(cluster.coordinator.members.alive("worker")) == 2
+    cluster.pass_time(0.4, *shards, one, two)
+    assert list(cluster.lease(two).splits) == [held]
+    cluster.close(one, held)
+    cluster.close(two, held)
+    assert cluster.status()["samples"] == 10
+
+
+def test_evaluation_survives_a_restart(cluster: Any) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    while (reply := cluster.lease(worker)).work == pb.TRAIN:
+        cluster.close(worker, reply.splits[0])
+    cluster.evaluated(worker, 0, [4.0, 1.0])
+    cluster.restart()
+    assert list(cluster.lease(worker, 5).splits) == [1]
+    cluster.evaluated(worker, 1, [4.0, 3.0])
+    assert cluster.status()["history"][0]["metrics"] == {"hr": 0.5}
+
+
+def test_a_restart_while_writing_writes_again(cluster: Any) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    commit(cluster)
+    cluster.train_epoch(worker)
+    first = cluster.coordinator.next_cut()
+    cluster.restart()
+    cluster.coordinator.tick()
+    assert cluster.coordinator.phase == "writing", "done without its last checkpoint"
+    assert cluster.coordinator.next_cut() == first + 1, "a number is never used again"
+    commit(cluster, first + 1)
+    assert cluster.coordinator.phase == "done"
+
+
+def test_a_restart_while_stopping_goes_on_stopping(cluster: Any) -> None:
+    cluster.shards()
+    worker, other = cluster.workers()
+    cluster.coordinator.stop(True, "enough")
+    cluster.restart()
+    assert cluster.lease(worker).work == pb.FINISHED
+    cluster.leave(worker)
+    cluster.leave(other)
+    commit(cluster)
+    assert (cluster.coordinator.phase, cluster.coordinator.reason) == ("stopped", "enough")
+
+
+def test_the_state_of_another_job_is_refused(cluster: Any) -> None:
+    cluster.kill()
+    cluster.spec = replace(cluster.spec, job="f" * 32)
+    cluster.start(open_it=False)
+    with pytest.raises(InvalidArgument, match="this state belongs to job"):
+        cluster.coordinator.open()
+
+
+def test_what_could_not_be_recorded_is_not_told(cluster: Any) -> None:
+    shards = cluster.shards()
+    worker, _ = cluster.workers()
+    (split,) = cluster.lease(worker).splits
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+        def execute(self, statement: str, values: Any = ()) -> Any:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        def close(self) -> None: ...
+
+    real, cluster.store._db = cluster.store._db, Full()
+    with pytest.raises(Unavailable, match="disk is full"):
+        cluster.close(worker, split)
+    with pytest.raises(Unavailable, match="disk is full"):
+        cluster.coordinator.tick()
+    real.close()
+    cluster.restart()
+    assert cluster.status()["samples"] == 0
+    assert len(shards) == 2
+
+
+# A new run from a checkpoint
+
+
+def test_a_new_run_begins_where_the_manifest_ends(cluster: Any) -> None:
+    old_shards = cluster.shards()
+    worker, _ = cluster.workers()
+    cluster.train_epoch(worker)
+    commit(cluster, 1)
+    cluster.close(worker, cluster.lease(worker).splits[0])
+    saved = manifest_of(cluster.coordinator, 2)
+    cluster.train_epoch(worker)
+    cluster.coordinator.fail("a shard died")
+    cluster.kill()
+    cluster.spec = replace(cluster.spec, servers=3, epochs=3)
+    cluster.start()
+    c = cluster.coordinator
+    c.begin_run(saved, "/cut-000002")
+    assert (c.run, c.phase, c.reason) == (2, "gathering", "")
+    status = cluster.status()
+    assert (len(status["history"]), status["splits_closed"], status["samples"]) == (1, 1, 10)
+    assert status["members"] == []
+    assert c.next_cut() == 3
+    shards = cluster.shards()
+    assert len(shards) == 3
+    assert not set(shards) & set(old_shards)
+    worker = cluster.join("worker", reader="petastorm").incarnation
+    granted = cluster.lease(worker, 5)
+    assert list(granted.splits) == [4, 5]
+    assert not any(granted.fresh), "shards may have marks of them"
+    for split in granted.splits:
+        cluster.close(worker, split)
+    cluster.train_epoch(worker)
+    commit(cluster, 3)
+    cluster.train_epoch(worker)
+    commit(cluster, 4)
+    status = cluster.status()
+    assert status["phase"] == "done"
+    assert [r["samples"] for r in status["history"]] == [30, 30, 30]
+    assert status["reader"] == "petastorm", "of this run"
+    cluster.restart()
+    assert cluster.status()["run"] == 2
+    assert len(cluster.status()["history"]) == 3
+
+
+def test_a_run_with_nothing_left_to_do_is_done_at_once(cluster: Any) -> None:
+    cluster.shards()
+    worker, _ = cluster.workers()
+    for cut in (1, 2):
+        cluster.train_epoch(worker)
+        commit(cluster, cut)
+    c = cluster.coordinator
+    c.begin_run(manifest_of(c, 2), "/cut-000002")
+    cluster.shards()
+    c.tick()
+    assert c.phase == "done"
+    assert cluster.status()["checkpoints"][-1]["path"] == "/cut-000002"
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(cluster: Any) -> None:
+    c = cluster.coordinator
+    good = manifest_of(c)
+    other = replace(c.spec.tables[0], dim=8)
+    for name, manifest in {
+        "seed": replace(good, seed=99),
+        "tables": replace(good, tables=(to_json(other), *good.tables[1:])),
+    }.items():
+        with pytest.raises(SpecMismatch, match=f"has another {name} than job job"):
+            c.begin_run(manifest, "/cut")
+    assert c.run == 1
