@@ -76,8 +76,8 @@ def adapted(config: NcfConfig, *, pairs: int) -> NcfConfig:
     return replace(
         config,
         batch_samples=config.batch_samples or batch,
-        row_rate=config.row_rate or 0.003,
-        dense_rate=config.dense_rate or (0.001 if many else 0.002),
+        row_rate=config.row_rate or 0.005,
+        dense_rate=config.dense_rate or (0.001 if many else 0.004),
     )
 
 
