@@ -120,14 +120,14 @@ class Coordinator:
 class Job:
     """Shards in this process behind an in-process transport."""
 
-    def __init__(self, spec, shards=3):
+    def __init__(self, spec, shards=3, *, run=1):
         self.spec = spec
         self.layout = Layout(spec.tables, spec.dense)
         self.transport = InProcess()
         self.coordinator = Coordinator()
         self.transport.serve(self.coordinator, "coordinator")
         self.generation = 0
-        self.run = 1
+        self.run = run
         self.addresses = {s: ShardAddress(s, f"shard-{s}", 100 + s) for s in range(shards)}
         self.services = {s: ShardService() for s in range(shards)}
         self.shards = {}

@@ -220,7 +220,7 @@ def test_only_blocks_that_moved_are_sent_elsewhere(job, spy):
     blocks = [unpack(p.tables[0].keys.blocks, np.int32, "b").tolist() for p in pushes]
     assert len(blocks) == 4
     assert blocks[3] == [3]
-    assert sorted(sum(blocks[:3], [])) == list(range(8))
+    assert sorted(block for part in blocks[:3] for block in part) == list(range(8))
     assert np.array_equal(job.rows("user", range(100)), np.full((100, 2), -1))
 
 
