@@ -53,6 +53,9 @@ def status(options: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     console = Console()
+    if not console.is_terminal:
+        # What reads a pipe or a file wants whole values; the width of a screen that is not there is a guess.
+        console = Console(width=160)
     console.print(
         f"job {found['name']}: {found['phase']}{' (' + found['reason'] + ')' if found['reason'] else ''}, run {found['run']}, "
         f"{len(found['history'])} of {found['epochs']} epochs done",

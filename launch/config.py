@@ -79,6 +79,7 @@ def assign(values: dict[str, Any], setting: str) -> None:
     """Apply one ``--set a.b=c`` to nested values. ``c`` is read as TOML, or taken as a string if it is none."""
     name, equals, text = setting.partition("=")
     parts = name.strip().split(".")
+    text = text.strip()
     if not equals or not all(parts):
         raise InvalidArgument(f"--set {setting}: write it as NAME=VALUE or TABLE.NAME=VALUE")
     try:

@@ -80,13 +80,21 @@ async def _run(
                 logger.exception("event=worker_failed number=%d", number)
                 failures.append(f"{type(error).__name__}: {error}")
 
+    async def shard(service: ShardService, address: str) -> None:
+        try:
+            await run_shard(transport, COORDINATOR, service, address, rng=random.SystemRandom())
+        except PSError:
+            # A job that was stopped before it began takes nobody in.
+            if coordinator.phase not in OVER:
+                raise
+
     threads = [threading.Thread(target=work, args=(n,), name=f"oarlock-worker-{n}") for n in range(spec.workers)]
     try:
         async with asyncio.TaskGroup() as group:
             for number in range(spec.servers):
                 service, address = ShardService(), f"in-process:shard-{number}"
                 transport.serve(service, address)
-                group.create_task(run_shard(transport, COORDINATOR, service, address, rng=random.SystemRandom()))
+                group.create_task(shard(service, address))
             group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
             for thread in threads:
                 thread.start()
