@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from oarlock.client.job import JobSpec
 from oarlock.data.columns import Arrays, ColumnSpec, offsets_of
 from oarlock.data.files import files_from_json
-from oarlock.data.interactions import list_test, list_train, load_catalogue, load_positives, read_info
+from oarlock.data.interactions import list_test, list_train, load_catalogue, load_positives, load_test, read_info
 from oarlock.data.negatives import NegativeSampler
 from oarlock.data.ranking import rank_lists, sum_ranks
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
@@ -172,9 +172,15 @@ class NcfWorkload:
     def start(self) -> None:
         train = files_from_json(list(self._spec.files))
         test = files_from_json(list(self._spec.evaluation_files))
+        catalogue = load_catalogue(train)
+        if test:
+            listed = load_test(test)
+            catalogue = np.union1d(catalogue, listed.items)
+            # A list is scored whole, however long it is.
+            self.max_samples = max(self.max_samples, int(np.diff(listed.offsets).max(initial=0)))
         self._sampler = NegativeSampler(
             load_positives(train),
-            load_catalogue(train, test),
+            catalogue,
             per_positive=self._config.negatives,
             seed=self._spec.seed,
         )

@@ -5,6 +5,8 @@ Invariant: an evaluation changes nothing on a shard, and a split's sums do not d
 """
 
 import asyncio
+import itertools
+from collections import deque
 from concurrent.futures import Executor
 from typing import Any
 
@@ -63,19 +65,22 @@ class Evaluator:
         rows = await self._in_thread(self._reader.read, plan, list(self._workload.evaluation_columns))
         batches = self._workload.evaluation(rows)
         total = np.zeros(1 + len(self._member.spec.metrics))
-        ahead = asyncio.ensure_future(self._fetch(next(batches, None)))
-        try:
-            while (fetched := await ahead) is not None:
-                ahead = asyncio.ensure_future(self._fetch(next(batches, None)))
-                batch, prepared = fetched
+        ahead: deque[asyncio.Task[tuple[EvaluationBatch, Prepared]]] = deque()
+        async with asyncio.TaskGroup() as group:
+
+            def fetch(most: int) -> None:
+                ahead.extend(group.create_task(self._fetch(batch)) for batch in itertools.islice(batches, most))
+
+            fetch(self._member.spec.prefetch)
+            while ahead:
+                batch, prepared = await ahead.popleft()
+                fetch(1)
+                # What was just begun leaves before the batch at hand computes.
+                await asyncio.sleep(0)
                 total += self._workload.sums(batch, self._predict(prepared))
-        finally:
-            ahead.cancel()
         return total
 
-    async def _fetch(self, batch: EvaluationBatch | None) -> tuple[EvaluationBatch, Prepared] | None:
-        if batch is None:
-            return None
+    async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
         prepared = await self._in_thread(self._preparer.prepare, batch.example, self._client.routes)
         await self._client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
         return batch, prepared

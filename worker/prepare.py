@@ -14,6 +14,7 @@ from oarlock.client.router import Routes
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySet, KeySorter
 from oarlock.nn import Model
+from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.worker.recipe import Example
 
 
@@ -38,6 +39,19 @@ class Preparer:
         self._tables: dict[str, list[str]] = {}
         for lookup in model.lookups:
             self._tables.setdefault(lookup.table, []).append(lookup.name)
+            number = layout.table_index.get(lookup.table)
+            if number is None or layout.tables[number].dim != lookup.dim:
+                has = "no such table" if number is None else f"it with dim {layout.tables[number].dim}"
+                raise SpecMismatch(
+                    f"the recipe's model looks up table {lookup.table!r} with dim {lookup.dim}, the job has {has}: "
+                    "the recipe is not the one that planned this job",
+                    table=lookup.table,
+                )
+        if tuple(model.parameters) != layout.dense:
+            raise SpecMismatch(
+                "the dense parameters of the recipe's model are not those of the job: the recipe is not the one that "
+                "planned it"
+            )
         self._salts = {t: table_salt(t) for t in self._tables}
 
     def prepare(self, example: Example, routes: Routes) -> Prepared:
@@ -48,6 +62,9 @@ class Preparer:
         for table, lookups in self._tables.items():
             number = self._layout.table_index[table]
             spec = self._layout.tables[number]
+            missing = [name for name in lookups if name not in example.keys]
+            if missing:
+                raise InvalidArgument(f"the recipe's encode() gave no keys for lookup {missing[0]!r}")
             raw = [example.keys[name] for name in lookups]
             flat = raw[0].reshape(-1) if len(raw) == 1 else np.concatenate([r.reshape(-1) for r in raw])
             made = self._sorter.build(flat, self._salts[table], spec.blocks.bit_length() - 1, routes.ranks[number])

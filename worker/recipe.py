@@ -73,7 +73,7 @@ class Workload(Protocol):
     max_samples: int
 
     def start(self) -> None:
-        """Load what the recipe needs beside the splits (called once, before the first batch)."""
+        """Load what the recipe needs beside the splits (called once, before ``max_samples`` is read)."""
 
     def samples(self, rows: int) -> int:
         """Return how many samples ``rows`` raw rows make."""

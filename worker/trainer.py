@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainer: the worker's pipeline. While batch n computes, batch n + 1 is read, encoded and pulled, and n - 1 is pushed.
 
-Invariant: at most ``prefetch`` batches are between the lease and the push; a split is reported closed only after all its groups
-were acknowledged. One event loop; reading and encoding run in the one thread of ``executor``.
+Invariant: at most ``prefetch`` batches are between the lease and the push, and at most twice ``open_splits`` pushes in flight; a
+split is reported closed only after all its groups were acknowledged. One event loop; reading and encoding run in the one
+thread of ``executor``.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import numpy as np
 
 from oarlock.client.client import Client
 from oarlock.client.membership import Membership
-from oarlock.client.push import RowGradients
+from oarlock.client.push import PushCounts, RowGradients
 from oarlock.data.files import files_from_json
 from oarlock.data.reader import Reader
 from oarlock.data.splits import locate, plan_splits
@@ -64,7 +65,10 @@ class Trainer:
         self._evaluator = Evaluator(workload, program, client, member, reader, executor, self._preparer)
         self._depth = asyncio.Semaphore(self._spec.prefetch)
         self._fetched: asyncio.Queue[Fetched | None] = asyncio.Queue()
+        # Splits of few batches would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
+        self._in_flight = asyncio.Semaphore(2 * self._spec.open_splits)
         self._open: dict[int, OpenSplit] = {}
+        self._evaluations: list[int] = []
         self.stages = Stages()
         self.batches = 0
         self.samples = 0
@@ -82,13 +86,27 @@ class Trainer:
 
     async def run(self) -> None:
         """Work until the job needs no more, or is to stop; give back what is unfinished then."""
+        working = asyncio.ensure_future(self._work())
+        over = asyncio.ensure_future(self._member.over.wait())
+        try:
+            await asyncio.wait([working, over], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            # Once the job is over nobody waits for a push any more, and the shard that it waits for may be gone.
+            working.cancel()
+            over.cancel()
+            await asyncio.gather(working, over, return_exceptions=True)
+
+    async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._lease_and_fetch(group))
             group.create_task(self._compute_and_push(group))
-        if self._open:
-            await self._member.call(
-                "Coordinator.Release", ReleaseRequest(header=self._member.header(), splits=sorted(self._open))
+        if self._open or self._evaluations:
+            request = ReleaseRequest(
+                header=self._member.header(), splits=sorted(self._open), evaluations=self._evaluations
             )
+            await self._member.call("Coordinator.Release", request)
 
     async def _in_thread(self, function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -97,15 +115,18 @@ class Trainer:
 
     async def _lease_and_fetch(self, group: asyncio.TaskGroup) -> None:
         active: list[OpenSplit] = []
+        clock = asyncio.get_running_loop().time
+        ask_at = clock()
         while not self._member.stopping.is_set():
-            if len(active) < self._spec.open_splits:
+            # With work at hand, a coordinator that has no more is not asked again before every batch.
+            if len(active) < self._spec.open_splits and (not active or clock() >= ask_at):
                 reply = await self._lease(self._spec.open_splits - len(active))
+                ask_at = clock() + reply.retry_seconds
                 if reply.work == TRAIN:
-                    opened = [self._open_split(s, f) for s, f in zip(reply.splits, reply.fresh, strict=True)]
-                    active.extend(await asyncio.gather(*opened))
+                    ask_at = clock()
+                    active.extend(await self._open_splits(reply))
                 elif reply.work == EVALUATE:
-                    for split in reply.splits:
-                        await self._evaluator.evaluate(split)
+                    await self._evaluate(reply)
                 elif reply.work == FINISHED and not active:
                     break
                 elif not active:
@@ -124,6 +145,20 @@ class Trainer:
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._member.stopping.wait(), seconds)
+
+    async def _open_splits(self, reply: LeaseReply) -> list[OpenSplit]:
+        async with asyncio.TaskGroup() as opening:
+            tasks = [
+                opening.create_task(self._open_split(split, fresh))
+                for split, fresh in zip(reply.splits, reply.fresh, strict=True)
+            ]
+        return [task.result() for task in tasks]
+
+    async def _evaluate(self, reply: LeaseReply) -> None:
+        self._evaluations = list(reply.splits)
+        while self._evaluations and not self._member.stopping.is_set():
+            await self._evaluator.evaluate(self._evaluations[0])
+            del self._evaluations[0]
 
     async def _open_split(self, split: int, fresh: bool) -> OpenSplit:
         spec = self._spec
@@ -176,14 +211,23 @@ class Trainer:
             split.losses += prepared.samples
             self.batches += 1
             self.samples += prepared.samples
-            if split.pushing is not None:
-                with self.stages.time("wait_for_push"):
-                    self.refused += (await split.pushing).refused
+            with self.stages.time("wait_for_push"):
+                if split.pushing is not None:
+                    await split.pushing
+                await self._in_flight.acquire()
             with self.stages.time("encode_push"):
                 split.pushing = group.create_task(self._push(split, number, prepared))
+            split.pushing.add_done_callback(self._pushed)
             self._depth.release()
             if number == split.groups - 1:
                 group.create_task(self._close(split))
+            # Everything above may have been at hand: let the push leave before the next batch computes.
+            await asyncio.sleep(0)
+
+    def _pushed(self, push: "asyncio.Task[PushCounts]") -> None:
+        self._in_flight.release()
+        if not push.cancelled() and push.exception() is None:
+            self.refused += push.result().refused
 
     def _compute(self, prepared: Prepared) -> float:
         self._program.flat_parameters[:] = prepared.dense
@@ -208,7 +252,7 @@ class Trainer:
 
     async def _close(self, split: OpenSplit) -> None:
         if split.pushing is not None:
-            self.refused += (await split.pushing).refused
+            await split.pushing
         samples = self._workload.samples(split.size)
         # A successor saw only a part of the batches: their mean stands for all.
         loss = split.loss_sum / split.losses * samples
