@@ -15,6 +15,7 @@ import numpy as np
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
+from oarlock.client.push import RowGradients, cut_push
 from oarlock.client.retry import Retry
 from oarlock.client.router import ShardAddress, make_routes, pack_placement, unpack_placement
 from oarlock.cluster.placement import balanced
@@ -201,6 +202,72 @@ class Job:
             shard = self.shards[int(self.owners[self.layout.dense_base + i])]
             shard.dense[block.parameter].pull_block(block.block, out[block.offset : block.offset + block.length])
         return out
+
+
+def request_of(job, split, group, *, tables=("user", "item"), raw=tuple(range(40)), value=1.0, dense=1.0):
+    """Return the push of a group to a job with one shard."""
+    gradients = {}
+    for name in tables:
+        keyset = group_keys(job.layout, job.routes(), name, raw)
+        dim = job.layout.tables[job.layout.table_index[name]].dim
+        gradients[name] = RowGradients(keyset, np.full((len(keyset.keys), dim), value, np.float32), 1.0)
+    values = None if dense is None else np.full(job.layout.dense_size, dense, np.float32)
+    (message,) = cut_push(job.layout, job.routes(), split, group, gradients, values, 1.0)
+    message.request.header.CopyFrom(job.header(0))
+    return message.request
+
+
+def state(job):
+    """Return all that a push may change, of every shard."""
+    out = []
+    for shard in job.shards.values():
+        for number in np.flatnonzero(shard.owned).tolist():
+            image = blocks._image(shard, number)
+            out.append(
+                (number, image.seq, image.marks, image.keys.tobytes(), image.weights.tobytes(), image.state.tobytes())
+            )
+    return out
+
+
+class Spy:
+    """A transport that notes what goes through, and may answer or raise in another's place."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.calls = []
+        self.answers = []
+
+    async def call(self, address, method, request, *, timeout_seconds):
+        self.calls.append((address, method, request.SerializeToString(), timeout_seconds))
+        for answer in self.answers:
+            found = answer(address, method, request)
+            if isinstance(found, BaseException):
+                raise found
+            if found is not None:
+                return found
+        return await self.inner.call(address, method, request, timeout_seconds=timeout_seconds)
+
+    async def close(self):
+        pass
+
+    def sent(self, method):
+        return [c for c in self.calls if c[1] == method]
+
+
+def push(client, job, *, split=0, group=0, keys=(1, 2, 3, 4, 5, 6, 7, 8), value=1.0):
+    keyset = group_keys(job.layout, client.routes, "user", keys)
+    gradients = np.full((len(keyset.keys), 2), value, np.float32)
+    return client.push(split, group, {"user": RowGradients(keyset, gradients, 1.0)})
+
+
+async def pull_all(client, job, *, raw=range(1, 9)):
+    """Pull some rows of both tables and all dense values into buffers of NaN; return (keys, rows, dense)."""
+    keys = {name: group_keys(job.layout, client.routes, name, raw) for name in ("user", "item")}
+    rows = {t.name: np.full((len(keys[t.name].keys), t.dim), np.nan, np.float32) for t in job.layout.tables}
+    dense = np.full(job.layout.dense_size, np.nan, np.float32)
+    await client.pull(keys, rows, dense=dense)
+    assert not any(np.isnan(r).any() for r in (*rows.values(), dense))
+    return keys, rows, dense
 
 
 class FaultyWire:

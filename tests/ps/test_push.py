@@ -13,10 +13,9 @@ from oarlock.client.closed import ClosedSet
 from oarlock.client.push import RowGradients, cut_push
 from oarlock.embedding.spec import OptimizerSpec, TableSpec
 from oarlock.proto.arrays import pack, unpack
-from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement, UnknownTable
+from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
-from oarlock.proto.shard_pb2 import DenseGradients, PullRequest, PushRequest, TableGradients, TableKeys
-from oarlock.ps.blocks import _image
+from oarlock.proto.shard_pb2 import PullRequest, PushRequest, TableGradients
 
 RAW = tuple(range(40))
 
@@ -26,37 +25,12 @@ def job():
     return rig.Job(rig.spec_of(), shards=1).place()
 
 
-def request_of(job, split, group, *, tables=("user", "item"), raw=RAW, value=1.0, dense=1.0):
-    """Return the push of a group to a job with one shard."""
-    gradients = {}
-    for name in tables:
-        keyset = rig.group_keys(job.layout, job.routes(), name, raw)
-        dim = job.layout.tables[job.layout.table_index[name]].dim
-        gradients[name] = RowGradients(keyset, np.full((len(keyset.keys), dim), value, np.float32), 1.0)
-    values = None if dense is None else np.full(job.layout.dense_size, dense, np.float32)
-    (message,) = cut_push(job.layout, job.routes(), split, group, gradients, values, 1.0)
-    message.request.header.CopyFrom(job.header(0))
-    return message.request
-
-
-def state(job):
-    """Return all that a push may change, of every shard."""
-    out = []
-    for shard in job.shards.values():
-        for number in np.flatnonzero(shard.owned).tolist():
-            image = _image(shard, number)
-            out.append(
-                (number, image.seq, image.marks, image.keys.tobytes(), image.weights.tobytes(), image.state.tobytes())
-            )
-    return out
-
-
 def push(job, request):
     return job.services[0].push(request)
 
 
 def test_a_group_is_applied_to_rows_and_dense_at_once(job):
-    reply = push(job, request_of(job, 3, 0))
+    reply = push(job, rig.request_of(job, 3, 0))
     assert (reply.applied, reply.skipped, reply.refused, len(unpack(reply.moved, np.int32, "m"))) == (17, 0, 0, 0)
     assert np.array_equal(job.rows("user", RAW), np.full((40, 2), -1))
     assert np.array_equal(job.rows("item", RAW), np.full((40, 3), -1))
@@ -66,14 +40,14 @@ def test_a_group_is_applied_to_rows_and_dense_at_once(job):
 
 
 def test_repetitions_are_skipped_in_any_order(job):
-    requests = [request_of(job, 3, g, value=1 << g, dense=1 << g) for g in range(4)]
+    requests = [rig.request_of(job, 3, g, value=1 << g, dense=1 << g) for g in range(4)]
     for request in (requests[0], requests[0], requests[1], requests[0], requests[2], requests[1], requests[3]):
         push(job, request)
-    after = state(job)
+    after = rig.state(job)
     for request in requests:
         reply = push(job, request)
         assert (reply.applied, reply.skipped) == (0, 17)
-    assert state(job) == after
+    assert rig.state(job) == after
     assert np.array_equal(job.dense(), np.full(14, -15))
     assert np.array_equal(job.rows("user", RAW), np.full((40, 2), -15))
     assert job.shards[0].sequence.tolist() == [4] * 17
@@ -81,18 +55,18 @@ def test_repetitions_are_skipped_in_any_order(job):
 
 
 def test_blocks_that_have_it_are_skipped_and_the_others_take_it(job):
-    push(job, request_of(job, 3, 5, tables=("item",), dense=None))
-    reply = push(job, request_of(job, 3, 5))
+    push(job, rig.request_of(job, 3, 5, tables=("item",), dense=None))
+    reply = push(job, rig.request_of(job, 3, 5))
     assert (reply.applied, reply.skipped) == (13, 4)
     assert np.array_equal(job.rows("item", RAW), np.full((40, 3), -1))
     assert np.array_equal(job.rows("user", RAW), np.full((40, 2), -1))
 
 
 def test_some_blocks_of_one_table_have_it(job):
-    some = request_of(job, 3, 5, tables=("user",), raw=[1], dense=None)
+    some = rig.request_of(job, 3, 5, tables=("user",), raw=[1], dense=None)
     push(job, some)
     (block,) = unpack(some.tables[0].keys.blocks, np.int32, "b").tolist()
-    reply = push(job, request_of(job, 3, 5, tables=("user",), value=2.0, dense=None))
+    reply = push(job, rig.request_of(job, 3, 5, tables=("user",), value=2.0, dense=None))
     assert (reply.applied, reply.skipped) == (7, 1)
     keyset = rig.group_keys(job.layout, job.routes(), "user", RAW)
     mine = np.repeat(keyset.blocks == block, keyset.counts)
@@ -104,42 +78,42 @@ def test_some_blocks_of_one_table_have_it(job):
 
 def test_splits_are_counted_apart(job):
     for split in (0, 7, (1 << 64) - 1):
-        assert push(job, request_of(job, split, 2)).applied == 17
-        assert push(job, request_of(job, split, 1)).skipped == 17
+        assert push(job, rig.request_of(job, split, 2)).applied == 17
+        assert push(job, rig.request_of(job, split, 1)).skipped == 17
     assert np.array_equal(job.dense(), np.full(14, -3))
     assert job.shards[0].next_groups([0, 7, (1 << 64) - 1, 8]) == [3, 3, 3, 0]
 
 
 def test_groups_may_have_gaps(job):
     """A group that touches a block not at all leaves no trace there."""
-    push(job, request_of(job, 3, 0, dense=None, raw=[1]))
-    assert push(job, request_of(job, 3, 900, dense=None)).skipped == 0
+    push(job, rig.request_of(job, 3, 0, dense=None, raw=[1]))
+    assert push(job, rig.request_of(job, 3, 900, dense=None)).skipped == 0
     assert job.shards[0].next_groups([3]) == [901]
 
 
 def test_a_closed_split_is_skipped_and_its_marks_are_dropped(job):
     for split in (0, 3):
-        push(job, request_of(job, split, 1))
-    after = state(job)
+        push(job, rig.request_of(job, split, 1))
+    after = rig.state(job)
     job.shards[0].close_splits(ClosedSet(0, [3]))
     assert job.shards[0].next_groups([0, 3]) == [2, 0]
     for group in (0, 1, 2):
-        reply = push(job, request_of(job, 3, group))
+        reply = push(job, rig.request_of(job, 3, group))
         assert (reply.applied, reply.skipped) == (0, 17)
-    assert [s[3:] for s in state(job)] == [s[3:] for s in after]
-    assert [s[2] for s in state(job)] == [{0: 1}] * 17
+    assert [s[3:] for s in rig.state(job)] == [s[3:] for s in after]
+    assert [s[2] for s in rig.state(job)] == [{0: 1}] * 17
     assert job.shards[0].stats()["marks_bytes"] == 17 * 4
     # Closing again, or less, changes nothing.
     job.shards[0].close_splits(ClosedSet(0, [3]))
     job.shards[0].close_splits(ClosedSet(0))
-    assert push(job, request_of(job, 3, 2)).applied == 0
-    assert push(job, request_of(job, 0, 2)).applied == 17
+    assert push(job, rig.request_of(job, 3, 2)).applied == 0
+    assert push(job, rig.request_of(job, 0, 2)).applied == 17
 
 
 def test_moved_blocks_are_named_and_the_others_are_applied():
     job = rig.Job(rig.spec_of(), shards=2)
     job.place([0] * 17)
-    request = request_of(job, 3, 0)
+    request = rig.request_of(job, 3, 0)
     gone = [2, 9, 13, 16]
     job.place([1 if n in gone else 0 for n in range(17)])
     reply = push(job, request)
@@ -156,7 +130,7 @@ def test_moved_blocks_are_named_and_the_others_are_applied():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_gradients_that_are_no_numbers_are_refused_counted_and_marked(job, bad):
-    request = request_of(job, 3, 0)
+    request = rig.request_of(job, 3, 0)
     for part in request.tables:
         values = unpack(part.gradients, np.float32, "g", dims=2).copy()
         values[5, 1] = bad
@@ -179,134 +153,8 @@ def test_gradients_that_are_no_numbers_are_refused_counted_and_marked(job, bad):
     assert counted["rows"] == 78
 
 
-def keys_of(job, name, raw):
-    keyset = rig.group_keys(job.layout, job.routes(), name, raw)
-    return keyset.keys, keyset.blocks, keyset.counts
-
-
-def table(job, name="item", *, raw=RAW, number=None, keys=None, blocks=None, counts=None, gradients=None, rate=1.0):
-    """Return one table's part, by default a right one."""
-    right = keys_of(job, name, raw)
-    keys, blocks, counts = (
-        r if c is None else np.asarray(c, r.dtype) for r, c in zip(right, (keys, blocks, counts), strict=True)
-    )
-    dim = job.layout.tables[job.layout.table_index[name]].dim
-    gradients = np.ones((len(keys), dim), np.float32) if gradients is None else gradients
-    number = job.layout.table_index[name] if number is None else number
-    return TableGradients(
-        keys=TableKeys(table=number, keys=pack(keys), blocks=pack(blocks), counts=pack(counts)),
-        gradients=pack(gradients),
-        rate=rate,
-    )
-
-
-def dense(blocks, values, rate=1.0):
-    return DenseGradients(
-        blocks=pack(np.array(blocks, np.int32)), gradients=pack(np.array(values, np.float32)), rate=rate
-    )
-
-
-def changed(message, **fields):
-    """Return a part with some of its arrays replaced."""
-    for name, value in fields.items():
-        part = message.keys if name in ("keys", "blocks", "counts") else message
-        getattr(part, name).CopyFrom(value)
-    return message
-
-
-MALFORMED = {
-    "unknown table": (lambda j: table(j, number=2), UnknownTable, "names table 2, this job has 2"),
-    "huge table": (lambda j: table(j, number=(1 << 32) - 1), UnknownTable, "this job has 2"),
-    "keys of a wrong dtype": (
-        lambda j: changed(table(j), keys=pack(np.zeros(40, np.int32))),
-        Malformed,
-        "keys of item: dtype int32",
-    ),
-    "keys of two dimensions": (
-        lambda j: changed(table(j), keys=pack(np.zeros((20, 2), np.uint64))),
-        Malformed,
-        "keys of item: 2 dim",
-    ),
-    "counts of a wrong dtype": (
-        lambda j: changed(table(j), counts=pack(np.zeros(4, np.float32))),
-        Malformed,
-        "counts of item: dtype",
-    ),
-    "more blocks than counts": (
-        lambda j: changed(table(j), counts=pack(np.array([40], np.int32))),
-        Malformed,
-        "4 blocks but 1 counts",
-    ),
-    "a block out of range": (lambda j: table(j, blocks=[0, 1, 2, 4]), Malformed, "outside 0 to 3"),
-    "a negative block": (lambda j: table(j, blocks=[0, 1, 2, -1]), Malformed, "outside 0 to 3"),
-    "an empty block": (lambda j: table(j, counts=[0, 10, 10, 20]), Malformed, "has 0 keys"),
-    "a negative count": (lambda j: table(j, counts=[-10, 10, 10, 30]), Malformed, "has -10 keys"),
-    "counts that overflow": (lambda j: table(j, counts=[2**31 - 1] * 4), Malformed, "counts add up to 8589934588"),
-    "counts that do not add up": (
-        lambda j: table(j, counts=[1, 1, 1, 1]),
-        Malformed,
-        "counts add up to 4, 40 keys came",
-    ),
-    "a block twice": (lambda j: table(j, blocks=[0, 1, 2, 2]), Malformed, "comes twice"),
-    "keys of other blocks": (lambda j: table(j, blocks=[3, 2, 1, 0]), Malformed, "does not hash to the block"),
-    "a key twice": (
-        lambda j: table(
-            j, keys=np.where(np.arange(40) == 1, keys_of(j, "item", RAW)[0][0], keys_of(j, "item", RAW)[0])
-        ),
-        Malformed,
-        "comes twice in a push",
-    ),
-    "too few gradients": (
-        lambda j: changed(table(j), gradients=pack(np.ones((39, 3), np.float32))),
-        Malformed,
-        "39 gradients for 40 keys",
-    ),
-    "narrow gradients": (
-        lambda j: changed(table(j), gradients=pack(np.ones((40, 2), np.float32))),
-        Malformed,
-        "2 columns, wanted 3",
-    ),
-    "no gradients": (
-        lambda j: changed(table(j), gradients=pack(np.ones((0, 3), np.float32))),
-        Malformed,
-        "0 gradients for 40 keys",
-    ),
-    "a negative rate": (lambda j: table(j, rate=-1), InvalidArgument, "learning rate -1"),
-    "an infinite rate": (lambda j: table(j, rate=float("inf")), InvalidArgument, "learning rate inf"),
-    "no rate": (lambda j: table(j, rate=float("nan")), InvalidArgument, "learning rate nan"),
-    "a rate beyond float32": (lambda j: table(j, rate=1e300), InvalidArgument, "learning rate 1e"),
-    "a dense block of a table": (lambda j: dense([11], [1, 1, 1]), Malformed, "outside 12 to 16"),
-    "a dense block out of range": (lambda j: dense([17], [1]), Malformed, "outside 12 to 16"),
-    "a dense block twice": (lambda j: dense([12, 12], [1] * 8), Malformed, "named twice"),
-    "too few dense values": (lambda j: dense([12, 13], [1] * 7), Malformed, "7 dense gradients came for blocks of 8"),
-    "an infinite dense rate": (lambda j: dense([12], [1] * 4, rate=float("inf")), InvalidArgument, "learning rate inf"),
-    "a table twice": (lambda j: table(j, "user"), Malformed, "block 0 comes twice in one push"),
-    "dense blocks in two parts": (lambda j: dense([14], [1]), Malformed, "block 14 comes twice in one push"),
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_part_marks_and_changes_nothing(job, name):
-    """The malformed part is the last one: all of the others are right, and come before it."""
-    make, kind, text = MALFORMED[name]
-    part = make(job)
-    request = PushRequest(header=job.header(0), split=3, group=1)
-    request.tables.append(table(job, "user"))
-    request.dense.append(dense([14, 15], [1] * 4))
-    (request.tables if isinstance(part, TableGradients) else request.dense).append(part)
-    push(job, request_of(job, 3, 0))
-    before = state(job)
-    with pytest.raises(kind, match=text):
-        push(job, request)
-    assert state(job) == before
-    assert job.shards[0].next_groups([3]) == [1]
-    # It is the part that was wrong: without it, the push is taken.
-    (request.tables if isinstance(part, TableGradients) else request.dense).pop()
-    assert push(job, request).applied == 10
-
-
 def test_a_group_beyond_all_limits_is_refused(job):
-    request = request_of(job, 3, 0)
+    request = rig.request_of(job, 3, 0)
     request.group = 1 << 31
     with pytest.raises(InvalidArgument, match="over the limit of 2\\^31 groups"):
         push(job, request)
@@ -316,14 +164,14 @@ def test_a_group_beyond_all_limits_is_refused(job):
 
 
 def test_an_empty_push_is_nothing(job):
-    before = state(job)
+    before = rig.state(job)
     for request in (
         PushRequest(header=job.header(0), split=9),
         PushRequest(header=job.header(0), split=9, tables=[TableGradients()]),
     ):
         reply = push(job, request)
         assert (reply.applied, reply.skipped) == (0, 0)
-    assert state(job) == before
+    assert rig.state(job) == before
     assert job.shards[0].stats()["marks_bytes"] == 0
     assert job.shards[0].next_groups([9]) == [0]
 
@@ -331,7 +179,7 @@ def test_an_empty_push_is_nothing(job):
 @pytest.mark.parametrize("victim", range(9))
 def test_memory_that_runs_out_at_any_step_of_a_push_harms_nothing(job, monkeypatch, victim):
     """A push has eight steps: room for marks, two tables, five dense blocks. Sent again, it ends as if nothing had happened."""
-    request = request_of(job, 3, 0)
+    request = rig.request_of(job, 3, 0)
     shard = job.shards[0]
     calls = []
 
@@ -413,8 +261,8 @@ def test_workers_that_push_to_one_shard_at_once_lose_nothing(job):
 
     async def work(transport, split):
         for group in range(25):
-            request = request_of(job, split, group, value=group % 5, dense=group % 5)
-            old = request_of(job, split, max(0, group - 3), value=50, dense=50)
+            request = rig.request_of(job, split, group, value=group % 5, dense=group % 5)
+            old = rig.request_of(job, split, max(0, group - 3), value=50, dense=50)
             again = [request, *([old] if group else [])]
             await asyncio.gather(*(transport.call(address, "Shard.Push", r, timeout_seconds=20) for r in again))
             pulled = PullRequest(header=job.header(0), dense=numbers)
@@ -445,17 +293,6 @@ def test_rows_start_at_their_first_value_and_a_pull_shows_it_before():
     job = rig.Job(spec, shards=1).place()
     before = job.rows("user", RAW)
     assert np.all(before != 0)
-    push(job, request_of(job, 0, 0, tables=("user",), value=0.0))
+    push(job, rig.request_of(job, 0, 0, tables=("user",), value=0.0))
     assert np.array_equal(job.rows("user", RAW), before)
     assert job.shards[0].stats()["tables"] == {"user": 40}
-
-
-def test_a_pull_of_what_is_elsewhere_is_stale():
-    job = rig.Job(rig.spec_of(), shards=2).place([0] * 17)
-    keys, blocks, counts = keys_of(job, "user", RAW)
-    tables = [TableKeys(table=0, keys=pack(keys), blocks=pack(blocks), counts=pack(counts))]
-    assert len(job.services[0].pull(PullRequest(header=job.header(0), tables=tables)).rows) == 1
-    with pytest.raises(StalePlacement, match="block 0 is not on this shard"):
-        job.services[1].pull(PullRequest(header=job.header(1), tables=tables))
-    with pytest.raises(StalePlacement, match="block 12 is not on this shard"):
-        job.services[1].pull(PullRequest(header=job.header(1), dense=pack(np.array([12], np.int32))))
