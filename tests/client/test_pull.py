@@ -31,6 +31,18 @@ def test_a_pull_fills_every_row_from_its_owner(job, spy):
     assert np.array_equal(dense, np.zeros(14))
 
 
+def test_only_what_was_not_answered_is_asked_for_again(job, spy):
+    failing = [True, True]
+    spy.answers.append(lambda a, m, r: Unavailable("x") if a == "shard-1" and failing and failing.pop() else None)
+
+    async def body():
+        await rig.pull_all(Client(job.member(spy)), job)
+
+    rig.run(body())
+    asked = sorted(call[0] for call in spy.sent("Shard.Pull"))
+    assert asked == ["shard-0", "shard-1", "shard-1", "shard-1", "shard-2"]
+
+
 def test_a_pull_creates_nothing_and_leaves_dense_alone_if_not_asked(job, spy):
     async def body():
         client = Client(job.member(spy))
