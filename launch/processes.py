@@ -179,6 +179,12 @@ class LocalProcesses:
                 logger.info("event=status_unanswered error=%s", error)
             if status.get("phase") in OVER:
                 return self._explained(status)
+            coordinator = self._children[0]
+            if coordinator in ended and coordinator.process.returncode == 0:
+                # It ended in good order between two questions; what it had to say is in its file.
+                stored = stored_status(self._folder)
+                if stored["phase"] in OVER:
+                    return self._explained({**status, **stored})
             if failed := await self._judge(address, status, ended):
                 return {**self._blank(), **status, "phase": FAILED, "reason": failed}
             if not watch(status) and not asked:

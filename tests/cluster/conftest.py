@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.client.job import JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
-from oarlock.embedding.spec import DenseSpec, TableSpec
+from oarlock.embedding.spec import DenseSpec, TableSpec, to_json
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.methods import PROTOCOL
@@ -143,6 +144,46 @@ class Cluster:
                 self.evaluated(worker, reply.splits[0], [4.0, 1.0])
             else:
                 return
+
+    def manifest(self, cut: int = 4) -> Manifest:
+        """Return a manifest as Orders makes it, of the coordinator's present state."""
+        c = self.coordinator
+        spec, work = c.spec, c.work
+        blocks = [("rows", t.name, b, 0) for t in spec.tables for b in range(t.blocks)]
+        blocks += [
+            ("dense", d.name, b, min(d.slice, d.size - b * d.slice)) for d in spec.dense for b in range(d.blocks)
+        ]
+        entries = [
+            BlockEntry(kind=k, name=n, block=b, file=f"{k}-{n}-{b:05d}.arrow", bytes=1, rows=r, seq=0, sha256="0" * 64)
+            for k, n, b, r in blocks
+        ]
+        values: dict[str, Any] = {
+            "job": spec.job,
+            "run": c.run,
+            "cut": cut,
+            "created": "2024-01-01T00:00:00+00:00",
+            "seed": spec.seed,
+            "tables": tuple(to_json(t) for t in spec.tables),
+            "dense": tuple(to_json(d) for d in spec.dense),
+            "recipe": spec.recipe,
+            "config": {},
+            "files": (),
+            "closed": ClosedSet(work.closed.floor, tuple(sorted(work.closed.above))),
+            "open_splits": tuple(work.open_splits()),
+            "epoch": work.epoch,
+            "step": work.closed.floor,
+            "metrics": {
+                "history": [vars(r) for r in work.history],
+                "evaluations": {str(s): v for s, v in work.results.items()},
+                "counted": c.counted(),
+            },
+            "best": {},
+            "blocks": tuple(entries),
+        }
+        return Manifest(**values)
+
+    def commit(self, cut: int = 1) -> None:
+        self.coordinator.committed(self.manifest(cut), f"/cut-{cut:06d}")
 
 
 @pytest.fixture

@@ -1,60 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coordinator: phases, deaths and restarts, driven by messages under a clock that only the test turns."""
 
-import sqlite3
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.cluster.coordinator import STOP_SECONDS
-from oarlock.embedding.spec import to_json
 from oarlock.proto import coordinator_pb2 as pb
-from oarlock.proto.errors import InvalidArgument, LeaseLost, SpecMismatch, Unavailable
+from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 
 Make = Callable[..., Any]
-
-
-def manifest_of(c: Any, cut: int = 4, **changes: Any) -> Manifest:
-    """Return a manifest as Orders makes it, of the coordinator's present state."""
-    spec, work = c.spec, c.work
-    blocks = [("rows", t.name, b, 0) for t in spec.tables for b in range(t.blocks)]
-    blocks += [("dense", d.name, b, min(d.slice, d.size - b * d.slice)) for d in spec.dense for b in range(d.blocks)]
-    entries = [
-        BlockEntry(kind=k, name=n, block=b, file=f"{k}-{n}-{b:05d}.arrow", bytes=1, rows=r, seq=0, sha256="0" * 64)
-        for k, n, b, r in blocks
-    ]
-    values: dict[str, Any] = {
-        "job": spec.job,
-        "run": c.run,
-        "cut": cut,
-        "created": "2024-01-01T00:00:00+00:00",
-        "seed": spec.seed,
-        "tables": tuple(to_json(t) for t in spec.tables),
-        "dense": tuple(to_json(d) for d in spec.dense),
-        "recipe": spec.recipe,
-        "config": {},
-        "files": (),
-        "closed": ClosedSet(work.closed.floor, tuple(sorted(work.closed.above))),
-        "open_splits": tuple(work.open_splits()),
-        "epoch": work.epoch,
-        "step": work.closed.floor,
-        "metrics": {
-            "history": [vars(r) for r in work.history],
-            "evaluations": {str(s): v for s, v in work.results.items()},
-            "counted": c.counted(),
-        },
-        "best": {},
-        "blocks": tuple(entries),
-    }
-    return Manifest(**{**values, **changes})
-
-
-def commit(cluster: Any, cut: int = 1) -> None:
-    cluster.coordinator.committed(manifest_of(cluster.coordinator, cut), f"/cut-{cut:06d}")
 
 
 def test_a_job_from_beginning_to_end(cluster: Any) -> None:
@@ -75,10 +32,10 @@ def test_a_job_from_beginning_to_end(cluster: Any) -> None:
     cluster.train_epoch(worker)
     assert c.phase == "writing"
     assert cluster.lease(worker).work == pb.WAIT
-    commit(cluster)
+    cluster.commit()
     assert c.phase == "training"
     cluster.train_epoch(worker)
-    commit(cluster, 2)
+    cluster.commit(2)
     assert c.phase == "done"
     assert cluster.lease(worker).work == pb.FINISHED
     status = cluster.status()
@@ -200,7 +157,7 @@ def test_stop_while_training_waits_for_workers_and_then_for_the_checkpoint(clust
         cluster.join("worker")
     cluster.leave(one)
     cluster.leave(two)
-    commit(cluster)
+    cluster.commit()
     assert (c.phase, c.reason) == ("stopped", "enough")
 
 
@@ -234,7 +191,7 @@ def test_stop_while_writing_keeps_its_reason(cluster: Any, checkpoint: bool) -> 
     c = cluster.coordinator
     c.stop(checkpoint, "enough")
     assert c.phase == "writing"
-    commit(cluster)
+    cluster.commit()
     assert (c.phase, c.reason) == ("stopped", "enough")
 
 
@@ -242,10 +199,10 @@ def test_stop_during_the_last_checkpoint_does_not_undo_the_end(cluster: Any) -> 
     cluster.shards()
     worker, _ = cluster.workers()
     cluster.train_epoch(worker)
-    commit(cluster)
+    cluster.commit()
     cluster.train_epoch(worker)
     cluster.coordinator.stop(True, "enough")
-    commit(cluster, 2)
+    cluster.commit(2)
     assert cluster.coordinator.phase == "done"
 
 
@@ -279,7 +236,7 @@ def test_nothing_overwrites_a_failure(cluster: Any) -> None:
     cluster.train_epoch(worker)
     c.stop(True, "enough")
     c.fail("a shard died while it wrote")
-    commit(cluster)
+    cluster.commit()
     c.not_committed(2, "late")
     c.abandon("later")
     c.stop(True, "again")
@@ -314,7 +271,7 @@ def test_without_evaluation_files_an_epoch_ends_with_its_training(make_cluster: 
         cluster.train_epoch(worker)
         cluster.coordinator.tick()
         assert cluster.coordinator.phase == "writing"
-        commit(cluster, cut)
+        cluster.commit(cut)
     assert cluster.coordinator.phase == "done"
     assert cluster.status()["best"] is None
 
@@ -327,182 +284,3 @@ def test_checkpoints_at_the_end_only(make_cluster: Make) -> None:
     assert cluster.coordinator.phase == "training"
     cluster.train_epoch(worker)
     assert cluster.coordinator.phase == "writing"
-
-
-# Restarts
-
-
-def test_a_restart_keeps_all_that_was_told(cluster: Any) -> None:
-    shards = cluster.shards()
-    worker, other = cluster.workers()
-    cluster.train_epoch(worker)
-    commit(cluster)
-    cluster.close(worker, cluster.lease(worker).splits[0])
-    before = cluster.status()
-    cluster.restart()
-    after = cluster.status()
-    assert after["term"] == before["term"] + 1
-    for name in ("run", "generation", "phase", "epoch", "history", "checkpoints", "splits_closed", "samples", "blocks"):
-        assert after[name] == before[name], name
-    assert {m["incarnation"] for m in after["members"]} == {*shards, worker, other}
-    assert cluster.coordinator.next_cut() == 1, "no cut was begun through this test"
-
-
-def test_after_a_restart_members_have_a_full_term_and_finish_what_they_held(cluster: Any) -> None:
-    shards = cluster.shards()
-    one, two = cluster.workers()
-    (held,) = cluster.lease(one).splits
-    cluster.clock.now += 1000
-    cluster.restart()
-    cluster.pass_time(4.5)
-    assert len(cluster.coordinator.members.alive("worker")) == 2
-    cluster.pass_time(0.4, *shards, one, two)
-    assert list(cluster.lease(two).splits) == [held]
-    cluster.close(one, held)
-    cluster.close(two, held)
-    assert cluster.status()["samples"] == 10
-
-
-def test_evaluation_survives_a_restart(cluster: Any) -> None:
-    cluster.shards()
-    worker, _ = cluster.workers()
-    while (reply := cluster.lease(worker)).work == pb.TRAIN:
-        cluster.close(worker, reply.splits[0])
-    cluster.evaluated(worker, 0, [4.0, 1.0])
-    cluster.restart()
-    assert list(cluster.lease(worker, 5).splits) == [1]
-    cluster.evaluated(worker, 1, [4.0, 3.0])
-    assert cluster.status()["history"][0]["metrics"] == {"hr": 0.5}
-
-
-def test_a_restart_while_writing_writes_again(cluster: Any) -> None:
-    cluster.shards()
-    worker, _ = cluster.workers()
-    cluster.train_epoch(worker)
-    commit(cluster)
-    cluster.train_epoch(worker)
-    first = cluster.coordinator.next_cut()
-    cluster.restart()
-    cluster.coordinator.tick()
-    assert cluster.coordinator.phase == "writing", "done without its last checkpoint"
-    assert cluster.coordinator.next_cut() == first + 1, "a number is never used again"
-    commit(cluster, first + 1)
-    assert cluster.coordinator.phase == "done"
-
-
-def test_a_restart_while_stopping_goes_on_stopping(cluster: Any) -> None:
-    cluster.shards()
-    worker, other = cluster.workers()
-    cluster.coordinator.stop(True, "enough")
-    cluster.restart()
-    assert cluster.lease(worker).work == pb.FINISHED
-    cluster.leave(worker)
-    cluster.leave(other)
-    commit(cluster)
-    assert (cluster.coordinator.phase, cluster.coordinator.reason) == ("stopped", "enough")
-
-
-def test_the_state_of_another_job_is_refused(cluster: Any) -> None:
-    cluster.kill()
-    cluster.spec = replace(cluster.spec, job="f" * 32)
-    cluster.start(open_it=False)
-    with pytest.raises(InvalidArgument, match="this state belongs to job"):
-        cluster.coordinator.open()
-
-
-def test_what_could_not_be_recorded_is_not_told(cluster: Any) -> None:
-    shards = cluster.shards()
-    worker, _ = cluster.workers()
-    (split,) = cluster.lease(worker).splits
-
-    class Full:
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(name)
-
-        def execute(self, statement: str, values: Any = ()) -> Any:
-            error = sqlite3.OperationalError("database or disk is full")
-            error.sqlite_errorcode = sqlite3.SQLITE_FULL
-            raise error
-
-        def close(self) -> None: ...
-
-    real, cluster.store._db = cluster.store._db, Full()
-    with pytest.raises(Unavailable, match="disk is full"):
-        cluster.close(worker, split)
-    with pytest.raises(Unavailable, match="disk is full"):
-        cluster.coordinator.tick()
-    real.close()
-    cluster.restart()
-    assert cluster.status()["samples"] == 0
-    assert len(shards) == 2
-
-
-# A new run from a checkpoint
-
-
-def test_a_new_run_begins_where_the_manifest_ends(cluster: Any) -> None:
-    old_shards = cluster.shards()
-    worker, _ = cluster.workers()
-    cluster.train_epoch(worker)
-    commit(cluster, 1)
-    cluster.close(worker, cluster.lease(worker).splits[0])
-    saved = manifest_of(cluster.coordinator, 2)
-    cluster.train_epoch(worker)
-    cluster.coordinator.fail("a shard died")
-    cluster.kill()
-    cluster.spec = replace(cluster.spec, servers=3, epochs=3)
-    cluster.start()
-    c = cluster.coordinator
-    c.begin_run(saved, "/cut-000002")
-    assert (c.run, c.phase, c.reason) == (2, "gathering", "")
-    status = cluster.status()
-    assert (len(status["history"]), status["splits_closed"], status["samples"]) == (1, 1, 10)
-    assert status["members"] == []
-    assert c.next_cut() == 3
-    shards = cluster.shards()
-    assert len(shards) == 3
-    assert not set(shards) & set(old_shards)
-    worker = cluster.join("worker", reader="petastorm").incarnation
-    granted = cluster.lease(worker, 5)
-    assert list(granted.splits) == [4, 5]
-    assert not any(granted.fresh), "shards may have marks of them"
-    for split in granted.splits:
-        cluster.close(worker, split)
-    cluster.train_epoch(worker)
-    commit(cluster, 3)
-    cluster.train_epoch(worker)
-    commit(cluster, 4)
-    status = cluster.status()
-    assert status["phase"] == "done"
-    assert [r["samples"] for r in status["history"]] == [30, 30, 30]
-    assert status["reader"] == "petastorm", "of this run"
-    cluster.restart()
-    assert cluster.status()["run"] == 2
-    assert len(cluster.status()["history"]) == 3
-
-
-def test_a_run_with_nothing_left_to_do_is_done_at_once(cluster: Any) -> None:
-    cluster.shards()
-    worker, _ = cluster.workers()
-    for cut in (1, 2):
-        cluster.train_epoch(worker)
-        commit(cluster, cut)
-    c = cluster.coordinator
-    c.begin_run(manifest_of(c, 2), "/cut-000002")
-    cluster.shards()
-    c.tick()
-    assert c.phase == "done"
-    assert cluster.status()["checkpoints"][-1]["path"] == "/cut-000002"
-
-
-def test_a_checkpoint_of_other_parameters_is_refused(cluster: Any) -> None:
-    c = cluster.coordinator
-    good = manifest_of(c)
-    other = replace(c.spec.tables[0], dim=8)
-    for name, manifest in {
-        "seed": replace(good, seed=99),
-        "tables": replace(good, tables=(to_json(other), *good.tables[1:])),
-    }.items():
-        with pytest.raises(SpecMismatch, match=f"has another {name} than job job"):
-            c.begin_run(manifest, "/cut")
-    assert c.run == 1
