@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m oarlock.benchmarks [--quick] [--json]`: every benchmark, one after the other, each in a process of its own."""
+
+import subprocess
+import sys
+
+MODULES = ("rpc", "ncf")
+
+
+def main() -> int:
+    """Run all; return 0 if all came to their end."""
+    codes = [
+        subprocess.run(
+            [sys.executable, "-P", "-m", f"oarlock.benchmarks.{name}", *sys.argv[1:]], check=False
+        ).returncode
+        for name in MODULES
+    ]
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks come to their end and print one JSON object. What they measure is no business of a test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run(module: str, folder: Path) -> dict[str, Any]:
+    before = set(folder.iterdir())
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", f"oarlock.benchmarks.{module}", "--tiny", "--quick", "--json"],
+        cwd=folder,
+        env={**os.environ, "OPENBLAS_CORETYPE": "Haswell", "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert set(folder.iterdir()) == before, "something was left behind"
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    assert result["surroundings"]["openblas_coretype"] == {"found": "Haswell", "used": None}
+    return result
+
+
+def test_rpc(tmp_path: Path) -> None:
+    result = run("rpc", tmp_path)
+    assert set(result["round_trips"]) == {"20 kB", "200 kB", "1 MB"}
+    for verbs in result["round_trips"].values():
+        for by_way in verbs.values():
+            for figures in by_way.values():
+                assert set(figures) == {"us", "client_cpu_us", "server_cpu_us"}
+                assert figures["us"] > 0
+        assert set(verbs) == {"pull", "push"}
+        assert set(verbs["pull"]) == {"single calls", "stream", "TCP"}
+
+
+@pytest.mark.slow
+def test_ncf(tmp_path: Path) -> None:
+    result = run("ncf", tmp_path)
+    ways = {"ps", "ps_1x1", "inprocess", "torch", "torch_given_batches", "local"}
+    assert {f"{way}_samples_per_s" for way in ways} < set(result)
+    assert {"ps_vs_torch", "inprocess_vs_torch", "ps_vs_local", "why"} < set(result)
+    assert set(result["epoch_seconds"]) == set(result["cpu_seconds_per_million_samples"]) == ways
+    assert set(result["local_us"]) == {"encode", "dedup", "pull", "compute", "push"}
+    assert result["local_samples_per_s"] > 0
+    assert result["ps_samples_per_s"] > 0
+    assert (result["torch_samples_per_s"] is None) == (result["why"] is not None)
