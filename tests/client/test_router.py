@@ -5,6 +5,7 @@ import rig
 
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, make_routes, pack_placement, unpack_placement
+from oarlock.embedding.spec import TableSpec
 from oarlock.proto.arrays import pack
 from oarlock.proto.common_pb2 import Member, Placement
 from oarlock.proto.errors import Malformed, OutOfMemory
@@ -20,9 +21,10 @@ def message(of, **changes):
 
 
 def test_blocks_of_an_owner_lie_side_by_side(rng):
-    owners = rng.choice([4, 7, -1], 17).astype(np.int32)
-    routes = make_routes(LAYOUT, 3, owners, SHARDS)
-    for base, table, ranks in zip(LAYOUT.table_base, LAYOUT.tables, routes.ranks, strict=True):
+    layout = Layout((TableSpec("a", 2, blocks=256), TableSpec("b", 2, blocks=2)), LAYOUT.dense)
+    owners = rng.choice([4, 7, -1], 256 + 2 + 5).astype(np.int32)
+    routes = make_routes(layout, 3, owners, SHARDS)
+    for base, table, ranks in zip(layout.table_base, layout.tables, routes.ranks, strict=True):
         mine = owners[base : base + table.blocks]
         assert sorted(ranks) == list(range(table.blocks))
         assert ranks.dtype == np.int32

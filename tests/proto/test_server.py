@@ -262,6 +262,9 @@ def test_a_caller_that_gives_up_does_not_shift_the_answers(server, handler):
         given_up = asyncio.ensure_future(pull(transport, server.address, 2))
         third = asyncio.ensure_future(pull(transport, server.address, 3))
         assert await asyncio.to_thread(handler.entered.acquire, timeout=10)
+        (lane,) = transport._lanes.values()
+        while len(lane._waiting) < 3 or lane._writing.locked():
+            await asyncio.sleep(0)
         given_up.cancel()
         handler.gate.set()
         answers = await asyncio.gather(first, third)
