@@ -28,10 +28,12 @@ class Member:
     error: str = ""
     expires: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
+    # Number of the newest Lease question.
+    asked: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return what is kept on disk: identity and state, not the lease and not the counters."""
-        return {k: v for k, v in asdict(self).items() if k not in ("expires", "stats")}
+        return {k: v for k, v in asdict(self).items() if k not in ("expires", "stats", "asked")}
 
 
 class Members:

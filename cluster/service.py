@@ -30,7 +30,7 @@ from oarlock.proto.coordinator_pb2 import (
     StatusRequest,
     StopRequest,
 )
-from oarlock.proto.errors import InvalidArgument, Malformed, WrongJob, WrongRun
+from oarlock.proto.errors import InvalidArgument, Malformed, Unavailable, WrongJob, WrongRun
 from oarlock.proto.version import check_protocol, hello
 
 MAX_SPLITS = 64
@@ -122,7 +122,16 @@ class CoordinatorService:
         member = self._member(request.header, "worker")
         if not 1 <= request.wanted <= MAX_SPLITS:
             raise InvalidArgument(f"{request.wanted} splits wanted: ask for 1 to {MAX_SPLITS}")
+        if len(request.held) + len(request.evaluations) > MAX_SPLITS:
+            raise InvalidArgument(f"more than {MAX_SPLITS} splits are held")
         with c.lock:
+            if request.number < member.asked:
+                raise Unavailable(f"question {request.number} came after question {member.asked}")
+            member.asked = request.number
+            c.work.keep_only(
+                member.incarnation,
+                {("train", s) for s in request.held} | {("evaluate", s) for s in request.evaluations},
+            )
             if c.phase in (STOPPING, *OVER):
                 return LeaseReply(work=FINISHED)
             if c.phase != TRAINING:

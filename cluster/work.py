@@ -162,6 +162,12 @@ class Work:
             self.failures.setdefault((kind, split), {})[worker] = reason
         return len(self.failures.get((kind, split), ())) < MAX_FAILURES
 
+    def keep_only(self, worker: int, held: set[tuple[str, int]]) -> None:
+        """Free what is leased to ``worker`` without its knowing: the answer that said so never arrived."""
+        for key in self.leased_to(worker):
+            if key not in held:
+                del self.leases[key]
+
     def leased_to(self, worker: int) -> list[tuple[str, int]]:
         """Return (kind, split) of all leases of a worker."""
         return sorted(key for key, holder in self.leases.items() if holder == worker)

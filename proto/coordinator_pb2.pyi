@@ -97,12 +97,18 @@ class PlacementRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("header", "wanted")
+    __slots__ = ("header", "wanted", "number", "held", "evaluations")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     wanted: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ...) -> None: ...
+    number: int
+    held: _containers.RepeatedScalarFieldContainer[int]
+    evaluations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
     __slots__ = ("work", "splits", "fresh", "retry_seconds")

@@ -69,6 +69,7 @@ class Trainer:
         self._in_flight = asyncio.Semaphore(2 * self._spec.open_splits)
         self._open: dict[int, OpenSplit] = {}
         self._evaluations: list[int] = []
+        self._questions = 0
         self.stages = Stages()
         self.batches = 0
         self.samples = 0
@@ -137,9 +138,15 @@ class Trainer:
 
     async def _lease(self, wanted: int) -> LeaseReply:
         with self.stages.time("lease"):
-            reply: LeaseReply = await self._member.call(
-                "Coordinator.Lease", LeaseRequest(header=self._member.header(), wanted=wanted)
+            self._questions += 1
+            request = LeaseRequest(
+                header=self._member.header(),
+                wanted=wanted,
+                number=self._questions,
+                held=sorted(self._open),
+                evaluations=self._evaluations,
             )
+            reply: LeaseReply = await self._member.call("Coordinator.Lease", request)
             return reply
 
     async def _pause(self, seconds: float) -> None:

@@ -99,8 +99,13 @@ class Cluster:
     def heartbeat(self, sender: int, stats: str = "") -> Any:
         return self.service.heartbeat(pb.HeartbeatRequest(header=self.header(sender), stats=stats))
 
-    def lease(self, sender: int, wanted: int = 1) -> Any:
-        return self.service.lease(pb.LeaseRequest(header=self.header(sender), wanted=wanted))
+    def lease(self, sender: int, wanted: int = 1, *, held: list[int] | None = None, number: int = 0) -> Any:
+        """Ask as a worker that holds ``held``, by default all that the coordinator thinks it does."""
+        known = [split for kind, split in self.coordinator.work.leased_to(sender) if kind == "train"]
+        evaluations = [split for kind, split in self.coordinator.work.leased_to(sender) if kind == "evaluate"]
+        request = pb.LeaseRequest(header=self.header(sender), wanted=wanted, number=number, evaluations=evaluations)
+        request.held.extend(known if held is None else held)
+        return self.service.lease(request)
 
     def close(self, sender: int, split: int, samples: int = 10, loss_sum: float = 5.0) -> None:
         self.service.close_split(

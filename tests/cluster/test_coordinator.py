@@ -52,6 +52,24 @@ def test_a_repeated_join_gets_the_same_answer(cluster: Any) -> None:
     assert len(cluster.coordinator.members.all) == 1
 
 
+def test_splits_whose_grant_never_arrived_go_to_others(cluster: Any) -> None:
+    cluster.shards()
+    one, two = cluster.workers()
+    assert list(cluster.lease(one, 2, number=1).splits) == [0, 1]
+    assert list(cluster.lease(one, 2, held=[], number=1).splits) == [0, 1]
+    assert list(cluster.lease(one, 1, held=[1], number=2).splits) == [0]
+    assert list(cluster.lease(two, 1).splits) == [2]
+
+
+def test_a_late_question_frees_nothing(cluster: Any) -> None:
+    cluster.shards()
+    one, two = cluster.workers()
+    cluster.lease(one, 2, number=2)
+    with pytest.raises(Unavailable, match="question 1 came after question 2"):
+        cluster.lease(one, 2, held=[], number=1)
+    assert list(cluster.lease(two, 1).splits) == [2]
+
+
 def test_a_dead_workers_splits_go_to_others(cluster: Any) -> None:
     shards = cluster.shards()
     one, two = cluster.workers()
