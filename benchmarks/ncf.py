@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -187,6 +188,8 @@ def _torch(
     data: Path, sizes: tuple[int, int], batch_rows: int, seconds: float
 ) -> tuple[TorchNcf | None, dict[str, Any]]:
     """Return the fastest form of the model in PyTorch, None if it cannot be had, and what to report about it."""
+    # Where torch's compiler would keep what it never makes here; it creates the folder all the same.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(data.parent / "torch")
     try:
         torch = load_torch()
     except ImportError as error:
