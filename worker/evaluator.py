@@ -7,51 +7,30 @@ Invariant: an evaluation changes nothing on a shard, and a split's sums do not d
 import asyncio
 import itertools
 from collections import deque
-from concurrent.futures import Executor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.client.client import Client
-from oarlock.client.membership import Membership
 from oarlock.data.files import files_from_json
-from oarlock.data.reader import Reader
 from oarlock.data.splits import plan_splits
-from oarlock.nn import Program
 from oarlock.proto.coordinator_pb2 import EVALUATE, CloseSplitRequest
 from oarlock.telemetry.stages import Stages
-from oarlock.worker.prepare import Prepared, Preparer
-from oarlock.worker.recipe import EvaluationBatch, Workload
+from oarlock.worker.prepare import Prepared
+from oarlock.worker.recipe import EvaluationBatch
+from oarlock.worker.session import Session
 
 
 class Evaluator:
     """Evaluates splits of the evaluation files, in file order."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        program: Program,
-        client: Client,
-        member: Membership,
-        reader: Reader,
-        executor: Executor,
-        preparer: Preparer,
-    ) -> None:
-        self._workload = workload
-        self._program = program
-        self._client = client
-        self._member = member
-        self._reader = reader
-        self._executor = executor
-        self._preparer = preparer
-        spec = member.spec
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._workload = session.workload
+        self._member = session.member
+        spec = session.member.spec
         files = files_from_json(list(spec.evaluation_files))
         self._plan = plan_splits(files, spec.evaluation_rows_per_split) if files else ()
         self.stages = Stages()
-
-    async def _in_thread(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     async def evaluate(self, split: int) -> None:
         """Score one evaluation split and report its sums."""
@@ -62,7 +41,7 @@ class Evaluator:
 
     async def _sums(self, split: int) -> NDArray[np.float64]:
         plan = self._plan[split % len(self._plan)]
-        rows = await self._in_thread(self._reader.read, plan, list(self._workload.evaluation_columns))
+        rows = await self._session.in_thread(self._session.reader.read, plan, list(self._workload.evaluation_columns))
         batches = self._workload.evaluation(rows)
         total = np.zeros(1 + len(self._member.spec.metrics))
         ahead: deque[asyncio.Task[tuple[EvaluationBatch, Prepared]]] = deque()
@@ -77,17 +56,9 @@ class Evaluator:
                 fetch(1)
                 # What was just begun leaves before the batch at hand computes.
                 await asyncio.sleep(0)
-                total += self._workload.sums(batch, self._predict(prepared))
+                scores = self._session.program.predict(self._session.load(prepared), prepared.samples)
+                total += self._workload.sums(batch, scores)
         return total
 
     async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
-        prepared = await self._in_thread(self._preparer.prepare, batch.example, self._client.routes)
-        await self._client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
-        return batch, prepared
-
-    def _predict(self, prepared: Prepared) -> NDArray[np.float32]:
-        self._program.flat_parameters[:] = prepared.dense
-        feeds: dict[str, Any] = dict(prepared.feeds)
-        for lookup in self._workload.model.lookups:
-            feeds[lookup.name] = (prepared.rows[lookup.table], prepared.inverse[lookup.name])
-        return self._program.predict(feeds, prepared.samples)
+        return batch, await self._session.fetch(lambda: batch.example)

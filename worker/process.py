@@ -22,6 +22,7 @@ from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
 from oarlock.worker.recipe import Workload, load_recipe
+from oarlock.worker.session import Session
 from oarlock.worker.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ async def run_worker(
             workload = await asyncio.get_running_loop().run_in_executor(executor, _load, spec)
             program = workload.model.bind(workload.max_samples)
             if await _placed(member):
-                trainer = Trainer(workload, program, Client(member), member, reader, executor)
+                trainer = Trainer(Session(workload, program, Client(member), member, reader, executor))
                 await trainer.run()
     except Exception as error:
         cause = _first(error)

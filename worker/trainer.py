@@ -9,18 +9,13 @@ thread of ``executor``.
 import asyncio
 import contextlib
 import logging
-from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
 
-from oarlock.client.client import Client
-from oarlock.client.membership import Membership
 from oarlock.client.push import PushCounts, RowGradients
 from oarlock.data.files import files_from_json
-from oarlock.data.reader import Reader
 from oarlock.data.splits import locate, plan_splits
-from oarlock.nn import Program
 from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
     FINISHED,
@@ -32,8 +27,9 @@ from oarlock.proto.coordinator_pb2 import (
 )
 from oarlock.telemetry.stages import Stages
 from oarlock.worker.evaluator import Evaluator
-from oarlock.worker.prepare import Prepared, Preparer
-from oarlock.worker.recipe import Workload
+from oarlock.worker.prepare import Prepared
+from oarlock.worker.recipe import Example
+from oarlock.worker.session import Session
 from oarlock.worker.splits import OpenSplit, read_split
 
 logger = logging.getLogger(__name__)
@@ -44,25 +40,13 @@ Fetched = tuple[OpenSplit, int, "asyncio.Task[Prepared]"]
 class Trainer:
     """Trains and evaluates what the coordinator leases to this worker, until the job needs no more."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        program: Program,
-        client: Client,
-        member: Membership,
-        reader: Reader,
-        executor: Executor,
-    ) -> None:
-        self._workload = workload
-        self._program = program
-        self._client = client
-        self._member = member
-        self._reader = reader
-        self._executor = executor
-        self._spec = member.spec
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._workload = session.workload
+        self._member = session.member
+        self._spec = session.member.spec
         self._plan = plan_splits(files_from_json(list(self._spec.files)), self._spec.rows_per_split)
-        self._preparer = Preparer(workload.model, member.layout)
-        self._evaluator = Evaluator(workload, program, client, member, reader, executor, self._preparer)
+        self._evaluator = Evaluator(session)
         self._depth = asyncio.Semaphore(self._spec.prefetch)
         self._fetched: asyncio.Queue[Fetched | None] = asyncio.Queue()
         # Splits of few batches would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
@@ -108,9 +92,6 @@ class Trainer:
                 header=self._member.header(), splits=sorted(self._open), evaluations=self._evaluations
             )
             await self._member.call("Coordinator.Release", request)
-
-    async def _in_thread(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     # First half: splits are leased, their batches prepared and pulled
 
@@ -173,14 +154,14 @@ class Trainer:
         columns = list(self._workload.columns)
 
         def read() -> OpenSplit:
-            rows = read_split(self._reader, plan, columns, seed=spec.seed, epoch=epoch, split=split)
+            rows = read_split(self._session.reader, plan, columns, seed=spec.seed, epoch=epoch, split=split)
             return OpenSplit(split, epoch, rows, plan.rows, spec.batch_rows)
 
         with self.stages.time("read"):
-            opened: OpenSplit = await self._in_thread(read)
+            opened = await self._session.in_thread(read)
         if not fresh:
             # Another worker may have come some way: go on from there.
-            opened.scheduled = min(await self._client.next_group(split), opened.groups - 1)
+            opened.scheduled = min(await self._session.client.next_group(split), opened.groups - 1)
         self._open[split] = opened
         return opened
 
@@ -192,18 +173,11 @@ class Trainer:
         split.scheduled += 1
         if split.scheduled < split.groups:
             active.append(split)
-        await self._fetched.put((split, number, group.create_task(self._prepare_and_pull(split, number))))
 
-    async def _prepare_and_pull(self, split: OpenSplit, number: int) -> Prepared:
-        routes = self._client.routes
+        def encode() -> Example:
+            return self._workload.encode(split.batch(number), epoch=split.epoch, split=split.id, batch=number)
 
-        def prepare() -> Prepared:
-            example = self._workload.encode(split.batch(number), epoch=split.epoch, split=split.id, batch=number)
-            return self._preparer.prepare(example, routes)
-
-        prepared: Prepared = await self._in_thread(prepare)
-        await self._client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
-        return prepared
+        await self._fetched.put((split, number, group.create_task(self._session.fetch(encode))))
 
     # Second half: batches are computed and their gradients pushed
 
@@ -213,7 +187,7 @@ class Trainer:
             with self.stages.time("wait_for_pull"):
                 prepared = await task
             with self.stages.time("compute"):
-                loss = self._compute(prepared)
+                loss = self._session.program.train(self._session.load(prepared), prepared.samples)
             split.loss_sum += loss * prepared.samples
             split.losses += prepared.samples
             self.batches += 1
@@ -236,25 +210,18 @@ class Trainer:
         if not push.cancelled() and push.exception() is None:
             self.refused += push.result().refused
 
-    def _compute(self, prepared: Prepared) -> float:
-        self._program.flat_parameters[:] = prepared.dense
-        feeds: dict[str, Any] = dict(prepared.feeds)
-        for lookup in self._workload.model.lookups:
-            feeds[lookup.name] = (prepared.rows[lookup.table], prepared.inverse[lookup.name])
-        return self._program.train(feeds, prepared.samples)
-
     def _push(self, split: OpenSplit, number: int, prepared: Prepared) -> Any:
-        spec = self._spec
+        spec, program = self._spec, self._session.program
         done = (split.id + number / split.groups) / (spec.splits * spec.epochs)
         rates = self._workload.rates(done)
         gradients: dict[str, RowGradients] = {}
         for lookup in self._workload.model.lookups:
-            found = self._program.row_gradients[lookup.name]
+            found = program.row_gradients[lookup.name]
             known = gradients.get(lookup.table)
             total = found if known is None else np.add(known.gradients, found)
             gradients[lookup.table] = RowGradients(prepared.keys[lookup.table], total, rates.rows)
-        return self._client.push(
-            split.id, number, gradients, dense=self._program.flat_gradients, dense_rate=rates.dense
+        return self._session.client.push(
+            split.id, number, gradients, dense=program.flat_gradients, dense_rate=rates.dense
         )
 
     async def _close(self, split: OpenSplit) -> None:
