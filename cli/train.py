@@ -20,6 +20,7 @@ from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
 from oarlock.launch.folder import create, job_folder, resume
 from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.kernels import make_ready
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.errors import InvalidArgument, Unavailable
 from oarlock.telemetry.log import to_file
@@ -103,6 +104,8 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                 f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} ties matrix products to one CPU type's kernels; "
                 "unset it for full speed"
             )
+
+        make_ready(view.say)
 
         def watch(status: dict[str, Any]) -> bool:
             if status:

@@ -4,14 +4,12 @@
 import time
 
 from oarlock.embedding.jit import kernel_folder
-from oarlock.embedding.warmup import warm_up as warm_up_shard
-from oarlock.worker.warmup import warm_up as warm_up_worker
+from oarlock.launch.kernels import compile_or_load
 
 
 def warmup() -> int:
     """Fill the kernel cache and say where it is."""
     begun = time.monotonic()
-    warm_up_shard()
-    warm_up_worker()
+    compile_or_load()
     print(f"kernels ready in {time.monotonic() - begun:.1f} s: {kernel_folder()}")
     return 0

@@ -23,6 +23,7 @@ from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.data.reader import open_reader
 from oarlock.launch.folder import STATE_FILE
+from oarlock.launch.kernels import compile_or_load
 from oarlock.proto.errors import PSError
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
@@ -46,6 +47,8 @@ def run_in_process(
 
     ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
     """
+    # No thread compiles while others have leases to keep.
+    compile_or_load()
     store = Store(folder / STATE_FILE).open()
     try:
         coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.SystemRandom())

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from oarlock.embedding.block import BlockRows
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import PushCounts, Table
+from oarlock.embedding.update import GRADIENT_LIMIT
 
 BITS, DIM, SEED = 2, 2, 11
 POOL = [0, reference.WORD, 1 << 63, *range(1, 60)]
@@ -48,7 +49,7 @@ class TableMachine(RuleBasedStateMachine):
         found = self.table.push(keys, blocks, counts, gradients, rate=0.125)
         applied = created = 0
         for key, gradient in zip(keys.tolist(), gradients, strict=True):
-            if np.isfinite(gradient).all():
+            if (np.abs(gradient) < np.float32(GRADIENT_LIMIT)).all():
                 applied += 1
                 created += key not in self.model
                 weights, state = self.row(key)
@@ -84,11 +85,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(block=st.integers(0, (1 << BITS) - 1))
     def export_and_import(self, block):
         if block in self.table.owned:
-            self.table.import_block(block, _finite(self.table.export_block(block)))
-            for key, (weights, state) in self.model.items():
-                if reference.block("m", BITS, key) == block:
-                    _scrub(weights)
-                    _scrub(state)
+            self.table.import_block(block, self.table.export_block(block))
 
     @invariant()
     def same_content(self):
@@ -101,17 +98,6 @@ class TableMachine(RuleBasedStateMachine):
                 found[key] = rows.weights[i].tobytes() + rows.state[i].tobytes()
         assert found == {key: weights.tobytes() + state.tobytes() for key, (weights, state) in self.model.items()}
         assert self.table.rows == len(found)
-
-
-def _scrub(values):
-    """A push of 1e30 may leave an infinite square behind, which an import refuses."""
-    values[~np.isfinite(values)] = 1
-
-
-def _finite(rows):
-    _scrub(rows.weights)
-    _scrub(rows.state)
-    return rows
 
 
 TestTable = TableMachine.TestCase
