@@ -83,12 +83,14 @@ def demo(options: argparse.Namespace) -> int:
         options.recipe, options.data, options.resume = "ncf", str(data), False
         if options.epochs is None:
             options.epochs = 6
+        kept = ""
         if not options.dir and not options.name:
             options.dir = str(Path(temporary) / "job")
+            kept = ", and so is the job: --name keeps its folder"
         print(
             f"generated {info.train_rows} pairs of {info.users} users and {info.items} items; "
             f"the best possible hr@10 is {info.figures['best_hr@10']:.3f}, popularity alone reaches "
-            f"{info.figures['popularity_hr@10']:.3f}",
+            f"{info.figures['popularity_hr@10']:.3f}. The data are temporary{kept}",
             file=sys.stderr,
         )
         return train(options)
