@@ -197,6 +197,8 @@ class Coordinator:
         if samples > MAX_SAMPLES:
             raise InvalidArgument(f"split {split}: {samples} samples are no count", split=split)
         with self.lock:
+            # The time until now was training, also if this split is the epoch's last.
+            self._count_time()
             if self.work.close(worker, split, samples, loss_sum):
                 with self.store as store:
                     self.record_work(store)

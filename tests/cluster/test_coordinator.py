@@ -45,6 +45,19 @@ def test_a_job_from_beginning_to_end(cluster: Any) -> None:
     assert status["reader"] == "arrow"
 
 
+def test_seconds_are_counted_to_training_until_the_last_split_closes(cluster: Any) -> None:
+    cluster.shards()
+    worker = cluster.workers()[0]
+    cluster.coordinator.tick()
+    splits = cluster.lease(worker, 64).splits
+    cluster.clock.now += 0.25
+    for split in splits:
+        cluster.close(worker, split)
+    work = cluster.coordinator.work
+    assert work.trained
+    assert (work.train_seconds, work.evaluate_seconds) == (pytest.approx(0.25), 0.0)
+
+
 def test_a_repeated_join_gets_the_same_answer(cluster: Any) -> None:
     first = cluster.join("shard", "a:1", nonce=5)
     again = cluster.join("shard", "a:1", nonce=5)
