@@ -5,6 +5,7 @@ Invariant: the same classes as in processes, over the in-process transport; no t
 """
 
 import asyncio
+import dataclasses
 import logging
 import random
 import threading
@@ -46,7 +47,9 @@ def run_in_process(
     """Run the job to its end; return the coordinator's last status.
 
     ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
+    Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
     """
+    spec = dataclasses.replace(spec, prefetch=1)
     # No thread compiles while others have leases to keep.
     compile_or_load()
     store = Store(folder / STATE_FILE).open()

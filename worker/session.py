@@ -44,10 +44,15 @@ class Session:
         """Return ``function(*arguments)``, called in the reading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    async def fetch(self, encode: Callable[[], Example]) -> Prepared:
-        """Return the batch that ``encode`` makes, with its rows and dense values pulled."""
+    async def fetch(self, encode: Callable[[], Example], turn: asyncio.Semaphore | None = None) -> Prepared:
+        """Return the batch that ``encode`` makes, with its rows and dense values pulled.
+
+        Encoding runs ahead; the pull waits for ``turn``, so that what is computed on is no older than it has to be.
+        """
         routes = self.client.routes
         prepared = await self.in_thread(lambda: self._preparer.prepare(encode(), routes))
+        if turn is not None:
+            await turn.acquire()
         await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
         return prepared
 

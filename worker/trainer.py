@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainer: the worker's pipeline. While batch n computes, batch n + 1 is read, encoded and pulled, and n - 1 is pushed.
 
-Invariant: at most ``prefetch`` batches are between the lease and the push, and at most twice ``open_splits`` pushes in flight; a
+Invariant: at most ``prefetch`` batches are between the pull and the push, and at most twice ``open_splits`` pushes in flight; a
 split is reported closed only after all its groups were acknowledged. One event loop; reading and encoding run in the one
 thread of ``executor``.
 """
@@ -47,7 +47,9 @@ class Trainer:
         self._spec = session.member.spec
         self._plan = plan_splits(files_from_json(list(self._spec.files)), self._spec.rows_per_split)
         self._evaluator = Evaluator(session)
-        self._depth = asyncio.Semaphore(self._spec.prefetch)
+        # Batches between the lease and the push, and those of them whose rows are pulled: one more is encoded.
+        self._depth = asyncio.Semaphore(self._spec.prefetch + 1)
+        self._pulled = asyncio.Semaphore(self._spec.prefetch)
         self._fetched: asyncio.Queue[Fetched | None] = asyncio.Queue()
         # Splits of few batches would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
         self._in_flight = asyncio.Semaphore(2 * self._spec.open_splits)
@@ -177,7 +179,7 @@ class Trainer:
         def encode() -> Example:
             return self._workload.encode(split.batch(number), epoch=split.epoch, split=split.id, batch=number)
 
-        await self._fetched.put((split, number, group.create_task(self._session.fetch(encode))))
+        await self._fetched.put((split, number, group.create_task(self._session.fetch(encode, self._pulled))))
 
     # Second half: batches are computed and their gradients pushed
 
@@ -200,6 +202,7 @@ class Trainer:
                 split.pushing = group.create_task(self._push(split, number, prepared))
             split.pushing.add_done_callback(self._pushed)
             self._depth.release()
+            self._pulled.release()
             if number == split.groups - 1:
                 group.create_task(self._close(split))
             # Everything above may have been at hand: let the push leave before the next batch computes.

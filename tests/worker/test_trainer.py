@@ -84,17 +84,23 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(make_job: Make) -> 
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_the_pipeline_is_as_deep_as_prefetch(make_job: Make, counting: Any, prefetch: int) -> None:
     job = make_job(prefetch=prefetch, epochs=1, servers=1)
-    depths: list[int] = []
+    encoded: list[int] = []
+    pulled: list[int] = []
+    pulls = 0
 
     async def note(method: str, request: Any) -> None:
+        nonlocal pulls
         if method == "Shard.Push":
             pushed.add((request.split, request.group))
-        depths.append(len(counting.seen) - len(pushed))
+        # Once every encoded batch was pulled, further pulls are the evaluation's.
+        pulls += method == "Shard.Pull" and pulls < len(counting.seen)
+        encoded.append(len(counting.seen) - len(pushed))
+        pulled.append(pulls - len(pushed))
 
     pushed: set[tuple[int, int]] = set()
     job.wire.bend = note
     job.run(lambda job: job.to_the_end())
-    assert max(depths) == prefetch
+    assert (max(pulled), max(encoded)) == (prefetch, prefetch + 1)
 
 
 def test_groups_wait_for_each_other_and_a_split_for_all(make_job: Make) -> None:
