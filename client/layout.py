@@ -6,9 +6,6 @@ Invariant: a pure function of the specs, so every process numbers alike. Immutab
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from oarlock.embedding.spec import DenseSpec, TableSpec
 
 
@@ -46,15 +43,6 @@ class Layout:
         self.dense_size = offset
         self.blocks = total + len(self.dense_blocks)
         self.table_index = {t.name: i for i, t in enumerate(tables)}
-
-    def sizes(self) -> NDArray[np.float64]:
-        """Return a weight per block for planning, float64[blocks]: bytes for dense blocks, an equal share for rows."""
-        out = np.ones(self.blocks)
-        for i, block in enumerate(self.dense_blocks):
-            out[self.dense_base + i] = block.length * 4
-        for base, table in zip(self.table_base, self.tables, strict=True):
-            out[base : base + table.blocks] = table.dim * 4 * 1024
-        return out
 
     def name(self, block: int) -> tuple[str, int]:
         """Return (table or parameter, number within it) of block number ``block``."""

@@ -39,14 +39,6 @@ def test_a_layout_may_lack_tables_or_dense_parameters():
     only_dense, only_tables = Layout((), LAYOUT.dense), Layout(LAYOUT.tables, ())
     assert [only_dense.name(n) for n in range(5)] == [("w", 0), ("w", 1), ("w", 2), ("b", 0), ("b", 1)]
     assert (only_tables.blocks, only_tables.dense_base, only_tables.dense_size) == (12, 12, 0)
-    assert len(only_tables.sizes()) == 12
-
-
-def test_weights_of_blocks_follow_their_bytes():
-    sizes = LAYOUT.sizes()
-    assert sizes[12:].tolist() == [16, 16, 4, 12, 8]
-    assert sizes[0] == sizes[7]
-    assert sizes[8] / sizes[0] == 3 / 2
 
 
 @st.composite
