@@ -70,25 +70,39 @@ class JoinReply(_message.Message):
     placement: _common_pb2.Placement
     def __init__(self, job: _Optional[bytes] = ..., run: _Optional[int] = ..., term: _Optional[int] = ..., id: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., heartbeat_seconds: _Optional[float] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ...) -> None: ...
 
+class Clock(_message.Message):
+    __slots__ = ("active", "acknowledged", "heard")
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    HEARD_FIELD_NUMBER: _ClassVar[int]
+    active: bool
+    acknowledged: int
+    heard: int
+    def __init__(self, active: bool = ..., acknowledged: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
+
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("header", "stats")
+    __slots__ = ("header", "stats", "clock")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     stats: str
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ...) -> None: ...
+    clock: Clock
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("term", "generation", "phase", "step")
+    __slots__ = ("term", "generation", "phase", "step", "minimum")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     phase: str
     step: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    minimum: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
     __slots__ = ("header",)
@@ -97,46 +111,52 @@ class PlacementRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("header", "wanted", "number", "held", "evaluations")
+    __slots__ = ("header", "wanted", "number", "held", "evaluations", "clock")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     wanted: int
     number: int
     held: _containers.RepeatedScalarFieldContainer[int]
     evaluations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ...) -> None: ...
+    clock: Clock
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("work", "splits", "fresh", "retry_seconds")
+    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLITS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     RETRY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
     work: Work
     splits: _containers.RepeatedScalarFieldContainer[int]
     fresh: _containers.RepeatedScalarFieldContainer[bool]
     retry_seconds: float
-    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ...) -> None: ...
+    minimum: int
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ...) -> None: ...
 
 class CloseSplitRequest(_message.Message):
-    __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums")
+    __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums", "groups")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     work: Work
     split: int
     samples: int
     loss_sum: float
     sums: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., work: _Optional[_Union[Work, str]] = ..., split: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
+    groups: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., work: _Optional[_Union[Work, str]] = ..., split: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Iterable[float]] = ..., groups: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("header", "splits", "evaluations", "reason")

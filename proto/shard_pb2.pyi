@@ -20,14 +20,16 @@ class TableKeys(_message.Message):
     def __init__(self, table: _Optional[int] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("header", "tables", "dense")
+    __slots__ = ("header", "tables", "dense", "number")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
     dense: _common_pb2.Array
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("rows", "dense", "pushes", "failure")
@@ -62,18 +64,22 @@ class DenseGradients(_message.Message):
     def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "split", "group", "tables", "dense")
+    __slots__ = ("header", "split", "group", "tables", "dense", "step", "number")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     split: int
     group: int
     tables: _containers.RepeatedCompositeFieldContainer[TableGradients]
     dense: _containers.RepeatedCompositeFieldContainer[DenseGradients]
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ...) -> None: ...
+    step: int
+    number: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("applied", "skipped", "moved", "refused", "failure")
