@@ -31,7 +31,7 @@ LAYERS = {
     "telemetry": 0,
 }
 # Beside the layers: it may import everything and nothing imports it.
-OUTSIDE = {"benchmarks"}
+OUTSIDE = {"benchmarks", "simulation"}
 # Third party -> the only packages or files that may import it.
 GATES = {
     "numba": ("embedding/", "nn/", "data/"),

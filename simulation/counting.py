@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe that counts: every occurrence of a key adds one to its row, every group one to a dense value.
+
+Invariant: values start at zero and sgd of rate 1 is given a gradient of -1 per occurrence, so a push that was lost or applied
+twice shows in the rows, which must equal the occurrences in the files: no mark is asked. With ``trace`` every group has, in
+each of a few blocks, a key and a dense element of its own, so that the values also tell *which* group was. float32 counts
+exactly below 2^24. One event loop.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.job import JobSpec
+from oarlock.data.columns import Arrays, ColumnSpec
+from oarlock.data.files import files_from_json, list_files
+from oarlock.data.splits import plan_splits
+from oarlock.embedding.hashing import blocks_of, table_salt
+from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.nn.graph import Lookup
+from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
+
+SGD, ZEROS = OptimizerSpec("sgd"), Initializer("zeros")
+COLUMNS = (ColumnSpec("a", "key"), ColumnSpec("b", "key"))
+NO_KEYS = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class Config:
+    """``blocks`` of the counting table; ``trace`` blocks of the tracing one (0: no trace)."""
+
+    blocks: int = 8
+    trace: int = 0
+    rows_per_split: int = 1024
+    evaluation_rows_per_split: int = 1024
+    batch_rows: int = 256
+
+
+def parameters(blocks: int, trace: int, groups: int) -> tuple[tuple[TableSpec, ...], tuple[DenseSpec, ...]]:
+    """Return tables and dense parameters; ``groups``: how many groups the whole job has at most, if they are traced."""
+    tables: tuple[TableSpec, ...] = (TableSpec("key", 1, SGD, ZEROS, blocks),)
+    dense: tuple[DenseSpec, ...] = (DenseSpec("groups", (1,), SGD, ZEROS),)
+    if trace:
+        tables += (TableSpec("trace", 1, SGD, ZEROS, trace),)
+        dense += (DenseSpec("trace", (groups,), SGD, ZEROS),)
+    return tables, dense
+
+
+@lru_cache(maxsize=8)
+def trace_keys(trace: int, groups: int) -> NDArray[np.uint64]:
+    """Return uint64[groups, trace]: per group one key in each block of the tracing table, no key twice."""
+    found: list[NDArray[np.uint64]] = [NO_KEYS] * trace
+    first = 0
+    while min(map(len, found)) < groups:
+        keys = np.arange(first, first + 4096, dtype=np.uint64)
+        blocks = np.empty(len(keys), np.int32)
+        blocks_of(keys, table_salt("trace"), trace.bit_length() - 1, blocks)
+        found = [np.concatenate([f, keys[blocks == b]]) for b, f in enumerate(found)]
+        first += len(keys)
+    return np.stack([f[:groups] for f in found], axis=1)
+
+
+class CountingModel:
+    """The counting tables as a model: two lookups of one table, and the trace."""
+
+    def __init__(self, tables: tuple[TableSpec, ...], dense: tuple[DenseSpec, ...]) -> None:
+        self.parameters = dense
+        self.lookups = tuple(
+            Lookup(name, table.name, 1)
+            for table in tables
+            for name in (("a", "b") if table.name == "key" else ("trace",))
+        )
+
+    def bind(self, max_batch: int) -> "CountingProgram":
+        return CountingProgram(self)
+
+
+class CountingProgram:
+    """Gives every row the gradient -1 per occurrence in the batch."""
+
+    def __init__(self, model: CountingModel) -> None:
+        self._lookups = [lookup.name for lookup in model.lookups]
+        size = sum(spec.size for spec in model.parameters)
+        self.flat_parameters = np.zeros(size, np.float32)
+        self.flat_gradients = np.zeros(size, np.float32)
+        self.flat_gradients[0] = -1
+        self.row_gradients: dict[str, NDArray[np.float32]] = {}
+
+    def train(self, feeds: dict[str, Any], samples: int) -> float:
+        for name in self._lookups:
+            rows, inverse = feeds[name]
+            self.row_gradients[name] = -np.bincount(inverse, minlength=len(rows)).astype(np.float32)[:, None]
+        self.flat_gradients[1:] = 0
+        # The buffer is used again for the next batch, as a real program's is.
+        self.flat_gradients[1 + feeds["group"].astype(np.int64)] = -1
+        return 0.25
+
+    def predict(self, feeds: dict[str, Any], samples: int) -> NDArray[np.float32]:
+        rows, inverse = feeds["a"]
+        counts: NDArray[np.float32] = rows[inverse, 0]
+        return counts
+
+
+class CountingWorkload:
+    """Counts columns a and b of the training files; evaluation sums the counts of column a's keys in the test files."""
+
+    columns = COLUMNS
+    evaluation_columns = COLUMNS
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.model: Any = CountingModel(spec.tables, spec.dense)
+        self.max_samples = max(spec.batch_rows, spec.evaluation_rows_per_split)
+        self._trace = spec.config["trace"]
+        self._groups = spec.dense[-1].size
+        self._per_split = self._groups // (spec.splits * spec.epochs)
+
+    def start(self) -> None:
+        pass
+
+    def samples(self, rows: int) -> int:
+        return rows
+
+    def encode(self, rows: Arrays, *, epoch: int, split: int, batch: int) -> Example:
+        keys = {"a": rows["a"], "b": rows["b"]}
+        group: list[int] = []
+        if self._trace:
+            group = [split * self._per_split + batch]
+            keys["trace"] = trace_keys(self._trace, self._groups)[group[0]]
+        return Example(len(rows["a"]), keys, {"group": np.array(group, np.float32)})
+
+    def rates(self, done: float) -> Rates:
+        return Rates(1.0, 1.0)
+
+    def evaluation(self, rows: Arrays) -> Iterator[EvaluationBatch]:
+        keys = {"a": rows["a"], "b": rows["b"]}
+        if self._trace:
+            keys["trace"] = NO_KEYS
+        yield EvaluationBatch(Example(len(rows["a"]), keys, {}), None)
+
+    def sums(self, batch: EvaluationBatch, scores: NDArray[np.float32]) -> list[float]:
+        return [float(len(scores)), float(scores.sum(dtype=np.float64))]
+
+
+class CountingRecipe:
+    """Plans a counting job over ``train/`` and ``test/`` in the data's folder: Parquet files with columns a and b."""
+
+    Config = Config
+
+    def plan(self, config: Any, data: Path, *, epochs: int) -> Plan:
+        train, test = list_files(data / "train"), list_files(data / "test")
+        splits = plan_splits(train, config.rows_per_split)
+        groups = epochs * len(splits) * max(-(-s.rows // config.batch_rows) for s in splits)
+        tables, dense = parameters(config.blocks, config.trace, groups)
+        return Plan(
+            asdict(config),
+            train,
+            test,
+            config.rows_per_split,
+            config.evaluation_rows_per_split,
+            config.batch_rows,
+            tables,
+            CountingModel(tables, dense),  # type: ignore[arg-type]
+            ("count",),
+        )
+
+    def workload(self, spec: JobSpec) -> CountingWorkload:
+        return CountingWorkload(spec)
+
+
+def groups_of(spec: JobSpec) -> list[int]:
+    """Return how many groups each split of the plan has."""
+    return [-(-s.rows // spec.batch_rows) for s in plan_splits(files_from_json(list(spec.files)), spec.rows_per_split)]
+
+
+recipe = CountingRecipe()
