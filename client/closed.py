@@ -12,6 +12,8 @@ from oarlock.proto.errors import Malformed
 
 # Splits are leased at most this far above the floor (SEMANTICS section 2), so a longer bitmap is no closed set of ours.
 SPLIT_WINDOW = 1024
+# Numbers of splits stay far below what files and messages can hold.
+MAX_SPLIT = 1 << 62
 
 
 class ClosedSet:
@@ -60,5 +62,7 @@ class ClosedSet:
             raise Malformed(
                 f"a closed set reaches {len(message.bitmap) * 8} splits above its floor, at most {SPLIT_WINDOW} can be"
             )
+        if message.floor > MAX_SPLIT:
+            raise Malformed(f"a closed set with the floor {message.floor}: no job has so many splits")
         bits = int.from_bytes(message.bitmap, "little")
         return ClosedSet(message.floor, (message.floor + i for i in range(bits.bit_length()) if bits >> i & 1))

@@ -16,6 +16,7 @@ from oarlock.proto.errors import Malformed
 
 # Owners travel as int32.
 MAX_SHARD = (1 << 31) - 1
+MAX_SHARDS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def pack_placement(generation: int, owners: NDArray[np.int32], shards: dict[int,
 def unpack_placement(layout: Layout, message: Placement) -> Routes:
     """Return the Routes of a placement message; Malformed where it contradicts the layout."""
     owners = unpack(message.owners, np.int32, "placement owners").astype(np.int32)
+    if len(message.shards) > MAX_SHARDS:
+        raise Malformed(f"the placement names {len(message.shards)} shards, at most {MAX_SHARDS} can be")
     ids = [m.id for m in message.shards]
     if len(set(ids)) != len(ids) or max(ids, default=0) > MAX_SHARD:
         raise Malformed(f"the placement's shards need different numbers from 0 to {MAX_SHARD}")

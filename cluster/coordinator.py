@@ -7,7 +7,6 @@ Decisions are in members.py, work.py and placement.py; orders to shards are carr
 
 import json
 import logging
-import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, WRITING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
-from oarlock.cluster.members import Member, Members
+from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.recovery import go_back, take_up
 from oarlock.cluster.status import status_of
@@ -37,6 +36,8 @@ STOP_SECONDS = 30.0
 MAX_WARNINGS = 1000
 # More samples than this in one split are no count but a mistake.
 MAX_SAMPLES = 1 << 53
+# Sums beyond it could add up, or their means come out, as infinity, which no checkpoint can hold.
+MAX_SUM = 1e100
 
 
 class Coordinator:
@@ -99,12 +100,16 @@ class Coordinator:
                 raise InvalidArgument(
                     f"job {self.spec.name} runs with {len(self.shards)} shards; adding one while it trains is not possible yet"
                 )
+            if len(self.members.alive(role)) >= MAX_ALIVE:
+                raise Unavailable(f"job {self.spec.name} has {MAX_ALIVE} {role}s and takes in no more for now")
             incarnation = self.rng.getrandbits(62) | 1
             while incarnation in self.members.all:
                 incarnation = self.rng.getrandbits(62) | 1
             member = Member(incarnation, self.members.next_id(role), role, address, nonce, pid, host, reader, self.run)
             with self.store as store:
                 store.set_member(incarnation, member.record())
+                for forgotten in self.members.forget():
+                    store.delete_member(forgotten)
             self.members.add(member, self.clock())
             logger.info("event=joined role=%s id=%d incarnation=%d address=%s", role, member.id, incarnation, address)
             self._place_if_complete()
@@ -190,7 +195,7 @@ class Coordinator:
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float) -> None:
         """Count a split as trained."""
-        if not math.isfinite(loss_sum):
+        if not abs(loss_sum) <= MAX_SUM:
             raise InvalidArgument(
                 f"split {split}: the loss is {loss_sum}; the model diverged, lower its learning rates", split=split
             )
@@ -205,10 +210,12 @@ class Coordinator:
 
     def evaluated(self, worker: int, split: int, sums: list[float]) -> None:
         """Keep an evaluation split's sums; the last one of an epoch ends it."""
-        if len(sums) != 1 + len(self.spec.metrics) or not all(map(math.isfinite, sums)):
+        if len(sums) != 1 + len(self.spec.metrics) or not all(abs(s) <= MAX_SUM for s in sums):
             raise InvalidArgument(
                 f"evaluation split {split}: {len(sums)} sums came, wanted {1 + len(self.spec.metrics)} finite ones"
             )
+        if not (sums[0] == 0 or sums[0] >= 1 / MAX_SUM):
+            raise InvalidArgument(f"evaluation split {split}: its weight is {sums[0]}: give 0 or a positive number")
         with self.lock:
             if not self.work.evaluate(worker, split, sums):
                 return

@@ -9,6 +9,10 @@ from typing import Any
 
 from oarlock.proto.errors import LeaseLost
 
+# So many processes of one role take part at once, and so many that are gone are remembered.
+MAX_ALIVE = 1024
+MAX_GONE = 1024
+
 
 @dataclass
 class Member:
@@ -62,6 +66,14 @@ class Members:
     def add(self, member: Member, now: float) -> None:
         member.expires = now + self._lease_seconds
         self.all[member.incarnation] = member
+
+    def forget(self) -> list[int]:
+        """Forget those gone that are too many, in the order in which they joined; return their incarnations."""
+        gone = [m.incarnation for m in self.all.values() if m.state != "alive"]
+        surplus = gone[: max(0, len(gone) - MAX_GONE)]
+        for incarnation in surplus:
+            del self.all[incarnation]
+        return surplus
 
     def renew(self, incarnation: int, now: float) -> Member:
         """Extend the member's lease; LeaseLost if it has none any more."""

@@ -2,7 +2,9 @@
 """The coordinator's service: messages checked and turned into calls, answers into messages. Called from many threads."""
 
 import json
+import math
 import re
+from typing import Any
 
 from oarlock import __version__
 from oarlock.client.job import OVER, STOPPING, TRAINING
@@ -35,12 +37,46 @@ from oarlock.proto.version import check_protocol, hello
 
 MAX_SPLITS = 64
 MAX_STATS = 1 << 16
+# Objects within objects: a shard's statistics have its tables' rows in them.
+MAX_STATS_LEVELS = 4
 _ADDRESS = re.compile(r"unix:[^\s]{1,200}|[^\s/]{1,253}:[0-9]{1,5}|in-process:[^\s]{1,100}")
 _WORK = {"train": TRAIN, "evaluate": EVALUATE, "wait": WAIT, "finished": FINISHED}
 
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _no_number(text[:20])
+    return number
+
+
+def _is_flat(value: object, levels: int = MAX_STATS_LEVELS) -> bool:
+    if isinstance(value, dict | list):
+        return levels > 0 and all(
+            _is_flat(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value)
+        )
+    return True
+
+
+def read_stats(text: str) -> dict[str, Any]:
+    """Return a member's statistics; Malformed for what could not be kept, copied and told on as it is."""
+    if len(text) > MAX_STATS:
+        raise InvalidArgument(f"statistics of {len(text)} bytes, at most {MAX_STATS}")
+    try:
+        stats = json.loads(text or "{}", parse_constant=_no_number, parse_float=_finite)
+        # An escape can stand for half a character, which no file or terminal takes.
+        json.dumps(stats, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"statistics that are no JSON: {error}") from None
+    if not isinstance(stats, dict):
+        raise Malformed("statistics that are no JSON object")
+    if not _is_flat(stats):
+        raise Malformed(f"statistics of more than {MAX_STATS_LEVELS} levels")
+    return stats
 
 
 class CoordinatorService:
@@ -55,7 +91,7 @@ class CoordinatorService:
         check_protocol(header.protocol)
         if header.job != c.spec.job_bytes:
             raise WrongJob(
-                f"this is the coordinator of job {c.spec.job}, the message is of job {header.job.hex() or 'none'}"
+                f"this is the coordinator of job {c.spec.job}, the message is of job {header.job[:16].hex() or 'none'}"
             )
         if header.run != c.run:
             raise WrongRun(f"the job is in run {c.run}, the message is of run {header.run}: join anew", run=c.run)
@@ -75,7 +111,7 @@ class CoordinatorService:
         if request.role not in roles or not request.nonce:
             raise Malformed("a Join needs a role (shard or worker) and a nonce")
         if request.role == SHARD and not _ADDRESS.fullmatch(request.address):
-            raise InvalidArgument(f"a shard's address {request.address!r} is neither host:port nor unix:PATH")
+            raise InvalidArgument(f"a shard's address {request.address[:100]!r} is neither host:port nor unix:PATH")
         with c.lock:
             member = c.join(
                 roles[request.role],
@@ -100,14 +136,7 @@ class CoordinatorService:
     def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
         c = self._coordinator
         member = self._member(request.header)
-        if len(request.stats) > MAX_STATS:
-            raise InvalidArgument(f"statistics of {len(request.stats)} bytes, at most {MAX_STATS}")
-        try:
-            stats = json.loads(request.stats or "{}", parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
-            raise Malformed(f"statistics that are no JSON: {error}") from None
-        if not isinstance(stats, dict):
-            raise Malformed("statistics that are no JSON object")
+        stats = read_stats(request.stats)
         with c.lock:
             member.stats = stats
             generation = c.generation if c.placed else 0

@@ -112,6 +112,9 @@ class Store:
     def set_member(self, incarnation: int, value: dict[str, Any]) -> None:
         self._execute("INSERT OR REPLACE INTO members VALUES (?, ?)", (incarnation, json.dumps(value)))
 
+    def delete_member(self, incarnation: int) -> None:
+        self._execute("DELETE FROM members WHERE incarnation = ?", (incarnation,))
+
     def evaluations(self) -> dict[int, list[float]]:
         return {s: json.loads(v) for s, v in self._execute("SELECT split, sums FROM evaluations")}
 

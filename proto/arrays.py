@@ -64,9 +64,10 @@ def unpack(
     found = _DTYPES.get(message.dtype)
     if found is None or found != wanted.newbyteorder("<"):
         raise Malformed(f"{what}: dtype {found.name if found else message.dtype}, wanted {wanted.name}")
+    # Counted before it is copied: a shape of a hundred bytes a dimension in memory is one byte a dimension in a message.
+    if len(message.shape) != dims or dims > MAX_DIMENSIONS:
+        raise Malformed(f"{what}: {len(message.shape)} dimensions, wanted {dims}")
     shape = tuple(message.shape)
-    if len(shape) != dims or len(shape) > MAX_DIMENSIONS:
-        raise Malformed(f"{what}: {len(shape)} dimensions, wanted {dims}")
     size = math.prod(shape)
     if size * wanted.itemsize > MAX_MESSAGE_BYTES:
         raise OutOfMemory(f"{what}: {size} values are over the limit of {MAX_MESSAGE_BYTES} bytes in one message")

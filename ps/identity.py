@@ -25,7 +25,7 @@ class Identity:
         check_protocol(header.protocol)
         if header.job != self.job:
             raise WrongJob(
-                f"this shard serves job {self.job.hex()}, the message is of job {header.job.hex() or 'none'}"
+                f"this shard serves job {self.job.hex()}, the message is of job {header.job[:16].hex() or 'none'}"
             )
         if header.run != self.run:
             raise WrongRun(

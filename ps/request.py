@@ -15,6 +15,8 @@ from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
 
+# The longest path that Linux takes.
+MAX_PATH = 4096
 # A rate of this size would take a row to infinity in a few steps, and such a row can be neither moved nor restored.
 RATE_LIMIT = 1e15
 
@@ -71,6 +73,21 @@ def read_keys(layout: Layout, message: TableKeys) -> Keys:
     if int(counts.sum(dtype=np.int64)) != len(keys):
         raise Malformed(f"table {spec.name}: counts add up to {int(counts.sum(dtype=np.int64))}, {len(keys)} keys came")
     return Keys(message.table, keys, blocks, counts, layout.table_base[message.table] + blocks)
+
+
+def refuse_parts(layout: Layout, parts: int) -> None:
+    """Raise Malformed if a message has more parts than the job has blocks.
+
+    An empty part is two bytes of a message and hundreds in memory, so they are counted before any is looked at.
+    """
+    if parts > max(layout.blocks, 1):
+        raise Malformed(f"{parts} parts in one message, but the job has {layout.blocks} blocks")
+
+
+def read_path(path: str, what: str) -> str:
+    if not path.startswith("/") or "\0" in path or len(path) > MAX_PATH:
+        raise InvalidArgument(f"{what} is {path[:80]!r}: give an absolute path of at most {MAX_PATH} characters")
+    return path
 
 
 def read_rate(rate: float, what: str) -> float:

@@ -32,6 +32,7 @@ from oarlock.proto.shard_pb2 import (
 from oarlock.proto.version import hello
 from oarlock.ps.blocks import adopt, write
 from oarlock.ps.identity import Identity
+from oarlock.ps.request import read_path
 from oarlock.ps.shard import Shard
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -58,12 +59,17 @@ class ShardService:
         self._joined[0].check(header)
         return self._joined
 
-    def _ordered(self, header: Header) -> tuple[Identity, Shard]:
+    def _order(self, header: Header) -> tuple[Identity, Shard]:
         """As _shard, for orders: those of a coordinator that another one has replaced are refused."""
         found = self._shard(header)
+        if header.term < self._term:
+            raise LeaseLost(f"the order is of term {header.term}, a coordinator of term {self._term} is in charge")
+        return found
+
+    def _take(self, header: Header) -> tuple[Identity, Shard]:
+        """As _order, and note who is in charge. For orders that were read: what is malformed tells nothing about that."""
         with self._ordering:
-            if header.term < self._term:
-                raise LeaseLost(f"the order is of term {header.term}, a coordinator of term {self._term} is in charge")
+            found = self._order(header)
             self._term = header.term
         return found
 
@@ -83,18 +89,25 @@ class ShardService:
         return MarksReply(next=shard.next_groups(list(request.splits)))
 
     def close(self, request: CloseRequest) -> Empty:
-        self._ordered(request.header)[1].close_splits(ClosedSet.unpack(request.closed))
+        self._order(request.header)
+        closed = ClosedSet.unpack(request.closed)
+        self._take(request.header)[1].close_splits(closed)
         return Empty()
 
     def adopt(self, request: AdoptRequest) -> AdoptReply:
-        identity, shard = self._ordered(request.header)
+        identity, shard = self._order(request.header)
         routes = unpack_placement(shard.layout, request.placement)
-        adopt(shard, identity.id, routes, ClosedSet.unpack(request.closed), request.restore)
+        closed = ClosedSet.unpack(request.closed)
+        restore = request.restore and read_path(request.restore, "the checkpoint to restore")
+        self._take(request.header)
+        adopt(shard, identity.id, routes, closed, restore)
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 
     def write(self, request: WriteRequest) -> WriteReply:
-        _, shard = self._ordered(request.header)
-        entries = write(shard, request.cut, request.root)
+        self._order(request.header)
+        root = read_path(request.root, "the folder of checkpoints")
+        _, shard = self._take(request.header)
+        entries = write(shard, request.cut, root)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:

@@ -12,16 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.client.closed import ClosedSet
+from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.table import Table
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
-from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement
+from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.ps.marks import Marks
-from oarlock.ps.request import DensePush, RowPush, read_dense, read_dense_numbers, read_keys, read_rows, refuse_repeated
+from oarlock.ps.request import (
+    DensePush,
+    RowPush,
+    read_dense,
+    read_dense_numbers,
+    read_keys,
+    read_rows,
+    refuse_parts,
+    refuse_repeated,
+)
 
 
 class Shard:
@@ -48,6 +57,7 @@ class Shard:
         """Answer with the rows and dense values asked for; creates nothing."""
         layout = self.layout
         reply = PullReply(pushes=self.counters["pushes"])
+        refuse_parts(layout, len(request.tables))
         parts = [read_keys(layout, message) for message in request.tables]
         numbers = read_dense_numbers(layout, request.dense)
         # Known before any of it is allocated: a small request may ask for an enormous answer.
@@ -97,10 +107,17 @@ class Shard:
         layout = self.layout
         if request.group >= 1 << 31:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
+        refuse_parts(layout, len(request.tables) + len(request.dense))
         rows = [read_rows(layout, message) for message in request.tables]
         dense = [read_dense(layout, message) for message in request.dense]
         refuse_repeated([*(part.keys.numbers for part in rows), *(part.numbers for part in dense)])
         with self.push_lock:
+            if request.split - self.closed.floor >= SPLIT_WINDOW:
+                # Nobody was leased such a split, unless word of closed ones has not come yet; it would keep marks for ever.
+                raise Unavailable(
+                    f"split {request.split} is {SPLIT_WINDOW} or more above {self.closed.floor}, below which this shard knows "
+                    "all splits to be closed"
+                )
             # All of the message is checked before any of it is applied.
             moved: list[NDArray[np.int32]] = []
             for part in rows:

@@ -77,11 +77,11 @@ def test_some_blocks_of_one_table_have_it(job):
 
 
 def test_splits_are_counted_apart(job):
-    for split in (0, 7, (1 << 64) - 1):
+    for split in (0, 7, 1023):
         assert push(job, rig.request_of(job, split, 2)).applied == 17
         assert push(job, rig.request_of(job, split, 1)).skipped == 17
     assert np.array_equal(job.dense(), np.full(14, -3))
-    assert job.shards[0].next_groups([0, 7, (1 << 64) - 1, 8]) == [3, 3, 3, 0]
+    assert job.shards[0].next_groups([0, 7, 1023, 8]) == [3, 3, 3, 0]
 
 
 def test_groups_may_have_gaps(job):
