@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A shard and a coordinator as they stand behind their ports, with good messages for each method and a way to attack them.
+
+Invariant: ``attack`` gives bytes to what the gRPC server gives them to, and checks what must hold after any bytes at all: an
+answer or a PSError that is no Internal and can itself be sent; what was refused changed nothing; nothing outgrows its bound.
+"""
+
+import json
+import os
+import random
+import shutil
+import zlib
+from pathlib import Path
+from typing import ClassVar
+
+import cluster_rig
+import mutate
+import numpy as np
+import rig
+
+from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.cluster.coordinator import MAX_WARNINGS
+from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
+from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto.arrays import pack
+from oarlock.proto.common_pb2 import HelloRequest
+from oarlock.proto.errors import Internal, Malformed, PSError
+from oarlock.proto.methods import METHODS, PROTOCOL
+from oarlock.proto.rpc import GrpcServer, to_status
+from oarlock.proto.shard_pb2 import CloseRequest, MarksRequest, PullRequest, ShardStatsRequest, TableKeys, WriteRequest
+
+READ_ONLY = ("Shard.Hello", "Shard.Pull", "Shard.Marks", "Shard.Stats", "Coordinator.Hello", "Coordinator.Status")
+
+
+class Target:
+    """What is attacked. ``inputs`` counts the attacks, ``refused`` and ``answered`` what came of them."""
+
+    service = ""
+    # How often each method is tried; what writes files or ends the job comes seldom.
+    weights: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.inputs = self.refused = self.answered = 0
+        self.renew()
+
+    def renew(self):
+        """Begin a new life: what forged orders have spoilt is gone."""
+        self.build()
+        self.server = GrpcServer(self.handler, self.service, listen="127.0.0.1:0")
+        self.good = {m: [g.SerializeToString() for g in messages] for m, messages in self.messages().items()}
+        assert set(self.good) == {m for m in METHODS if m.startswith(self.service + ".")}
+        self.state = self.fingerprint()
+
+    def next_input(self):
+        """Return (method, bytes) of the next attack."""
+        rng = self.rng
+        (method,) = rng.choices(list(self.weights), list(self.weights.values()))
+        kind = rng.random()
+        data = rng.choice(self.good[method])
+        if kind < 0.05:
+            return method, mutate.any_bytes(rng)
+        if kind < 0.10:
+            # A good message of another method.
+            other = rng.choice(list(self.good))
+            return method, rng.choice(self.good[other])
+        if kind < 0.15:
+            return method, data
+        if kind < 0.40:
+            return method, mutate.bytes_of(rng, data)
+        message = METHODS[method].request.FromString(data)
+        mutate.message_of(rng, message)
+        return method, message.SerializeToString()
+
+    def attack(self, method, data):
+        """Send the bytes; return the error that they met, None if they were answered."""
+        self.inputs += 1
+        data = self.fenced(method, data)
+        error = None
+        term = self.term()
+        try:
+            self.server._reply(METHODS[method], data)
+        except PSError as refusal:
+            error = refusal
+        now = self.fingerprint()
+        # A refused order tells who is in charge, unless it is one that nobody meant.
+        assert self.term() == term or not isinstance(error, Malformed)
+        if error is None:
+            self.answered += 1
+            assert method not in READ_ONLY or now == self.state, f"{method} changed something"
+        else:
+            self.refused += 1
+            assert type(error) is not Internal, repr(error.__cause__)
+            assert to_status(error)
+            assert len(error.message) < 10_000
+            assert now == self.state, f"refused as {error!r}, and something changed"
+        self.state = now
+        self.check_bounds()
+        return error
+
+    def fenced(self, method, data):
+        return data
+
+    def term(self):
+        return 0
+
+    def run(self, inputs, *, life=400):
+        """Make ``inputs`` attacks; on a failure say what is needed to repeat the last one."""
+        for i in range(inputs):
+            if i % life == life - 1:
+                self.renew()
+            method, data = self.next_input()
+            try:
+                self.attack(method, data)
+            except Exception as error:
+                raise AssertionError(f"input {i}, {method} {data.hex()}: {type(error).__name__}: {error}") from error
+
+
+class ShardTarget(Target):
+    """One shard that owns all blocks of a small job, in the middle of training."""
+
+    service = "Shard"
+    weights: ClassVar = {
+        "Shard.Hello": 2,
+        "Shard.Pull": 25,
+        "Shard.Push": 45,
+        "Shard.Marks": 8,
+        "Shard.Adopt": 8,
+        "Shard.Close": 8,
+        "Shard.Write": 1,
+        "Shard.Stats": 3,
+    }
+
+    def __init__(self, seed, folder: Path):
+        self.folder = folder
+        super().__init__(seed)
+
+    def build(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        adam = OptimizerSpec("adam")
+        spec = rig.spec_of(
+            tables=(
+                TableSpec("user", 2, adam, Initializer("normal"), 4),
+                TableSpec("item", 3, rig.SGD, rig.ZEROS, 2),
+            ),
+            dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
+            splits=8,
+            epochs=3,
+        )
+        self.job = rig.Job(spec, shards=1).place()
+        self.handler = self.job.services[0]
+        self.shard = self.job.shards[0]
+        for group in range(2):
+            self.handler.push(rig.request_of(self.job, 1, group, raw=range(20)))
+
+    def messages(self):
+        job = self.job
+        keyset = rig.group_keys(job.layout, job.routes(), "user", range(12))
+        part = TableKeys(table=0, keys=pack(keyset.keys), blocks=pack(keyset.blocks), counts=pack(keyset.counts))
+        dense = pack(np.arange(job.layout.dense_base, job.layout.blocks, dtype=np.int32))
+        adoption = job.adoption(0)
+        job.generation += 1
+        newer = job.adoption(0, closed=ClosedSet(1, [3]).pack())
+        partly = job.adoption(0)
+        owners = job.owners.copy()
+        owners[::3] = -1
+        partly.placement.owners.CopyFrom(pack(owners))
+        header = job.header(0)
+        return {
+            "Shard.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
+            "Shard.Pull": [PullRequest(header=header, tables=[part], dense=dense, number=1)],
+            "Shard.Push": [
+                rig.request_of(job, split, group, raw=range(8)) for split, group in ((1, 1), (1, 2), (2, 0))
+            ],
+            "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
+            "Shard.Adopt": [adoption, newer, partly],
+            "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
+            "Shard.Write": [WriteRequest(header=header, cut=3, root=str(self.folder / "cuts"))],
+            "Shard.Stats": [ShardStatsRequest(header=header)],
+        }
+
+    def fenced(self, method, data):
+        """Keep what is written and read inside the test's folder."""
+        if method not in ("Shard.Write", "Shard.Adopt"):
+            return data
+        try:
+            request = METHODS[method].request.FromString(data)
+        except Exception:
+            return data
+        field = "root" if method == "Shard.Write" else "restore"
+        path = getattr(request, field)
+        if not path or "\0" in path:
+            return data
+        if not os.path.normpath(path).startswith(str(self.folder)) and os.path.isabs(path):
+            setattr(request, field, f"{self.folder}/{zlib.crc32(path.encode())}")
+        return request.SerializeToString()
+
+    def fingerprint(self):
+        """Return a digest of all that a message may change: rows, dense values, marks, sequence, closed set, placement."""
+        shard = self.shard
+        digest = zlib.crc32(shard.sequence.tobytes(), shard.generation)
+        digest = zlib.crc32(shard.owned.tobytes(), digest)
+        for split, marks in shard.marks._marks.items():
+            digest = zlib.crc32(marks.tobytes(), zlib.crc32(b"%d" % split, digest))
+        for table in shard.tables:
+            for block in table._blocks.values():
+                digest = zlib.crc32(block._entries, digest)
+                for chunk in block._chunks:
+                    digest = zlib.crc32(chunk, digest)
+        for parameter in shard.dense:
+            for values in parameter._blocks.values():
+                digest = zlib.crc32(values, digest)
+        return digest, shard.closed.floor, tuple(shard.closed.above)
+
+    def term(self):
+        return self.handler._term
+
+    def check_bounds(self):
+        assert len(self.shard.marks._marks) <= SPLIT_WINDOW
+        assert len(self.shard.closed.above) <= SPLIT_WINDOW + 8
+
+    def renew(self):
+        if self.inputs:
+            # Whatever was accepted, the shard can still be written, told about and closed.
+            assert rig.state(self.job) is not None
+            assert json.dumps(self.shard.stats(), allow_nan=False)
+            assert self.shard.closed.pack().SerializeToString() is not None
+        super().renew()
+
+
+class CoordinatorTarget(Target):
+    """A coordinator with two shards and two workers that train; its file is in memory."""
+
+    service = "Coordinator"
+    weights: ClassVar = {
+        "Coordinator.Hello": 2,
+        "Coordinator.Join": 8,
+        "Coordinator.Heartbeat": 20,
+        "Coordinator.Placement": 5,
+        "Coordinator.Lease": 20,
+        "Coordinator.CloseSplit": 25,
+        "Coordinator.Release": 10,
+        "Coordinator.Leave": 2,
+        "Coordinator.Status": 4,
+        "Coordinator.Stop": 1,
+    }
+
+    def build(self):
+        self.close()
+        self.cluster = cluster_rig.Cluster(Path(":memory:")).start()
+        self.handler = self.cluster.service
+        self.coordinator = self.cluster.coordinator
+        self.shards = self.cluster.shards()
+        self.workers = self.cluster.workers()
+
+    def close(self):
+        if hasattr(self, "cluster"):
+            self.cluster.kill()
+
+    def messages(self):
+        one, two = self.workers
+        header = self.cluster.header
+        self.cluster.lease(one, 2)
+        train = {"header": header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
+        join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
+        return {
+            "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
+            "Coordinator.Join": [
+                pb.JoinRequest(role=pb.WORKER, nonce=5, reader="arrow", **join),
+                pb.JoinRequest(role=pb.SHARD, nonce=6, address="new:1", **join),
+            ],
+            "Coordinator.Heartbeat": [
+                pb.HeartbeatRequest(header=header(one), stats='{"samples": 5}', clock=pb.Clock(active=True)),
+                pb.HeartbeatRequest(header=header(self.shards[0]), stats='{"rows": 3, "tables": {"user": 3}}'),
+            ],
+            "Coordinator.Placement": [pb.PlacementRequest(header=header(one))],
+            "Coordinator.Lease": [
+                pb.LeaseRequest(header=header(one), wanted=1, number=1, held=[0, 1], clock=pb.Clock(active=True)),
+                pb.LeaseRequest(header=header(two), wanted=2, number=1),
+            ],
+            "Coordinator.CloseSplit": [
+                pb.CloseSplitRequest(split=0, **train),
+                pb.CloseSplitRequest(split=1, **train),
+                pb.CloseSplitRequest(header=header(one), work=pb.EVALUATE, split=0, sums=[4.0, 1.0]),
+            ],
+            "Coordinator.Release": [
+                pb.ReleaseRequest(header=header(one), splits=[1], evaluations=[0], reason="it broke")
+            ],
+            "Coordinator.Leave": [pb.LeaveRequest(header=header(two), error="it broke")],
+            "Coordinator.Status": [pb.StatusRequest()],
+            "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
+        }
+
+    def fingerprint(self):
+        """Return all that a message may change but for what a header alone changes: the sender's lease."""
+        c, work = self.coordinator, self.coordinator.work
+        return (
+            [(m.incarnation, m.state, m.asked, str(m.stats)) for m in c.members.all.values()],
+            dict(work.leases),
+            work.closed.floor,
+            tuple(work.closed.above),
+            dict(work.results),
+            (work.epoch, work.samples, work.loss_sum, len(work.touched), str(work.failures)),
+            (c.phase, c.reason, c.stop_wanted, c.stop_reason, c.generation, c.cut, len(c.warnings)),
+        )
+
+    def check_bounds(self):
+        c = self.coordinator
+        assert len(c.members.alive("worker")) <= MAX_ALIVE
+        assert len(c.members.all) <= 2 * MAX_ALIVE + MAX_GONE
+        assert len(c.work.leases) <= c.spec.splits + c.spec.evaluation_splits
+        assert len(c.warnings) <= MAX_WARNINGS
+        assert json.dumps(c.counted(), allow_nan=False)
+
+    def renew(self):
+        if self.inputs:
+            # Whatever was accepted, time can go on, people can ask, and the state can be written down.
+            c = self.coordinator
+            for _ in range(3):
+                self.cluster.clock.now += 2.0
+                c.tick()
+            assert json.dumps(c.status(), allow_nan=False).encode()
+            json.dumps(c.status(), ensure_ascii=False, allow_nan=False).encode()
+        super().renew()
