@@ -16,7 +16,15 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Run, as one program each, by the test that is named.
-RUN_ELSEWHERE = {"checkpoint.md": "tests/checkpoint/test_docs.py"}
+RUN_ELSEWHERE = {
+    "checkpoint.md": "tests/checkpoint/test_docs.py",
+    "life_of_a_pull.md": "tests/docs/test_life_of_a_pull.py",
+}
+# Blocks that are no program, and the page that has them with the test that compares them with the code.
+COMPARED = {
+    "hex": ("wire.md", "tests/docs/test_wire.py"),
+    "output": ("life_of_a_pull.md", "tests/docs/test_life_of_a_pull.py"),
+}
 
 
 def page(path: Path) -> str:
@@ -69,6 +77,10 @@ def test_python_runs(path: Path) -> None:
 
 def test_shell_blocks_are_commands_that_exist(path: Path) -> None:
     for language, text in blocks(path):
+        if language in COMPARED:
+            assert path.name == COMPARED[language][0], f"{path.name}: nothing checks a block of {language}"
+            assert (ROOT / COMPARED[language][1]).exists()
+            continue
         assert language in ("", "python", "sh", "toml", "json"), f"{path.name}: nothing checks a block of {language}"
         if language in ("", "sh"):
             for words in commands(text):
