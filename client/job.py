@@ -13,6 +13,9 @@ from oarlock.proto.errors import InvalidArgument
 
 MODES = ("async",)
 
+# A lease that outlasts this is as good as none.
+MAX_LEASE_SECONDS = 1e9
+
 # What a job is doing. "gathering": shards join; "training"; "writing": a checkpoint, nobody trains; "stopping": workers
 # finish their groups and leave; then one of the three ends.
 GATHERING, TRAINING, WRITING, STOPPING = "gathering", "training", "writing", "stopping"
@@ -90,9 +93,10 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InvalidArgument(f"{name} = {value!r}: give a number of seconds")
-        if not 0 < self.heartbeat_seconds < self.lease_seconds:
+        if not 0 < self.heartbeat_seconds < self.lease_seconds < MAX_LEASE_SECONDS:
             raise InvalidArgument(
-                f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"
+                f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = "
+                f"{self.lease_seconds}, and that below {MAX_LEASE_SECONDS:g}"
             )
         names = [t.name for t in self.tables] + [d.name for d in self.dense]
         for name in names:
@@ -121,5 +125,5 @@ class JobSpec:
             values["evaluation_files"] = tuple(values["evaluation_files"])
             values["metrics"] = tuple(values["metrics"])
             return JobSpec(**values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error
