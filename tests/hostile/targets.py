@@ -255,15 +255,17 @@ class CoordinatorTarget(Target):
         self.shards = self.cluster.shards()
         self.workers = self.cluster.workers()
 
+    def header(self, sender):
+        return self.cluster.header(sender, term=self.coordinator.term)
+
     def close(self):
         if hasattr(self, "cluster"):
             self.cluster.kill()
 
     def messages(self):
         one, two = self.workers
-        header = self.cluster.header
-        self.cluster.lease(one, 2)
-        train = {"header": header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
+        self.handler.lease(pb.LeaseRequest(header=self.header(one), wanted=2, number=1))
+        train = {"header": self.header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
         join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
         return {
             "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
@@ -272,23 +274,23 @@ class CoordinatorTarget(Target):
                 pb.JoinRequest(role=pb.SHARD, nonce=6, address="new:1", **join),
             ],
             "Coordinator.Heartbeat": [
-                pb.HeartbeatRequest(header=header(one), stats='{"samples": 5}', clock=pb.Clock(active=True)),
-                pb.HeartbeatRequest(header=header(self.shards[0]), stats='{"rows": 3, "tables": {"user": 3}}'),
+                pb.HeartbeatRequest(header=self.header(one), stats='{"samples": 5}', clock=pb.Clock(active=True)),
+                pb.HeartbeatRequest(header=self.header(self.shards[0]), stats='{"rows": 3, "tables": {"user": 3}}'),
             ],
-            "Coordinator.Placement": [pb.PlacementRequest(header=header(one))],
+            "Coordinator.Placement": [pb.PlacementRequest(header=self.header(one))],
             "Coordinator.Lease": [
-                pb.LeaseRequest(header=header(one), wanted=1, number=1, held=[0, 1], clock=pb.Clock(active=True)),
-                pb.LeaseRequest(header=header(two), wanted=2, number=1),
+                pb.LeaseRequest(header=self.header(one), wanted=1, number=1, held=[0, 1], clock=pb.Clock(active=True)),
+                pb.LeaseRequest(header=self.header(two), wanted=2, number=1),
             ],
             "Coordinator.CloseSplit": [
                 pb.CloseSplitRequest(split=0, **train),
                 pb.CloseSplitRequest(split=1, **train),
-                pb.CloseSplitRequest(header=header(one), work=pb.EVALUATE, split=0, sums=[4.0, 1.0]),
+                pb.CloseSplitRequest(header=self.header(one), work=pb.EVALUATE, split=0, sums=[4.0, 1.0]),
             ],
             "Coordinator.Release": [
-                pb.ReleaseRequest(header=header(one), splits=[1], evaluations=[0], reason="it broke")
+                pb.ReleaseRequest(header=self.header(one), splits=[1], evaluations=[0], reason="it broke")
             ],
-            "Coordinator.Leave": [pb.LeaveRequest(header=header(two), error="it broke")],
+            "Coordinator.Leave": [pb.LeaveRequest(header=self.header(two), error="it broke")],
             "Coordinator.Status": [pb.StatusRequest()],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
