@@ -56,6 +56,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         help="how Parquet is read (default auto: petastorm if installed)",
     )
     command.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="how often a killed worker or coordinator is started again, all in all (default 1000; 0: never)",
+    )
+    command.add_argument(
         "--set",
         action="append",
         default=[],

@@ -74,7 +74,11 @@ class RunView:
 
     def _update(self, status: dict[str, Any]) -> None:
         if self._task is not None:
-            self._measure(status)
+            # A status that comes with a note is an old one: nothing in it moves.
+            note = status.get("note", "")
+            if not note:
+                self._measure(status)
+                note = f"{self._speed:,.0f} samples/s" if self._speed else ""
             evaluating = status["splits_closed"] == status["splits"]
             done, total = ("evaluated", "evaluation_splits") if evaluating else ("splits_closed", "splits")
             self._progress.update(
@@ -82,7 +86,7 @@ class RunView:
                 description=f"epoch {status['epoch'] + 1}/{status['epochs']} {'evaluate' if evaluating else status['phase']}",
                 completed=status[done],
                 total=max(1, status[total]),
-                note=f"{self._speed:,.0f} samples/s" if self._speed else "",
+                note=note,
             )
 
     def _measure(self, status: dict[str, Any]) -> None:

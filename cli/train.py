@@ -18,14 +18,14 @@ from oarlock.cli.show import RunView
 from oarlock.client.job import DONE, JobSpec
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
-from oarlock.launch.folder import create, job_folder, resume
+from oarlock.launch.folder import create, job_folder, read_run, resume
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.kernels import make_ready
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.errors import InvalidArgument, Unavailable
 from oarlock.telemetry.log import to_file
 
-_OPTIONS = ("epochs", "seed", "servers", "workers", "reader", "data")
+_OPTIONS = ("epochs", "seed", "servers", "workers", "reader", "restarts", "data")
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +120,9 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
             to_file(folder / "logs" / "job.log", options.log_level)
             status = run_in_process(spec, folder, restore=restore, watch=watch)
         else:
-            launched = LocalProcesses(spec, folder, restore=restore, log_level=options.log_level)
+            to_file(folder / "logs" / "launcher.log", options.log_level)
+            restarts = read_run(folder).restarts
+            launched = LocalProcesses(spec, folder, restore=restore, log_level=options.log_level, restarts=restarts)
             status = asyncio.run(launched.run(watch))
         view.show(status)
         if status["phase"] == "failed":
@@ -196,6 +198,7 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
         "name": spec.name,
         "phase": status["phase"],
         "run": status["run"],
+        "restarts": status.get("restarts", 0),
         "checkpoint": status["checkpoints"][-1]["path"] if status["checkpoints"] else None,
         "config": spec.config,
         "history": history,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the entry points of all processes share: options, logging, the end of a parent, and how an error ends a process.
 
-Invariant: a process ends with 0, or with 1 after one line `error: ...` on standard error, or 2 for wrong usage.
+Invariant: a process ends with 0, or with 1 after one line `error: ...` on standard error, or 2 for wrong usage. 75 instead of 1
+says that nothing is wrong with it but that it was away for too long: one that is started in its place joins anew.
 """
 
 import argparse
@@ -14,11 +15,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from oarlock.proto.errors import InvalidArgument, NotFound, PSError
+from oarlock.proto.errors import InvalidArgument, LeaseLost, NotFound, PSError, WrongRun
 from oarlock.telemetry.log import to_stream
 
 # Where a job's folder keeps the address of its coordinator.
 ADDRESS_FILE = "coordinator.json"
+# The exit code of a process whose lease, or whose run, ended without it (EX_TEMPFAIL of sysexits.h).
+START_AGAIN = 75
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -40,7 +43,7 @@ def run(main: Callable[[], Awaitable[Any]], options: argparse.Namespace) -> int:
         asyncio.run(_body(main))
     except PSError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return START_AGAIN if isinstance(error, LeaseLost | WrongRun) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -2,6 +2,7 @@
 """`python -m oarlock.cluster`: the coordinator of the job in a folder."""
 
 import asyncio
+import logging
 import random
 import signal
 import sys
@@ -16,8 +17,12 @@ from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
-from oarlock.proto.errors import NotFound
+from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
+
+logger = logging.getLogger(__name__)
+
+LISTEN_PAUSE_SECONDS = 0.2
 
 
 def main() -> int:
@@ -25,6 +30,9 @@ def main() -> int:
     options = parser("oarlock.cluster", "The coordinator: membership, placement, work and checkpoints of one job.")
     options.add_argument("--dir", required=True, type=Path, help="the job's folder, with job.json in it")
     options.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT|unix:PATH", help="port 0: any free port")
+    options.add_argument(
+        "--listen-seconds", default=0.0, type=float, metavar="S", help="how long to wait for an address that is taken"
+    )
     options.add_argument("--restore", default="", metavar="PATH", help="begin a new run from this checkpoint")
     given = options.parse_args()
     folder: Path = given.dir.absolute()
@@ -45,7 +53,7 @@ def main() -> int:
             if given.restore:
                 coordinator.begin_run(open_checkpoint(given.restore)[1], given.restore)
             server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
-            write_address(folder, server.start())
+            write_address(folder, await started(server, given.listen_seconds))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, coordinator.stop, True, signal.Signals(number).name)
@@ -58,6 +66,24 @@ def main() -> int:
             store.close()
 
     return run(body, given)
+
+
+async def started(server: GrpcServer, seconds: float) -> str:
+    """Listen and return the address; while somebody else has it, try again for ``seconds``.
+
+    Members look for a coordinator that was started again where the one before it was, and nowhere else.
+    """
+    clock = asyncio.get_running_loop().time
+    end = clock() + seconds
+    while True:
+        try:
+            return server.start()
+        except InvalidArgument as error:
+            if clock() >= end:
+                waited = f" (waited {seconds:g} s for it)" if seconds > 0 else ""
+                raise InvalidArgument(f"{error}{waited}") from None
+            logger.info("event=address_taken error=%s", error)
+        await asyncio.sleep(LISTEN_PAUSE_SECONDS)
 
 
 def boot_clock() -> float:

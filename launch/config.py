@@ -41,6 +41,7 @@ class RunConfig:
     prefetch: int = 2
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
+    restarts: int = 1000
     recipe_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +58,10 @@ class RunConfig:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from 1 to {most}")
         if not 0 <= self.seed < 1 << 63:
             raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^63 - 1")
+        if not 0 <= self.restarts <= 1 << 20:
+            raise InvalidArgument(
+                f"restarts = {self.restarts}: give an integer from 0 (killed processes are not started again) to {1 << 20}"
+            )
         if self.checkpoint_epochs < 0 or self.checkpoints_kept < 1:
             raise InvalidArgument("checkpoint_epochs must be >= 0 and checkpoints_kept >= 1")
         if not 0 < self.heartbeat_seconds < self.lease_seconds:

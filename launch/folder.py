@@ -127,6 +127,20 @@ def read_spec(folder: Path) -> JobSpec:
         raise InvalidArgument(f"{folder / 'job.json'} cannot be read: {error}") from None
 
 
+def read_run(folder: Path) -> RunConfig:
+    """Return the resolved configuration of a folder's job."""
+    return run_config(load_toml(folder / "job.toml"))
+
+
+def stored_run(folder: Path) -> int:
+    """Return the run that a folder's state is in, 0 if it has none yet; Unavailable while a coordinator holds it."""
+    store = Store(folder / STATE_FILE).open()
+    try:
+        return int(store.fact("run", 0))
+    finally:
+        store.close()
+
+
 def is_running(folder: Path) -> bool:
     """Return whether a coordinator holds the state of a folder's job."""
     if not (folder / STATE_FILE).exists():

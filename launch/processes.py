@@ -2,26 +2,24 @@
 """A job as local processes: a coordinator, shards and workers, each with a log file in the job's folder.
 
 Invariant: no process outlives the launcher: each ends when its standard input closes, which the launcher's death does too.
-What the launcher sees end, the coordinator is told at once; it need not wait for a lease. One event loop.
+A coordinator that a signal ended is started again on the same state and address, a worker while the job wants workers. What
+the launcher sees end, the coordinator is told, at once or when it is back; it need not wait for a lease. One event loop.
 """
 
 import asyncio
 import json
 import logging
-import os
-import re
-import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oarlock.client.entry import ADDRESS_FILE, read_address
 from oarlock.client.job import FAILED, OVER, STOPPED, STOPPING, JobSpec
-from oarlock.cluster.store import Store
-from oarlock.launch.folder import STATE_FILE, record_failure, stored_status
+from oarlock.launch.child import Child, start_child
+from oarlock.launch.config import RunConfig
+from oarlock.launch.folder import record_failure, stored_run, stored_status
+from oarlock.launch.restarts import Notices, Restarts
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import LeaveRequest, StatusReply, StatusRequest, StopRequest
 from oarlock.proto.errors import NotFound, PSError, Unavailable
@@ -32,213 +30,247 @@ logger = logging.getLogger(__name__)
 
 # Time for the coordinator to open its state and listen; it imports numpy and gRPC on the way.
 START_SECONDS = 60.0
+# Time for a coordinator that is started again to get the address back that it had.
+LISTEN_SECONDS = 30.0
+# A coordinator that does not answer for so long is asked again; meanwhile nothing is shown and no interrupt is seen.
+ASK_SECONDS = 2.0
 # Time for processes to end by themselves after the job is over, and after their input was closed.
 END_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
-_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
-
-
-@dataclass
-class Child:
-    """A started process. ``role`` and ``number`` name its log file."""
-
-    role: str
-    number: int
-    process: subprocess.Popen[bytes]
-    log: Path
-    log_start: int
-    # Whether its end was dealt with.
-    noticed: bool = False
-
-    @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    @property
-    def killed(self) -> bool:
-        """Whether a signal ended it, rather than it itself."""
-        return self.ended and self.process.returncode < 0
-
-    def complaint(self) -> str:
-        return f"{self.role} {self.number}: {self.end()}"
-
-    def end(self) -> str:
-        """Return why it ended: its own error line, the exception that nobody caught, the signal, or its code."""
-        code = self.process.returncode
-        if code is not None and code < 0:
-            try:
-                name = signal.Signals(-code).name
-            except ValueError:
-                name = f"signal {-code}"
-            hint = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
-            return f"ended by {name}{hint}"
-        with self.log.open("rb") as log:
-            # The log of an earlier run of the job stands above.
-            log.seek(self.log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raised = [line for line in lines[-20:] if _EXCEPTION.fullmatch(line)]
-        if own:
-            return own[-1]
-        if raised:
-            return f"{raised[-1]}, see {self.log}"
-        return f"ended with code {code}, see {self.log}"
 
 
 class LocalProcesses:
-    """Starts, watches and ends the processes of one job."""
+    """Starts, watches, starts again and ends the processes of one job; ``restarts`` is how often, all in all."""
 
-    def __init__(self, spec: JobSpec, folder: Path, *, restore: str = "", log_level: str = "info") -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        folder: Path,
+        *,
+        restore: str = "",
+        log_level: str = "info",
+        restarts: int = RunConfig.restarts,
+    ) -> None:
         self._spec = spec
         self._folder = folder
         self._restore = restore
         self._log_level = log_level
         self._children: list[Child] = []
         self._transport = GrpcTransport()
+        self._notices = Notices()
+        self._restarts = Restarts(restarts, self._notices)
+        # The run that the state was in before the first coordinator was started.
+        self._run_before = 0
+        self._address = ""
+        # Processes that ended, and what the coordinator is still to be told of it.
+        self._unreported: list[tuple[Child, str]] = []
 
-    def _start(self, role: str, number: int, module: str, *arguments: str) -> Child:
-        log = self._folder / "logs" / f"{role}-{number}.log"
-        log.parent.mkdir(exist_ok=True)
-        # -P: the current folder may hold a `proto` or a `data` that is not meant.
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            module,
-            "--until-stdin-closes",
-            "--log-level",
-            self._log_level,
-            *arguments,
-        ]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        with log.open("ab") as out:
-            log_start = out.tell()
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, start_new_session=True
-            )
-        child = Child(role, number, process, log, log_start)
+    @property
+    def children(self) -> list[Child]:
+        """The newest process of each role and number, ended ones too."""
+        return list(self._children)
+
+    def _start(self, role: str, number: int) -> None:
+        """Start a process, in the place of the one that was there."""
+        if role == "coordinator":
+            module, arguments = "oarlock.cluster", ["--dir", str(self._folder)]
+            # A run is begun once. A coordinator that died before it had recorded the new one is told again.
+            if self._restore and stored_run(self._folder) == self._run_before:
+                arguments += ["--restore", self._restore]
+            if self._address:
+                # Where its members look for it.
+                arguments += ["--listen", self._address, "--listen-seconds", f"{LISTEN_SECONDS:g}"]
+        else:
+            module = "oarlock.ps" if role == "shard" else "oarlock.worker"
+            arguments = ["--coordinator", self._address]
+            if role == "worker":
+                arguments += ["--reader", self._spec.reader]
+        child = start_child(role, number, module, arguments, logs=self._folder / "logs", log_level=self._log_level)
+        for place, old in enumerate(self._children):
+            if (old.role, old.number) == (role, number):
+                if old.process.stdin is not None:
+                    old.process.stdin.close()
+                self._children[place] = child
+                return
         self._children.append(child)
-        return child
 
     async def run(self, watch: Callable[[dict[str, Any]], bool], watch_seconds: float = 0.25) -> dict[str, Any]:
         """Run the job to its end; return the coordinator's last status.
 
-        ``watch(status)`` is called every ``watch_seconds``, with an empty status while there is none; once it returns False
-        the job is asked to stop with a checkpoint. A process that ends before the job does makes it fail, except workers
-        that were killed while others live: these get the splits.
+        ``watch(status)`` is called every ``watch_seconds``, with an empty status while there is none, and with the last one
+        and a ``note`` while the coordinator does not answer; once it returns False the job is asked to stop with a checkpoint.
+        A process that ends by its own error before the job does makes it fail, and so does a shard or whoever may not be
+        started again, except workers while others live: these get the splits.
         """
-        # Before the address of a coordinator that runs is deleted.
-        Store(self._folder / STATE_FILE).open().close()
+        # Also sees to it that no coordinator runs, before its address is deleted.
+        self._run_before = stored_run(self._folder)
         (self._folder / ADDRESS_FILE).unlink(missing_ok=True)
         status: dict[str, Any] = {}
         try:
-            address = await self._coordinator(watch)
-            if address:
+            if await self._listening(watch):
                 for number in range(self._spec.servers):
-                    self._start("shard", number, "oarlock.ps", "--coordinator", address)
-                reader = self._spec.reader
+                    self._start("shard", number)
                 for number in range(self._spec.workers):
-                    self._start("worker", number, "oarlock.worker", "--coordinator", address, "--reader", reader)
-                status = await self._watch(address, watch, watch_seconds)
+                    self._start("worker", number)
+                status = await self._watch(watch, watch_seconds)
         finally:
             await self._end(graceful=status.get("phase") in OVER and status["phase"] != FAILED)
         if not status:
             return {**stored_status(self._folder), "phase": STOPPED, "reason": "interrupted"}
         if status["phase"] == FAILED:
             record_failure(self._folder, status["reason"])
-        return status
+        return self._told(status)
 
-    async def _coordinator(self, watch: Callable[[dict[str, Any]], bool]) -> str:
-        """Start the coordinator and return its address; an empty one if the user had enough before."""
-        restore = ("--restore", self._restore) if self._restore else ()
-        child = self._start("coordinator", 0, "oarlock.cluster", "--dir", str(self._folder), *restore)
+    async def _listening(self, watch: Callable[[dict[str, Any]], bool]) -> bool:
+        """Start the coordinator and wait until it listens; return False if the user had enough before."""
+        self._start("coordinator", 0)
         end = asyncio.get_running_loop().time() + START_SECONDS
         while asyncio.get_running_loop().time() < end:
-            if child.ended:
+            child = self._children[0]
+            if child.ended and not (child.killed and self._restarts.take(child)):
                 raise Unavailable(child.complaint())
+            if child.ended:
+                self._start("coordinator", 0)
             if not watch({}):
-                return ""
+                return False
             try:
-                return read_address(self._folder)
+                self._address = read_address(self._folder)
+                return True
             except NotFound:
                 await asyncio.sleep(0.02)
         raise Unavailable(f"the coordinator did not listen within {START_SECONDS:g} s, see {child.log}")
 
-    async def _watch(self, address: str, watch: Callable[[dict[str, Any]], bool], pause: float) -> dict[str, Any]:
+    async def _watch(self, watch: Callable[[dict[str, Any]], bool], pause: float) -> dict[str, Any]:
         asked = False
         status: dict[str, Any] = {}
         while True:
             # Looked at before the status is asked for: what ended because the job was over, ended after it was.
             ended = [c for c in self._children if c.ended]
-            try:
-                reply: StatusReply = await self._transport.call(
-                    address, "Coordinator.Status", StatusRequest(), timeout_seconds=5.0
-                )
-                status = json.loads(reply.status)
-            except PSError as error:
-                logger.info("event=status_unanswered error=%s", error)
+            answer = await self._ask()
+            if answer is not None:
+                status = answer
+                self._notices.hear(status)
             if status.get("phase") in OVER:
                 return self._explained(status)
             coordinator = self._children[0]
-            if coordinator in ended and coordinator.process.returncode == 0:
-                # It ended in good order between two questions; what it had to say is in its file.
-                stored = stored_status(self._folder)
-                if stored["phase"] in OVER:
+            if coordinator in ended and not (coordinator.killed and self._start_again(coordinator)):
+                # If it ended with the job, between two questions, what it had to say is in its file.
+                stored = self._stored()
+                if stored.get("phase") in OVER:
                     return self._explained({**status, **stored})
-            if failed := await self._judge(address, status, ended):
-                return {**self._blank(), **status, "phase": FAILED, "reason": failed}
-            if not watch(status) and not asked:
-                asked = True
-                await self._stop(address, True, "interrupted")
+                return self._failed(status, coordinator.complaint())
+            if answer is not None and (reason := await self._judge(status, ended)):
+                return self._failed(status, reason)
+            note = "" if answer is not None else self._absence()
+            if not watch(self._told(status, note) if status else {}) and not asked:
+                asked = await self._stop("interrupted")
             await asyncio.sleep(pause)
 
-    def _blank(self) -> dict[str, Any]:
-        """Return the status of a job that nobody could be asked about."""
-        return {"name": self._spec.name, "history": [], "best": None, "checkpoints": [], "run": 1, "samples": 0}
+    async def _ask(self) -> dict[str, Any] | None:
+        """Return the coordinator's status, None if it does not answer."""
+        try:
+            reply: StatusReply = await self._transport.call(
+                self._address, "Coordinator.Status", StatusRequest(), timeout_seconds=ASK_SECONDS
+            )
+        except PSError as error:
+            logger.info("event=status_unanswered error=%s", error)
+            return None
+        status: dict[str, Any] = json.loads(reply.status)
+        if status["job"] == self._spec.job:
+            return status
+        # While ours is away its port is anybody's.
+        logger.info("event=status_of_another_job job=%s", status["job"])
+        return None
 
-    async def _judge(self, address: str, status: dict[str, Any], ended: list[Child]) -> str:
-        """Deal with processes that ended; return why the job cannot go on, if it cannot."""
-        stopping = status.get("phase") == STOPPING
+    def _absence(self) -> str:
+        return "the coordinator is being started again" if self._restarts.used else "the coordinator does not answer"
+
+    def _told(self, status: dict[str, Any], note: str = "") -> dict[str, Any]:
+        """Return the status with what the launcher has to add; ``warnings`` are those of all the coordinator's lives."""
+        told = {**status, "warnings": list(self._notices.told), "restarts": self._restarts.used}
+        return {**told, "note": note} if note else told
+
+    def _failed(self, status: dict[str, Any], reason: str) -> dict[str, Any]:
+        # What is asked of any status, for a job that nobody could be asked about.
+        blank: dict[str, Any] = {
+            "name": self._spec.name,
+            "history": [],
+            "best": None,
+            "checkpoints": [],
+            "run": 1,
+            "samples": 0,
+        }
+        return {**blank, **status, "phase": FAILED, "reason": reason}
+
+    def _stored(self) -> dict[str, Any]:
+        try:
+            return stored_status(self._folder)
+        except PSError:
+            return {}
+
+    def _start_again(self, child: Child) -> bool:
+        """Start a process in the place of one that ended; return False if that is not allowed."""
+        if not self._restarts.take(child):
+            return False
+        self._start(child.role, child.number)
+        return True
+
+    async def _judge(self, status: dict[str, Any], ended: list[Child]) -> str:
+        """Deal with processes that ended before ``status`` was asked for; return why the job cannot go on, if it cannot."""
+        wanted = status["phase"] != STOPPING
+        failed = ""
         for child in ended:
-            if child.noticed:
+            if child.noticed or child.role == "coordinator":
                 continue
             child.noticed = True
-            await self._report(address, status, child)
-            if child.role == "coordinator":
-                return child.complaint()
+            words = child.end()
             if child.role == "shard":
-                # The coordinator has the better words once blocks were trained there.
-                if not await self._is_over(address):
-                    return f"{child.complaint()}; the job cannot go on without it"
-            elif not stopping and not child.killed and not _struck_off(status, child):
-                return child.complaint()
-        workers = [c for c in ended if c.role == "worker"]
-        if len(workers) == self._spec.workers and not stopping and not await self._is_over(address):
-            return f"no worker is left; {workers[-1].complaint()}"
-        return ""
+                failed = failed or f"{child.complaint()}; the job cannot go on without it"
+            elif child.replaceable:
+                # No error of its own, so none that the coordinator would hold against the splits that it had.
+                words = ""
+                if wanted:
+                    self._start_again(child)
+            elif child.process.returncode == 0:
+                self._notices.say(f"worker {child.number} left as it was asked to; the others go on")
+            elif wanted and not _struck_off(status, child):
+                failed = failed or child.complaint()
+            self._unreported.append((child, words))
+        await self._report(status)
+        workers = [c for c in self._children if c.role == "worker"]
+        if wanted and not failed and all(c in ended for c in workers) and not self._others(status):
+            failed = f"no worker is left; {workers[-1].complaint()}"
+        if failed:
+            # The coordinator has the better words once blocks were trained there.
+            latest = await self._ask()
+            if latest is not None and latest["phase"] in OVER:
+                return ""
+        return failed
 
-    async def _is_over(self, address: str) -> bool:
-        try:
-            reply = await self._transport.call(address, "Coordinator.Status", StatusRequest(), timeout_seconds=5.0)
-        except PSError:
-            return False
-        return json.loads(reply.status)["phase"] in OVER
+    def _others(self, status: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return workers that somebody else started."""
+        mine = [*self._children, *(child for child, _ in self._unreported)]
+        return [m for m in status["members"] if m["role"] == "worker" and not any(_is(m, c) for c in mine)]
 
-    async def _report(self, address: str, status: dict[str, Any], child: Child) -> None:
-        """Tell the coordinator of an end that the process may not have told itself."""
-        for member in status.get("members", ()):
-            if member["pid"] == child.process.pid and member["role"] == child.role:
-                header = Header(
-                    protocol=PROTOCOL,
-                    job=self._spec.job_bytes,
-                    run=status["run"],
-                    sender=member["incarnation"],
-                )
-                request = LeaveRequest(header=header, error=child.end())
-                try:
-                    await self._transport.call(address, "Coordinator.Leave", request, timeout_seconds=5.0)
-                except PSError as error:
-                    logger.info("event=leave_unheard error=%s", error)
+    async def _report(self, status: dict[str, Any]) -> None:
+        """Tell the coordinator of ends that processes may not have told themselves; what it does not hear is kept."""
+        left = []
+        for child, words in self._unreported:
+            for member in status["members"]:
+                if _is(member, child):
+                    header = Header(
+                        protocol=PROTOCOL, job=self._spec.job_bytes, run=status["run"], sender=member["incarnation"]
+                    )
+                    request = LeaveRequest(header=header, error=words)
+                    try:
+                        await self._transport.call(
+                            self._address, "Coordinator.Leave", request, timeout_seconds=ASK_SECONDS
+                        )
+                    except PSError as error:
+                        logger.info("event=leave_unheard error=%s", error)
+                        if error.retryable:
+                            left.append((child, words))
+        self._unreported = left
 
     def _explained(self, status: dict[str, Any]) -> dict[str, Any]:
         """Say why a shard is gone, if it said so itself."""
@@ -247,13 +279,15 @@ class LocalProcesses:
             return {**status, "reason": f"{status['reason']} ({failed.complaint()})"}
         return status
 
-    async def _stop(self, address: str, checkpoint: bool, reason: str) -> None:
+    async def _stop(self, reason: str) -> bool:
+        """Ask the job to stop with a checkpoint; return whether the coordinator heard it."""
+        request = StopRequest(checkpoint=True, reason=reason)
         try:
-            await self._transport.call(
-                address, "Coordinator.Stop", StopRequest(checkpoint=checkpoint, reason=reason), timeout_seconds=5.0
-            )
+            await self._transport.call(self._address, "Coordinator.Stop", request, timeout_seconds=ASK_SECONDS)
         except PSError as error:
-            logger.warning("event=stop_unheard error=%s", error)
+            logger.info("event=stop_unheard error=%s", error)
+            return False
+        return True
 
     async def _end(self, *, graceful: bool) -> None:
         """Let processes end by themselves if ``graceful``, then close their input, then kill; returns when none is left."""
@@ -276,6 +310,15 @@ class LocalProcesses:
             await asyncio.sleep(0.02)
 
 
+def _is(member: dict[str, Any], child: Child) -> bool:
+    """Whether a member of a status is this process; a number of another machine's process says nothing."""
+    return bool(
+        member["pid"] == child.process.pid
+        and member["role"] == child.role
+        and member["host"] == socket.gethostname()[:256]
+    )
+
+
 def _struck_off(status: dict[str, Any], child: Child) -> bool:
     """Whether the coordinator had given the process up before it ended: it was away too long, and found no way back."""
-    return any(m["pid"] == child.process.pid and m["role"] == child.role for m in status.get("lost", ()))
+    return any(_is(m, child) for m in status.get("lost", ()))

@@ -40,6 +40,8 @@ def test_the_defaults_are_valid() -> None:
         ({"heartbeat_seconds": 0}, "above 0"),
         ({"checkpoint_epochs": -1}, "checkpoint_epochs must be >= 0"),
         ({"checkpoints_kept": 0}, "checkpoints_kept >= 1"),
+        ({"restarts": -1}, r"restarts = -1: give an integer from 0 \(killed processes are not started again\)"),
+        ({"restarts": 1.5}, "restarts = 1.5: give an integer"),
         ({"recipe_options": 3}, "recipe_options = 3: give a table"),
     ],
 )

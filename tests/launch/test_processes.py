@@ -213,18 +213,42 @@ def run_cli(job: Launched, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_killed_workers_splits_are_trained_by_the_other(launch: Callable[..., Launched]) -> None:
-    job = launch("--epochs", "30")
+    job = launch("--epochs", "30", "--restarts", "0")
     job.wait_for("epoch 1/")
     os.kill(job.of("oarlock.worker")[0], signal.SIGKILL)
     assert job.end() == 0, job.words
-    assert "ended by SIGKILL" in job.words
-    assert "go to others" in job.words
+    assert "was ended by SIGKILL" in job.words
+    assert "goes to others" in job.words
     assert [r["samples"] for r in job.result["history"]] == [SAMPLES] * 30
+    assert job.result["restarts"] == 0
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again(launch: Callable[..., Launched]) -> None:
+    job = launch("--epochs", str(ENDLESS))
+    job.wait_for("epoch 1/")
+    first = job.of("oarlock.worker")
+    dead = first[0]
+    os.kill(dead, signal.SIGKILL)
+    job.wait_for("started again (1 of 1000)")
+    wait_until(lambda: len(job.of("oarlock.worker")) == 3, 30.0)
+    (born,) = set(job.of("oarlock.worker")) - set(first)
+    wait_until(lambda: any(m["pid"] == born for m in status_of(job)["members"]), 30.0)
+    assert [m["pid"] for m in status_of(job)["members"] if m["pid"] in (dead, born)] == [born]
+    job.process.send_signal(signal.SIGINT)
+    assert job.end(45.0) == 130
+    assert job.result["restarts"] == 1
+    go_on(launch, len(job.result["history"]))
+
+
+def status_of(job: "Launched") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run_cli(job, "status", "job", "--json").stdout)
+    return found
 
 
 @pytest.mark.slow
 def test_without_any_worker_the_job_fails(launch: Callable[..., Launched]) -> None:
-    job = launch("--epochs", str(ENDLESS))
+    job = launch("--epochs", str(ENDLESS), "--restarts", "0")
     job.wait_for("epoch 1/")
     for pid in job.of("oarlock.worker"):
         os.kill(pid, signal.SIGKILL)
@@ -251,8 +275,29 @@ def test_a_killed_shard_ends_the_job_with_one_line(launch: Callable[..., Launche
 
 
 @pytest.mark.slow
-def test_a_killed_coordinator_ends_the_job(launch: Callable[..., Launched]) -> None:
+def test_a_killed_coordinator_is_started_again_on_its_address(launch: Callable[..., Launched]) -> None:
     job = launch("--epochs", str(ENDLESS))
+    job.wait_for("epoch 2/")
+    file = job.out.parent / "runs" / "job" / "coordinator.json"
+    before = json.loads(file.read_text())
+    others = {pid for pid in job.look() if pid != before["pid"]}
+    os.kill(before["pid"], signal.SIGKILL)
+    job.wait_for("coordinator 0 was ended by SIGKILL; started again (1 of 1000)")
+    wait_until(lambda: json.loads(file.read_text())["pid"] != before["pid"], 30.0)
+    after = json.loads(file.read_text())
+    assert after["address"] == before["address"]
+    status = status_of(job)
+    assert (status["run"], status["term"]) == (1, 2)
+    wait_until(lambda: len(status_of(job)["history"]) > len(status["history"]) + 1, 30.0)
+    assert {m["pid"] for m in status_of(job)["members"]} == others
+    job.process.send_signal(signal.SIGINT)
+    assert job.end(45.0) == 130
+    go_on(launch, len(job.result["history"]))
+
+
+@pytest.mark.slow
+def test_a_killed_coordinator_ends_a_job_without_restarts(launch: Callable[..., Launched]) -> None:
+    job = launch("--epochs", str(ENDLESS), "--restarts", "0")
     job.wait_for("epoch 2/")
     os.kill(job.of("oarlock.cluster")[0], signal.SIGKILL)
     assert job.end() == 1
