@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m oarlock.worker`: one worker."""
+"""`python -m oarlock.worker`: one worker. SIGTERM has it leave in good order."""
 
+import asyncio
 import random
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +26,8 @@ def main() -> int:
     transport = GrpcTransport()
 
     async def body() -> None:
+        leaving = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
         warm_up()
         reader = open_reader(given.reader)
         with (
@@ -31,7 +35,9 @@ def main() -> int:
             threadpool_limits(given.blas_threads),
         ):
             try:
-                await run_worker(transport, given.coordinator, reader, executor, rng=random.SystemRandom())
+                await run_worker(
+                    transport, given.coordinator, reader, executor, rng=random.SystemRandom(), leaving=leaving
+                )
             finally:
                 await transport.close()
 

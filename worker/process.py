@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a worker process: join, load the recipe, compile, train until there is no more, leave.
 
-Invariant: it leaves in good order only after every push was acknowledged and unfinished splits were given back.
+Invariant: it leaves in good order only after every push was acknowledged and unfinished splits were given back; asked to leave
+while the coordinator or a shard is silent, it waits for them no longer than ``LEAVE_SECONDS``, which does no more harm than
+being killed.
 """
 
 import asyncio
@@ -9,7 +11,9 @@ import contextlib
 import json
 import logging
 import random
+from collections.abc import Coroutine
 from concurrent.futures import Executor
+from typing import Any
 
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
@@ -27,15 +31,37 @@ from oarlock.worker.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+# What a worker that was asked to leave gives those that it waits for.
+JOIN_SECONDS, LEAVE_SECONDS = 2.0, 20.0
+
 
 async def run_worker(
-    transport: Transport, coordinator: str, reader: Reader, executor: Executor, *, rng: random.Random
+    transport: Transport,
+    coordinator: str,
+    reader: Reader,
+    executor: Executor,
+    *,
+    rng: random.Random,
+    leaving: asyncio.Event | None = None,
 ) -> Trainer | None:
-    """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that."""
+    """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
+
+    Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
+    """
+    leaving = leaving or asyncio.Event()
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
-    spec = await member.join()
+    # A Join that is under way is heard out, or the coordinator would count on a member that went.
+    if not await _done_before(leaving, JOIN_SECONDS, member.join()):
+        logger.info("event=worker_over joined=false")
+        return None
+    if leaving.is_set():
+        await member.leave()
+        return None
+    spec = member.spec
     trainer: Trainer | None = None
-    try:
+
+    async def train() -> None:
+        nonlocal trainer
         async with member.kept(lambda: trainer.stats() if trainer else {}):
             # Not on the loop: footers of many files and a recipe's imports take longer than a lease.
             workload = await asyncio.get_running_loop().run_in_executor(executor, _load, spec)
@@ -43,14 +69,47 @@ async def run_worker(
             if await _placed(member):
                 trainer = Trainer(Session(workload, program, Client(member), member, reader, executor))
                 await trainer.run()
+
+    stopping = asyncio.ensure_future(_pass_on(leaving, member))
+    try:
+        if not await _done_before(leaving, LEAVE_SECONDS, train()):
+            logger.warning("event=worker_left_early waited_seconds=%g", LEAVE_SECONDS)
     except Exception as error:
         cause = _first(error)
         # Whatever it is: the coordinator counts who failed on a split, and does not wait for a lease to end.
         await member.leave(str(cause) if isinstance(cause, PSError) else f"{type(cause).__name__}: {cause}")
         raise cause from None
+    finally:
+        stopping.cancel()
     logger.info("event=worker_over id=%d stats=%s", member.id, json.dumps(trainer.stats() if trainer else {}))
     await member.leave()
     return trainer
+
+
+async def _pass_on(leaving: asyncio.Event, member: Membership) -> None:
+    await leaving.wait()
+    logger.info("event=worker_leaving id=%d", member.id)
+    member.stopping.set()
+
+
+async def _done_before(leaving: asyncio.Event, seconds: float, work: Coroutine[Any, Any, Any]) -> bool:
+    """Await ``work``; return False if it was given up, ``seconds`` after ``leaving`` was set."""
+
+    async def late() -> None:
+        await leaving.wait()
+        await asyncio.sleep(seconds)
+
+    working, giving_up = asyncio.ensure_future(work), asyncio.ensure_future(late())
+    try:
+        await asyncio.wait([working, giving_up], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        return False
+    finally:
+        working.cancel()
+        giving_up.cancel()
+        await asyncio.gather(working, giving_up, return_exceptions=True)
 
 
 def _load(spec: JobSpec) -> Workload:
