@@ -2,7 +2,6 @@
 """``docs/wire.md`` is true: its bytes are those of a real pull and push, its tables those of the code."""
 
 import asyncio
-import importlib
 import random
 import re
 from collections.abc import Iterator
@@ -21,21 +20,15 @@ from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
 from oarlock.client.push import RowGradients
 from oarlock.client.router import ShardAddress, make_routes, pack_placement
-from oarlock.cluster.coordinator import Coordinator
-from oarlock.cluster.service import CoordinatorService
-from oarlock.cluster.store import Store
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySet, KeySorter
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
-from oarlock.proto import common_pb2, errors, shard_pb2
-from oarlock.proto.arrays import pack, unpack
+from oarlock.proto import common_pb2, shard_pb2
+from oarlock.proto.arrays import unpack
 from oarlock.proto.common_pb2 import DType, Header
-from oarlock.proto.coordinator_pb2 import SHARD, WORKER, HeartbeatRequest, JoinReply, JoinRequest
-from oarlock.proto.errors import CODES, PSError
+from oarlock.proto.coordinator_pb2 import WORKER, JoinReply, JoinRequest
 from oarlock.proto.methods import METHODS, PROTOCOL
-from oarlock.proto.rpc import to_status
-from oarlock.proto.rpc.status import FAILURE_KEY
-from oarlock.proto.shard_pb2 import AdoptRequest, CloseRequest, PullRequest, TableKeys
+from oarlock.proto.shard_pb2 import AdoptRequest, PullRequest
 from oarlock.proto.transport import InProcess
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
@@ -188,17 +181,6 @@ def example(number: int) -> list[tuple[int, bytes, str, str]]:
     return [(int(at), bytes.fromhex(data), field, meaning) for at, data, field, meaning in lines]
 
 
-def rows(head: str) -> list[list[str]]:
-    """Return the cells of the table whose first column is called ``head``."""
-    found = re.search(rf"^\| {head} \|.*\n\|[-|]+\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
-    assert found is not None, head
-    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found[1].splitlines()]
-
-
-def quoted(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
-
-
 @pytest.mark.parametrize("number", range(len(EXAMPLE)))
 def test_the_example_is_what_a_client_and_a_shard_exchange(number: int) -> None:
     assert TEXT.count("```hex") == len(EXAMPLE)
@@ -251,124 +233,3 @@ def test_the_examples_keys_are_those_of_the_text() -> None:
     keys = request.tables[0]
     found = [unpack(keys.keys, np.uint64, "k"), unpack(keys.blocks, np.int32, "b"), unpack(keys.counts, np.int32, "c")]
     assert [f.tolist() for f in found] == [[4, 7, 9], [0, 1], [1, 2]]
-
-
-def test_every_method_is_in_the_table_with_its_messages() -> None:
-    table = rows("method")
-    assert [quoted(row[0]) for row in table] == [[name] for name in METHODS]
-    for row in table:
-        found = METHODS[quoted(row[0])[0]]
-        assert quoted(row[1]) == [found.request.DESCRIPTOR.name, found.reply.DESCRIPTOR.name]
-        assert all(row[2:]), row
-    for name, method in METHODS.items():
-        if method.streamed:
-            assert f"`{method.path}Stream`" in TEXT, name
-    bare = {n.split(".")[1] for n, m in METHODS.items() if "header" not in m.request.DESCRIPTOR.fields_by_name}
-    assert bare == set(quoted(re.search(r"except (`Hello`.*?)\. It is", TEXT, re.DOTALL)[1]))  # type: ignore[index]
-
-
-def test_the_header_is_the_one_of_the_table() -> None:
-    known = [(str(f.number), [f.name]) for f in Header.DESCRIPTOR.fields]
-    assert [(row[0], quoted(row[1])) for row in rows("number")] == known
-
-
-WRONG = {"protocol": 2, "job": b"x" * 16, "run": 2, "sender": 5, "target": 5, "generation": 9, "term": 0, "cut": 9}
-
-
-def refused(column: int, field: str) -> set[str]:
-    """Return the name of the error in a column of the header's table."""
-    return set(quoted(next(row for row in rows("number") if quoted(row[1]) == [field])[column])[:1])
-
-
-def named(call: Any) -> set[str]:
-    try:
-        call()
-    except PSError as error:
-        return {type(error).__name__}
-    return set()
-
-
-@pytest.mark.parametrize("field", WRONG)
-def test_a_wrong_header_is_refused_as_the_table_says(field: str, tmp_path: Path) -> None:
-    service = shard()
-    wrong = header(**{field: WRONG[field]})
-    assert named(lambda: service.close(CloseRequest(header=wrong))) == refused(4, field)
-    store = Store(tmp_path / "state.sqlite").open()
-    try:
-        coordinator = Coordinator(store, SPEC, clock=lambda: 0.0, rng=random.Random(0))
-        coordinator.open()
-        answering = CoordinatorService(coordinator)
-        joined = answering.join(JoinRequest(protocol=PROTOCOL, role=WORKER, nonce=1))
-        right = {"sender": joined.incarnation, "target": 0, "term": 0}
-        wrong = header(**{**right, field: WRONG[field]})
-        assert named(lambda: answering.heartbeat(HeartbeatRequest(header=wrong))) == refused(5, field)
-        assert named(lambda: answering.heartbeat(HeartbeatRequest(header=header(**right)))) == set()
-        assert named(lambda: answering.join(JoinRequest(protocol=2, role=SHARD, nonce=1))) == {"VersionMismatch"}
-    finally:
-        store.close()
-
-
-def test_the_first_wrong_field_names_the_error() -> None:
-    service = shard()
-    for names in (["protocol", "job", "run", "target"], ["job", "run", "target"], ["run", "target"], ["target"]):
-        wrong = header(**{name: WRONG[name] for name in names})
-        assert named(lambda wrong=wrong: service.pull(PullRequest(header=wrong))) == refused(4, names[0])
-    assert named(lambda: ShardService().pull(PullRequest(header=header()))) == {"Unavailable"}
-
-
-def test_dtypes_are_those_of_the_table() -> None:
-    row = next(row for row in re.findall(r"^\| 2 \| `dtype` \|(.*)\|$", TEXT, re.MULTILINE))
-    assert re.findall(r"(\d) `(\w+)`", row) == [(str(number), name) for name, number in DType.items() if number]
-    assert [f.name for f in common_pb2.Array.DESCRIPTOR.fields] == ["data", "dtype", "shape"]
-    assert pack(np.array([1, 2], "<u4")).data == b"\1\0\0\0\2\0\0\0"
-
-
-def test_what_the_page_refuses_in_keys_is_refused() -> None:
-    service = shard()
-
-    def answer(keys: list[int], blocks: list[int], counts: list[int], table: int = 0) -> set[str]:
-        arrays = (np.array(keys, np.uint64), np.array(blocks, np.int32), np.array(counts, np.int32))
-        keys_, blocks_, counts_ = map(pack, arrays)
-        message = TableKeys(table=table, keys=keys_, blocks=blocks_, counts=counts_)
-        return named(lambda: service.pull(PullRequest(header=header(), tables=[message])))
-
-    assert answer([4, 7, 9], [0, 1], [1, 2]) == answer([], [], []) == set()
-    wrong = [([4], [0, 1], [1, 0]), ([7, 9], [1, 1], [1, 1]), ([4], [2], [1]), ([4], [0], [2]), ([4], [1], [1])]
-    assert [answer(*each) for each in wrong] == [{"Malformed"}] * len(wrong)
-    assert answer([], [], [], table=1) == {"UnknownTable"}
-
-
-def test_errors_are_those_of_the_table() -> None:
-    known = [
-        [str(code), f"`{kind.__name__}`", "yes" if kind.retryable else "no", to_status(kind("x"))[0].name]
-        for code, kind in sorted(CODES.items())
-    ]
-    assert rows("code") == known
-    assert f"`{FAILURE_KEY}`" in TEXT
-    number = shard_pb2.PullReply.DESCRIPTOR.fields_by_name["failure"].number
-    assert f"`failure` ({number})" in TEXT
-
-
-def test_limits_are_those_of_the_table() -> None:
-    for what, value, where, beyond in rows("what"):
-        path, *name = quoted(where)
-        assert (ROOT / path).exists()
-        if name:
-            module = importlib.import_module("oarlock." + path.removesuffix(".py").replace("/", "."))
-            assert getattr(module, name[0]) == int(value), what
-        elif value != "blocks of the job":
-            # A bound that has no name: 2^31 itself, or what is below it.
-            assert "1 << 31" in (ROOT / path).read_text(encoding="utf-8")
-            assert int(value) in (1 << 31, (1 << 31) - 1)
-        assert all(hasattr(errors, error) for error in quoted(beyond)), what
-
-
-def test_a_message_has_no_more_parts_than_the_job_has_blocks() -> None:
-    service = shard()
-    for parts, wrong in ((3, set()), (4, {"Malformed"})):
-        request = PullRequest(header=header(), tables=[TableKeys()] * parts)
-        assert named(lambda request=request: service.pull(request)) == wrong
-
-
-def test_the_version_is_the_one_of_the_page() -> None:
-    assert f"`PROTOCOL` in `proto/methods.py` is {PROTOCOL}." in TEXT
