@@ -256,8 +256,8 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
             assert (first.applied, first.skipped, second.applied, second.skipped) == (1, 0, 0, 1)
         else:
             assert first == second, name
-    older = AdoptRequest(header=header(), placement=pack_placement(0, np.zeros(3, np.int32), {}))
-    assert named(lambda: shard.adopt(older)) != set()
+    older = pack_placement(0, np.zeros(3, np.int32), {0: ShardAddress(0, "shard-0", INCARNATION)})
+    assert named(lambda: shard.adopt(AdoptRequest(header=header(), placement=older))) == {"InvalidArgument"}
 
 
 def test_a_coordinator_takes_every_message_again(coordinator: Coordinator) -> None:
