@@ -18,6 +18,9 @@ from oarlock.proto.rpc.lane import Lane
 from oarlock.proto.rpc.options import CLIENT_OPTIONS
 from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 
+# What grpc.aio says, in place of the status that came, of a write to a stream that the other side had ended just before.
+WRITE_FAILED = "Internal error from Core"
+
 
 class GrpcTransport:
     """Calls processes by address: ``host:port`` or ``unix:PATH``."""
@@ -97,6 +100,8 @@ def error_of(error: aio.AioRpcError, address: str, method: str) -> PSError:
         return Unavailable(f"{method} at {address} was given up", address=address)
     trailing = dict(tuple(pair) for pair in error.trailing_metadata() or ())
     failure = trailing.get(FAILURE_KEY)
+    if failure is None and error.code() is grpc.StatusCode.INTERNAL and error.details() == WRITE_FAILED:
+        return Unavailable(f"{address} has ended the stream of {method}", address=address)
     return from_status(
         error.code(),
         error.details() or "",

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gRPC server: answers the methods of one service by a handler; errors become statuses, garbage becomes Malformed.
 
-Invariant: no message, however wrong, ends the process or another caller's stream. A stream holds a thread while it is open.
+Invariant: no message, however wrong, ends the process or another caller's stream. A call holds a thread while it is open, also
+one whose peer does nothing; streams and single calls have places of their own (places.py), so that neither keeps out the
+other, nor those that stall those that do not. An answer is in the hands of gRPC one at a time for each call, so what nobody
+reads does not pile up.
 """
 
 import logging
@@ -14,23 +17,40 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from oarlock.proto.arrays import encoded
-from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError
+from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.methods import METHODS, Method
-from oarlock.proto.rpc.options import SERVER_OPTIONS
+from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
+from oarlock.proto.rpc.places import STALL_SECONDS, Places
 from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
 from oarlock.proto.transport import dispatch
 
 logger = logging.getLogger(__name__)
 
+# Fewer could not be shared out.
+MIN_THREADS = 16
+
 
 class GrpcServer:
     """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``."""
 
-    def __init__(self, handler: object, service: str, *, listen: str, threads: int = 256) -> None:
+    def __init__(
+        self,
+        handler: object,
+        service: str,
+        *,
+        listen: str,
+        threads: int = 256,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         self._handler = handler
         self._service = service
         self._listen = listen
-        self._threads = threads
+        self._threads = max(threads, MIN_THREADS)
+        # A newcomer needs a thread in which to be let in or sent away: some are nobody's place.
+        spare = self._threads // 8
+        streams = self._threads * 5 // 8 if any(m.streamed for m in self._methods()) else 0
+        self._streams = Places(streams, stall_seconds=stall_seconds)
+        self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
@@ -40,14 +60,15 @@ class GrpcServer:
         check_address(self._listen)
         # Threads are made as they are needed; each worker's stream holds one.
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
-        server = grpc.server(self._pool, options=SERVER_OPTIONS)
+        server = grpc.server(self._pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
         methods = {}
-        for method in METHODS.values():
-            service, name = method.name.split(".")
-            if service == self._service:
-                methods[name] = grpc.unary_unary_rpc_method_handler(self._answer(method))
-                if method.streamed:
-                    methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
+        for method in self._methods():
+            name = method.name.split(".")[1]
+            # Single calls are served as streams of one message, which look the same on the wire: for those the thread waits
+            # until the answer has gone out, where gRPC would keep any number of answers that nobody reads.
+            methods[name] = grpc.stream_stream_rpc_method_handler(self._answer(method))
+            if method.streamed:
+                methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"oarlock.{self._service}", methods),))
         try:
             port = server.add_insecure_port(self._listen)
@@ -69,35 +90,60 @@ class GrpcServer:
             raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
         return encoded(dispatch(self._handler, method.name, request), f"{method.name}: the reply")
 
-    def _answer(self, method: Method) -> Callable[[bytes, Any], bytes]:
-        def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
+    def _methods(self) -> list[Method]:
+        return [m for m in METHODS.values() if m.name.split(".")[0] == self._service]
+
+    def _answer(self, method: Method) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+        def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            place = self._singles.enter(context.cancel, patient=True)
+            if place is None:
+                _refuse(context, Unavailable(f"{method.name}: this process is ending"))
+                return
             try:
-                return self._reply(method, data)
+                data = next(requests, None)
+                place.works()
+                if data is None:
+                    raise Malformed(f"{method.name}: the call came without a message")
+                reply = self._reply(method, data)
+                place.waits()
+                yield reply
             except PSError as error:
                 _log_defect(method, error)
-                code, text, failure = to_status(error)
-                context.set_trailing_metadata(((FAILURE_KEY, failure),))
-                context.set_code(code)
-                context.set_details(text)
-                return b""
+                _refuse(context, error)
+            finally:
+                self._singles.leave(place)
 
         return answer
 
     def _answer_stream(self, method: Method) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            for data in requests:
-                try:
-                    reply = self._reply(method, data)
-                except PSError as error:
-                    _log_defect(method, error)
-                    reply = method.reply(failure=failure_of(error)).SerializeToString()
-                yield reply
+            place = self._streams.enter(context.cancel, patient=False)
+            if place is None:
+                _refuse(
+                    context, Unavailable(f"{method.name}: all {len(self._streams)} streams of this process are taken")
+                )
+                return
+            try:
+                for data in requests:
+                    place.works()
+                    try:
+                        reply = self._reply(method, data)
+                    except PSError as error:
+                        _log_defect(method, error)
+                        reply = method.reply(failure=failure_of(error)).SerializeToString()
+                    place.waits()
+                    yield reply
+                    place.waits()
+            finally:
+                self._streams.leave(place)
 
         return answer
 
     def stop(self, grace_seconds: float = 0.5) -> None:
         """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
         if self._server is not None and self._pool is not None:
+            self._singles.close()
+            self._streams.close()
             self._server.stop(grace_seconds).wait()
             self._pool.shutdown(wait=True)
             self._server = None
@@ -116,6 +162,13 @@ def check_address(listen: str) -> None:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidArgument(f"cannot listen on {listen!r}: give HOST:PORT with a port from 0 to 65535, or unix:PATH")
+
+
+def _refuse(context: grpc.ServicerContext, error: PSError) -> None:
+    code, text, failure = to_status(error)
+    context.set_trailing_metadata(((FAILURE_KEY, failure),))
+    context.set_code(code)
+    context.set_details(text)
 
 
 def _log_defect(method: Method, error: PSError) -> None:

@@ -23,6 +23,8 @@ FAILURE_KEY = "oarlock-failure-bin"
 # A failed call travels in headers, which have a limit of their own (8 KiB in all): what is longer is cut, the code stays.
 MESSAGE_BYTES = 2048
 DETAILS_BYTES = 2048
+# How gRPC itself says that a server has all the calls that it may have.
+TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
 # The status has room for a summary; the whole message is in the Failure.
 TEXT_CHARACTERS = 200
 
@@ -117,6 +119,8 @@ def from_status(status: grpc.StatusCode, text: str, failure: bytes | None, *, ad
         text = f"no answer from {address}: {text}"
     elif status is _S.DEADLINE_EXCEEDED:
         text = f"{method} at {address}: no answer in time"
+    elif status is _S.RESOURCE_EXHAUSTED and TOO_MANY_CALLS in text:
+        return errors.Unavailable(f"{address} has too many calls at once", address=address, method=method)
     elif status is _S.RESOURCE_EXHAUSTED:
         text = f"{method} at {address}: a message is over the limit of {MAX_MESSAGE_BYTES} bytes ({text})"
     return kind(text or status.name, address=address, method=method)

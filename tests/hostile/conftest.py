@@ -11,6 +11,8 @@ _SHARED = {
     "cluster_rig": _HERE.parent / "cluster" / "conftest.py",
     "mutate": _HERE / "mutate.py",
     "targets": _HERE / "targets.py",
+    "h2": _HERE / "h2.py",
+    "ports": _HERE / "ports.py",
 }
 for _name, _path in _SHARED.items():
     if _name not in sys.modules:
