@@ -117,6 +117,17 @@ class Target:
                 raise AssertionError(f"input {i}, {method} {data.hex()}: {type(error).__name__}: {error}") from error
 
 
+def small_spec():
+    """Return a job of two tables and two dense parameters in eleven blocks, half of it under adam."""
+    adam = OptimizerSpec("adam")
+    return rig.spec_of(
+        tables=(TableSpec("user", 2, adam, Initializer("normal"), 4), TableSpec("item", 3, rig.SGD, rig.ZEROS, 2)),
+        dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
+        splits=8,
+        epochs=3,
+    )
+
+
 class ShardTarget(Target):
     """One shard that owns all blocks of a small job, in the middle of training."""
 
@@ -139,17 +150,7 @@ class ShardTarget(Target):
     def build(self):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        adam = OptimizerSpec("adam")
-        spec = rig.spec_of(
-            tables=(
-                TableSpec("user", 2, adam, Initializer("normal"), 4),
-                TableSpec("item", 3, rig.SGD, rig.ZEROS, 2),
-            ),
-            dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
-            splits=8,
-            epochs=3,
-        )
-        self.job = rig.Job(spec, shards=1).place()
+        self.job = rig.Job(small_spec(), shards=1).place()
         self.handler = self.job.services[0]
         self.shard = self.job.shards[0]
         for group in range(2):
