@@ -19,6 +19,7 @@ from oarlock.client.pull import dense_spans, table_number
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.errors import Malformed
 from oarlock.proto.shard_pb2 import DenseGradients, PushReply, PushRequest, TableGradients
 
 
@@ -210,7 +211,10 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         counts.applied += reply.applied
         counts.skipped += reply.skipped
         counts.refused += reply.refused
-        return unpack(reply.moved, np.int32, "moved blocks").astype(np.int32)
+        moved = unpack(reply.moved, np.int32, "moved blocks").astype(np.int32)
+        if not np.isin(moved, message.numbers).all():
+            raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
+        return moved
 
     def recut(newer: Routes, left: list[tuple[PushMessage, NDArray[np.int32]]]) -> list[PushMessage]:
         return recut_push(member.layout, newer, left)
