@@ -4,7 +4,7 @@
 import subprocess
 import sys
 
-MODULES = ("rpc", "ncf")
+MODULES = ("rpc", "ncf", "kills")
 
 
 def main() -> int:

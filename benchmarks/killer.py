@@ -6,6 +6,7 @@ One event loop, beside the launcher's `run`.
 """
 
 import asyncio
+import itertools
 import random
 import signal
 from collections.abc import Callable
@@ -84,10 +85,10 @@ class Killer:
             self.harm.coordinator_kills += 1
 
     async def _stop_now_and_then(self) -> None:
-        while True:
+        # Either role as often as the other, although there are more workers.
+        for role in itertools.cycle(self._rng.sample(KILLABLE, 2)):
             await asyncio.sleep(self._rhythm.stop * (0.5 + self._rng.random()))
-            # Either role as often as the other, although there are more workers.
-            living = self._living(self._rng.choice(KILLABLE))
+            living = self._living(role)
             if not living:
                 continue
             chosen = self._rng.choice(living)

@@ -37,6 +37,8 @@ ASK_SECONDS = 2.0
 # Time for processes to end by themselves after the job is over, and after their input was closed.
 END_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
+# The same, after the coordinator has ended.
+ALONE_SECONDS = 1.0
 
 
 class LocalProcesses:
@@ -141,7 +143,7 @@ class LocalProcesses:
         raise Unavailable(f"the coordinator did not listen within {START_SECONDS:g} s, see {child.log}")
 
     async def _watch(self, watch: Callable[[dict[str, Any]], bool], pause: float) -> dict[str, Any]:
-        asked = False
+        asked = returning = False
         status: dict[str, Any] = {}
         while True:
             # Looked at before the status is asked for: what ended because the job was over, ended after it was.
@@ -152,19 +154,27 @@ class LocalProcesses:
                 self._notices.hear(status)
             if status.get("phase") in OVER:
                 return self._explained(status)
-            coordinator = self._children[0]
-            if coordinator in ended and not (coordinator.killed and self._start_again(coordinator)):
-                # If it ended with the job, between two questions, what it had to say is in its file.
-                stored = self._stored()
-                if stored.get("phase") in OVER:
-                    return self._explained({**status, **stored})
-                return self._failed(status, coordinator.complaint())
+            if (coordinator := self._children[0]) in ended:
+                if not (coordinator.killed and self._start_again(coordinator)):
+                    return self._without(coordinator, status)
+                returning = True
             if answer is not None and (reason := await self._judge(status, ended)):
                 return self._failed(status, reason)
-            note = "" if answer is not None else self._absence()
+            if answer is not None:
+                returning, note = False, ""
+            else:
+                note = f"the coordinator {'is being started again' if returning else 'does not answer'}"
             if not watch(self._told(status, note) if status else {}) and not asked:
                 asked = await self._stop("interrupted")
             await asyncio.sleep(pause)
+
+    def _without(self, coordinator: Child, status: dict[str, Any]) -> dict[str, Any]:
+        """Return the last status of a job whose coordinator ended for good."""
+        # If it ended with the job, between two questions, what it had to say is in its file.
+        stored = self._stored()
+        if stored.get("phase") in OVER:
+            return self._explained({**status, **stored})
+        return self._failed(status, coordinator.complaint())
 
     async def _ask(self) -> dict[str, Any] | None:
         """Return the coordinator's status, None if it does not answer."""
@@ -181,9 +191,6 @@ class LocalProcesses:
         # While ours is away its port is anybody's.
         logger.info("event=status_of_another_job job=%s", status["job"])
         return None
-
-    def _absence(self) -> str:
-        return "the coordinator is being started again" if self._restarts.used else "the coordinator does not answer"
 
     def _told(self, status: dict[str, Any], note: str = "") -> dict[str, Any]:
         """Return the status with what the launcher has to add; ``warnings`` are those of all the coordinator's lives."""
@@ -293,7 +300,7 @@ class LocalProcesses:
         """Let processes end by themselves if ``graceful``, then close their input, then kill; returns when none is left."""
         await self._transport.close()
         if graceful:
-            await self._wait_for_all(END_SECONDS)
+            await self._wait_for_all(END_SECONDS, ALONE_SECONDS)
         for child in self._children:
             if child.process.stdin is not None:
                 child.process.stdin.close()
@@ -303,10 +310,14 @@ class LocalProcesses:
                 child.process.kill()
             child.process.wait()
 
-    async def _wait_for_all(self, seconds: float) -> None:
+    async def _wait_for_all(self, seconds: float, alone_seconds: float | None = None) -> None:
+        """Wait until all have ended; at most ``seconds``, and at most ``alone_seconds`` without the coordinator."""
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         while clock() < end and not all(c.ended for c in self._children):
+            if alone_seconds is not None and self._children[0].ended:
+                # Whoever has not heard by now that the job is over, will not.
+                end, alone_seconds = min(end, clock() + alone_seconds), None
             await asyncio.sleep(0.02)
 
 

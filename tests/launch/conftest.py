@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small data set, and jobs of it that end within seconds."""
+"""A small data set, and jobs of it that end within seconds; and a stage for the launcher, on which nothing costs any time."""
 
+import asyncio
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +13,21 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pytest
 
+from oarlock.client.entry import write_address
 from oarlock.client.job import JobSpec
+from oarlock.cluster.store import Store
 from oarlock.data.planted import generate_ncf
+from oarlock.launch import processes
+from oarlock.launch.child import Child
 from oarlock.launch.config import run_config
-from oarlock.launch.folder import create
+from oarlock.launch.folder import STATE_FILE, create
 from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.processes import LocalProcesses
+from oarlock.proto.coordinator_pb2 import StatusReply
+from oarlock.proto.errors import LeaseLost, Unavailable
+
+ADDRESS = "127.0.0.1:1"
+Script = Iterator[Any]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,3 +74,161 @@ def run_job() -> Any:
         )
 
     return run
+
+
+class Stage:
+    """A job whose processes are shells that wait for a line with their exit code; and the coordinator's answers."""
+
+    address = ADDRESS
+
+    def __init__(self, spec: JobSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spec, self.folder = spec, folder
+        self.started: list[tuple[str, int, list[str]]] = []
+        self.phase = "training"
+        self.term = 1
+        self.away = False
+        self.deaf_to_leaves = 0
+        self.warnings: list[str] = []
+        self.outsiders: list[dict[str, Any]] = []
+        self.gone: set[int] = set()
+        self.left: list[tuple[int, str]] = []
+        self.stops = 0
+        self.statuses: list[dict[str, Any]] = []
+        # Whether the next coordinator ends by SIGKILL at once: before or after it has recorded a new run.
+        self.stillborn: list[str] = []
+        self.launched: LocalProcesses
+        monkeypatch.setattr(processes, "start_child", self.start_child)
+
+    def start_child(
+        self, role: str, number: int, module: str, arguments: list[str], *, logs: Path, log_level: str
+    ) -> Child:
+        self.started.append((role, number, arguments))
+        log = logs / f"{role}-{number}.log"
+        with log.open("ab") as out:
+            begun = out.tell()
+            process = subprocess.Popen(
+                ["sh", "-c", 'read -r code words; echo "$words"; exit "${code:-1}"'],
+                stdin=subprocess.PIPE,
+                stdout=out,
+            )
+        if role == "coordinator":
+            fate = self.stillborn.pop(0) if self.stillborn else ""
+            if "--restore" in arguments and fate != "before":
+                with Store(self.folder / STATE_FILE).open() as store:
+                    store.set_fact("run", store.fact("run", 1) + 1)
+                store.close()
+            if fate:
+                process.kill()
+                process.wait()
+            else:
+                write_address(self.folder, ADDRESS)
+        return Child(role, number, process, log, begun)
+
+    # The transport
+
+    async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
+        assert address == ADDRESS
+        if self.away or self.child("coordinator").ended:
+            raise Unavailable("nobody is there")
+        if method == "Coordinator.Status":
+            return StatusReply(status=json.dumps(self.status()))
+        if method == "Coordinator.Leave":
+            if self.deaf_to_leaves:
+                self.deaf_to_leaves -= 1
+                raise Unavailable("not now")
+            if request.header.sender in self.gone:
+                raise LeaseLost("no member any more")
+            self.gone.add(request.header.sender)
+            self.left.append((request.header.sender, request.error))
+        elif method == "Coordinator.Stop":
+            self.stops += 1
+            self.phase = "stopped"
+        return None
+
+    async def close(self) -> None:
+        pass
+
+    def status(self) -> dict[str, Any]:
+        host = socket.gethostname()
+        members = [
+            {"role": c.role, "pid": c.process.pid, "host": host, "incarnation": c.process.pid, "stats": {}}
+            for c in self.seen
+            if c.role != "coordinator" and c.process.pid not in self.gone
+        ]
+        return {
+            "job": self.spec.job,
+            "name": self.spec.name,
+            "phase": self.phase,
+            "reason": "",
+            "run": 1,
+            "term": self.term,
+            "history": [],
+            "best": None,
+            "checkpoints": [],
+            "warnings": self.warnings,
+            "members": members + self.outsiders,
+            "lost": [],
+            "samples": 0,
+        }
+
+    # For scripts
+
+    def child(self, role: str, number: int = 0) -> Child:
+        return next(c for c in self.launched.children if (c.role, c.number) == (role, number))
+
+    def kill(self, role: str, number: int = 0) -> Child:
+        child = self.child(role, number)
+        child.process.kill()
+        child.process.wait()
+        return child
+
+    def end(self, role: str, number: int, code: int, words: str = "") -> Child:
+        """Let a process end by itself."""
+        child = self.child(role, number)
+        assert child.process.stdin is not None
+        child.process.stdin.write(f"{code} {words}\n".encode())
+        child.process.stdin.flush()
+        child.process.wait()
+        return child
+
+    @staticmethod
+    def until(condition: Callable[[], Any]) -> Script:
+        while not condition():
+            yield
+
+    def starts(self, role: str) -> int:
+        return sum(r == role for r, _, _ in self.started)
+
+    def play(self, script: Callable[["Stage"], Script], **options: Any) -> dict[str, Any]:
+        """Run the job; each turn of its watch is one step of ``script``, after whose end the job is asked to stop."""
+        self.launched = LocalProcesses(self.spec, self.folder, **options)
+        self.launched._transport = self  # type: ignore[assignment]
+        self.seen: list[Child] = []
+        steps: Script | None = None
+
+        def watch(status: dict[str, Any]) -> bool:
+            nonlocal steps
+            self.seen += [c for c in self.launched.children if not any(c is s for s in self.seen)]
+            if not status:
+                return True
+            self.statuses.append(status)
+            steps = script(self) if steps is None else steps
+            return next(steps, self) is not self
+
+        async def body() -> dict[str, Any]:
+            async with asyncio.timeout(60):
+                return await self.launched.run(watch, 0.0)
+
+        return asyncio.run(body())
+
+
+@pytest.fixture
+def stage(start: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    made = Stage(*start(servers=1, workers=2), monkeypatch)
+    # Shells end when their input closes; nobody waits for them to end by themselves.
+    monkeypatch.setattr(processes, "END_SECONDS", 0.0)
+    yield made
+    for child in made.launched.children:
+        assert child.ended
+        assert child.process.stdin is not None
+        assert child.process.stdin.closed

@@ -2,190 +2,25 @@
 """What the launcher does when processes end, with cheap processes in the place of real ones and a coordinator that is a stub."""
 
 import asyncio
-import json
 import signal
-import socket
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from oarlock.client.entry import START_AGAIN, write_address
-from oarlock.client.job import JobSpec
+from oarlock.client.entry import START_AGAIN
 from oarlock.cluster.store import Store
-from oarlock.launch import processes
-from oarlock.launch.child import Child
 from oarlock.launch.folder import STATE_FILE
-from oarlock.launch.processes import LocalProcesses
-from oarlock.proto.coordinator_pb2 import StatusReply
-from oarlock.proto.errors import LeaseLost, Unavailable
+from oarlock.proto.errors import Unavailable
 
-ADDRESS = "127.0.0.1:1"
+Stage = Any
 Script = Iterator[Any]
-
-
-class Stage:
-    """A job whose processes are shells that wait for a line with their exit code; and the coordinator's answers."""
-
-    def __init__(self, spec: JobSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.spec, self.folder = spec, folder
-        self.started: list[tuple[str, int, list[str]]] = []
-        self.phase = "training"
-        self.term = 1
-        self.away = False
-        self.deaf_to_leaves = 0
-        self.warnings: list[str] = []
-        self.outsiders: list[dict[str, Any]] = []
-        self.gone: set[int] = set()
-        self.left: list[tuple[int, str]] = []
-        self.stops = 0
-        self.statuses: list[dict[str, Any]] = []
-        # Whether the next coordinator ends by SIGKILL at once: before or after it has recorded a new run.
-        self.stillborn: list[str] = []
-        self.launched: LocalProcesses
-        monkeypatch.setattr(processes, "start_child", self.start_child)
-
-    def start_child(
-        self, role: str, number: int, module: str, arguments: list[str], *, logs: Path, log_level: str
-    ) -> Child:
-        self.started.append((role, number, arguments))
-        log = logs / f"{role}-{number}.log"
-        with log.open("ab") as out:
-            begun = out.tell()
-            process = subprocess.Popen(
-                ["sh", "-c", 'read -r code words; echo "$words"; exit "${code:-1}"'],
-                stdin=subprocess.PIPE,
-                stdout=out,
-            )
-        if role == "coordinator":
-            fate = self.stillborn.pop(0) if self.stillborn else ""
-            if "--restore" in arguments and fate != "before":
-                with Store(self.folder / STATE_FILE).open() as store:
-                    store.set_fact("run", store.fact("run", 1) + 1)
-                store.close()
-            if fate:
-                process.kill()
-                process.wait()
-            else:
-                write_address(self.folder, ADDRESS)
-        return Child(role, number, process, log, begun)
-
-    # The transport
-
-    async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
-        assert address == ADDRESS
-        if self.away or self.child("coordinator").ended:
-            raise Unavailable("nobody is there")
-        if method == "Coordinator.Status":
-            return StatusReply(status=json.dumps(self.status()))
-        if method == "Coordinator.Leave":
-            if self.deaf_to_leaves:
-                self.deaf_to_leaves -= 1
-                raise Unavailable("not now")
-            if request.header.sender in self.gone:
-                raise LeaseLost("no member any more")
-            self.gone.add(request.header.sender)
-            self.left.append((request.header.sender, request.error))
-        elif method == "Coordinator.Stop":
-            self.stops += 1
-            self.phase = "stopped"
-        return None
-
-    async def close(self) -> None:
-        pass
-
-    def status(self) -> dict[str, Any]:
-        host = socket.gethostname()
-        members = [
-            {"role": c.role, "pid": c.process.pid, "host": host, "incarnation": c.process.pid, "stats": {}}
-            for c in self.seen
-            if c.role != "coordinator" and c.process.pid not in self.gone
-        ]
-        return {
-            "job": self.spec.job,
-            "name": self.spec.name,
-            "phase": self.phase,
-            "reason": "",
-            "run": 1,
-            "term": self.term,
-            "history": [],
-            "best": None,
-            "checkpoints": [],
-            "warnings": self.warnings,
-            "members": members + self.outsiders,
-            "lost": [],
-            "samples": 0,
-        }
-
-    # For scripts
-
-    def child(self, role: str, number: int = 0) -> Child:
-        return next(c for c in self.launched.children if (c.role, c.number) == (role, number))
-
-    def kill(self, role: str, number: int = 0) -> Child:
-        child = self.child(role, number)
-        child.process.kill()
-        child.process.wait()
-        return child
-
-    def end(self, role: str, number: int, code: int, words: str = "") -> Child:
-        """Let a process end by itself."""
-        child = self.child(role, number)
-        assert child.process.stdin is not None
-        child.process.stdin.write(f"{code} {words}\n".encode())
-        child.process.stdin.flush()
-        child.process.wait()
-        return child
-
-    def starts(self, role: str) -> int:
-        return sum(r == role for r, _, _ in self.started)
-
-    def play(self, script: Callable[["Stage"], Script], **options: Any) -> dict[str, Any]:
-        """Run the job; each turn of its watch is one step of ``script``, after whose end the job is asked to stop."""
-        self.launched = LocalProcesses(self.spec, self.folder, **options)
-        self.launched._transport = self  # type: ignore[assignment]
-        self.seen: list[Child] = []
-        steps: Script | None = None
-
-        def watch(status: dict[str, Any]) -> bool:
-            nonlocal steps
-            self.seen += [c for c in self.launched.children if not any(c is s for s in self.seen)]
-            if not status:
-                return True
-            self.statuses.append(status)
-            steps = script(self) if steps is None else steps
-            return next(steps, self) is not self
-
-        async def body() -> dict[str, Any]:
-            async with asyncio.timeout(60):
-                return await self.launched.run(watch, 0.0)
-
-        return asyncio.run(body())
-
-
-@pytest.fixture
-def stage(start: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    made = Stage(*start(servers=1, workers=2), monkeypatch)
-    # Shells end when their input closes; nobody waits for them to end by themselves.
-    monkeypatch.setattr(processes, "END_SECONDS", 0.0)
-    yield made
-    for child in made.launched.children:
-        assert child.ended
-        assert child.process.stdin is not None
-        assert child.process.stdin.closed
-
-
-def until(condition: Callable[[], Any]) -> Script:
-    while not condition():
-        yield
 
 
 def test_a_killed_worker_is_started_again(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         dead = stage.kill("worker", 1)
-        yield from until(lambda: stage.starts("worker") == 3 and stage.left)
+        yield from stage.until(lambda: stage.starts("worker") == 3 and stage.left)
         # Its splits are free at once, and not held to be at fault.
         assert stage.left == [(dead.process.pid, "")]
         assert not stage.child("worker", 1).ended
@@ -193,7 +28,7 @@ def test_a_killed_worker_is_started_again(stage: Stage) -> None:
 
     status = stage.play(script)
     assert status["phase"] == "stopped"
-    assert stage.started[-1] == ("worker", 1, ["--coordinator", ADDRESS, "--reader", "arrow"])
+    assert stage.started[-1] == ("worker", 1, ["--coordinator", stage.address, "--reader", "arrow"])
     assert status["warnings"] == ["worker 1 was ended by SIGKILL; started again (1 of 1000)"]
     assert status["restarts"] == 1
     assert stage.statuses[-1]["warnings"] == status["warnings"]
@@ -203,14 +38,14 @@ def test_a_killed_coordinator_is_started_again_where_it_was(stage: Stage) -> Non
     def script(stage: Stage) -> Script:
         for life in (2, 3):
             stage.kill("coordinator")
-            yield from until(lambda life=life: stage.starts("coordinator") == life)
-        yield from until(lambda: "note" not in stage.statuses[-1])
+            yield from stage.until(lambda life=life: stage.starts("coordinator") == life)
+        yield from stage.until(lambda: "note" not in stage.statuses[-1])
 
     status = stage.play(script)
     first, *later = [arguments for role, _, arguments in stage.started if role == "coordinator"]
     assert first == ["--dir", str(stage.folder)]
     for arguments in later:
-        assert arguments[:4] == ["--dir", str(stage.folder), "--listen", ADDRESS]
+        assert arguments[:4] == ["--dir", str(stage.folder), "--listen", stage.address]
         assert "--restore" not in arguments
     assert status["warnings"][-1] == "coordinator 0 was ended by SIGKILL; started again (2 of 1000)"
     assert stage.starts("shard") == 1
@@ -223,7 +58,7 @@ def test_a_run_is_begun_once(stage: Stage) -> None:
 
     def script(stage: Stage) -> Script:
         stage.kill("coordinator")
-        yield from until(lambda: stage.starts("coordinator") == 5)
+        yield from stage.until(lambda: stage.starts("coordinator") == 5)
 
     stage.play(script, restore="/the/checkpoint")
     told = ["--restore" in arguments for role, _, arguments in stage.started if role == "coordinator"]
@@ -242,13 +77,13 @@ def test_what_the_coordinator_did_not_hear_it_is_told_when_it_is_back(stage: Sta
         stage.away = True
         dead = stage.kill("worker", 0)
         asked = len(stage.statuses)
-        yield from until(lambda: len(stage.statuses) > asked + 3)
+        yield from stage.until(lambda: len(stage.statuses) > asked + 3)
         assert not stage.left
         stage.away, stage.deaf_to_leaves = False, 2
-        yield from until(lambda: stage.left)
+        yield from stage.until(lambda: stage.left)
         assert stage.left == [(dead.process.pid, "")]
         assert stage.deaf_to_leaves == 0
-        yield from until(lambda: stage.starts("worker") == 3)
+        yield from stage.until(lambda: stage.starts("worker") == 3)
 
     stage.play(script)
     assert len(stage.left) == 1
@@ -256,18 +91,20 @@ def test_what_the_coordinator_did_not_hear_it_is_told_when_it_is_back(stage: Sta
 
 def test_the_coordinators_absence_is_told_and_a_stop_repeated_until_it_is_heard(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
+        stage.kill("worker", 0)
+        yield from stage.until(lambda: stage.starts("worker") == 3)
         stage.away = True
-        yield from until(lambda: "note" in stage.statuses[-1])
+        yield from stage.until(lambda: "note" in stage.statuses[-1])
         assert stage.statuses[-1]["note"] == "the coordinator does not answer"
         assert stage.statuses[-1]["phase"] == "training"
         stage.away = False
-        yield from until(lambda: "note" not in stage.statuses[-1])
+        yield from stage.until(lambda: "note" not in stage.statuses[-1])
         stage.warnings = ["a first life's warning"]
         yield
         yield
         stage.away = True
         stage.kill("coordinator")
-        yield from until(lambda: "note" in stage.statuses[-1])
+        yield from stage.until(lambda: "note" in stage.statuses[-1])
         assert stage.statuses[-1]["note"] == "the coordinator is being started again"
         asyncio.get_running_loop().call_later(0.05, back)
 
@@ -278,8 +115,9 @@ def test_the_coordinators_absence_is_told_and_a_stop_repeated_until_it_is_heard(
     assert stage.stops == 1
     assert status["phase"] == "stopped"
     assert status["warnings"] == [
+        "worker 0 was ended by SIGKILL; started again (1 of 1000)",
         "a first life's warning",
-        "coordinator 0 was ended by SIGKILL; started again (1 of 1000)",
+        "coordinator 0 was ended by SIGKILL; started again (2 of 1000)",
         "a second life's warning",
     ]
 
@@ -289,7 +127,9 @@ def test_the_limit_holds_for_all_processes_together(stage: Stage) -> None:
         for number in (0, 1, 0):
             before = stage.starts("worker")
             stage.kill("worker", number)
-            yield from until(lambda before=before: stage.starts("worker") > before or stage.child("worker").noticed)
+            yield from stage.until(
+                lambda before=before: stage.starts("worker") > before or stage.child("worker").noticed
+            )
 
     status = stage.play(script, restarts=2)
     assert stage.starts("worker") == 4
@@ -305,7 +145,7 @@ def test_without_restarts_a_job_ends_as_its_processes_do(stage: Stage, role: str
     def script(stage: Stage) -> Script:
         for number in range(2 if role == "worker" else 1):
             stage.kill(role, number)
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     status = stage.play(script, restarts=0)
     assert status["phase"] == "failed"
@@ -319,7 +159,7 @@ def test_a_coordinator_killed_after_the_end_leaves_what_it_recorded(stage: Stage
         with Store(stage.folder / STATE_FILE).open() as store:
             store.set_fact("phase", "done")
         store.close()
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     assert stage.play(script, restarts=0)["phase"] == "done"
 
@@ -327,7 +167,7 @@ def test_a_coordinator_killed_after_the_end_leaves_what_it_recorded(stage: Stage
 def test_a_process_that_ends_by_its_own_error_is_not_started_again(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.end("worker", 1, 1, "error: the data are no good")
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     status = stage.play(script)
     assert status["phase"] == "failed"
@@ -339,7 +179,7 @@ def test_a_process_that_ends_by_its_own_error_is_not_started_again(stage: Stage)
 def test_the_coordinators_own_error_ends_the_job_with_its_words(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.end("coordinator", 0, 1, "error: the disk is full")
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     status = stage.play(script)
     assert (status["phase"], status["reason"]) == ("failed", "coordinator 0: the disk is full")
@@ -350,7 +190,7 @@ def test_a_worker_that_was_away_for_too_long_is_replaced(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.gone.add(stage.child("worker", 0).process.pid)
         stage.end("worker", 0, START_AGAIN, "error: join anew")
-        yield from until(lambda: stage.starts("worker") == 3)
+        yield from stage.until(lambda: stage.starts("worker") == 3)
 
     status = stage.play(script)
     assert status["warnings"] == ["worker 0 ended (join anew); started again (1 of 1000)"]
@@ -362,7 +202,7 @@ def test_nobody_is_started_again_while_the_job_stops(stage: Stage) -> None:
         stage.phase = "stopping"
         stage.kill("worker", 0)
         stage.kill("worker", 1)
-        yield from until(lambda: len(stage.left) == 2)
+        yield from stage.until(lambda: len(stage.left) == 2)
 
     status = stage.play(script)
     assert stage.starts("worker") == 2
@@ -377,9 +217,9 @@ def test_workers_that_were_asked_to_leave_do_not_end_the_job_while_others_are_th
         for number in (0, 1):
             stage.gone.add(stage.end("worker", number, 0).process.pid)
         turns = len(stage.statuses)
-        yield from until(lambda: len(stage.statuses) > turns + 3)
+        yield from stage.until(lambda: len(stage.statuses) > turns + 3)
         stage.outsiders = []
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     status = stage.play(script)
     assert status["phase"] == "failed"
@@ -391,7 +231,7 @@ def test_workers_that_were_asked_to_leave_do_not_end_the_job_while_others_are_th
 def test_a_killed_shard_ends_the_job(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.kill("shard", 0)
-        yield from until(lambda: False)
+        yield from stage.until(lambda: False)
 
     status = stage.play(script)
     assert "shard 0: ended by SIGKILL" in status["reason"]
@@ -403,7 +243,7 @@ def test_signals_have_names(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         for number, sent in enumerate((signal.SIGSEGV, signal.SIGRTMIN + 3)):
             stage.child("worker", number).process.send_signal(sent)
-        yield from until(lambda: stage.starts("worker") == 4)
+        yield from stage.until(lambda: stage.starts("worker") == 4)
 
     warnings = sorted(stage.play(script)["warnings"])
     assert [w.partition(";")[0] for w in warnings] == [
