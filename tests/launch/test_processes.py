@@ -146,7 +146,8 @@ def test_an_interrupted_job_ends_within_seconds_and_goes_on(launch: Callable[...
     stopped = job.result
     assert stopped["phase"] == "stopped"
     done = len(stopped["history"])
-    assert 0 <= stopped["samples_trained"] - done * SAMPLES < SAMPLES
+    # All of an epoch, if it was interrupted while it was evaluated.
+    assert 0 <= stopped["samples_trained"] - done * SAMPLES <= SAMPLES
     finished = go_on(launch, done)
     assert finished["history"][:done] == stopped["history"]
     assert (finished["run"], finished["servers"], finished["workers"], finished["reader"]) == (2, 1, 2, "arrow")
