@@ -18,7 +18,9 @@ def main() -> int:
     options.add_argument("--coordinator", required=True, metavar="HOST:PORT")
     options.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT|unix:PATH", help="port 0: any free port")
     options.add_argument("--advertise", default="", metavar="HOST", help="the name under which others reach this host")
-    options.add_argument("--threads", type=int, default=256, help="requests and streams served at once")
+    options.add_argument(
+        "--threads", type=int, default=512, help="requests and streams served at once; a worker has two streams"
+    )
     given = options.parse_args()
     transport = GrpcTransport()
     service = ShardService()

@@ -47,8 +47,8 @@ class GrpcServer:
         self._listen = listen
         self._threads = max(threads, MIN_THREADS)
         # A newcomer needs a thread in which to be let in or sent away: some are nobody's place.
-        spare = self._threads // 8
-        streams = self._threads * 5 // 8 if any(m.streamed for m in self._methods()) else 0
+        spare = max(2, self._threads // 16)
+        streams = self._threads * 3 // 4 if any(m.streamed for m in self._methods()) else 0
         self._streams = Places(streams, stall_seconds=stall_seconds)
         self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
         self._server: grpc.Server | None = None
@@ -119,9 +119,8 @@ class GrpcServer:
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             place = self._streams.enter(context.cancel, patient=False)
             if place is None:
-                _refuse(
-                    context, Unavailable(f"{method.name}: all {len(self._streams)} streams of this process are taken")
-                )
+                taken = f"{method.name}: all {len(self._streams)} streams of this process are taken"
+                _refuse(context, Unavailable(f"{taken}; a process of more threads has more"))
                 return
             try:
                 for data in requests:

@@ -119,7 +119,7 @@ def test_a_stream_of_pulls_whose_answers_nobody_reads(large):
 
 
 def test_single_pulls_whose_answers_nobody_reads(large):
-    """Six hundred of them, 1.2 GiB: no more is held than the places for single calls, 16 times 2 MiB, and what gRPC adds."""
+    """Six hundred of them, 1.2 GiB: no more is held than the places for single calls, 12 times 2 MiB, and what gRPC adds."""
     assert large.trains(2)
     before = ports.resident()
     peak = 0

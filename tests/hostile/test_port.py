@@ -21,7 +21,7 @@ from oarlock.proto.rpc.status import FAILURE_KEY
 from oarlock.proto.shard_pb2 import CloseRequest, MarksRequest, PullReply, PullRequest, PushReply
 
 STREAM, SINGLE = "/oarlock.Shard/PullStream", "/oarlock.Shard/Marks"
-# Ten places for streams and four for single calls, which are free again soon.
+# Twelve places for streams and two for single calls, which are free again soon.
 SMALL = {"threads": 16, "stall_seconds": 0.05}
 
 
@@ -223,30 +223,30 @@ class Busy:
 
 
 def test_a_stream_too_many_is_unavailable_and_orders_get_through():
-    """None of the ten stalls: the server works for all of them, so nobody is sent away for the eleventh."""
+    """None of the twelve stalls: the server works for all of them, so nobody is sent away for one more."""
     busy = Busy()
     server = GrpcServer(busy, "Shard", listen="127.0.0.1:0", **SMALL)
     address = server.start()
 
     async def body():
-        held = [GrpcTransport() for _ in range(11)]
+        held = [GrpcTransport() for _ in range(13)]
 
         def pull(number):
             request = PullRequest(number=number)
             return held[number].call(address, "Shard.Pull", request, timeout_seconds=20)
 
         try:
-            waiting = [asyncio.ensure_future(pull(n)) for n in range(10)]
+            waiting = [asyncio.ensure_future(pull(n)) for n in range(12)]
             for _ in waiting:
                 assert await asyncio.to_thread(busy.entered.acquire, timeout=20)
-            with pytest.raises(Unavailable, match=r"all 10 streams of this process are taken") as caught:
-                await pull(10)
+            with pytest.raises(Unavailable, match=r"all 12 streams of this process are taken") as caught:
+                await pull(12)
             assert caught.value.retryable
-            await held[10].call(address, "Shard.Close", CloseRequest(), timeout_seconds=20)
+            await held[12].call(address, "Shard.Close", CloseRequest(), timeout_seconds=20)
             busy.gate.set()
-            assert [r.pushes for r in await asyncio.gather(*waiting)] == list(range(10))
+            assert [r.pushes for r in await asyncio.gather(*waiting)] == list(range(12))
             # Their streams are idle now, so there is room.
-            assert (await ports.again(lambda: pull(10))).pushes == 10
+            assert (await ports.again(lambda: pull(12))).pushes == 12
         finally:
             busy.gate.set()
             for one in held:
