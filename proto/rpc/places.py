@@ -58,7 +58,7 @@ class Places:
                     return place
                 if not patient:
                     return None
-                self._changed.wait(self._stall_seconds / 4)
+                self._changed.wait(max(self._stall_seconds / 4, 0.01))
             return None
 
     def _send_away(self, now: float) -> None:

@@ -10,15 +10,19 @@ import h2
 import ports
 import pytest
 import rig
+from grpc.aio import AioRpcError, Metadata
 
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES
-from oarlock.proto.common_pb2 import HelloReply
-from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, PSError, Unavailable
+from oarlock.proto.common_pb2 import Empty
+from oarlock.proto.errors import Internal, InvalidArgument, Malformed, NotFound, PSError, Unavailable
 from oarlock.proto.methods import METHODS
 from oarlock.proto.rpc import GrpcServer, GrpcTransport, from_status
+from oarlock.proto.rpc import places as places_module
 from oarlock.proto.rpc import server as server_module
-from oarlock.proto.rpc.status import FAILURE_KEY
-from oarlock.proto.shard_pb2 import CloseRequest, MarksRequest, PullReply, PullRequest, PushReply
+from oarlock.proto.rpc.client import error_of
+from oarlock.proto.rpc.places import Places
+from oarlock.proto.rpc.status import FAILURE_KEY, failure_of
+from oarlock.proto.shard_pb2 import CloseRequest, MarksReply, MarksRequest, PullReply, PullRequest, PushReply
 
 STREAM, SINGLE = "/oarlock.Shard/PullStream", "/oarlock.Shard/Marks"
 # Twelve places for streams and two for single calls, which are free again soon.
@@ -207,7 +211,7 @@ def test_a_stream_that_was_idle_for_too_long_is_begun_anew(port, connect):
 
 
 class Busy:
-    """Pulls that take until ``gate`` opens; ``entered`` counts them."""
+    """Pulls and marks that take until ``gate`` opens; ``entered`` counts them."""
 
     def __init__(self):
         self.gate = threading.Event()
@@ -218,14 +222,19 @@ class Busy:
         self.gate.wait(30)
         return PullReply(pushes=request.number)
 
+    def marks(self, request):
+        self.entered.release()
+        self.gate.wait(30)
+        return MarksReply(next=request.splits)
+
     def close(self, request):
-        return HelloReply()
+        return Empty()
 
 
 def test_a_stream_too_many_is_unavailable_and_orders_get_through():
     """None of the twelve stalls: the server works for all of them, so nobody is sent away for one more."""
     busy = Busy()
-    server = GrpcServer(busy, "Shard", listen="127.0.0.1:0", **SMALL)
+    server = GrpcServer(busy, "Shard", listen="127.0.0.1:0", threads=16, stall_seconds=0)
     address = server.start()
 
     async def body():
@@ -239,9 +248,10 @@ def test_a_stream_too_many_is_unavailable_and_orders_get_through():
             waiting = [asyncio.ensure_future(pull(n)) for n in range(12)]
             for _ in waiting:
                 assert await asyncio.to_thread(busy.entered.acquire, timeout=20)
-            with pytest.raises(Unavailable, match=r"all 12 streams of this process are taken") as caught:
-                await pull(12)
-            assert caught.value.retryable
+            # Sometimes gRPC tells only of its own failed write to the stream that was refused; that is Unavailable as well.
+            for _ in range(30):
+                with pytest.raises(Unavailable, match=r"all 12 streams of this process are taken|has ended the stream"):
+                    await pull(12)
             await held[12].call(address, "Shard.Close", CloseRequest(), timeout_seconds=20)
             busy.gate.set()
             assert [r.pushes for r in await asyncio.gather(*waiting)] == list(range(12))
@@ -257,6 +267,80 @@ def test_a_stream_too_many_is_unavailable_and_orders_get_through():
     finally:
         busy.gate.set()
         server.stop(0)
+
+
+class Clock:
+    """Stands for the module ``time``."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_a_call_that_is_worked_for_is_not_sent_away(monkeypatch):
+    """Two of five marks have a place; the others wait for it, and look again after a long time."""
+    busy, clock, looked = Busy(), Clock(), threading.Semaphore(0)
+    send_away = Places._send_away
+
+    def look(self, now):
+        send_away(self, now)
+        if now > 1000:
+            looked.release()
+
+    monkeypatch.setattr(places_module, "time", clock)
+    monkeypatch.setattr(Places, "_send_away", look)
+    server = GrpcServer(busy, "Shard", listen="127.0.0.1:0", **SMALL)
+    address = server.start()
+
+    async def body():
+        transport = GrpcTransport()
+        try:
+            requests = [MarksRequest(splits=[n]) for n in range(5)]
+            calls = [transport.call(address, "Shard.Marks", r, timeout_seconds=20) for r in requests]
+            waiting = [asyncio.ensure_future(call) for call in calls]
+            for _ in range(2):
+                assert await asyncio.to_thread(busy.entered.acquire, timeout=20)
+            clock.now += 1000
+            assert await asyncio.to_thread(looked.acquire, timeout=20)
+            busy.gate.set()
+            return [list((await one).next) for one in waiting]
+        finally:
+            busy.gate.set()
+            await transport.close()
+
+    try:
+        assert asyncio.run(body()) == [[0], [1], [2], [3], [4]]
+    finally:
+        server.stop(0)
+
+
+def test_a_call_that_ended_leaves_its_place():
+    """One after another, many more than there are places, and none stalls for long enough to be sent away."""
+    port = ports.Port(threads=16, stall_seconds=1000)
+    data = port.pull_request().SerializeToString()
+    try:
+        with grpc.insecure_channel(port.address) as channel:
+            for _ in range(30):
+                assert channel.unary_unary("/oarlock.Shard/Pull")(data, timeout=20)
+                assert len(list(channel.stream_stream(STREAM)(iter([data, data]), timeout=20))) == 2
+    finally:
+        port.stop()
+
+
+@pytest.mark.parametrize(
+    ("details", "failure", "kind"),
+    [
+        ("Internal error from Core", None, Unavailable),
+        ("Internal error from Core", failure_of(Internal("a defect")).SerializeToString(), Internal),
+        ("another", None, Internal),
+    ],
+)
+def test_a_write_to_a_stream_that_was_ended_is_no_defect(details, failure, kind):
+    """gRPC reports INTERNAL of its own in place of the status that the other side gave."""
+    trailing = Metadata(*([(FAILURE_KEY, failure)] if failure else []))
+    error = AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), trailing, details)
+    assert type(error_of(error, "a:1", "Shard.Pull")) is kind
 
 
 def test_more_calls_than_a_server_keeps_waiting_are_unavailable(monkeypatch, connect):
