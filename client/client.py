@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.membership import Membership
 from oarlock.client.pull import pull
-from oarlock.client.push import PushCounts, RowGradients, cut_push, push
+from oarlock.client.push import PushCounts, PushIdentity, RowGradients, cut_push, push
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.errors import Malformed, Unavailable
@@ -41,9 +41,13 @@ class Client:
         rows: Mapping[str, NDArray[np.float32]],
         *,
         dense: NDArray[np.float32] | None = None,
+        number: int = 0,
     ) -> Awaitable[None]:
-        """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given."""
-        return pull(self._member, self.routes, keys, rows, dense, self.pushes_seen)
+        """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
+
+        ``number``: under ssp, 1 + the number of the group that the rows are for.
+        """
+        return pull(self._member, self.routes, keys, rows, dense, self.pushes_seen, number)
 
     def push(
         self,
@@ -53,14 +57,16 @@ class Client:
         *,
         dense: NDArray[np.float32] | None = None,
         dense_rate: float = 0.0,
+        step: int = 0,
+        number: int = 0,
     ) -> Awaitable[PushCounts]:
         """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
 
-        The messages are made before this returns: the arrays may be reused at once, also before the awaitable is done.
+        ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``. The messages are made
+        before this returns: the arrays may be reused at once, also before the awaitable is done.
         """
-        return push(
-            self._member, cut_push(self._member.layout, self.routes, split, group, gradients, dense, dense_rate)
-        )
+        identity = PushIdentity(split, group, step, number)
+        return push(self._member, cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate))
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""

@@ -11,7 +11,7 @@ from typing import Any
 from oarlock.embedding.spec import DenseSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
-MODES = ("async",)
+MODES = ("async", "ssp")
 
 # A lease that outlasts this is as good as none.
 MAX_LEASE_SECONDS = 1e9
@@ -29,6 +29,7 @@ class JobSpec:
 
     ``files`` and ``evaluation_files`` are JSON forms of data files (path, size, row groups); the splits of an epoch follow
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
+    ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
     every ``checkpoint_epochs`` epochs (0: only at the end).
     """
@@ -52,6 +53,7 @@ class JobSpec:
     metrics: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
     mode: str = "async"
+    staleness: int = 0
     checkpoint_epochs: int = 1
     checkpoints_kept: int = 2
     reader: str = "auto"
@@ -83,10 +85,15 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
-        for name in ("evaluation_splits", "checkpoint_epochs"):
+        for name in ("evaluation_splits", "checkpoint_epochs", "staleness"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 0")
+        if self.staleness and self.mode != "ssp":
+            raise InvalidArgument(
+                f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "
+                "give mode = 'ssp', or staleness = 0"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
         for name in ("heartbeat_seconds", "lease_seconds"):

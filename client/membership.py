@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Membership: how a shard or a worker joins the job, keeps its lease, and learns newer placements.
 
-Invariant: identities (job, run, incarnation) come from the coordinator's answer to Join and do not change after it; the
-placement only gets newer. One event loop.
+Invariant: identities (job, run, incarnation) come from the coordinator's answer to Join and do not change after it; term and
+placement only get newer, and what a coordinator of an older term says is not heard. One event loop; ``holds_lease`` may be
+called from any thread.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from oarlock.client.retry import Retry
 from oarlock.client.router import Routes, unpack_placement
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import (
+    WORKER,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -29,7 +31,7 @@ from oarlock.proto.coordinator_pb2 import (
     PlacementRequest,
     Role,
 )
-from oarlock.proto.errors import PSError
+from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
 
@@ -56,7 +58,11 @@ class Membership:
         self.rng = rng
         self.retry = retry or Retry()
         self.phase = "joining"
+        # Groups of all closed splits, and ssp's minimum, as the coordinator last told.
         self.step = 0
+        self.minimum = 0
+        # Adds to every heartbeat what only the work knows: a worker's splits and its clock.
+        self.about: Callable[[HeartbeatRequest], None] = lambda request: None
         # Set once the job wants its workers to leave, and once it is over.
         self.stopping = asyncio.Event()
         self.over = asyncio.Event()
@@ -66,15 +72,25 @@ class Membership:
         self.id = -1
         self.incarnation = 0
         self.run = 0
+        self.term = 0
         self._address = address
         self._reader = reader
         self._heartbeat_seconds = 0.5
+        self._lease_seconds = 5.0
+        self._lease_ends = 0.0
+        self._clock: Callable[[], float] = lambda: 0.0
         self._fetching: asyncio.Task[Routes] | None = None
 
     async def call(self, method: str, request: Any) -> Any:
-        """Call the coordinator, waiting for it while it is away (it may be restarted at any time)."""
+        """Call the coordinator, waiting for it while it is away (it may be restarted at any time).
+
+        A request's header is made anew for every attempt: the term may have changed.
+        """
+        headed = "header" in request.DESCRIPTOR.fields_by_name
 
         async def attempt(timeout: float) -> Any:
+            if headed:
+                request.header.CopyFrom(self.header())
             return await self.transport.call(self.coordinator, method, request, timeout_seconds=timeout)
 
         return await self.retry.run(attempt, rng=self.rng)
@@ -88,7 +104,12 @@ class Membership:
             sender=self.incarnation,
             target=target,
             generation=self.routes.generation if self.routes else 0,
+            term=self.term,
         )
+
+    def holds_lease(self) -> bool:
+        """Whether the lease runs by this process's own clock, counted from the sending of the last answered heartbeat."""
+        return self._clock() < self._lease_ends
 
     async def join(self) -> JobSpec:
         """Join and return the job's spec."""
@@ -101,11 +122,14 @@ class Membership:
             host=socket.gethostname(),
             reader=self._reader,
         )
+        self._clock = asyncio.get_running_loop().time
+        sent = self._clock()
         reply: JoinReply = await self.call("Coordinator.Join", request)
         self.spec = JobSpec.from_json(reply.spec)
         self.layout = Layout(self.spec.tables, self.spec.dense)
-        self.id, self.incarnation, self.run = reply.id, reply.incarnation, reply.run
-        self._heartbeat_seconds = reply.heartbeat_seconds
+        self.id, self.incarnation, self.run, self.term = reply.id, reply.incarnation, reply.run, reply.term
+        self._heartbeat_seconds, self._lease_seconds = reply.heartbeat_seconds, reply.lease_seconds
+        self._lease_ends = sent + self._lease_seconds
         if reply.placement.generation:
             self.routes = unpack_placement(self.layout, reply.placement)
         logger.info(
@@ -120,23 +144,39 @@ class Membership:
     async def keep(self, stats: Callable[[], dict[str, Any]]) -> None:
         """Renew the lease every heartbeat, for ever. Ends by raising what the coordinator refuses (LeaseLost, WrongRun, ...)."""
         while True:
-            request = HeartbeatRequest(header=self.header(), stats=json.dumps(stats()))
             try:
-                reply: HeartbeatReply = await self.transport.call(
-                    self.coordinator,
-                    "Coordinator.Heartbeat",
-                    request,
-                    timeout_seconds=max(1.0, self._heartbeat_seconds * 4),
-                )
-                self._in_phase(reply.phase)
-                self.step = reply.step
-                if reply.generation > (self.routes.generation if self.routes else 0):
-                    await self.newer_routes(reply.generation)
+                reply = await self.beat(stats())
+                if self.role == WORKER and reply.generation > (self.routes.generation if self.routes else 0):
+                    await self._learn(reply.generation)
             except PSError as error:
                 if not error.retryable:
                     raise
                 logger.debug("event=heartbeat_unanswered error=%s", error)
             await asyncio.sleep(self._heartbeat_seconds)
+
+    async def beat(self, stats: dict[str, Any] | None = None) -> HeartbeatReply:
+        """Send one heartbeat and take in what it answers. Also sent between others, when there is something to tell or to ask."""
+        request = HeartbeatRequest(header=self.header(), stats="" if stats is None else json.dumps(stats))
+        self.about(request)
+        sent = self._clock()
+        reply: HeartbeatReply = await self.transport.call(
+            self.coordinator, "Coordinator.Heartbeat", request, timeout_seconds=self._lease_seconds / 4
+        )
+        if reply.term < self.term:
+            raise Unavailable(f"a coordinator of term {reply.term} answered, one of term {self.term} is in charge")
+        self.term = reply.term
+        self._lease_ends = max(self._lease_ends, sent + self._lease_seconds)
+        self._in_phase(reply.phase)
+        self.step = reply.step
+        self.minimum = max(self.minimum, reply.minimum)
+        return reply
+
+    async def _learn(self, generation: int) -> None:
+        """Fetch a newer placement. A refusal is not ours to judge: if it is for good, so is that of the next heartbeat."""
+        try:
+            await self.newer_routes(generation)
+        except PSError as error:
+            logger.debug("event=placement_refused error=%s", error)
 
     @asynccontextmanager
     async def kept(self, stats: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
@@ -204,6 +244,9 @@ class Membership:
 
     def _fetched(self, task: "asyncio.Task[Routes]") -> None:
         self._fetching = None
+        if not task.cancelled():
+            # Whoever waits has it; if nobody does any more, it is no news.
+            task.exception()
 
     async def leave(self, error: str = "") -> None:
         """Tell the coordinator that this process goes; not hearing it is no harm, the lease ends by itself."""

@@ -109,6 +109,7 @@ async def pull(
     rows: Mapping[str, NDArray[np.float32]],
     dense: NDArray[np.float32] | None,
     pushes_seen: dict[int, int],
+    number: int = 0,
 ) -> None:
     """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given."""
     layout = member.layout
@@ -119,6 +120,7 @@ async def pull(
             header=member.header(message.shard.incarnation),
             tables=[piece.keys(keys[name].keys) for name, piece in message.pieces],
             dense=pack(message.dense),
+            number=number,
         )
         reply: PullReply = await member.transport.call(
             message.shard.address, "Shard.Pull", request, timeout_seconds=timeout

@@ -32,6 +32,16 @@ class RowGradients:
     rate: float
 
 
+@dataclass(frozen=True)
+class PushIdentity:
+    """What a push is known by, (split, group), and what an update may use of the time it was made: ``step``, ssp's ``number``."""
+
+    split: int
+    group: int
+    step: int = 0
+    number: int = 0
+
+
 @dataclass
 class PushCounts:
     """What became of a push: blocks that it changed, blocks that had it already, gradients refused as not finite."""
@@ -77,10 +87,10 @@ class _Filling:
 class _Packer:
     """Packs parts into one message per shard, or more where a message would be over the limit."""
 
-    def __init__(self, layout: Layout, routes: Routes, split: int, group: int, limit: int) -> None:
+    def __init__(self, layout: Layout, routes: Routes, identity: PushIdentity, limit: int) -> None:
         self._layout = layout
         self._routes = routes
-        self._identity = (split, group)
+        self._identity = identity
         self._limit = limit
         self._filling: dict[int, _Filling] = {}
         self._full: list[PushMessage] = []
@@ -91,7 +101,8 @@ class _Packer:
             self._close(shard)
             found = None
         if found is None:
-            request = PushRequest(split=self._identity[0], group=self._identity[1])
+            known = self._identity
+            request = PushRequest(split=known.split, group=known.group, step=known.step, number=known.number)
             found = self._filling[shard] = _Filling(request, [])
         found.volume += volume
         return found
@@ -145,8 +156,7 @@ class _Packer:
 def cut_push(
     layout: Layout,
     routes: Routes,
-    split: int,
-    group: int,
+    identity: PushIdentity,
     gradients: Mapping[str, RowGradients],
     dense: NDArray[np.float32] | None,
     dense_rate: float,
@@ -154,7 +164,7 @@ def cut_push(
     limit: int = MESSAGE_BYTES,
 ) -> list[PushMessage]:
     """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them."""
-    packer = _Packer(layout, routes, split, group, limit)
+    packer = _Packer(layout, routes, identity, limit)
     for name, part in gradients.items():
         if len(part.keys.keys):
             packer.rows(
@@ -180,7 +190,10 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
     for message, blocks in left:
         wanted = np.zeros(layout.blocks, np.bool_)
         wanted[blocks] = True
-        packer = _Packer(layout, routes, message.request.split, message.request.group, MESSAGE_BYTES)
+        known = message.request
+        packer = _Packer(
+            layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES
+        )
         for sent in message.request.tables:
             part = _RowPart(
                 sent.keys.table,

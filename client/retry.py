@@ -17,9 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retry:
-    """Pauses start at ``first_seconds``, double up to ``most_seconds``, and are drawn from the upper half of that."""
+    """Pauses start at ``first_seconds``, double up to ``most_seconds``, and are drawn from the upper half of that.
 
-    deadline_seconds: float = 60.0
+    The deadline is long: who waits for a process that was killed waits for whoever starts it again. What ends the waiting is
+    the word of the coordinator that the job is over, or the end of the launcher.
+    """
+
+    deadline_seconds: float = 3600.0
     call_seconds: float = 20.0
     first_seconds: float = 0.02
     most_seconds: float = 1.0

@@ -20,6 +20,7 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, WRITING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
+from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.recovery import go_back, take_up
@@ -52,6 +53,7 @@ class Coordinator:
         self.lock = RLock()
         self.members = Members(spec.lease_seconds)
         self.work = Work(spec.splits, spec.evaluation_splits, spec.epochs, spec.metrics)
+        self.clocks = Clocks()
         self.phase = GATHERING
         self.reason = ""
         self.run = 1
@@ -188,23 +190,24 @@ class Coordinator:
         work = self.work
         return {
             "samples": work.samples,
+            "steps": work.steps,
             "loss_sum": work.loss_sum,
             "train_seconds": work.train_seconds,
             "evaluate_seconds": work.evaluate_seconds,
         }
 
-    def close_split(self, worker: int, split: int, samples: int, loss_sum: float) -> None:
+    def close_split(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
         """Count a split as trained."""
         if not abs(loss_sum) <= MAX_SUM:
             raise InvalidArgument(
                 f"split {split}: the loss is {loss_sum}; the model diverged, lower its learning rates", split=split
             )
-        if samples > MAX_SAMPLES:
-            raise InvalidArgument(f"split {split}: {samples} samples are no count", split=split)
+        if max(samples, groups) > MAX_SAMPLES:
+            raise InvalidArgument(f"split {split}: {samples} samples in {groups} groups are no count", split=split)
         with self.lock:
             # The time until now was training, also if this split is the epoch's last.
             self._count_time()
-            if self.work.close(worker, split, samples, loss_sum):
+            if self.work.close(worker, split, samples, loss_sum, groups):
                 with self.store as store:
                     self.record_work(store)
 
@@ -247,17 +250,15 @@ class Coordinator:
             if not self.work.release(worker, kind, split, reason):
                 self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
 
-    def member_gone(self, member: Member, state: str, error: str = "", *, own: bool = False) -> None:
-        """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed.
-
-        ``own``: the error is its own, so that what it worked on may be at fault.
-        """
+    def member_gone(self, member: Member, state: str, error: str = "") -> None:
+        """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""
         with self.lock:
             if member.state != "alive":
                 return
             with self.store as store:
                 member.state, member.error = state, error
                 store.set_member(member.incarnation, member.record())
+            self.clocks.gone(member.incarnation)
             leases = self.work.leased_to(member.incarnation)
             freed = len(leases)
             logger.info(
@@ -274,7 +275,7 @@ class Coordinator:
                     f"the {freed} splits that it had go to others"
                 )
             for kind, split in leases:
-                self.release(member.incarnation, kind, split, error if own else "")
+                self.release(member.incarnation, kind, split, "")
             if member.role == "shard":
                 self._shard_gone(member, error)
 
@@ -309,7 +310,7 @@ class Coordinator:
         with self.lock:
             self.store.check()
             now = self.clock()
-            if now - self.last_tick > max(self.spec.heartbeat_seconds * 2, 1.0):
+            if now - self.last_tick > self.spec.heartbeat_seconds:
                 # This process was paused itself: what it did not hear is not held against anybody.
                 self.members.grant_full_term(now)
                 self.stopping_since = now

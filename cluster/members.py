@@ -4,7 +4,7 @@
 Invariant: an incarnation is given once and never again; a lease that ended is not renewed. The coordinator's lock covers it.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from oarlock.proto.errors import LeaseLost
@@ -32,12 +32,14 @@ class Member:
     error: str = ""
     expires: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
-    # Number of the newest Lease question.
+    # Number of the newest Lease question, and its answer: the same question gets the same answer.
     asked: int = 0
+    answer: Any = None
 
     def record(self) -> dict[str, Any]:
         """Return what is kept on disk: identity and state, not the lease and not the counters."""
-        return {k: v for k, v in asdict(self).items() if k not in ("expires", "stats", "asked")}
+        passing = ("expires", "stats", "asked", "answer")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in passing}
 
 
 class Members:

@@ -153,7 +153,7 @@ class Orders:
                 closed=ClosedRecord(work.closed.floor, tuple(sorted(work.closed.above))),
                 open_splits=tuple(work.open_splits()),
                 epoch=work.epoch,
-                step=work.closed.floor,
+                step=work.steps,
                 metrics={
                     "history": [asdict(r) for r in work.history],
                     "evaluations": {str(s): v for s, v in work.results.items()},

@@ -15,6 +15,7 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import GATHERING
 from oarlock.client.router import ShardAddress
+from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.members import Member
 from oarlock.cluster.work import EpochResult
 from oarlock.embedding.spec import to_json
@@ -44,8 +45,7 @@ def take_up(c: "Coordinator") -> None:
         c.work.history = [EpochResult(**e) for e in store.epochs()]
         c.work.epoch = len(c.work.history)
         c.work.results = store.evaluations()
-        counted = store.fact("counted", {"samples": 0, "loss_sum": 0.0, "train_seconds": 0.0, "evaluate_seconds": 0.0})
-        for name, value in counted.items():
+        for name, value in store.fact("counted", {}).items():
             setattr(c.work, name, value)
         c.work.all_touched = c.term > 1
         placed = store.placement()
@@ -55,6 +55,8 @@ def take_up(c: "Coordinator") -> None:
             c.shards = {s["id"]: ShardAddress(**s) for s in placed[2]}
         for value in store.members():
             c.members.add(Member(**value), c.clock())
+        # What they hold is asked before anything is leased anew.
+        c.clocks.begin(m.incarnation for m in c.members.alive("worker"))
     # In the phase "writing" the earlier life's cut never was: the next one takes a new number and writes anew.
     c.last_tick = c.stopping_since = c.clock()
     logger.info("event=coordinator_open term=%d run=%d phase=%s", c.term, c.run, c.phase)
@@ -80,6 +82,7 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         c.shards, c.adopted = {}, set()
         c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
         c.work.leases.clear()
+        c.clocks = Clocks()
         c.work.failures.clear()
         if path not in [known["path"] for known in c.checkpoints]:
             c.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})

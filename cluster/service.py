@@ -95,6 +95,8 @@ class CoordinatorService:
             )
         if header.run != c.run:
             raise WrongRun(f"the job is in run {c.run}, the message is of run {header.run}: join anew", run=c.run)
+        if header.term > c.term:
+            raise Unavailable(f"this coordinator is of term {c.term}, one of term {header.term} has taken its place")
         with c.lock:
             member = c.members.renew(header.sender, c.clock())
         if role is not None and member.role != role:
@@ -138,9 +140,33 @@ class CoordinatorService:
         member = self._member(request.header)
         stats = read_stats(request.stats)
         with c.lock:
-            member.stats = stats
-            generation = c.generation if c.placed else 0
-            return HeartbeatReply(term=c.term, generation=generation, phase=c.phase)
+            if request.stats:
+                member.stats = stats
+            if member.role == "worker" and not request.asking:
+                self._hear(member, request)
+            return HeartbeatReply(
+                term=c.term,
+                generation=c.generation if c.placed else 0,
+                phase=c.phase,
+                step=c.work.steps,
+                minimum=c.clocks.minimum,
+            )
+
+    def _hear(self, member: Member, request: HeartbeatRequest | LeaseRequest) -> set[tuple[str, int]]:
+        """Take in a worker's clock and return the splits that it holds."""
+        if len(request.held) + len(request.evaluations) > MAX_SPLITS:
+            raise InvalidArgument(f"more than {MAX_SPLITS} splits are held")
+        c, clock = self._coordinator, request.clock
+        held = {("train", s) for s in request.held} | {("evaluate", s) for s in request.evaluations}
+        if clock.active and clock.heard > clock.acknowledged:
+            raise Malformed(
+                f"a clock of {clock.acknowledged} groups is below the minimum of {clock.heard} that it was told"
+            )
+        if member.incarnation in c.clocks.unheard or isinstance(request, LeaseRequest):
+            # Heartbeats may be late; what an earlier life of this coordinator leased is known from them all the same.
+            c.work.claim(member.incarnation, held)
+        c.clocks.heard(member.incarnation, active=clock.active, acknowledged=clock.acknowledged, minimum=clock.heard)
+        return held
 
     def placement(self, request: PlacementRequest) -> Placement:
         self._member(request.header)
@@ -151,33 +177,41 @@ class CoordinatorService:
         member = self._member(request.header, "worker")
         if not 1 <= request.wanted <= MAX_SPLITS:
             raise InvalidArgument(f"{request.wanted} splits wanted: ask for 1 to {MAX_SPLITS}")
-        if len(request.held) + len(request.evaluations) > MAX_SPLITS:
-            raise InvalidArgument(f"more than {MAX_SPLITS} splits are held")
+        if request.header.term != c.term:
+            # It says what was held before this coordinator's life, and may have been on its way for long.
+            raise Unavailable(f"the question is of term {request.header.term}, this coordinator is of term {c.term}")
         with c.lock:
             if request.number < member.asked:
                 raise Unavailable(f"question {request.number} came after question {member.asked}")
-            member.asked = request.number
-            c.work.keep_only(
-                member.incarnation,
-                {("train", s) for s in request.held} | {("evaluate", s) for s in request.evaluations},
-            )
-            if c.phase in (STOPPING, *OVER):
-                return LeaseReply(work=FINISHED)
-            if c.phase != TRAINING:
-                return LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10)
+            if request.number > member.asked or member.answer is None:
+                held = self._hear(member, request)
+                member.asked, member.answer = request.number, self._answer(member, request, held)
+            reply: LeaseReply = member.answer
+            return reply
+
+    def _answer(self, member: Member, request: LeaseRequest, held: set[tuple[str, int]]) -> LeaseReply:
+        """Lease what there is to lease. Splits that the worker was given and does not hold never reached it: they are free."""
+        c = self._coordinator
+        c.work.keep_only(member.incarnation, held)
+        if not request.clock.active:
+            c.clocks.idle(member.incarnation)
+        reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10)
+        if c.phase in (STOPPING, *OVER):
+            reply.work = FINISHED
+        elif c.phase == TRAINING and not c.clocks.unheard:
             grant = c.work.grant(member.incarnation, request.wanted)
-            return LeaseReply(
-                work=_WORK[grant.kind],
-                splits=grant.splits,
-                fresh=grant.fresh,
-                retry_seconds=c.spec.heartbeat_seconds / 10,
-            )
+            reply.work = _WORK[grant.kind]
+            reply.splits.extend(grant.splits)
+            reply.fresh.extend(grant.fresh)
+            if grant.kind == "train":
+                reply.minimum = c.clocks.activate(member.incarnation)
+        return reply
 
     def close_split(self, request: CloseSplitRequest) -> Empty:
         c = self._coordinator
         member = self._member(request.header, "worker")
         if request.work == TRAIN:
-            c.close_split(member.incarnation, request.split, request.samples, request.loss_sum)
+            c.close_split(member.incarnation, request.split, request.samples, request.loss_sum, request.groups)
         elif request.work == EVALUATE:
             c.evaluated(member.incarnation, request.split, list(request.sums))
         else:
@@ -197,7 +231,7 @@ class CoordinatorService:
     def leave(self, request: LeaveRequest) -> Empty:
         member = self._member(request.header)
         error = request.error[:2048]
-        self._coordinator.member_gone(member, "dead" if error else "left", error, own=bool(error))
+        self._coordinator.member_gone(member, "dead" if error else "left", error)
         return Empty()
 
     def status(self, request: StatusRequest) -> StatusReply:

@@ -49,6 +49,8 @@ class Work:
     results: dict[int, list[float]] = field(default_factory=dict)
     samples: int = 0
     loss_sum: float = 0.0
+    # Groups of all splits that were ever closed.
+    steps: int = 0
     history: list[EpochResult] = field(default_factory=list)
     leases: dict[tuple[str, int], int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
@@ -101,7 +103,7 @@ class Work:
             self.touched.update(found)
         return Grant(kind, tuple(found), fresh)
 
-    def close(self, worker: int, split: int, samples: int, loss_sum: float) -> bool:
+    def close(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> bool:
         """Close a training split; return False if it was closed already (a repeated report)."""
         if not 0 <= split < self.epochs * self.splits:
             raise NotFound(f"there is no training split {split}: the job has {self.epochs * self.splits}", split=split)
@@ -111,6 +113,7 @@ class Work:
         self.closed.add(split)
         self.samples += samples
         self.loss_sum += loss_sum
+        self.steps += groups
         self._forget("train", split)
         return True
 
@@ -167,6 +170,16 @@ class Work:
         for key in self.leased_to(worker):
             if key not in held:
                 del self.leases[key]
+
+    def claim(self, worker: int, held: set[tuple[str, int]]) -> None:
+        """Lease to ``worker`` what it says it holds, as far as that is due and nobody else has it.
+
+        For a coordinator that was restarted: its leases are forgotten, the work that was begun under them goes on.
+        """
+        for kind, split in held:
+            ended = split in self.closed if kind == "train" else split in self.results
+            if self._due(kind, split) and not ended:
+                self.leases.setdefault((kind, split), worker)
 
     def leased_to(self, worker: int) -> list[tuple[str, int]]:
         """Return (kind, split) of all leases of a worker."""

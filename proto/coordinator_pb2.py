@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from oarlock.proto import common_pb2 as oarlock_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foarlock/proto/coordinator.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"\x87\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x1b\n\x04role\x18\x02 \x01(\x0e\x32\r.oarlock.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x0e\n\x06reader\x18\x07 \x01(\t\"\xbb\x01\n\tJoinReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\n\n\x02id\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x0c\n\x04spec\x18\x06 \x01(\t\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12%\n\tplacement\x18\t \x01(\x0b\x32\x12.oarlock.Placement\"<\n\x05\x43lock\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x08\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x04\x12\r\n\x05heard\x18\x03 \x01(\x04\"\x84\x01\n\x10HeartbeatRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05stats\x18\x02 \x01(\t\x12\x1d\n\x05\x63lock\x18\x03 \x01(\x0b\x32\x0e.oarlock.Clock\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\"`\n\x0eHeartbeatReply\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\"3\n\x10PlacementRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\"\x91\x01\n\x0cLeaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x1d\n\x05\x63lock\x18\x06 \x01(\x0b\x32\x0e.oarlock.Clock\"~\n\nLeaseReply\x12\x1b\n\x04work\x18\x01 \x01(\x0e\x32\r.oarlock.Work\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\r\n\x05\x66resh\x18\x03 \x03(\x08\x12\x15\n\rretry_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\x12\x0c\n\x04term\x18\x06 \x01(\x04\"\xa1\x01\n\x11\x43loseSplitRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x1b\n\x04work\x18\x02 \x01(\x0e\x32\r.oarlock.Work\x12\r\n\x05split\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x0c\n\x04sums\x18\x06 \x03(\x01\x12\x0e\n\x06groups\x18\x07 \x01(\x04\"f\n\x0eReleaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x03 \x03(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\">\n\x0cLeaveRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"1\n\x0bStopRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t*3\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05SHARD\x10\x01\x12\n\n\x06WORKER\x10\x02*M\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x08\n\x04WAIT\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foarlock/proto/coordinator.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"\x87\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x1b\n\x04role\x18\x02 \x01(\x0e\x32\r.oarlock.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x0e\n\x06reader\x18\x07 \x01(\t\"\xbb\x01\n\tJoinReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\n\n\x02id\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x0c\n\x04spec\x18\x06 \x01(\t\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12%\n\tplacement\x18\t \x01(\x0b\x32\x12.oarlock.Placement\"<\n\x05\x43lock\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x08\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x04\x12\r\n\x05heard\x18\x03 \x01(\x04\"\x94\x01\n\x10HeartbeatRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05stats\x18\x02 \x01(\t\x12\x1d\n\x05\x63lock\x18\x03 \x01(\x0b\x32\x0e.oarlock.Clock\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x0e\n\x06\x61sking\x18\x06 \x01(\x08\"`\n\x0eHeartbeatReply\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\"3\n\x10PlacementRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\"\x91\x01\n\x0cLeaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x1d\n\x05\x63lock\x18\x06 \x01(\x0b\x32\x0e.oarlock.Clock\"p\n\nLeaseReply\x12\x1b\n\x04work\x18\x01 \x01(\x0e\x32\r.oarlock.Work\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\r\n\x05\x66resh\x18\x03 \x03(\x08\x12\x15\n\rretry_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\"\xa1\x01\n\x11\x43loseSplitRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x1b\n\x04work\x18\x02 \x01(\x0e\x32\r.oarlock.Work\x12\r\n\x05split\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x0c\n\x04sums\x18\x06 \x03(\x01\x12\x0e\n\x06groups\x18\x07 \x01(\x04\"f\n\x0eReleaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x03 \x03(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\">\n\x0cLeaveRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"1\n\x0bStopRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t*3\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05SHARD\x10\x01\x12\n\n\x06WORKER\x10\x02*M\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x08\n\x04WAIT\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oarlock.proto.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1455
-  _globals['_ROLE']._serialized_end=1506
-  _globals['_WORK']._serialized_start=1508
-  _globals['_WORK']._serialized_end=1585
+  _globals['_ROLE']._serialized_start=1457
+  _globals['_ROLE']._serialized_end=1508
+  _globals['_WORK']._serialized_start=1510
+  _globals['_WORK']._serialized_end=1587
   _globals['_JOINREQUEST']._serialized_start=73
   _globals['_JOINREQUEST']._serialized_end=208
   _globals['_JOINREPLY']._serialized_start=211
@@ -43,25 +43,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOCK']._serialized_start=400
   _globals['_CLOCK']._serialized_end=460
   _globals['_HEARTBEATREQUEST']._serialized_start=463
-  _globals['_HEARTBEATREQUEST']._serialized_end=595
-  _globals['_HEARTBEATREPLY']._serialized_start=597
-  _globals['_HEARTBEATREPLY']._serialized_end=693
-  _globals['_PLACEMENTREQUEST']._serialized_start=695
-  _globals['_PLACEMENTREQUEST']._serialized_end=746
-  _globals['_LEASEREQUEST']._serialized_start=749
-  _globals['_LEASEREQUEST']._serialized_end=894
-  _globals['_LEASEREPLY']._serialized_start=896
-  _globals['_LEASEREPLY']._serialized_end=1022
-  _globals['_CLOSESPLITREQUEST']._serialized_start=1025
-  _globals['_CLOSESPLITREQUEST']._serialized_end=1186
-  _globals['_RELEASEREQUEST']._serialized_start=1188
-  _globals['_RELEASEREQUEST']._serialized_end=1290
-  _globals['_LEAVEREQUEST']._serialized_start=1292
-  _globals['_LEAVEREQUEST']._serialized_end=1354
-  _globals['_STATUSREQUEST']._serialized_start=1356
-  _globals['_STATUSREQUEST']._serialized_end=1371
-  _globals['_STATUSREPLY']._serialized_start=1373
-  _globals['_STATUSREPLY']._serialized_end=1402
-  _globals['_STOPREQUEST']._serialized_start=1404
-  _globals['_STOPREQUEST']._serialized_end=1453
+  _globals['_HEARTBEATREQUEST']._serialized_end=611
+  _globals['_HEARTBEATREPLY']._serialized_start=613
+  _globals['_HEARTBEATREPLY']._serialized_end=709
+  _globals['_PLACEMENTREQUEST']._serialized_start=711
+  _globals['_PLACEMENTREQUEST']._serialized_end=762
+  _globals['_LEASEREQUEST']._serialized_start=765
+  _globals['_LEASEREQUEST']._serialized_end=910
+  _globals['_LEASEREPLY']._serialized_start=912
+  _globals['_LEASEREPLY']._serialized_end=1024
+  _globals['_CLOSESPLITREQUEST']._serialized_start=1027
+  _globals['_CLOSESPLITREQUEST']._serialized_end=1188
+  _globals['_RELEASEREQUEST']._serialized_start=1190
+  _globals['_RELEASEREQUEST']._serialized_end=1292
+  _globals['_LEAVEREQUEST']._serialized_start=1294
+  _globals['_LEAVEREQUEST']._serialized_end=1356
+  _globals['_STATUSREQUEST']._serialized_start=1358
+  _globals['_STATUSREQUEST']._serialized_end=1373
+  _globals['_STATUSREPLY']._serialized_start=1375
+  _globals['_STATUSREPLY']._serialized_end=1404
+  _globals['_STOPREQUEST']._serialized_start=1406
+  _globals['_STOPREQUEST']._serialized_end=1455
 # @@protoc_insertion_point(module_scope)

@@ -81,18 +81,20 @@ class Clock(_message.Message):
     def __init__(self, active: bool = ..., acknowledged: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("header", "stats", "clock", "held", "evaluations")
+    __slots__ = ("header", "stats", "clock", "held", "evaluations", "asking")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    ASKING_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     stats: str
     clock: Clock
     held: _containers.RepeatedScalarFieldContainer[int]
     evaluations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ...) -> None: ...
+    asking: bool
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ("term", "generation", "phase", "step", "minimum")
@@ -131,20 +133,18 @@ class LeaseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum", "term")
+    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLITS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     RETRY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
-    TERM_FIELD_NUMBER: _ClassVar[int]
     work: Work
     splits: _containers.RepeatedScalarFieldContainer[int]
     fresh: _containers.RepeatedScalarFieldContainer[bool]
     retry_seconds: float
     minimum: int
-    term: int
-    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ..., term: _Optional[int] = ...) -> None: ...
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ...) -> None: ...
 
 class CloseSplitRequest(_message.Message):
     __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums", "groups")

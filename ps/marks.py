@@ -37,6 +37,10 @@ class Marks:
         found = self._marks.get(split)
         return -1 if found is None else int(found.max(initial=-1))
 
+    def of_split(self, split: int) -> NDArray[np.int32] | None:
+        """Return int32[blocks]: the split's marks, None if no block has any of it."""
+        return self._marks.get(split)
+
     def of_block(self, block: int) -> dict[int, int]:
         return {split: int(marks[block]) for split, marks in self._marks.items() if marks[block] >= 0}
 

@@ -23,7 +23,8 @@ async def run_shard(
     """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already."""
     member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
     spec = await member.join()
-    shard = service.configure(spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation))
+    identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
+    shard = service.configure(spec, identity, holds_lease=member.holds_lease)
     async with member.kept(shard.stats):
         await member.over.wait()
     logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shard's service: every message's header is checked here, then the message goes to the shard or its blocks.
 
-Invariant: before the process has joined its job every method but Hello answers Unavailable. Called from many threads.
+Invariant: before the process has joined its job every method but Hello answers Unavailable, and without a lease so do those of
+workers: the rows would be old, and somebody else may own them. Called from many threads.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from threading import Lock
 
@@ -44,12 +46,14 @@ class ShardService:
 
     def __init__(self) -> None:
         self._joined: tuple[Identity, Shard] | None = None
+        self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
 
-    def configure(self, spec: JobSpec, identity: Identity) -> Shard:
+    def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
         shard = Shard(spec)
+        self._holds_lease = holds_lease
         self._joined = (identity, shard)
         return shard
 
@@ -58,6 +62,15 @@ class ShardService:
             raise Unavailable("this shard has not joined its job yet")
         self._joined[0].check(header)
         return self._joined
+
+    def _leased(self, header: Header) -> Shard:
+        """As _shard, for workers."""
+        identity, shard = self._shard(header)
+        if not self._holds_lease():
+            raise Unavailable(
+                f"the lease of shard {identity.id} ran out: it waits for the coordinator", shard=identity.id
+            )
+        return shard
 
     def _order(self, header: Header) -> tuple[Identity, Shard]:
         """As _shard, for orders: those of a coordinator that another one has replaced are refused."""
@@ -77,13 +90,13 @@ class ShardService:
         return hello(request, "shard", __version__)
 
     def pull(self, request: PullRequest) -> PullReply:
-        return self._shard(request.header)[1].pull(request)
+        return self._leased(request.header).pull(request)
 
     def push(self, request: PushRequest) -> PushReply:
-        return self._shard(request.header)[1].push(request)
+        return self._leased(request.header).push(request)
 
     def marks(self, request: MarksRequest) -> MarksReply:
-        shard = self._shard(request.header)[1]
+        shard = self._leased(request.header)
         if len(request.splits) > MAX_SPLITS:
             raise InvalidArgument(f"{len(request.splits)} splits asked for, at most {MAX_SPLITS} in one message")
         return MarksReply(next=shard.next_groups(list(request.splits)))

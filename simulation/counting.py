@@ -47,7 +47,7 @@ def parameters(blocks: int, trace: int, groups: int) -> tuple[tuple[TableSpec, .
     dense: tuple[DenseSpec, ...] = (DenseSpec("groups", (1,), SGD, ZEROS),)
     if trace:
         tables += (TableSpec("trace", 1, SGD, ZEROS, trace),)
-        dense += (DenseSpec("trace", (groups,), SGD, ZEROS),)
+        dense += (DenseSpec("applied", (groups,), SGD, ZEROS),)
     return tables, dense
 
 

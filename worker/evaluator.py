@@ -36,7 +36,7 @@ class Evaluator:
         """Score one evaluation split and report its sums."""
         with self.stages.time("evaluate"):
             sums = await self._sums(split)
-        request = CloseSplitRequest(header=self._member.header(), work=EVALUATE, split=split, sums=sums.tolist())
+        request = CloseSplitRequest(work=EVALUATE, split=split, sums=sums.tolist())
         await self._member.call("Coordinator.CloseSplit", request)
 
     async def _sums(self, split: int) -> NDArray[np.float64]:
@@ -61,4 +61,4 @@ class Evaluator:
         return total
 
     async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
-        return batch, await self._session.fetch(lambda: batch.example)
+        return batch, await self._session.pull(await self._session.encode(lambda: batch.example))

@@ -44,16 +44,14 @@ class Session:
         """Return ``function(*arguments)``, called in the reading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    async def fetch(self, encode: Callable[[], Example], turn: asyncio.Semaphore | None = None) -> Prepared:
-        """Return the batch that ``encode`` makes, with its rows and dense values pulled.
-
-        Encoding runs ahead; the pull waits for ``turn``, so that what is computed on is no older than it has to be.
-        """
+    async def encode(self, encode: Callable[[], Example]) -> Prepared:
+        """Return the batch that ``encode`` makes, ready to be pulled."""
         routes = self.client.routes
-        prepared = await self.in_thread(lambda: self._preparer.prepare(encode(), routes))
-        if turn is not None:
-            await turn.acquire()
-        await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense)
+        return await self.in_thread(lambda: self._preparer.prepare(encode(), routes))
+
+    async def pull(self, prepared: Prepared, number: int = 0) -> Prepared:
+        """Fill the batch with its rows and dense values. ``number``: of the group on the wire, under ssp."""
+        await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense, number=number)
         return prepared
 
     def load(self, prepared: Prepared) -> dict[str, Any]:

@@ -9,6 +9,9 @@ thread of ``executor``.
 import asyncio
 import contextlib
 import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +24,15 @@ from oarlock.proto.coordinator_pb2 import (
     FINISHED,
     TRAIN,
     CloseSplitRequest,
+    HeartbeatRequest,
     LeaseReply,
     LeaseRequest,
     ReleaseRequest,
 )
+from oarlock.proto.errors import PSError
 from oarlock.telemetry.stages import Stages
+from oarlock.worker.blame import Blame
+from oarlock.worker.clock import WorkerClock
 from oarlock.worker.evaluator import Evaluator
 from oarlock.worker.prepare import Prepared
 from oarlock.worker.recipe import Example
@@ -34,7 +41,7 @@ from oarlock.worker.splits import OpenSplit, read_split
 
 logger = logging.getLogger(__name__)
 
-Fetched = tuple[OpenSplit, int, "asyncio.Task[Prepared]"]
+Fetched = tuple[OpenSplit, int, int, "asyncio.Task[Prepared]"]
 
 
 class Trainer:
@@ -53,9 +60,17 @@ class Trainer:
         self._fetched: asyncio.Queue[Fetched | None] = asyncio.Queue()
         # Splits of few batches would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
         self._in_flight = asyncio.Semaphore(2 * self._spec.open_splits)
+        self._clock = WorkerClock(session.member)
+        self._blame = Blame()
+        session.member.about = self._about
+        # Splits that were leased and are being read, and those that are trained.
+        self._opening: set[int] = set()
         self._open: dict[int, OpenSplit] = {}
+        # Groups of open splits that were acknowledged.
+        self._ahead: Counter[int] = Counter()
         self._evaluations: list[int] = []
         self._questions = 0
+        self._asking = False
         self.stages = Stages()
         self.batches = 0
         self.samples = 0
@@ -79,20 +94,29 @@ class Trainer:
             await asyncio.wait([working, over], return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 working.result()
+        except Exception:
+            await self._tell_blame()
+            raise
         finally:
             # Once the job is over nobody waits for a push any more, and the shard that it waits for may be gone.
             working.cancel()
             over.cancel()
             await asyncio.gather(working, over, return_exceptions=True)
 
+    async def _tell_blame(self) -> None:
+        """Give the split back that was at fault, with the reason. Not being heard is no harm: another worker meets it, too."""
+        request, member = self._blame.release, self._member
+        if request is not None:
+            request.header.CopyFrom(member.header())
+            with contextlib.suppress(PSError):
+                await member.transport.call(member.coordinator, "Coordinator.Release", request, timeout_seconds=2.0)
+
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._lease_and_fetch(group))
             group.create_task(self._compute_and_push(group))
         if self._open or self._evaluations:
-            request = ReleaseRequest(
-                header=self._member.header(), splits=sorted(self._open), evaluations=self._evaluations
-            )
+            request = ReleaseRequest(splits=sorted(self._open), evaluations=self._evaluations)
             await self._member.call("Coordinator.Release", request)
 
     # First half: splits are leased, their batches prepared and pulled
@@ -122,15 +146,25 @@ class Trainer:
     async def _lease(self, wanted: int) -> LeaseReply:
         with self.stages.time("lease"):
             self._questions += 1
-            request = LeaseRequest(
-                header=self._member.header(),
-                wanted=wanted,
-                number=self._questions,
-                held=sorted(self._open),
-                evaluations=self._evaluations,
-            )
+            request = LeaseRequest(wanted=wanted, number=self._questions)
+            self._about(request)
+            self._asking = True
             reply: LeaseReply = await self._member.call("Coordinator.Lease", request)
-            return reply
+            self._asking = False
+        if reply.work == TRAIN:
+            self._opening.update(reply.splits)
+            if not request.clock.active:
+                self._clock.begin(reply.minimum)
+        return reply
+
+    def _about(self, request: HeartbeatRequest | LeaseRequest) -> None:
+        """Say what this worker holds, and how far it is."""
+        held = sorted(self._opening.union(self._open))
+        request.held.extend(held)
+        request.evaluations.extend(self._evaluations)
+        request.clock.CopyFrom(self._clock.message(active=bool(held)))
+        if isinstance(request, HeartbeatRequest):
+            request.asking = self._asking
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -139,7 +173,7 @@ class Trainer:
     async def _open_splits(self, reply: LeaseReply) -> list[OpenSplit]:
         async with asyncio.TaskGroup() as opening:
             tasks = [
-                opening.create_task(self._open_split(split, fresh))
+                opening.create_task(self._blame.of(TRAIN, split, self._open_split(split, fresh)))
                 for split, fresh in zip(reply.splits, reply.fresh, strict=True)
             ]
         return [task.result() for task in tasks]
@@ -147,7 +181,8 @@ class Trainer:
     async def _evaluate(self, reply: LeaseReply) -> None:
         self._evaluations = list(reply.splits)
         while self._evaluations and not self._member.stopping.is_set():
-            await self._evaluator.evaluate(self._evaluations[0])
+            split = self._evaluations[0]
+            await self._blame.of(EVALUATE, split, self._evaluator.evaluate(split))
             del self._evaluations[0]
 
     async def _open_split(self, split: int, fresh: bool) -> OpenSplit:
@@ -165,6 +200,7 @@ class Trainer:
             # Another worker may have come some way: go on from there.
             opened.scheduled = min(await self._session.client.next_group(split), opened.groups - 1)
         self._open[split] = opened
+        self._opening.discard(split)
         return opened
 
     async def _fetch(self, group: asyncio.TaskGroup, active: list[OpenSplit]) -> None:
@@ -179,13 +215,22 @@ class Trainer:
         def encode() -> Example:
             return self._workload.encode(split.batch(number), epoch=split.epoch, split=split.id, batch=number)
 
-        await self._fetched.put((split, number, group.create_task(self._session.fetch(encode, self._pulled))))
+        turn = self._clock.number()
+        fetching = group.create_task(self._blame.of(TRAIN, split.id, self._fetched_batch(encode, turn)))
+        await self._fetched.put((split, number, turn, fetching))
+
+    async def _fetched_batch(self, encode: Callable[[], Example], turn: int) -> Prepared:
+        """Encoding runs ahead; the pull waits for its turn, so that what is computed on is no older than it has to be."""
+        prepared = await self._session.encode(encode)
+        await self._pulled.acquire()
+        await self._clock.may_pull(turn)
+        return await self._session.pull(prepared, self._clock.on_wire(turn))
 
     # Second half: batches are computed and their gradients pushed
 
     async def _compute_and_push(self, group: asyncio.TaskGroup) -> None:
         while (fetched := await self._fetched.get()) is not None:
-            split, number, task = fetched
+            split, number, turn, task = fetched
             with self.stages.time("wait_for_pull"):
                 prepared = await task
             with self.stages.time("compute"):
@@ -199,8 +244,9 @@ class Trainer:
                     await split.pushing
                 await self._in_flight.acquire()
             with self.stages.time("encode_push"):
-                split.pushing = group.create_task(self._push(split, number, prepared))
-            split.pushing.add_done_callback(self._pushed)
+                push = self._push(split, number, turn, prepared)
+                split.pushing = group.create_task(self._blame.of(TRAIN, split.id, push))
+            split.pushing.add_done_callback(partial(self._pushed, split.id, turn))
             self._depth.release()
             self._pulled.release()
             if number == split.groups - 1:
@@ -208,12 +254,14 @@ class Trainer:
             # Everything above may have been at hand: let the push leave before the next batch computes.
             await asyncio.sleep(0)
 
-    def _pushed(self, push: "asyncio.Task[PushCounts]") -> None:
+    def _pushed(self, split: int, turn: int, push: "asyncio.Task[PushCounts]") -> None:
         self._in_flight.release()
         if not push.cancelled() and push.exception() is None:
             self.refused += push.result().refused
+            self._ahead[split] += 1
+            self._clock.acknowledged(turn)
 
-    def _push(self, split: OpenSplit, number: int, prepared: Prepared) -> Any:
+    def _push(self, split: OpenSplit, number: int, turn: int, prepared: Prepared) -> Any:
         spec, program = self._spec, self._session.program
         done = (split.id + number / split.groups) / (spec.splits * spec.epochs)
         rates = self._workload.rates(done)
@@ -224,7 +272,13 @@ class Trainer:
             total = found if known is None else np.add(known.gradients, found)
             gradients[lookup.table] = RowGradients(prepared.keys[lookup.table], total, rates.rows)
         return self._session.client.push(
-            split.id, number, gradients, dense=program.flat_gradients, dense_rate=rates.dense
+            split.id,
+            number,
+            gradients,
+            dense=program.flat_gradients,
+            dense_rate=rates.dense,
+            step=self._member.step + self._ahead.total(),
+            number=self._clock.on_wire(turn),
         )
 
     async def _close(self, split: OpenSplit) -> None:
@@ -233,8 +287,7 @@ class Trainer:
         samples = self._workload.samples(split.size)
         # A successor saw only a part of the batches: their mean stands for all.
         loss = split.loss_sum / split.losses * samples
-        request = CloseSplitRequest(
-            header=self._member.header(), work=TRAIN, split=split.id, samples=samples, loss_sum=loss
-        )
-        await self._member.call("Coordinator.CloseSplit", request)
+        request = CloseSplitRequest(work=TRAIN, split=split.id, samples=samples, loss_sum=loss, groups=split.groups)
+        await self._blame.of(TRAIN, split.id, self._member.call("Coordinator.CloseSplit", request))
         del self._open[split.id]
+        del self._ahead[split.id]

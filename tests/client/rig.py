@@ -15,7 +15,7 @@ import numpy as np
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
-from oarlock.client.push import RowGradients, cut_push
+from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.client.retry import Retry
 from oarlock.client.router import ShardAddress, make_routes, pack_placement, unpack_placement
 from oarlock.cluster.placement import balanced
@@ -212,7 +212,7 @@ def request_of(job, split, group, *, tables=("user", "item"), raw=tuple(range(40
         dim = job.layout.tables[job.layout.table_index[name]].dim
         gradients[name] = RowGradients(keyset, np.full((len(keyset.keys), dim), value, np.float32), 1.0)
     values = None if dense is None else np.full(job.layout.dense_size, dense, np.float32)
-    (message,) = cut_push(job.layout, job.routes(), split, group, gradients, values, 1.0)
+    (message,) = cut_push(job.layout, job.routes(), PushIdentity(split, group), gradients, values, 1.0)
     message.request.header.CopyFrom(job.header(0))
     return message.request
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from oarlock.client.layout import Layout
 from oarlock.client.pieces import by_owner, dense_by_owner
 from oarlock.client.pull import cut_pull
-from oarlock.client.push import RowGradients, cut_push, recut_push
+from oarlock.client.push import PushIdentity, RowGradients, cut_push, recut_push
 from oarlock.client.router import ShardAddress, make_routes
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import DenseSpec, TableSpec
@@ -148,7 +148,7 @@ def test_a_push_is_cut_by_owner_within_the_limit(limit, rng):
     routes = routes_of(owners)
     gradients = gradients_of(routes, rng)
     dense = rng.random(14, np.float32)
-    messages = cut_push(LAYOUT, routes, 7, 3, gradients, dense, 0.25, limit=limit)
+    messages = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, dense, 0.25, limit=limit)
     # The header and the lengths of fields are what the megabyte beside the limit is for.
     assert all(m.request.ByteSize() < limit + 100 for m in messages)
     assert all((m.request.split, m.request.group) == (7, 3) for m in messages)
@@ -184,7 +184,7 @@ def test_what_is_left_of_a_push_is_cut_out_of_its_own_bytes(limit, rng):
     routes = routes_of(rng.integers(0, 3, 17))
     gradients = gradients_of(routes, rng)
     dense = rng.random(14, np.float32)
-    messages = cut_push(LAYOUT, routes, 7, 3, gradients, dense, 0.25, limit=limit)
+    messages = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, dense, 0.25, limit=limit)
     before = contents(messages)
     for part in gradients.values():
         part.gradients[:] = -1
@@ -229,25 +229,24 @@ def test_two_tables_that_fit_alone_but_not_together_go_apart(rng):
         for n, g in gradients.items()
     ]
     limit = max(alone) + 10
-    assert len(cut_push(LAYOUT, routes, 0, 0, gradients, None, 0.0, limit=limit)) == 2
-    assert len(cut_push(LAYOUT, routes, 0, 0, gradients, None, 0.0, limit=sum(alone))) == 1
+    assert len(cut_push(LAYOUT, routes, PushIdentity(0, 0), gradients, None, 0.0, limit=limit)) == 2
+    assert len(cut_push(LAYOUT, routes, PushIdentity(0, 0), gradients, None, 0.0, limit=sum(alone))) == 1
 
 
 def test_nothing_to_send_makes_no_message():
     routes = routes_of([0] * 17)
     empty = KeySet(np.empty(0, np.uint64), *(np.empty(0, np.int32) for _ in range(3)))
     nothing = {"user": RowGradients(empty, np.empty((0, 2), np.float32), 0.5)}
-    assert cut_push(LAYOUT, routes, 0, 0, nothing, None, 0.0) == []
-    assert cut_push(LAYOUT, routes, 0, 0, {}, None, 0.0) == []
+    assert cut_push(LAYOUT, routes, PushIdentity(0, 0), nothing, None, 0.0) == []
+    assert cut_push(LAYOUT, routes, PushIdentity(0, 0), {}, None, 0.0) == []
     assert cut_pull(LAYOUT, routes, {"user": empty}, np.empty(0, np.int32)) == []
-    assert len(cut_push(LAYOUT, routes, 0, 0, {}, np.zeros(14, np.float32), 0.25)) == 1
+    assert len(cut_push(LAYOUT, routes, PushIdentity(0, 0), {}, np.zeros(14, np.float32), 0.25)) == 1
     without = Layout(LAYOUT.tables, ())
     assert (
         cut_push(
             without,
             make_routes(without, 1, np.zeros(12, np.int32), routes.shards),
-            0,
-            0,
+            PushIdentity(0, 0),
             {},
             np.zeros(0, np.float32),
             0.0,

@@ -60,6 +60,7 @@ class Cluster:
     store: Store = field(init=False)
     coordinator: Coordinator = field(init=False)
     service: CoordinatorService = field(init=False)
+    questions: int = 0
 
     def start(self, open_it: bool = True) -> "Cluster":
         self.store = Store(self.path).open()
@@ -86,7 +87,14 @@ class Cluster:
             self.coordinator.tick()
 
     def header(self, sender: int = 0, **other: Any) -> Header:
-        fields = {"protocol": PROTOCOL, "job": self.spec.job_bytes, "run": self.coordinator.run, "sender": sender}
+        c = self.coordinator
+        fields = {
+            "protocol": PROTOCOL,
+            "job": self.spec.job_bytes,
+            "run": c.run,
+            "sender": sender,
+            "term": c.term,
+        }
         return Header(**{**fields, **other})
 
     def join(self, role: str, address: str = "", nonce: int = 0, **other: Any) -> Any:
@@ -103,6 +111,8 @@ class Cluster:
         """Ask as a worker that holds ``held``, by default all that the coordinator thinks it does."""
         known = [split for kind, split in self.coordinator.work.leased_to(sender) if kind == "train"]
         evaluations = [split for kind, split in self.coordinator.work.leased_to(sender) if kind == "evaluate"]
+        self.questions += 1
+        number = number or self.questions
         request = pb.LeaseRequest(header=self.header(sender), wanted=wanted, number=number, evaluations=evaluations)
         request.held.extend(known if held is None else held)
         return self.service.lease(request)
@@ -118,6 +128,9 @@ class Cluster:
         self.service.close_split(
             pb.CloseSplitRequest(header=self.header(sender), work=pb.EVALUATE, split=split, sums=sums)
         )
+
+    def release(self, sender: int, split: int, reason: str = "") -> None:
+        self.service.release(pb.ReleaseRequest(header=self.header(sender), splits=[split], reason=reason))
 
     def leave(self, sender: int, error: str = "") -> None:
         self.service.leave(pb.LeaveRequest(header=self.header(sender), error=error))

@@ -279,10 +279,20 @@ def test_a_split_that_ends_three_workers_ends_the_job(cluster: Any) -> None:
     for i in range(3):
         assert cluster.coordinator.phase == "training"
         worker = cluster.join("worker").incarnation
-        cluster.lease(worker)
+        (split,) = cluster.lease(worker).splits
+        cluster.release(worker, split, f"row 7 is bad, said worker {i}")
         cluster.leave(worker, f"row 7 is bad, said worker {i}")
     assert cluster.coordinator.phase == "failed"
     assert "train split 0 met an error on 3 workers: row 7 is bad" in cluster.status()["reason"]
+
+
+def test_the_end_of_a_worker_is_no_fault_of_the_splits_that_it_had(cluster: Any) -> None:
+    cluster.shards()
+    for _ in range(5):
+        worker = cluster.join("worker").incarnation
+        cluster.lease(worker)
+        cluster.leave(worker, "ended by SIGKILL")
+    assert cluster.coordinator.phase == "training"
 
 
 def test_lost_leases_are_no_fault_of_the_split(cluster: Any) -> None:

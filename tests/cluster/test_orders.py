@@ -61,8 +61,8 @@ def run(cluster: Any, shards: Shards, folder: Path, during: Callable[[], Any], s
                         cluster.coordinator.member_gone(member, "left")
                 else:
                     during()
-                # The test's clock runs fast: a lease of 5 s ends within some 20 turns.
-                cluster.clock.now += 0.25
+                # A lease ends within some 100 turns; between two looks the coordinator does not seem to have been away.
+                cluster.clock.now += cluster.spec.heartbeat_seconds / 4
                 await asyncio.sleep(0.001)
         await loop
 
@@ -72,7 +72,7 @@ def run(cluster: Any, shards: Shards, folder: Path, during: Callable[[], Any], s
 @pytest.fixture
 def quick(make_cluster: Callable[..., Any]) -> Any:
     """A cluster whose loop turns fast, with two shards that have joined and not adopted."""
-    cluster = make_cluster(heartbeat_seconds=0.02, lease_seconds=5.0)
+    cluster = make_cluster(heartbeat_seconds=0.02, lease_seconds=0.5)
     cluster.incarnations = [cluster.join("shard", f"a:{i}").incarnation for i in (1, 2)]
     return cluster
 

@@ -162,11 +162,13 @@ MESSAGES: dict[str, Message] = {
             placement=placement(),
         ),
         CLOCK,
-        HeartbeatRequest(header=FULL, stats='{"batches": 8}', clock=CLOCK, held=[300, 301], evaluations=[40]),
+        HeartbeatRequest(
+            header=FULL, stats='{"batches": 8}', clock=CLOCK, held=[300, 301], evaluations=[40], asking=True
+        ),
         HeartbeatReply(term=6, generation=9, phase="training", step=70000, minimum=190),
         PlacementRequest(header=FULL),
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK),
-        LeaseReply(work=TRAIN, splits=[302, 304], fresh=[True, False], retry_seconds=0.05, minimum=190, term=6),
+        LeaseReply(work=TRAIN, splits=[302, 304], fresh=[True, False], retry_seconds=0.05, minimum=190),
         CloseSplitRequest(
             header=FULL, work=EVALUATE, split=300, samples=10000, loss_sum=0.75, sums=[100.0, 62.5], groups=5
         ),

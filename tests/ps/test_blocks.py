@@ -12,7 +12,7 @@ from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import ClosedSet
-from oarlock.client.push import RowGradients, cut_push
+from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec, to_json
 from oarlock.proto.arrays import pack
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, StalePlacement
@@ -34,7 +34,7 @@ def train(job, rng, *, splits=(0, 3), groups=3):
                 values = rng.standard_normal((60, table.dim)).astype(np.float32)
                 gradients[table.name] = RowGradients(keyset, values[keyset.keys.astype(np.int64)], 0.1)
             flat = rng.standard_normal(job.layout.dense_size).astype(np.float32)
-            for message in cut_push(job.layout, job.routes(), split, group, gradients, flat, 0.1):
+            for message in cut_push(job.layout, job.routes(), PushIdentity(split, group), gradients, flat, 0.1):
                 message.request.header.CopyFrom(job.header(message.shard.id))
                 job.services[message.shard.id].push(message.request)
 

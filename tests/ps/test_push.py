@@ -10,7 +10,7 @@ import rig
 from hypothesis import given, settings
 
 from oarlock.client.closed import ClosedSet
-from oarlock.client.push import RowGradients, cut_push
+from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import OptimizerSpec, TableSpec
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import InvalidArgument
@@ -241,7 +241,7 @@ def test_any_order_of_pushes_and_repetitions_gives_the_exact_sums(schedule, numb
             values = rng.integers(-9, 10, (len(keyset.keys), 2)).astype(np.float32)
             flat = rng.integers(-9, 10, 14).astype(np.float32)
             part = {"user": RowGradients(keyset, values, 1.0)}
-            messages[split, group] = cut_push(job.layout, job.routes(), split, group, part, flat, 1.0)
+            messages[split, group] = cut_push(job.layout, job.routes(), PushIdentity(split, group), part, flat, 1.0)
             rows[keyset.keys.astype(int)] -= values
             total -= flat
     for split, group in schedule:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files of simulated jobs, and what counting them must give.
+
+Invariant: the expected counts come from the files alone. Files are read once; their arrays are shared and not changed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from oarlock.client.job import JobSpec
+from oarlock.data.columns import Arrays, ColumnSpec
+from oarlock.data.files import files_to_json, list_files
+from oarlock.data.reader import open_reader
+from oarlock.data.splits import SplitPlan, plan_splits
+from oarlock.simulation.counting import Config, parameters
+from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
+
+JOB = "00112233445566778899aabbccddeeff"
+KEYS = 40
+TEST_ROWS = 12
+TRACE = 4
+
+
+class CachedReader:
+    """Reads every split once."""
+
+    def __init__(self) -> None:
+        self._reader = open_reader("arrow")
+        self._known: dict[tuple[str, int, int], Arrays] = {}
+        self.name = self._reader.name
+
+    def read(self, plan: SplitPlan, columns: Sequence[ColumnSpec]) -> Arrays:
+        key = (plan.file.path, plan.first_group, plan.stop_group)
+        if key not in self._known:
+            self._known[key] = self._reader.read(plan, columns)
+        return self._known[key]
+
+
+class Data:
+    """Files in ``folder`` with columns a and b."""
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(7)
+        self.folder = folder
+        self.reader = CachedReader()
+        self.values: dict[str, NDArray[np.int64]] = {}
+        for name, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
+            # Few keys, some of them often: batches meet in the same rows.
+            self.values[name] = np.minimum(rng.zipf(1.3, (rows, 2)), KEYS) - 1
+            table = pa.table({"a": self.values[name][:, 0], "b": self.values[name][:, 1]})
+            (folder / name).mkdir(parents=True)
+            for part in range(2):
+                piece = table.slice(part * rows // 2, rows // 2)
+                pq.write_table(piece, folder / name / f"part-{part}.parquet", row_group_size=4)
+
+    def occurrences(self) -> NDArray[np.int64]:
+        """Return how often each key stands in the training files."""
+        return np.bincount(self.values["train"].ravel(), minlength=KEYS)
+
+    def expected_metric(self, epoch: int) -> float:
+        """Return the evaluation's mean after ``epoch`` + 1 passes: the mean count of column a of the test files."""
+        counts = self.occurrences() * (epoch + 1)
+        return float(counts[self.values["test"][:, 0]].mean())
+
+    def spec(self, schedule: Schedule) -> JobSpec:
+        """Return the job of a schedule."""
+        train, test = list_files(self.folder / "train"), list_files(self.folder / "test")
+        plan = plan_splits(train, schedule.rows_per_split)
+        groups = schedule.epochs * len(plan) * max(-(-s.rows // schedule.batch_rows) for s in plan)
+        tables, dense = parameters(8, TRACE, groups)
+        changes: dict[str, Any] = {}
+        if schedule.mode == "ssp":
+            changes["staleness"] = schedule.staleness
+        return JobSpec(
+            job=JOB,
+            name="simulated",
+            seed=schedule.seed,
+            recipe="oarlock.simulation.counting:recipe",
+            tables=tables,
+            dense=dense,
+            files=tuple(files_to_json(train)),
+            evaluation_files=tuple(files_to_json(test)),
+            splits=len(plan),
+            evaluation_splits=len(plan_splits(test, 4)),
+            rows_per_split=schedule.rows_per_split,
+            evaluation_rows_per_split=4,
+            batch_rows=schedule.batch_rows,
+            epochs=schedule.epochs,
+            servers=schedule.shards,
+            workers=schedule.workers,
+            metrics=("count",),
+            config=vars(Config(trace=TRACE)),
+            mode=schedule.mode,
+            checkpoint_epochs=0,
+            open_splits=schedule.open_splits,
+            prefetch=schedule.prefetch,
+            lease_seconds=LEASE_SECONDS,
+            heartbeat_seconds=HEARTBEAT_SECONDS,
+            **changes,
+        )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules: what job is run, and what goes wrong when, all of it drawn from one seed and written down as a list.
+
+Invariant: a Schedule says everything, so leaving faults out of it gives another Schedule that can be run: that is how a
+failing one is shrunk. Pure.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass, replace
+
+# What happens to messages. "lose": it never arrives; "deaf": its answer does not; "late": it arrives a second time, later;
+# "slow": it takes long; "slow_reply": its answer does.
+WIRE = ("lose", "deaf", "late", "slow", "slow_reply")
+# What happens to processes and links. "tear" kills the coordinator in the middle of a transaction; "cut" separates two
+# processes; "refuse" has a shard run out of memory in the middle of a push; "join" and "leave": a worker comes or goes.
+WORLD = (
+    "kill_worker",
+    "pause_worker",
+    "kill_coordinator",
+    "tear",
+    "pause_coordinator",
+    "pause_shard",
+    "cut",
+    "refuse",
+    "join",
+    "leave",
+)
+KINDS = (*WIRE, *WORLD)
+# A message fault waits for the next message of its method. Pushes matter most.
+METHODS = (
+    *("Shard.Push",) * 6,
+    *("Shard.Pull",) * 2,
+    *("Coordinator.Lease",) * 2,
+    *("Coordinator.CloseSplit",) * 2,
+    "Shard.Marks",
+    "Shard.Close",
+    "Shard.Adopt",
+    "Coordinator.Join",
+    "Coordinator.Heartbeat",
+    "Coordinator.Release",
+    "Coordinator.Placement",
+)
+LEASE_SECONDS = 4.0
+# A schedule has at least so many events.
+LEAST_EVENTS = 200
+# Rows of the training files.
+TRAIN_ROWS = 64
+HEARTBEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``kind`` strikes when event number ``at`` has happened. ``who`` chooses among processes, ``method`` among messages."""
+
+    at: int
+    kind: str
+    who: int = 0
+    seconds: float = 0.0
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A small job and its faults. ``latency`` is the longest time of a message on its way, in seconds."""
+
+    seed: int
+    shards: int
+    workers: int
+    open_splits: int
+    prefetch: int
+    epochs: int
+    rows_per_split: int
+    batch_rows: int
+    mode: str
+    staleness: int
+    latency: float
+    faults: tuple[Fault, ...]
+
+    def without(self, leave_out: set[int]) -> "Schedule":
+        """Return the schedule without the faults of these positions."""
+        return replace(self, faults=tuple(f for i, f in enumerate(self.faults) if i not in leave_out))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Schedule":
+        values = json.loads(text)
+        values["faults"] = tuple(Fault(**f) for f in values["faults"])
+        return Schedule(**values)
+
+
+def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
+    """Return the schedule of a seed."""
+    rng = random.Random(seed)
+    # Every seed has its favourites, so that some kinds come in crowds and others not at all.
+    kinds = rng.sample(KINDS, rng.randint(1, 6))
+    favourites = rng.sample(METHODS, rng.randint(1, 4))
+    faults: list[Fault] = []
+    for _ in range(rng.choice((2, 4, 8, 16))):
+        fault = _fault(rng, rng.choice(kinds), rng.choice(favourites))
+        # Three such errors with one split end the job, as they should.
+        if fault.kind != "refuse" or sum(f.kind == "refuse" for f in faults) < 2:
+            faults.append(fault)
+    mode = rng.choice(modes)
+    shards, rows_per_split, batch_rows = rng.randint(1, 3), rng.choice((8, 16)), rng.choice((3, 4, 6))
+    # Every group is pulled and pushed at every shard, each with an answer.
+    events = 4 * shards * (TRAIN_ROWS // rows_per_split) * -(-rows_per_split // batch_rows)
+    return Schedule(
+        seed=seed,
+        shards=shards,
+        workers=rng.randint(1, 3),
+        open_splits=rng.randint(1, 3),
+        prefetch=rng.randint(1, 3),
+        epochs=max(rng.choice((1, 1, 2)), -(-LEAST_EVENTS // events)),
+        rows_per_split=rows_per_split,
+        batch_rows=batch_rows,
+        mode=mode,
+        staleness=rng.randint(0, 4) if mode == "ssp" else 0,
+        latency=rng.choice((0.01, 0.1, 0.6)),
+        faults=tuple(sorted(faults, key=lambda f: f.at)),
+    )
+
+
+def _fault(rng: random.Random, kind: str, method: str) -> Fault:
+    at, who = rng.randint(0, 260), rng.randrange(6)
+    if kind in WIRE:
+        # Short delays reorder, long ones outlive leases, splits and coordinators.
+        return Fault(at, kind, who, rng.choice((0.3, 1.0, 3.0, 8.0)) * rng.random(), method)
+    if kind == "pause_shard" or (kind == "cut" and who % 2):
+        # A shard that is away for a lease is gone, and the job with it.
+        return Fault(at, kind, who, rng.random() * LEASE_SECONDS * 0.4)
+    if kind in ("kill_worker", "kill_coordinator", "tear", "leave"):
+        return Fault(at, kind, who, rng.random() * rng.choice((0.5, 3.0)))
+    return Fault(at, kind, who, rng.random() * rng.choice((0.5, 1.0, 2.5)) * LEASE_SECONDS)

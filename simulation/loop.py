@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An event loop whose time is virtual, and processes on it that can be killed and paused between any two steps.
+
+Invariant: time passes only when nobody can do anything, and then at once; what happens depends on nothing but the program
+and its seeds. What a dead or paused process would do next is held back whole: no ``finally`` of it runs. One thread.
+"""
+
+import asyncio
+import contextvars
+import heapq
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, Future
+from typing import Any
+
+BEGIN = 1000.0
+
+
+class Stalled(Exception):
+    """Everybody waits, and nothing will ever happen."""
+
+
+class Process:
+    """A process of the simulation: everything that is scheduled from its context belongs to it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.paused = False
+        self.context = contextvars.Context()
+        self.context.run(_PROCESS.set, self)
+        self._held: deque[asyncio.Handle] = deque()
+
+    def holds(self, handle: asyncio.Handle) -> bool:
+        """Keep a step back if the process cannot take it now."""
+        if self.alive and not self.paused:
+            return False
+        self._held.append(handle)
+        return True
+
+    def release(self) -> list[asyncio.Handle]:
+        """Return the steps held back, which are to be taken now."""
+        held = list(self._held)
+        self._held.clear()
+        return held
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function as this process."""
+        return self.context.copy().run(function, *arguments)
+
+
+_PROCESS: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """Runs what is ready in order; when nothing is, jumps to the next timer."""
+
+    # asyncio's own queues, which its base class fills and leaves to a loop like this one to empty.
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = BEGIN
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        ready, scheduled = self._ready, self._scheduled
+        if not ready:
+            while scheduled and scheduled[0].cancelled():
+                heapq.heappop(scheduled)
+            if not scheduled:
+                raise Stalled("everybody waits, and nothing will ever happen")
+            self.now = max(self.now, scheduled[0].when())
+            while scheduled and scheduled[0].when() <= self.now:
+                ready.append(heapq.heappop(scheduled))
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle.cancelled():
+                continue
+            process = handle._context.get(_PROCESS)  # type: ignore[attr-defined]
+            if process is None or not process.holds(handle):
+                handle._run()
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """There is one thread."""
+        return self.call_soon(callback, *args, context=context)
+
+    def _write_to_self(self) -> None:
+        """There is nobody to be woken up."""
+
+    def start(self, process: Process, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        """Run a coroutine as ``process``."""
+        return self.create_task(coroutine, context=process.context.copy())
+
+    def resume(self, process: Process) -> None:
+        """Let a paused process go on, with all that waited for it."""
+        process.paused = False
+        self._ready.extend(process.release())
+
+    def dispose(self, processes: list[Process]) -> None:
+        """Cancel all tasks, those of dead processes too, and run until none is left."""
+        for _ in range(100):
+            for process in processes:
+                process.alive, process.paused = True, False
+                self._ready.extend(process.release())
+            tasks = asyncio.all_tasks(self)
+            if not tasks:
+                return
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(self._settle(tasks))
+        raise Stalled(f"tasks that cannot be cancelled: {asyncio.all_tasks(self)}")
+
+    async def _settle(self, tasks: "set[asyncio.Task[Any]]") -> None:
+        await asyncio.wait(tasks, timeout=1.0)
+
+
+class Inline(Executor):
+    """Does what it is given at once, in the caller's thread."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future

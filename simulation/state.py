@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator's store as the simulation sees it: what is committed, and a death in the middle of a transaction.
+
+Invariant: ``committed`` holds what a reader of the file would find, and survives the process that wrote it. One thread.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oarlock.cluster.store import Store
+from oarlock.simulation.wire import Killed
+
+
+@dataclass
+class Committed:
+    """What is on disk: facts by name, members, evaluations and epochs by number, placements by generation."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    members: dict[int, Any] = field(default_factory=dict)
+    evaluations: dict[int, list[float]] = field(default_factory=dict)
+    placements: dict[int, bytes] = field(default_factory=dict)
+    epochs: dict[int, Any] = field(default_factory=dict)
+
+
+class WatchedStore(Store):
+    """A Store that notes what it commits. ``tear``: so many statements from now its process dies, which ``died`` is told."""
+
+    def __init__(self, path: Path, committed: Committed, died: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._died = died
+        self._committed = committed
+        self._pending: list[tuple[dict[Any, Any], Any, Any]] = []
+        self._clear = False
+        self.tear: int | None = None
+        self._dead = False
+
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        if self._dead:
+            return []
+        strikes = False
+        if self.tear is not None:
+            self.tear -= 1
+            strikes = self.tear < 0
+        # Before it, unless it is the COMMIT: then all is on disk, and nobody was told.
+        if strikes and statement != "COMMIT":
+            self._die()
+        found = super()._execute(statement, values)
+        if statement == "COMMIT":
+            self._note()
+        if strikes:
+            self._die()
+        return found
+
+    def _die(self) -> None:
+        self._dead = True
+        self._died()
+        raise Killed
+
+    def _note(self) -> None:
+        if self._clear:
+            self._committed.evaluations.clear()
+        for where, key, value in self._pending:
+            where[key] = value
+        self._pending, self._clear = [], False
+
+    def __enter__(self) -> "WatchedStore":
+        self._pending, self._clear = [], False
+        super().__enter__()
+        return self
+
+    def set_fact(self, name: str, value: Any) -> None:
+        super().set_fact(name, value)
+        self._pending.append((self._committed.facts, name, value))
+
+    def set_member(self, incarnation: int, value: dict[str, Any]) -> None:
+        super().set_member(incarnation, value)
+        self._pending.append((self._committed.members, incarnation, value))
+
+    def set_evaluation(self, split: int, sums: list[float]) -> None:
+        super().set_evaluation(split, sums)
+        self._pending.append((self._committed.evaluations, split, sums))
+
+    def clear_evaluations(self) -> None:
+        super().clear_evaluations()
+        self._clear = True
+
+    def set_placement(self, generation: int, owners: bytes, shards: list[dict[str, Any]]) -> None:
+        super().set_placement(generation, owners, shards)
+        self._pending.append((self._committed.placements, generation, owners))
+
+    def set_epoch(self, epoch: int, value: dict[str, Any]) -> None:
+        super().set_epoch(epoch, value)
+        self._pending.append((self._committed.epochs, epoch, value))

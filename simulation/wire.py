@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wire of the simulation: messages travel as bytes, take time, and meet the faults of a schedule.
+
+Invariant: a handler runs as the process that it belongs to, whole and at one instant; what a dead process would have heard
+is lost, what a paused one is told waits. Every delivery, of a request or of an answer, is one event. One thread.
+"""
+
+import asyncio
+import contextvars
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
+from oarlock.proto.methods import METHODS
+from oarlock.proto.transport import dispatch
+from oarlock.simulation.faults import LEASE_SECONDS, Fault
+from oarlock.simulation.loop import Process, VirtualLoop
+
+# How long until a caller learns that a connection broke: the other side said so; or said nothing, longer than a lease.
+BREAK_SECONDS = 0.05
+KEEPALIVE_SECONDS = 1.5 * LEASE_SECONDS
+
+
+class Killed(BaseException):
+    """The process that runs this dies here."""
+
+
+@dataclass
+class Call:
+    """A request on its way and the future of its answer; copies of a late message have no one who waits."""
+
+    sender: Process
+    address: str
+    method: str
+    data: bytes
+    answer: asyncio.Future[Any] | None
+    faults: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    sent: float = 0.0
+
+
+class Wire:
+    """Connects processes by address. ``event(process, method, request, reply)`` is told of every delivery."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        rng: random.Random,
+        latency: float,
+        event: Callable[[Process | None, Call, Any, Any], None],
+    ) -> None:
+        self._loop = loop
+        self._rng = rng
+        self._latency = latency
+        self._event = event
+        self._nowhere = contextvars.Context()
+        self._listeners: dict[str, tuple[Process, object]] = {}
+        self._inboxes: dict[Process, deque[Call]] = {}
+        # Faults that wait for the next message of their method.
+        self.armed: list[Fault] = []
+        # Pairs of processes that cannot reach each other now.
+        self.cuts: set[frozenset[str]] = set()
+        self.closed = False
+        self.flying = 0
+
+    def serve(self, process: Process, address: str, handler: object) -> None:
+        self._listeners[address] = (process, handler)
+
+    def link(self, process: Process) -> "Link":
+        """Return the transport of a process."""
+        return Link(self, process)
+
+    def resume(self, process: Process) -> None:
+        """Deliver what waited for a paused process."""
+        for call in self._inboxes.pop(process, ()):
+            self._later(0.0, self._deliver, call)
+
+    def _later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
+        self.flying += 1
+        self._loop.call_later(seconds, self._land, function, arguments, context=self._nowhere)
+
+    def _land(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self.flying -= 1
+        if not self.closed:
+            function(*arguments)
+
+    def send(self, call: Call) -> None:
+        if not call.sender.alive or self.closed:
+            return
+        call.sent = self._loop.now
+        for fault in [f for f in self.armed if f.method == call.method]:
+            self.armed.remove(fault)
+            if fault.kind == "late":
+                copy = Call(call.sender, call.address, call.method, call.data, None, sent=call.sent)
+                self._later(fault.seconds, self._deliver, copy)
+            else:
+                call.faults.add(fault.kind)
+                call.seconds = max(call.seconds, fault.seconds)
+        if "lose" in call.faults:
+            self._broken(call)
+            return
+        self._later(self._pause() + (call.seconds if "slow" in call.faults else 0.0), self._deliver, call)
+
+    def _pause(self) -> float:
+        return self._rng.random() * self._latency
+
+    def _broken(self, call: Call) -> None:
+        """The caller learns of it soon, or when nobody answers to the connection's signs of life."""
+        if call.answer is not None:
+            seconds = BREAK_SECONDS if self._rng.random() < 0.5 else KEEPALIVE_SECONDS
+            self._later(seconds, self._arrive, call, None, Unavailable("the connection broke"))
+
+    def _deliver(self, call: Call) -> None:
+        found = self._listeners.get(call.address)
+        if found is None or not found[0].alive:
+            self._later(BREAK_SECONDS, self._arrive, call, None, Unavailable(f"nothing answers at {call.address}"))
+            return
+        process, handler = found
+        if frozenset((process.name, call.sender.name)) in self.cuts:
+            self._broken(call)
+            return
+        if process.paused:
+            self._inboxes.setdefault(process, deque()).append(call)
+            return
+        request = METHODS[call.method].request.FromString(call.data)
+        reply, error = None, None
+        try:
+            reply = process.call(dispatch, handler, call.method, request)
+        except PSError as raised:
+            error = raised
+        except Killed:
+            # It has no process any more that could answer.
+            self._event(process, call, request, None)
+            self._broken(call)
+            return
+        self._event(process, call, request, error if reply is None else reply)
+        data = None if reply is None else reply.SerializeToString()
+        if "deaf" in call.faults:
+            self._broken(call)
+        else:
+            extra = call.seconds if "slow_reply" in call.faults else 0.0
+            self._later(self._pause() + extra, self._answer, process, call, data, error)
+
+    def _answer(self, process: Process, call: Call, data: bytes | None, error: PSError | None) -> None:
+        if frozenset((process.name, call.sender.name)) in self.cuts:
+            self._broken(call)
+        else:
+            self._arrive(call, data, error)
+
+    def _arrive(self, call: Call, data: bytes | None, error: PSError | None) -> None:
+        if call.answer is None or call.answer.done() or not call.sender.alive:
+            return
+        self._event(None, call, None, None)
+        if error is not None:
+            call.answer.set_exception(error)
+        else:
+            call.answer.set_result(METHODS[call.method].reply.FromString(data or b""))
+
+
+class Link:
+    """The transport of one process."""
+
+    def __init__(self, wire: Wire, process: Process) -> None:
+        self._wire = wire
+        self._process = process
+
+    async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
+        """Return the reply or raise what the other side raised; DeadlineExceeded after the timeout."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        timer = loop.call_later(timeout_seconds, _expire, answer, method, address)
+        self._wire.send(Call(self._process, address, method, request.SerializeToString(), answer))
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+def _expire(answer: asyncio.Future[Any], method: str, address: str) -> None:
+    if not answer.done():
+        answer.set_exception(DeadlineExceeded(f"{method} at {address}: no answer in time"))

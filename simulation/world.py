@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One schedule, run: the real coordinator, shards and workers as processes of a virtual loop, struck by the schedule's faults.
+
+Invariant: the classes are those of the real processes; only time, the wire, the store's file and the engine that starts
+processes again are the simulation's. Checks run after every event. One thread.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import random
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oarlock.client.closed import ClosedSet
+from oarlock.client.job import DONE, FAILED, OVER
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.orders import Orders
+from oarlock.cluster.process import run_coordinator
+from oarlock.cluster.service import CoordinatorService
+from oarlock.proto.errors import PSError
+from oarlock.ps.process import run_shard
+from oarlock.ps.service import ShardService
+from oarlock.simulation.data import Data
+from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, WIRE, Fault, Schedule
+from oarlock.simulation.invariants import Checker, Violation
+from oarlock.simulation.loop import BEGIN, Inline, Process, Stalled, VirtualLoop
+from oarlock.simulation.state import Committed, WatchedStore
+from oarlock.simulation.wire import Call, Killed, Wire
+from oarlock.worker.process import run_worker
+
+COORDINATOR = "in-process:coordinator"
+# A job that is not over so long after it began will never be: its faults have all passed by then.
+MOST_SECONDS = 600.0
+# Messages that were delayed most arrive so long after the job is over.
+DRAIN_SECONDS = 10.0
+RESTART_SECONDS = 0.2
+
+
+@dataclass
+class Outcome:
+    """What became of a schedule: the invariant that broke (empty: none), the number of events, what happened how often."""
+
+    violation: str
+    events: int
+    seconds: float
+    counts: Counter[str]
+
+
+class World:
+    """A job of the simulation. ``log``: a list that is told of every event, for people."""
+
+    def __init__(self, schedule: Schedule, data: Data, folder: Path, log: list[str] | None = None) -> None:
+        self.schedule = schedule
+        self.loop = VirtualLoop()
+        self.loop.set_exception_handler(self._unhandled)
+        self.spec = data.spec(schedule)
+        self.rng = random.Random(schedule.seed)
+        self.data = data
+        self.folder = folder
+        self.log = log
+        self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event)
+        self.committed = Committed()
+        self.checker = Checker(self.spec, data, self.committed)
+        self.processes: list[Process] = []
+        self.coordinator: Coordinator
+        self.coordinator_process: Process
+        self.store: WatchedStore
+        self.services: list[ShardService] = []
+        self.shard_processes: list[Process] = []
+        self.workers: list[Process] = []
+        self.counts: Counter[str] = Counter()
+        self.events = 0
+        self.violation = ""
+        self._faults = list(schedule.faults)
+        self._refusing: set[int] = set()
+        # When the coordinator last heard of each member, and since when it could judge.
+        self._heard: dict[int, float] = {}
+        self._able_since = BEGIN
+        self._paused_at = BEGIN
+        self._finished = self.loop.create_future()
+
+    # Running
+
+    def run(self) -> Outcome:
+        try:
+            self.loop.run_until_complete(self._play())
+        except Stalled as error:
+            self._violated(f"L1: {error}")
+        except Violation as error:
+            self._violated(str(error))
+        except Exception as error:
+            self._violated(f"L2: {type(error).__name__}: {error}")
+        finally:
+            self.wire.closed = True
+            took = self.loop.now - BEGIN
+            asyncio.set_event_loop(None)
+            try:
+                self.loop.dispose(self.processes)
+            finally:
+                self.store.close()
+                self.loop.close()
+        return Outcome(self.violation, self.events, took, self.counts)
+
+    async def _play(self) -> None:
+        self._start_coordinator()
+        for number in range(self.schedule.shards):
+            self._start_shard(number)
+        for _ in range(self.schedule.workers):
+            self._start_worker()
+        while not self.violation and self.committed.facts.get("phase") not in OVER:
+            await asyncio.sleep(0.25)
+            if self.loop.now - BEGIN > MOST_SECONDS:
+                raise Violation(
+                    f"L1: the job is not over after {MOST_SECONDS:g} s: {self.coordinator.status()['phase']}"
+                )
+        if self.violation:
+            return
+        reason = self.committed.facts.get("reason", "")
+        if self.committed.facts["phase"] == FAILED and reason.startswith("shard") and "lease ended" in reason:
+            # Its faults added up to a whole lease of silence (K3): the job ends there, as it has to, today.
+            self.counts["shard lost"] += 1
+            return
+        if self.committed.facts["phase"] == FAILED:
+            raise Violation(f"L2: the job failed: {self.committed.facts['reason']}")
+        # A late message finds the shards as they are, and must find nothing to do.
+        await asyncio.sleep(DRAIN_SECONDS)
+        if not self.violation:
+            shards = [s._joined[1] for s in self.services if s._joined is not None]
+            self.checker.finish(self.coordinator, shards)
+
+    def _violated(self, what: str) -> None:
+        if not self.violation:
+            self.violation = what
+
+    def _unhandled(self, loop: Any, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Violation):
+            self._violated(str(error))
+        elif not self.wire.closed:
+            self._violated(f"L2: {context['message']}: {type(error).__name__}: {error}")
+
+    # Events
+
+    def _event(self, process: Process | None, call: Call, request: Any, reply: Any) -> None:
+        self.events += 1
+        if process is not None:
+            self.counts[call.method] += 1
+            self._note(f"{call.method} {call.sender.name} -> {process.name}", request, reply)
+            self._check(process, call, request, reply)
+        while self._faults and self._faults[0].at <= self.events:
+            self._strike(self._faults.pop(0))
+
+    def _check(self, process: Process, call: Call, request: Any, reply: Any) -> None:
+        if process is self.coordinator_process:
+            if hasattr(request, "header") and not isinstance(reply, PSError):
+                self._heard[request.header.sender] = self.loop.now
+            self.checker.answered(call.method, request, reply)
+        elif call.method in ("Shard.Push", "Shard.Close", "Shard.Adopt"):
+            joined = self.services[self.shard_processes.index(process)]._joined
+            if joined is None:
+                return
+            if call.method == "Shard.Push":
+                self.checker.pushed(joined[1], request.split)
+            else:
+                self.checker.told_closed(joined[1])
+
+    def _note(self, what: str, request: Any = None, reply: Any = None) -> None:
+        if self.log is not None:
+            text = f"{self.events:4d} {self.loop.now - BEGIN:8.3f} {what}"
+            for name in ("split", "group", "splits", "wanted", "held"):
+                if hasattr(request, name):
+                    text += f" {name}={getattr(request, name)}"
+            if isinstance(reply, PSError):
+                text += f" -> {type(reply).__name__}: {reply}"
+            self.log.append(text)
+
+    # Processes
+
+    def _process(self, name: str) -> Process:
+        process = Process(name)
+        self.processes.append(process)
+        return process
+
+    def _start_coordinator(self) -> None:
+        process = self.coordinator_process = self._process("coordinator")
+        self.store = WatchedStore(self.folder / "state.sqlite", self.committed, lambda: self._coordinator_died(process))
+        self._able_since = self.loop.now
+
+        def begin() -> None:
+            self.store.open()
+            c = self.coordinator = Coordinator(self.store, self.spec, clock=self.loop.time, rng=self.rng)
+            c.open()
+            gone = c.member_gone
+
+            def member_gone(member: Any, state: str, error: str = "") -> None:
+                if member.state == "alive":
+                    self._judge(member, error)
+                gone(member, state, error)
+
+            c.member_gone = member_gone  # type: ignore[method-assign]
+            self.wire.serve(process, COORDINATOR, CoordinatorService(c))
+
+        with contextlib.suppress(Killed):
+            process.call(begin)
+        orders = Orders(self.coordinator, self.wire.link(process), self.folder / "checkpoints")
+        task = self.loop.start(process, run_coordinator(self.coordinator, orders))
+        task.add_done_callback(lambda t: self._ended(process, t))
+
+    def _judge(self, member: Any, error: str) -> None:
+        """K3: nobody's lease is judged ended before a full term of silence that the coordinator could have heard."""
+        self._note(f"member gone: {member.role} {member.id} {error}")
+        if error == "its lease ended":
+            silent = self.loop.now - max(self._heard.get(member.incarnation, BEGIN), self._able_since)
+            if silent < LEASE_SECONDS - 1e-6:
+                raise Violation(f"K3: {member.role} {member.id} was judged after {silent:.3f} s of silence")
+
+    def _coordinator_died(self, process: Process) -> None:
+        if process.alive and not self.wire.closed:
+            self._end_coordinator(process, self.rng.random())
+
+    def _end_coordinator(self, process: Process, seconds: float) -> None:
+        process.alive = False
+        self.store.close()
+        self._later(RESTART_SECONDS + seconds, self._start_coordinator)
+
+    def _start_shard(self, number: int) -> None:
+        process = self._process(f"shard-{number}")
+        service = ShardService()
+        address = f"in-process:shard-{number}"
+        self.wire.serve(process, address, service)
+        self.services.append(service)
+        self.shard_processes.append(process)
+        rng = random.Random(self.schedule.seed * 31 + number)
+        task = self.loop.start(process, run_shard(self.wire.link(process), COORDINATOR, service, address, rng=rng))
+        task.add_done_callback(lambda t: self._ended(process, t))
+
+    def _start_worker(self) -> None:
+        if self.committed.facts.get("phase") in OVER:
+            return
+        process = self._process(f"worker-{sum(p.name.startswith('worker') for p in self.processes)}")
+        self.workers.append(process)
+        rng = random.Random(self.rng.getrandbits(32))
+        worker = run_worker(self.wire.link(process), COORDINATOR, self.data.reader, Inline(), rng=rng)
+        self.loop.start(process, worker).add_done_callback(lambda t: self._ended(process, t))
+
+    def _ended(self, process: Process, task: "asyncio.Task[Any]") -> None:
+        if self.wire.closed or task.cancelled() or not process.alive:
+            return
+        error = task.exception()
+        self._note(f"{process.name} ended: {error!r}")
+        if process.name.startswith("worker"):
+            self._worker_ended(process, error)
+        elif error is not None:
+            self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
+
+    def _worker_ended(self, process: Process, error: BaseException | None) -> None:
+        self.workers.remove(process)
+        if error is None:
+            return
+        self.counts[f"worker ended by {type(error).__name__}"] += 1
+        if not isinstance(error, PSError):
+            self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
+        self._later(RESTART_SECONDS, self._start_worker)
+
+    def _later(self, seconds: float, function: Any, *arguments: Any) -> None:
+        def call() -> None:
+            if not self.wire.closed:
+                function(*arguments)
+
+        # Not as the process that happens to run: what the engine does, no process does.
+        self.loop.call_later(seconds, call, context=contextvars.Context())
+
+    # Faults
+
+    def _strike(self, fault: Fault) -> None:
+        self.counts[fault.kind] += 1
+        self._note(f"fault: {fault}")
+        if fault.kind in WIRE:
+            self.wire.armed.append(fault)
+        else:
+            getattr(self, f"_{fault.kind}")(fault)
+
+    def _chosen(self, fault: Fault) -> Process | None:
+        return self.workers[fault.who % len(self.workers)] if self.workers else None
+
+    def _kill_worker(self, fault: Fault) -> None:
+        process = self._chosen(fault)
+        if process is not None:
+            process.alive = False
+            self.workers.remove(process)
+            self._later(fault.seconds, self._start_worker)
+
+    def _pause(self, process: Process | None, seconds: float) -> None:
+        if process is not None and process.alive and not process.paused:
+            process.paused = True
+            if process is self.coordinator_process:
+                self._paused_at = self.loop.now
+            self._later(seconds, self._resume, process)
+
+    def _resume(self, process: Process) -> None:
+        if process is self.coordinator_process and self.loop.now - self._paused_at > HEARTBEAT_SECONDS:
+            # It notices that it was away (K3); a shorter absence it may take for a slow machine.
+            self._able_since = self.loop.now
+        self.loop.resume(process)
+        self.wire.resume(process)
+
+    def _pause_worker(self, fault: Fault) -> None:
+        self._pause(self._chosen(fault), fault.seconds)
+
+    def _pause_coordinator(self, fault: Fault) -> None:
+        self._pause(self.coordinator_process, fault.seconds)
+
+    def _pause_shard(self, fault: Fault) -> None:
+        self._pause(self.shard_processes[fault.who % len(self.shard_processes)], fault.seconds)
+
+    def _kill_coordinator_now(self, seconds: float) -> None:
+        if self.coordinator_process.alive:
+            self._end_coordinator(self.coordinator_process, seconds)
+
+    # Not in the middle of the event that it is struck by: what was begun there is done.
+    def _kill_coordinator(self, fault: Fault) -> None:
+        self._later(0.0, self._kill_coordinator_now, fault.seconds)
+
+    def _tear(self, fault: Fault) -> None:
+        self.store.tear = fault.who
+
+    def _cut(self, fault: Fault) -> None:
+        shard = self.shard_processes[fault.who // 2 % len(self.shard_processes)].name
+        worker = self._chosen(fault)
+        pair = (shard, "coordinator") if fault.who % 2 or worker is None else (worker.name, shard)
+        if fault.who == 4 and worker is not None:
+            pair = (worker.name, "coordinator")
+        link = frozenset(pair)
+        self.wire.cuts.add(link)
+        self._later(fault.seconds, self.wire.cuts.discard, link)
+
+    def _refuse(self, fault: Fault) -> None:
+        """The next push to one table of one shard meets the end of memory, after earlier parts of it were applied."""
+        joined = self.services[fault.who % len(self.services)]._joined
+        if joined is None:
+            return
+        table: Any = joined[1].tables[fault.who // 3 % 2]
+
+        def push(*arguments: Any, **named: Any) -> Any:
+            del table.push
+            raise MemoryError("no memory left")
+
+        table.push = push
+
+    def _join(self, fault: Fault) -> None:
+        if len(self.workers) < 4:
+            self._start_worker()
+
+    def _leave(self, fault: Fault) -> None:
+        self._kill_worker(fault)
+
+
+def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome:
+    """Run a schedule in a folder of its own."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        return World(schedule, data, Path(folder), log).run()
+
+
+__all__ = ["DONE", "ClosedSet", "Outcome", "World", "run"]
