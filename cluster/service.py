@@ -140,10 +140,10 @@ class CoordinatorService:
         member = self._member(request.header)
         stats = read_stats(request.stats)
         with c.lock:
-            if request.stats:
-                member.stats = stats
             if member.role == "worker" and not request.asking:
                 self._hear(member, request)
+            if request.stats:
+                member.stats = stats
             return HeartbeatReply(
                 term=c.term,
                 generation=c.generation if c.placed else 0,

@@ -250,3 +250,13 @@ def test_a_sender_that_is_no_member_is_told_to_join(coordinator):
             request = make(header=coordinator.header(sender))
             refused(LeaseLost, "is not a member: join anew", getattr(coordinator.handler, method), request)
     assert coordinator.fingerprint() == before
+
+
+def test_a_heartbeat_whose_clock_is_refused_brings_no_statistics(coordinator):
+    before = coordinator.fingerprint()
+    clock = pb.Clock(active=True, acknowledged=1, heard=2)
+    request = pb.HeartbeatRequest(
+        header=coordinator.header(coordinator.workers[0]), stats='{"samples": 7}', clock=clock
+    )
+    refused(Malformed, "a clock of 1 groups is below the minimum of 2", coordinator.handler.heartbeat, request)
+    assert coordinator.fingerprint() == before
