@@ -29,6 +29,7 @@ CLIENT_OPTIONS = [
     # Retries are ours (client/retry.py): they know which errors a pause can mend.
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # How long one attempt may take; on a machine that is busy, or under a crowd, a good server needs more than a moment.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
