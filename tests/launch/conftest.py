@@ -216,7 +216,7 @@ class Stage:
             return next(steps, self) is not self
 
         async def body() -> dict[str, Any]:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(30):
                 return await self.launched.run(watch, 0.0)
 
         return asyncio.run(body())
