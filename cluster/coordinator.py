@@ -47,6 +47,8 @@ class Coordinator:
     def __init__(self, store: Store, spec: JobSpec, *, clock: Callable[[], float], rng: random.Random) -> None:
         self.store = store
         self.spec = spec
+        # As every member gets it.
+        self.spec_json = spec.to_json()
         self.layout = Layout(spec.tables, spec.dense)
         self.clock = clock
         self.rng = rng
@@ -78,6 +80,9 @@ class Coordinator:
         """Take up the stored state under a new term. Call once, before the first message."""
         with self.lock:
             take_up(self)
+            # Its end may have been recorded by an earlier life, and what follows from it not.
+            for member in [m for m in self.members.all.values() if m.role == "shard" and m.state != "alive"]:
+                self._shard_gone(member, member.error)
 
     def begin_run(self, manifest: Manifest, path: str) -> None:
         """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""

@@ -85,7 +85,9 @@ class Orders:
         for shard, result in zip(
             waiting, await asyncio.gather(*map(one, waiting), return_exceptions=True), strict=True
         ):
-            if isinstance(result, PSError) and not result.retryable:
+            if isinstance(result, PSError) and generation != c.generation:
+                logger.info("event=order_outlived order=adopt shard=%d error=%s", shard.id, result)
+            elif isinstance(result, PSError) and not result.retryable:
                 c.fail(f"shard {shard.id} could not take its blocks: {result}")
             elif isinstance(result, PSError):
                 logger.info("event=order_failed order=adopt shard=%d error=%s", shard.id, result)
@@ -126,7 +128,11 @@ class Orders:
             manifest = self._manifest(cut, entries)
             store.commit(manifest)
         except (PSError, OSError) as error:
-            c.not_committed(cut, str(error))
+            if isinstance(error, PSError) and error.retryable:
+                # The next look begins a new cut; a shard that stays away loses its lease.
+                logger.info("event=order_failed order=write cut=%d error=%s", cut, error)
+            else:
+                c.not_committed(cut, str(error))
             return
         c.committed(manifest, str(self._checkpoints / cut_folder(cut)))
         try:

@@ -129,7 +129,7 @@ class CoordinatorService:
                 term=c.term,
                 id=member.id,
                 incarnation=member.incarnation,
-                spec=c.spec.to_json(),
+                spec=c.spec_json,
                 lease_seconds=c.spec.lease_seconds,
                 heartbeat_seconds=c.spec.heartbeat_seconds,
                 placement=c.placement() if c.placed else None,

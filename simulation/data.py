@@ -23,7 +23,7 @@ from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_RO
 
 JOB = "00112233445566778899aabbccddeeff"
 KEYS = 40
-TEST_ROWS = 12
+TEST_ROWS = 6
 TRACE = 4
 
 
@@ -57,7 +57,8 @@ class Data:
             (folder / name).mkdir(parents=True)
             for part in range(2):
                 piece = table.slice(part * rows // 2, rows // 2)
-                pq.write_table(piece, folder / name / f"part-{part}.parquet", row_group_size=4)
+                pq.write_table(piece, folder / name / f"part-{part}.parquet", row_group_size=3)
+        self.files = {name: list_files(folder / name) for name in self.values}
 
     def occurrences(self) -> NDArray[np.int64]:
         """Return how often each key stands in the training files."""
@@ -70,7 +71,7 @@ class Data:
 
     def spec(self, schedule: Schedule) -> JobSpec:
         """Return the job of a schedule."""
-        train, test = list_files(self.folder / "train"), list_files(self.folder / "test")
+        train, test = self.files["train"], self.files["test"]
         plan = plan_splits(train, schedule.rows_per_split)
         groups = schedule.epochs * len(plan) * max(-(-s.rows // schedule.batch_rows) for s in plan)
         tables, dense = parameters(8, TRACE, groups)
@@ -87,9 +88,9 @@ class Data:
             files=tuple(files_to_json(train)),
             evaluation_files=tuple(files_to_json(test)),
             splits=len(plan),
-            evaluation_splits=len(plan_splits(test, 4)),
+            evaluation_splits=len(plan_splits(test, 3)),
             rows_per_split=schedule.rows_per_split,
-            evaluation_rows_per_split=4,
+            evaluation_rows_per_split=3,
             batch_rows=schedule.batch_rows,
             epochs=schedule.epochs,
             servers=schedule.shards,

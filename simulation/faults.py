@@ -41,12 +41,12 @@ METHODS = (
     "Coordinator.Release",
     "Coordinator.Placement",
 )
-LEASE_SECONDS = 4.0
+LEASE_SECONDS = 6.0
 # A schedule has at least so many events.
 LEAST_EVENTS = 200
 # Rows of the training files.
-TRAIN_ROWS = 64
-HEARTBEAT_SECONDS = 1.0
+TRAIN_ROWS = 36
+HEARTBEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
     """Return the schedule of a seed."""
     rng = random.Random(seed)
     # Every seed has its favourites, so that some kinds come in crowds and others not at all.
-    kinds = rng.sample(KINDS, rng.randint(1, 6))
+    kinds = [*rng.sample(WIRE, rng.randint(0, 3)), *rng.sample(WORLD, rng.randint(0, 4))] or ["late"]
     favourites = rng.sample(METHODS, rng.randint(1, 4))
     faults: list[Fault] = []
     for _ in range(rng.choice((2, 4, 8, 16))):
@@ -104,27 +104,28 @@ def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
         if fault.kind != "refuse" or sum(f.kind == "refuse" for f in faults) < 2:
             faults.append(fault)
     mode = rng.choice(modes)
-    shards, rows_per_split, batch_rows = rng.randint(1, 3), rng.choice((8, 16)), rng.choice((3, 4, 6))
-    # Every group is pulled and pushed at every shard, each with an answer.
-    events = 4 * shards * (TRAIN_ROWS // rows_per_split) * -(-rows_per_split // batch_rows)
+    shards, rows_per_split, batch_rows = rng.randint(1, 3), rng.choice((6, 9)), rng.choice((2, 3, 4, 5))
+    # Every group is pulled and pushed at every shard, each with an answer; every split is leased and closed.
+    splits = TRAIN_ROWS // rows_per_split
+    events = 4 * shards * splits * -(-rows_per_split // batch_rows) + 4 * splits
     return Schedule(
         seed=seed,
         shards=shards,
         workers=rng.randint(1, 3),
         open_splits=rng.randint(1, 3),
         prefetch=rng.randint(1, 3),
-        epochs=max(rng.choice((1, 1, 2)), -(-LEAST_EVENTS // events)),
+        epochs=max(rng.choice((1, 1, 2)), -(-LEAST_EVENTS * 2 // (3 * events))),
         rows_per_split=rows_per_split,
         batch_rows=batch_rows,
         mode=mode,
         staleness=rng.randint(0, 4) if mode == "ssp" else 0,
-        latency=rng.choice((0.01, 0.1, 0.6)),
+        latency=rng.choice((0.01, 0.1, 0.4)),
         faults=tuple(sorted(faults, key=lambda f: f.at)),
     )
 
 
 def _fault(rng: random.Random, kind: str, method: str) -> Fault:
-    at, who = rng.randint(0, 260), rng.randrange(6)
+    at, who = rng.randint(0, LEAST_EVENTS * 2), rng.randrange(6)
     if kind in WIRE:
         # Short delays reorder, long ones outlive leases, splits and coordinators.
         return Fault(at, kind, who, rng.choice((0.3, 1.0, 3.0, 8.0)) * rng.random(), method)

@@ -64,7 +64,8 @@ class Wire:
         # Pairs of processes that cannot reach each other now.
         self.cuts: set[frozenset[str]] = set()
         self.closed = False
-        self.flying = 0
+        # When the last of the repeated messages arrives.
+        self.last_copy = 0.0
 
     def serve(self, process: Process, address: str, handler: object) -> None:
         self._listeners[address] = (process, handler)
@@ -79,11 +80,9 @@ class Wire:
             self._later(0.0, self._deliver, call)
 
     def _later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
-        self.flying += 1
         self._loop.call_later(seconds, self._land, function, arguments, context=self._nowhere)
 
     def _land(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        self.flying -= 1
         if not self.closed:
             function(*arguments)
 
@@ -96,6 +95,7 @@ class Wire:
             if fault.kind == "late":
                 copy = Call(call.sender, call.address, call.method, call.data, None, sent=call.sent)
                 self._later(fault.seconds, self._deliver, copy)
+                self.last_copy = max(self.last_copy, self._loop.now + fault.seconds)
             else:
                 call.faults.add(fault.kind)
                 call.seconds = max(call.seconds, fault.seconds)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oarlock.client.closed import ClosedSet
-from oarlock.client.job import DONE, FAILED, OVER
+from oarlock.client.job import FAILED, OVER
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -24,10 +23,12 @@ from oarlock.cluster.service import CoordinatorService
 from oarlock.proto.errors import PSError
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
+from oarlock.ps.shard import Shard
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, WIRE, Fault, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.loop import BEGIN, Inline, Process, Stalled, VirtualLoop
+from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
 from oarlock.simulation.wire import Call, Killed, Wire
 from oarlock.worker.process import run_worker
@@ -35,8 +36,6 @@ from oarlock.worker.process import run_worker
 COORDINATOR = "in-process:coordinator"
 # A job that is not over so long after it began will never be: its faults have all passed by then.
 MOST_SECONDS = 600.0
-# Messages that were delayed most arrive so long after the job is over.
-DRAIN_SECONDS = 10.0
 RESTART_SECONDS = 0.2
 
 
@@ -65,6 +64,7 @@ class World:
         self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event)
         self.committed = Committed()
         self.checker = Checker(self.spec, data, self.committed)
+        self.bound = Bound(schedule.staleness)
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -72,6 +72,7 @@ class World:
         self.services: list[ShardService] = []
         self.shard_processes: list[Process] = []
         self.workers: list[Process] = []
+        self.leaving: dict[str, asyncio.Event] = {}
         self.counts: Counter[str] = Counter()
         self.events = 0
         self.violation = ""
@@ -127,7 +128,7 @@ class World:
         if self.committed.facts["phase"] == FAILED:
             raise Violation(f"L2: the job failed: {self.committed.facts['reason']}")
         # A late message finds the shards as they are, and must find nothing to do.
-        await asyncio.sleep(DRAIN_SECONDS)
+        await asyncio.sleep(max(0.0, self.wire.last_copy - self.loop.now) + 1.0)
         if not self.violation:
             shards = [s._joined[1] for s in self.services if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
@@ -158,15 +159,25 @@ class World:
         if process is self.coordinator_process:
             if hasattr(request, "header") and not isinstance(reply, PSError):
                 self._heard[request.header.sender] = self.loop.now
+            if call.method == "Coordinator.Lease" and reply is not None:
+                self.bound.leased(request, reply)
             self.checker.answered(call.method, request, reply)
-        elif call.method in ("Shard.Push", "Shard.Close", "Shard.Adopt"):
-            joined = self.services[self.shard_processes.index(process)]._joined
-            if joined is None:
-                return
-            if call.method == "Shard.Push":
-                self.checker.pushed(joined[1], request.split)
-            else:
-                self.checker.told_closed(joined[1])
+        elif process in self.shard_processes:
+            number = self.shard_processes.index(process)
+            joined = self.services[number]._joined
+            if joined is not None:
+                self._check_shard(number, joined[1], call.method, request, reply)
+
+    def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
+        if method == "Shard.Push":
+            self.checker.pushed(shard, request.split)
+            if not isinstance(reply, PSError):
+                self.bound.pushed(number, request)
+        elif method == "Shard.Pull" and not isinstance(reply, PSError):
+            if lacking := self.bound.violation(number, request):
+                raise Violation(f"S1: {lacking}")
+        elif method in ("Shard.Close", "Shard.Adopt"):
+            self.checker.told_closed(shard)
 
     def _note(self, what: str, request: Any = None, reply: Any = None) -> None:
         if self.log is not None:
@@ -199,6 +210,7 @@ class World:
             def member_gone(member: Any, state: str, error: str = "") -> None:
                 if member.state == "alive":
                     self._judge(member, error)
+                    self.bound.gone(member.incarnation)
                 gone(member, state, error)
 
             c.member_gone = member_gone  # type: ignore[method-assign]
@@ -244,7 +256,9 @@ class World:
         process = self._process(f"worker-{sum(p.name.startswith('worker') for p in self.processes)}")
         self.workers.append(process)
         rng = random.Random(self.rng.getrandbits(32))
-        worker = run_worker(self.wire.link(process), COORDINATOR, self.data.reader, Inline(), rng=rng)
+        leaving = self.leaving[process.name] = asyncio.Event()
+        link = self.wire.link(process)
+        worker = run_worker(link, COORDINATOR, self.data.reader, Inline(), rng=rng, leaving=leaving)
         self.loop.start(process, worker).add_done_callback(lambda t: self._ended(process, t))
 
     def _ended(self, process: Process, task: "asyncio.Task[Any]") -> None:
@@ -356,13 +370,13 @@ class World:
             self._start_worker()
 
     def _leave(self, fault: Fault) -> None:
-        self._kill_worker(fault)
+        process = self._chosen(fault)
+        if process is not None:
+            process.call(self.leaving[process.name].set)
+            self._later(fault.seconds, self._start_worker)
 
 
 def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome:
     """Run a schedule in a folder of its own."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         return World(schedule, data, Path(folder), log).run()
-
-
-__all__ = ["DONE", "ClosedSet", "Outcome", "World", "run"]

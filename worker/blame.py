@@ -24,20 +24,24 @@ class Blame:
         try:
             return await awaitable
         except Exception as error:
-            if self.release is None and _is_of_the_work(error):
-                reason = reason_of(error)
-                if work == TRAIN:
-                    self.release = ReleaseRequest(splits=[split], reason=reason)
-                else:
-                    self.release = ReleaseRequest(evaluations=[split], reason=reason)
+            self.note(work, split, error)
             raise
 
+    def note(self, work: int, split: int, error: BaseException) -> None:
+        """Charge the split with an error that was met with it."""
+        if self.release is None and _is_of_the_work(error):
+            reason = reason_of(error)
+            if work == TRAIN:
+                self.release = ReleaseRequest(splits=[split], reason=reason)
+            else:
+                self.release = ReleaseRequest(evaluations=[split], reason=reason)
 
-def _is_of_the_work(error: Exception) -> bool:
+
+def _is_of_the_work(error: BaseException) -> bool:
     """Whether the error is about what was done, and not about who did it or when."""
     if isinstance(error, PSError):
         return not error.retryable and not isinstance(error, LeaseLost | WrongRun | WrongJob)
-    return not isinstance(error, ExceptionGroup)
+    return isinstance(error, Exception) and not isinstance(error, ExceptionGroup)
 
 
 def reason_of(error: BaseException) -> str:

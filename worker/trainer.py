@@ -244,8 +244,7 @@ class Trainer:
                     await split.pushing
                 await self._in_flight.acquire()
             with self.stages.time("encode_push"):
-                push = self._push(split, number, turn, prepared)
-                split.pushing = group.create_task(self._blame.of(TRAIN, split.id, push))
+                split.pushing = group.create_task(self._push(split, number, turn, prepared))
             split.pushing.add_done_callback(partial(self._pushed, split.id, turn))
             self._depth.release()
             self._pulled.release()
@@ -256,10 +255,15 @@ class Trainer:
 
     def _pushed(self, split: int, turn: int, push: "asyncio.Task[PushCounts]") -> None:
         self._in_flight.release()
-        if not push.cancelled() and push.exception() is None:
-            self.refused += push.result().refused
-            self._ahead[split] += 1
-            self._clock.acknowledged(turn)
+        if push.cancelled():
+            return
+        error = push.exception()
+        if error is not None:
+            self._blame.note(TRAIN, split, error)
+            return
+        self.refused += push.result().refused
+        self._ahead[split] += 1
+        self._clock.acknowledged(turn)
 
     def _push(self, split: OpenSplit, number: int, turn: int, prepared: Prepared) -> Any:
         spec, program = self._spec, self._session.program

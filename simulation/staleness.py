@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bound of ssp(s), tested at every pull: its rows hold all groups of every active worker that are more than s behind.
+
+Invariant: who is active since when is read off the coordinator's answers, and what is done off the pushes that a shard has
+handled, not off any clock. A worker's groups are numbered anew whenever it is given splits while it has none.
+"""
+
+from typing import Any
+
+from oarlock.proto.coordinator_pb2 import TRAIN
+from oarlock.proto.errors import PSError
+
+
+class Bound:
+    """Follows one job. ``violation`` of a pull is said in words, empty if there is none."""
+
+    def __init__(self, staleness: int) -> None:
+        self._staleness = staleness
+        # First number of each active worker (incarnation), and what each shard has of it.
+        self._begin: dict[int, int] = {}
+        self._done: dict[int, dict[int, set[int]]] = {}
+        self._answers: dict[int, tuple[int, list[int]]] = {}
+
+    def leased(self, request: Any, reply: Any) -> None:
+        """After the coordinator answered a Lease question."""
+        sender = request.header.sender
+        if isinstance(reply, PSError) or request.clock.active:
+            return
+        answer = (request.number, list(reply.splits))
+        if self._answers.get(sender) == answer:
+            # The same question again, and the same answer.
+            return
+        self._answers[sender] = answer
+        self.gone(sender)
+        if reply.work == TRAIN:
+            self._begin[sender], self._done[sender] = reply.minimum, {}
+
+    def gone(self, sender: int) -> None:
+        """The worker is no member any more, or has no splits."""
+        self._begin.pop(sender, None)
+        self._done.pop(sender, None)
+
+    def pushed(self, shard: int, request: Any) -> None:
+        """After a shard has applied, or skipped, all of a push."""
+        done = self._done.get(request.header.sender)
+        if done is not None and request.number:
+            done.setdefault(shard, set()).add(request.number - 1)
+
+    def violation(self, shard: int, request: Any) -> str:
+        """Return what a pull that a shard is about to answer lacks."""
+        sender = request.header.sender
+        if not request.number or sender not in self._begin:
+            return ""
+        number = request.number - 1
+        for worker, begin in self._begin.items():
+            done = self._done[worker].get(shard, ())
+            missing = next((n for n in range(begin, number - self._staleness) if n not in done), None)
+            if missing is not None:
+                return (
+                    f"group {number} of worker {sender} pulls from shard {shard} without group {missing} of worker {worker}, "
+                    f"with s = {self._staleness}"
+                )
+        return ""
