@@ -7,7 +7,6 @@ A conftest loads it as ``rig``. One thread.
 import asyncio
 import contextlib
 import random
-import selectors
 from collections import Counter
 
 import numpy as np
@@ -31,34 +30,11 @@ from oarlock.proto.transport import InProcess
 from oarlock.ps import blocks
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
+from oarlock.simulation.loop import VirtualLoop
 
 JOB = "00112233445566778899aabbccddeeff"
 SGD = OptimizerSpec("sgd")
 ZEROS = Initializer("zeros")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only when nothing else can happen, and then at once."""
-
-    def __init__(self):
-        self.now = 1000.0
-        super().__init__(_Selector(self))
-
-    def time(self):
-        return self.now
-
-
-class _Selector(selectors.SelectSelector):
-    def __init__(self, loop):
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout=None):
-        events = super().select(0)
-        if not events:
-            assert timeout is not None, "everybody waits, and nothing will ever happen"
-            self._loop.now += timeout
-        return events
 
 
 def run(coroutine):

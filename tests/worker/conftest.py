@@ -7,10 +7,8 @@ Nothing here sleeps: time passes only when nobody can do anything, and then at o
 import asyncio
 import contextlib
 import random
-import selectors
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,46 +33,11 @@ from oarlock.proto.methods import METHODS
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
+from oarlock.simulation.loop import Inline, VirtualLoop
 from oarlock.worker.process import run_worker
 from oarlock.worker.trainer import Trainer
 
 COORDINATOR = "in-process:coordinator"
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only when nothing else can happen, and then at once."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        super().__init__(_Selector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class _Selector(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        events = super().select(0)
-        if not events:
-            assert timeout is not None, "everybody waits, and nothing will ever happen"
-            self._loop.now += timeout
-        return events
-
-
-class Inline(Executor):
-    """Does what it is given at once, in the caller's thread."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **named))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @dataclass

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every planted bug is found within a thousand schedules, and what finds it is shrunk to a few faults and fails again."""
+
+from collections.abc import Callable
+
+import planted
+import pytest
+
+from oarlock.simulation.campaign import files, smallest
+from oarlock.simulation.faults import Schedule, draw
+from oarlock.simulation.world import run
+
+MOST = 1000
+# Found by few schedules, and so after many.
+RARE = {planted.closed_set_replaced, planted.evaluated_twice}
+
+
+def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Return the first seed that breaks an invariant, and which."""
+    plant(patch)
+    for seed in range(MOST):
+        violation = run(draw(seed), files()).violation
+        if violation:
+            return seed, violation
+    raise AssertionError(f"{plant.__name__} was not found by {MOST} schedules")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__) for p in planted.PLANTED],
+)
+@pytest.mark.timeout(600)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, violation = found(plant, monkeypatch)
+    monkeypatch.undo()
+    # It is the bug that was found, and not the schedule.
+    assert run(draw(seed), files()).violation == "", f"{violation} of seed {seed}"
+
+
+def test_a_failing_schedule_is_shrunk_and_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, violation = found(planted.only_equal_marks_are_skipped, monkeypatch)
+    schedule = draw(seed)
+    small = smallest(schedule, violation)
+    assert 1 <= len(small.faults) <= 2 < len(schedule.faults)
+    again = run(Schedule.from_json(small.to_json()), files())
+    assert again.violation.split(":")[0] == violation.split(":")[0]
