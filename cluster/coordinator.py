@@ -71,7 +71,9 @@ class Coordinator:
         self.stop_wanted: bool | None = None
         self.stop_reason = ""
         self.stopping_since = 0.0
+        # When time was last counted, and when leases were last judged: a message may count before the first judgement.
         self.last_tick = 0.0
+        self.judged = 0.0
         # What went wrong without ending the job.
         self.warnings: list[str] = []
         self.checkpoints: list[dict[str, Any]] = []
@@ -315,10 +317,11 @@ class Coordinator:
         with self.lock:
             self.store.check()
             now = self.clock()
-            if now - self.last_tick > self.spec.heartbeat_seconds:
+            if now - self.judged > self.spec.heartbeat_seconds:
                 # This process was paused itself: what it did not hear is not held against anybody.
                 self.members.grant_full_term(now)
                 self.stopping_since = now
+            self.judged = now
             self._count_time()
             for member in self.members.expired(now):
                 self.member_gone(member, "dead", "its lease ended")

@@ -58,7 +58,7 @@ def take_up(c: "Coordinator") -> None:
         # What they hold is asked before anything is leased anew.
         c.clocks.begin(m.incarnation for m in c.members.alive("worker"))
     # In the phase "writing" the earlier life's cut never was: the next one takes a new number and writes anew.
-    c.last_tick = c.stopping_since = c.clock()
+    c.last_tick = c.judged = c.stopping_since = c.clock()
     logger.info("event=coordinator_open term=%d run=%d phase=%s", c.term, c.run, c.phase)
 
 

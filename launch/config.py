@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from oarlock.client.job import MODES
 from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.worker.recipe import Recipe
 
@@ -31,6 +32,8 @@ class RunConfig:
     # behaviour
     epochs: int = 20
     seed: int = 0
+    mode: str = "async"
+    staleness: int = 0
     reader: str = "auto"
     checkpoint_epochs: int = 1
     checkpoints_kept: int = 2
@@ -58,6 +61,15 @@ class RunConfig:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from 1 to {most}")
         if not 0 <= self.seed < 1 << 63:
             raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^63 - 1")
+        if self.mode not in MODES:
+            raise InvalidArgument(f"mode = {self.mode!r}: choose one of {', '.join(MODES)}")
+        if not 0 <= self.staleness <= 1 << 20:
+            raise InvalidArgument(f"staleness = {self.staleness}: give an integer from 0 to {1 << 20}")
+        if self.staleness and self.mode != "ssp":
+            raise InvalidArgument(
+                f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "
+                "give mode = 'ssp', or staleness = 0"
+            )
         if not 0 <= self.restarts <= 1 << 20:
             raise InvalidArgument(
                 f"restarts = {self.restarts}: give an integer from 0 (killed processes are not started again) to {1 << 20}"

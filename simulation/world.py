@@ -319,8 +319,14 @@ class World:
         if process is self.coordinator_process and self.loop.now - self._paused_at > HEARTBEAT_SECONDS:
             # It notices that it was away (K3); a shorter absence it may take for a slow machine.
             self._able_since = self.loop.now
-        self.loop.resume(process)
-        self.wire.resume(process)
+        if self.rng.random() < 0.5:
+            self.loop.resume(process)
+            self.wire.resume(process)
+        else:
+            # What was sent to it is handled by other threads than the one whose timers have run out.
+            process.paused = False
+            self.wire.resume(process)
+            self._later(self.schedule.latency, self.loop.resume, process)
 
     def _pause_worker(self, fault: Fault) -> None:
         self._pause(self._chosen(fault), fault.seconds)

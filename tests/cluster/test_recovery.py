@@ -189,3 +189,30 @@ def test_a_checkpoint_of_other_parameters_is_refused(cluster: Any) -> None:
         with pytest.raises(SpecMismatch, match=f"has another {name} than job job"):
             c.begin_run(manifest, "/cut")
     assert c.run == 1
+
+
+def test_a_message_that_comes_before_the_first_look_hides_no_absence(cluster: Any) -> None:
+    """After a pause the coordinator's threads may answer before its clock is looked at."""
+    cluster.shards()
+    worker, _ = cluster.workers()
+    (split,) = cluster.lease(worker).splits
+    cluster.coordinator.tick()
+    cluster.clock.now += 3 * cluster.spec.lease_seconds
+    cluster.close(worker, split)
+    cluster.coordinator.tick()
+    assert cluster.coordinator.phase == "training"
+    assert len(cluster.coordinator.members.alive("worker")) == 2
+
+
+def test_a_shards_end_that_was_recorded_alone_is_followed_up(make_cluster: Any) -> None:
+    """A coordinator may die after it recorded that a shard is gone, and before it recorded the placement without it."""
+    cluster = make_cluster()
+    gone, _ = cluster.join("shard", "a:1"), cluster.join("shard", "a:2")
+    assert cluster.coordinator.shards
+    member = cluster.coordinator.members.all[gone.incarnation]
+    with cluster.store as store:
+        store.set_member(gone.incarnation, {**member.record(), "state": "dead", "error": "its lease ended"})
+    cluster.restart()
+    assert not cluster.coordinator.shards
+    cluster.join("shard", "a:3")
+    assert sorted(s.address for s in cluster.coordinator.shards.values()) == ["a:2", "a:3"]
