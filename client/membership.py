@@ -144,6 +144,7 @@ class Membership:
     async def keep(self, stats: Callable[[], dict[str, Any]]) -> None:
         """Renew the lease every heartbeat, for ever. Ends by raising what the coordinator refuses (LeaseLost, WrongRun, ...)."""
         while True:
+            pause = self._heartbeat_seconds
             try:
                 reply = await self.beat(stats())
                 if self.role == WORKER and reply.generation > (self.routes.generation if self.routes else 0):
@@ -152,7 +153,9 @@ class Membership:
                 if not error.retryable:
                     raise
                 logger.debug("event=heartbeat_unanswered error=%s", error)
-            await asyncio.sleep(self._heartbeat_seconds)
+                # The lease runs, and some of it went by with waiting for this answer.
+                pause /= 4
+            await asyncio.sleep(pause)
 
     async def beat(self, stats: dict[str, Any] | None = None) -> HeartbeatReply:
         """Send one heartbeat and take in what it answers. Also sent between others, when there is something to tell or to ask."""

@@ -82,9 +82,10 @@ class Coordinator:
         """Take up the stored state under a new term. Call once, before the first message."""
         with self.lock:
             take_up(self)
-            # Its end may have been recorded by an earlier life, and what follows from it not.
+            # An earlier life may have recorded that a shard came or went, and not what follows from it.
             for member in [m for m in self.members.all.values() if m.role == "shard" and m.state != "alive"]:
                 self._shard_gone(member, member.error)
+            self._place_if_complete()
 
     def begin_run(self, manifest: Manifest, path: str) -> None:
         """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""

@@ -20,7 +20,7 @@ from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
-from oarlock.proto.errors import PSError
+from oarlock.proto.errors import LeaseLost, PSError
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
@@ -268,7 +268,7 @@ class World:
         self._note(f"{process.name} ended: {error!r}")
         if process.name.startswith("worker"):
             self._worker_ended(process, error)
-        elif error is not None:
+        elif error is not None and not isinstance(error, LeaseLost):
             self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
 
     def _worker_ended(self, process: Process, error: BaseException | None) -> None:
@@ -326,7 +326,11 @@ class World:
             # What was sent to it is handled by other threads than the one whose timers have run out.
             process.paused = False
             self.wire.resume(process)
-            self._later(self.schedule.latency, self.loop.resume, process)
+            self._later(self.schedule.latency, self._release, process)
+
+    def _release(self, process: Process) -> None:
+        if not process.paused:
+            self.loop.resume(process)
 
     def _pause_worker(self, fault: Fault) -> None:
         self._pause(self._chosen(fault), fault.seconds)

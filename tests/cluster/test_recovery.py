@@ -216,3 +216,13 @@ def test_a_shards_end_that_was_recorded_alone_is_followed_up(make_cluster: Any) 
     assert not cluster.coordinator.shards
     cluster.join("shard", "a:3")
     assert sorted(s.address for s in cluster.coordinator.shards.values()) == ["a:2", "a:3"]
+
+
+def test_a_shards_coming_that_was_recorded_alone_is_followed_up(make_cluster: Any) -> None:
+    cluster = make_cluster()
+    first = cluster.join("shard", "a:1")
+    member = cluster.coordinator.members.all[first.incarnation]
+    with cluster.store as store:
+        store.set_member(77, {**member.record(), "incarnation": 77, "id": 1, "address": "a:2", "nonce": 78})
+    cluster.restart()
+    assert sorted(s.address for s in cluster.coordinator.shards.values()) == ["a:1", "a:2"]

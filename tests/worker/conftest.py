@@ -29,6 +29,7 @@ from oarlock.data.reader import open_reader
 from oarlock.data.splits import plan_splits
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
+from oarlock.proto.errors import Unavailable
 from oarlock.proto.methods import METHODS
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
@@ -72,7 +73,9 @@ class Wire:
 
     async def _again(self, address: str, method: str, data: bytes) -> None:
         await asyncio.sleep(self.rng.random() * 20)
-        await self.inner.call(address, method, METHODS[method].request.FromString(data), timeout_seconds=1)
+        # After the end of the job a shard has no lease any more, and nobody hears what it answers.
+        with contextlib.suppress(Unavailable):
+            await self.inner.call(address, method, METHODS[method].request.FromString(data), timeout_seconds=1)
 
     def calls(self, method: str, event: str = "sent") -> list[Any]:
         return [request for e, m, request in self.log if e == event and m == method]

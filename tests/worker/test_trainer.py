@@ -320,3 +320,13 @@ def test_a_job_stopped_before_it_began_ends_its_workers_in_peace(make_job: Make,
 
     assert job.run(scene) < 5
     assert job.coordinator.phase == STOPPED
+
+
+def test_every_push_says_how_many_groups_were_trained_before(make_job: Make) -> None:
+    job = make_job(workers=1, epochs=2, open_splits=1, servers=1)
+    job.run(lambda job: job.to_the_end())
+    steps = [r.step for r in job.wire.calls("Shard.Push")]
+    assert steps[0] == 0
+    assert max(steps) > job.groups() / 2, "it follows what all have done"
+    # Known from the last heartbeat, and so never ahead of the truth.
+    assert all(step <= sent for sent, step in enumerate(steps))
