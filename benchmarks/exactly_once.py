@@ -26,7 +26,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from oarlock.benchmarks.exactly_once_handler import blocks_of, measure_handler, measure_memory
-from oarlock.benchmarks.exactly_once_loop import SHARDS, TRACKS, Side, Work, measure_loop, prepare, requests_for_shard
+from oarlock.benchmarks.exactly_once_loop import SHARDS, TRACKS, Side, Turns, Work, prepare, requests_for_shard
 from oarlock.benchmarks.ncf_job import plan
 from oarlock.client.closed import SPLIT_WINDOW
 from oarlock.client.layout import Layout
@@ -44,7 +44,7 @@ STARTED = time.monotonic()
 class Size:
     """How much is measured: data, different batches, groups of each track in a round, and for how long.
 
-    The loop ends ``loop_ends`` seconds after the start, however long the shards took to come.
+    The loop runs in ``sets`` of processes, started anew, which share ``loop_seconds`` from the program's start.
     """
 
     users: int
@@ -52,16 +52,17 @@ class Size:
     positives: int
     batches: int
     groups: int
-    loop_ends: float
+    sets: int
+    loop_seconds: float
     loop_least_rounds: int
     handler_rounds: int
     handler_seconds: float
 
 
 SIZES = {
-    "full": Size(6040, 3706, 12, 64, 2, 180.0, 100, 20_000, 30.0),
-    "quick": Size(6040, 3706, 12, 64, 2, 36.0, 2, 2_000, 5.0),
-    "tiny": Size(120, 220, 20, 4, 2, 0.0, 2, 8, 1.0),
+    "full": Size(6040, 3706, 12, 64, 2, 5, 180.0, 100, 20_000, 30.0),
+    "quick": Size(6040, 3706, 12, 64, 2, 2, 36.0, 2, 2_000, 5.0),
+    "tiny": Size(120, 220, 20, 4, 2, 1, 0.0, 2, 8, 1.0),
 }
 
 
@@ -74,38 +75,46 @@ def measure(size: Size, folder: Path, *, control: bool = False) -> dict[str, Any
     workload.start()
     work = Work(workload, workload.model.bind(workload.max_samples), workload.rates(0.0))
 
-    async def over_grpc() -> tuple[dict[str, Any], Routes, list[Prepared]]:
+    turns = Turns()
+
+    async def one_set(number: int) -> tuple[Routes, list[Prepared]]:
         transport = GrpcTransport()
         sides = (Side(spec, transport, work, marks=True), Side(spec, transport, work, marks=control))
         started: list[Side] = []
         try:
-            for side in sides:
+            # Who is started first may matter, so both are.
+            for side in sides[:: -1 if number % 2 else 1]:
                 side.start()
                 started.append(side)
-            for side in sides:
+            for side in started:
                 await side.join()
             batches = prepare(workload, spec, sides[0].routes, size.batches)
             for side in sides:
                 side.take(batches)
-            figures = await measure_loop(
+            # The sets to come need as long as this one to start.
+            starting, to_come = time.monotonic() - begun, size.sets - number - 1
+            left = STARTED + size.loop_seconds - time.monotonic() - to_come * starting
+            await turns.measure(
                 sides,
                 groups=size.groups,
                 warm_up=size.batches // TRACKS,
-                ends=STARTED + size.loop_ends,
+                seconds=left / (to_come + 1),
                 least_rounds=size.loop_least_rounds,
             )
-            return figures, sides[0].routes, batches
+            return sides[0].routes, batches
         finally:
             await transport.close()
             for side in started:
                 side.close()
 
-    loop, routes, batches = asyncio.run(over_grpc())
+    for number in range(size.sets):
+        begun = time.monotonic()
+        routes, batches = asyncio.run(one_set(number))
     requests = requests_for_shard(spec, routes, batches, work.rates)
     handler = measure_handler(spec, routes, requests, rounds=size.handler_rounds, most_seconds=size.handler_seconds)
     layout = Layout(spec.tables, spec.dense)
     return {
-        **loop,
+        **turns.report(),
         **handler,
         **measure_memory(spec, routes, requests[0], SPLIT_WINDOW),
         "blocks_of": blocks_of(layout),

@@ -218,44 +218,60 @@ def requests_for_shard(spec: JobSpec, routes: Routes, batches: list[Prepared], r
     return found
 
 
-async def measure_loop(
-    sides: tuple[Side, Side], *, groups: int, warm_up: int, ends: float, least_rounds: int
-) -> dict[str, Any]:
-    """Train on both sides in turns, ``groups`` of each track in a round; return speeds, processor time and their ratios.
+class Turns:
+    """What was measured of both sides, over all sets of processes; index 0 is with marks."""
 
-    It ends at ``ends`` of the monotonic clock, and after ``least_rounds`` at least.
-    """
-    wall, processor = Pairs(), Pairs()
-    speeds: tuple[list[float], list[float]] = ([], [])
-    worked: tuple[list[float], list[float]] = ([], [])
-    for side in sides:
-        # Rows are created, kernels and buffers are warm.
-        await side.run(warm_up)
-    rounds = 0
-    while rounds < least_rounds or time.monotonic() < ends:
-        rounds += 1
-        for which in (0, 1, 1, 0):
-            side = sides[which]
-            # The other side's shards had the processor's caches: one group is not counted.
-            await side.run(1)
-            shards, client, begun = side.shard_seconds(), time.process_time(), time.perf_counter()
-            samples = await side.run(groups)
-            spent = time.perf_counter() - begun
-            used = time.process_time() - client
-            used += side.shard_seconds() - shards
-            wall.add(which, spent)
-            processor.add(which, used)
-            speeds[which].append(samples / spent)
-            worked[which].append(used / (groups * TRACKS))
-    orders_per_group = sides[0].orders / sides[0].groups
-    by_processor = spread(processor.ratios())
-    return {
-        "samples_per_second_with": round(statistics.median(speeds[0])),
-        "samples_per_second_without": round(statistics.median(speeds[1])),
-        **spread(wall.ratios()),
-        "processor_us_with": round(statistics.median(worked[0]) * 1e6, 1),
-        "processor_us_without": round(statistics.median(worked[1]) * 1e6, 1),
-        **{f"processor_{name}": value for name, value in by_processor.items() if name != "pairs"},
-        "close_order_processor_us": round(await sides[0].order_seconds(2 * least_rounds) * 1e6, 1),
-        "close_orders_per_group": round(orders_per_group, 4),
-    }
+    def __init__(self) -> None:
+        self._wall: list[Pairs] = []
+        self._processor: list[Pairs] = []
+        self._speeds: tuple[list[float], list[float]] = ([], [])
+        self._worked: tuple[list[float], list[float]] = ([], [])
+        self._orders: list[float] = []
+        self._orders_per_group: list[float] = []
+
+    async def measure(
+        self, sides: tuple[Side, Side], *, groups: int, warm_up: int, seconds: float, least_rounds: int
+    ) -> None:
+        """Train on both sides in turns, ``groups`` of each track in a round, for a while and ``least_rounds`` at least."""
+        wall, processor = Pairs(), Pairs()
+        for side in sides:
+            # Rows are created, kernels and buffers are warm.
+            await side.run(warm_up)
+        rounds, begun = 0, time.monotonic()
+        while rounds < least_rounds or time.monotonic() < begun + seconds:
+            rounds += 1
+            for which in (0, 1, 1, 0):
+                side = sides[which]
+                # The other side's shards had the processor's caches: one group is not counted.
+                await side.run(1)
+                shards, client, start = side.shard_seconds(), time.process_time(), time.perf_counter()
+                samples = await side.run(groups)
+                spent = time.perf_counter() - start
+                used = time.process_time() - client
+                used += side.shard_seconds() - shards
+                wall.add(which, spent)
+                processor.add(which, used)
+                self._speeds[which].append(samples / spent)
+                self._worked[which].append(used / (groups * TRACKS))
+        self._wall.append(wall)
+        self._processor.append(processor)
+        self._orders_per_group.append(sides[0].orders / sides[0].groups)
+        self._orders.append(await sides[0].order_seconds(2 * least_rounds))
+
+    def report(self) -> dict[str, Any]:
+        """Return medians over everything, and the ratios of each set: processes differ though they run the same code."""
+
+        def ratios(kind: list[Pairs]) -> dict[str, Any]:
+            found = spread([r for pairs in kind for r in pairs.ratios()])
+            return {**found, "ratio_of_sets": [spread(pairs.ratios())["ratio"] for pairs in kind]}
+
+        return {
+            "samples_per_second_with": round(statistics.median(self._speeds[0])),
+            "samples_per_second_without": round(statistics.median(self._speeds[1])),
+            **ratios(self._wall),
+            "processor_us_with": round(statistics.median(self._worked[0]) * 1e6, 1),
+            "processor_us_without": round(statistics.median(self._worked[1]) * 1e6, 1),
+            **{f"processor_{name}": value for name, value in ratios(self._processor).items() if name != "pairs"},
+            "close_order_processor_us": round(statistics.median(self._orders) * 1e6, 1),
+            "close_orders_per_group": round(statistics.median(self._orders_per_group), 4),
+        }

@@ -172,4 +172,5 @@ def test_the_program(tmp_path: Path) -> None:
         "blocks",
     } < set(result)
     assert result["pairs"] == 2
+    assert len(result["ratio_of_sets"]) == len(result["processor_ratio_of_sets"]) == 1
     assert result["marks_bytes"] == result["marks_bytes_formula"]
