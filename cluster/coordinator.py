@@ -213,6 +213,8 @@ class Coordinator:
         if max(samples, groups) > MAX_SAMPLES:
             raise InvalidArgument(f"split {split}: {samples} samples in {groups} groups are no count", split=split)
         with self.lock:
+            # A report that is repeated is answered from memory, which a write that failed leaves ahead of the disk.
+            self.store.check()
             # The time until now was training, also if this split is the epoch's last.
             self._count_time()
             if self.work.close(worker, split, samples, loss_sum, groups):
@@ -228,6 +230,7 @@ class Coordinator:
         if not (sums[0] == 0 or sums[0] >= 1 / MAX_SUM):
             raise InvalidArgument(f"evaluation split {split}: its weight is {sums[0]}: give 0 or a positive number")
         with self.lock:
+            self.store.check()
             if not self.work.evaluate(worker, split, sums):
                 return
             with self.store as store:

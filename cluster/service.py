@@ -103,6 +103,10 @@ class CoordinatorService:
             raise InvalidArgument(f"only a {role} may ask this; incarnation {member.incarnation} is a {member.role}")
         return member
 
+    def _still(self, member: Member) -> None:
+        """Refuse whoever was struck off by another thread since its header passed: what it is given now nobody takes back."""
+        self._coordinator.members.renew(member.incarnation, self._coordinator.clock())
+
     def hello(self, request: HelloRequest) -> HelloReply:
         return hello(request, "coordinator", __version__)
 
@@ -140,6 +144,7 @@ class CoordinatorService:
         member = self._member(request.header)
         stats = read_stats(request.stats)
         with c.lock:
+            self._still(member)
             if member.role == "worker" and not request.asking:
                 self._hear(member, request)
             if request.stats:
@@ -181,6 +186,7 @@ class CoordinatorService:
             # It says what was held before this coordinator's life, and may have been on its way for long.
             raise Unavailable(f"the question is of term {request.header.term}, this coordinator is of term {c.term}")
         with c.lock:
+            self._still(member)
             if request.number < member.asked:
                 raise Unavailable(f"question {request.number} came after question {member.asked}")
             if request.number > member.asked or member.answer is None:

@@ -203,3 +203,26 @@ def test_after_the_end_stop_changes_nothing(training: Any) -> None:
     before = state_of(t)
     t.service.stop(pb.StopRequest(checkpoint=True, reason="x" * 100_000))
     assert state_of(t) == before
+
+
+@pytest.mark.parametrize("ask", ["lease", "heartbeat"])
+def test_who_is_struck_off_between_its_header_and_the_lock_is_given_nothing(
+    training: Any, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    """Handlers run in many threads: a Leave, or the judging of leases, may come between the two."""
+    t = training
+    passed = t.service._member
+
+    def member(header: Header, role: str | None = None) -> Any:
+        found = passed(header, role)
+        monkeypatch.undo()
+        t.leave(t.one)
+        return found
+
+    monkeypatch.setattr(t.service, "_member", member)
+    told = {"header": t.header(t.one), "clock": pb.Clock(active=True, acknowledged=3)}
+    request = pb.LeaseRequest(wanted=2, number=99, **told) if ask == "lease" else pb.HeartbeatRequest(**told)
+    with pytest.raises(LeaseLost, match="left"):
+        getattr(t.service, ask)(request)
+    assert t.coordinator.work.leases == {}
+    assert t.coordinator.clocks.of_workers() == {}
