@@ -142,15 +142,13 @@ def _parts(shard: Shard, spec: JobSpec, request: PushRequest, times: int) -> dic
     layout, marks, sequence = shard.layout, Marks(shard.layout.blocks), np.zeros(shard.layout.blocks, np.int64)
     numbers = [read_keys(layout, part.keys).numbers for part in request.tables]
     dense = [read_dense_numbers(layout, part.blocks) for part in request.dense]
-    everything = [*numbers, *dense]
-    reply = PushReply()
-    singles = [each[i : i + 1] for each in dense for i in range(len(each))]
+    everything = np.concatenate([*numbers, *dense])
+    singles = [number for each in dense for number in each.tolist()]
     marks.open(0)
 
     def look_up() -> None:
-        for each in everything:
-            # Of a split that nobody has pushed to, nor ever will: no block is changed.
-            shard._todo(shard.closed.floor + SPLIT_WINDOW - 1, 0, each, reply)
+        # Of a split that nobody has pushed to, nor ever will.
+        shard._todo(shard.closed.floor + SPLIT_WINDOW - 1, 0, everything, shard.owned[everything])
 
     def record() -> None:
         for each in [*numbers, *singles]:
@@ -160,7 +158,7 @@ def _parts(shard: Shard, spec: JobSpec, request: PushRequest, times: int) -> dic
         for each in numbers:
             sequence[each] += 1
         for one in singles:
-            sequence[int(one[0])] += 1
+            sequence[one] += 1
 
     parts: dict[str, Callable[[], None]] = {
         "header": lambda: identity.check(request.header),

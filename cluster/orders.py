@@ -16,8 +16,8 @@ from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.checkpoint.store import LocalStore
-from oarlock.client.closed import ClosedSet
-from oarlock.client.job import OVER, STOPPED, STOPPING, WRITING
+from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.client.job import OVER, STOPPED, STOPPING, TRAINING, WRITING
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.embedding.spec import to_json
@@ -42,6 +42,8 @@ class Orders:
         self._checkpoints = checkpoints
         self._told: dict[int, ClosedSet] = {}
         self._told_generation = 0
+        self._told_floor = 0
+        self._tell_again = 0.0
 
     def _header(self, shard: ShardAddress) -> Header:
         c = self._coordinator
@@ -102,6 +104,11 @@ class Orders:
             if self._told_generation != c.generation:
                 self._told, self._told_generation = {}, c.generation
             behind = [s for s in c.shards.values() if self._told.get(s.id) != now]
+            # Marks are kept a little longer for it; shards refuse pushes too far above what they know to be closed.
+            soon = c.clock() < self._tell_again and c.phase == TRAINING
+            if not behind or (soon and now.floor - self._told_floor < SPLIT_WINDOW // 8):
+                return
+            self._tell_again, self._told_floor = c.clock() + c.spec.heartbeat_seconds, now.floor
 
         async def one(shard: ShardAddress) -> None:
             request = CloseRequest(header=self._header(shard), closed=now.pack())

@@ -28,8 +28,8 @@ class Marks:
         if split not in self._marks:
             self._marks[split] = np.full(self._blocks, -1, np.int32)
 
-    def record(self, split: int, group: int, blocks: NDArray[np.int32]) -> None:
-        """Note the group in blocks of an open split."""
+    def record(self, split: int, group: int, blocks: NDArray[np.int32] | int) -> None:
+        """Note the group in some blocks, or one, of an open split."""
         self._marks[split][blocks] = group
 
     def highest(self, split: int) -> int:

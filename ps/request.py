@@ -96,11 +96,12 @@ def read_rate(rate: float, what: str) -> float:
     return rate
 
 
-def refuse_repeated(numbers: list[NDArray[np.int32]]) -> None:
+def refuse_repeated(numbers: NDArray[np.int32]) -> None:
     """Raise Malformed if a block comes twice in a push: the second part would pass for a repetition and be skipped."""
-    found, times = np.unique(np.concatenate([np.empty(0, np.int32), *numbers]), return_counts=True)
-    if times.max(initial=0) > 1:
-        block = int(found[times.argmax()])
+    ordered = np.sort(numbers)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        block = int(repeated[0])
         raise Malformed(
             f"block {block} comes twice in one push; send all that a group adds to it in one part", block=block
         )

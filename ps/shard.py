@@ -6,6 +6,7 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from threading import Lock
 from typing import Any
 
@@ -31,6 +32,16 @@ from oarlock.ps.request import (
     refuse_parts,
     refuse_repeated,
 )
+
+_NONE = np.empty(0, np.int32)
+
+
+def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[RowPush, NDArray[np.bool_]]]:
+    """Yield each part with its own run of ``chosen``, which has one entry for each block of each part."""
+    at = 0
+    for part in parts:
+        yield part, chosen[at : at + len(part.keys.numbers)]
+        at += len(part.keys.numbers)
 
 
 class Shard:
@@ -110,54 +121,50 @@ class Shard:
         refuse_parts(layout, len(request.tables) + len(request.dense))
         rows = [read_rows(layout, message) for message in request.tables]
         dense = [read_dense(layout, message) for message in request.dense]
-        refuse_repeated([*(part.keys.numbers for part in rows), *(part.numbers for part in dense)])
+        split, group = request.split, request.group
+        numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
+        refuse_repeated(numbers)
         with self.push_lock:
-            if request.split - self.closed.floor >= SPLIT_WINDOW:
+            if split - self.closed.floor >= SPLIT_WINDOW:
                 # Nobody was leased such a split, unless word of closed ones has not come yet; it would keep marks for ever.
                 raise Unavailable(
-                    f"split {request.split} is {SPLIT_WINDOW} or more above {self.closed.floor}, below which this shard knows "
+                    f"split {split} is {SPLIT_WINDOW} or more above {self.closed.floor}, below which this shard knows "
                     "all splits to be closed"
                 )
+            here = self.owned[numbers]
             # All of the message is checked before any of it is applied.
-            moved: list[NDArray[np.int32]] = []
-            for part in rows:
-                here = self.owned[part.keys.numbers]
-                moved.append(part.keys.numbers[~here])
-                keys, _ = part.keys.only(here)
+            for part, chosen in _along(here, rows):
+                keys, _ = part.keys.only(chosen)
                 self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
-            moved.extend(p.numbers[~self.owned[p.numbers]] for p in dense)
-            reply = PushReply(moved=pack(np.concatenate([np.empty(0, np.int32), *moved]).astype(np.int32)))
-            for part in rows:
-                self._push_rows(request.split, request.group, part, reply)
-            for each in dense:
-                self._push_dense(request.split, request.group, each, reply)
-            # A repetition changes nothing, and staleness is counted in changes.
-            if reply.applied:
+            todo = self._todo(split, group, numbers, here)
+            applied = int(todo.sum())
+            reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
+            if applied:
+                self.marks.open(split)
+                for part, chosen in _along(todo, rows):
+                    self._push_rows(split, group, part, chosen, reply)
+                at = len(todo) - sum(len(p.numbers) for p in dense)
+                for each in dense:
+                    self._push_dense(split, group, each, todo[at : at + len(each.numbers)], reply)
+                    at += len(each.numbers)
+                # A repetition changes nothing, and staleness is counted in changes.
                 self.counters["pushes"] += 1
         return reply
 
-    def _todo(self, split: int, group: int, numbers: NDArray[np.int32], reply: PushReply) -> NDArray[np.bool_]:
-        """Return bool[m]: the blocks that are here and have not got the group; count the others."""
-        here = self.owned[numbers]
+    def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return bool[m]: the blocks that are here and have not got the group."""
         # A late duplicate of a closed split finds no mark: the closed set is what tells that it is old.
         if split in self.closed:
-            reply.skipped += int(here.sum())
             return np.zeros(len(numbers), np.bool_)
-        todo = here & self.marks.missing(split, group, numbers)
-        if todo.any():
-            self.marks.open(split)
-        reply.applied += int(todo.sum())
-        reply.skipped += int(here.sum() - todo.sum())
-        return todo
+        return here & self.marks.missing(split, group, numbers)
 
-    def _push_rows(self, split: int, group: int, part: RowPush, reply: PushReply) -> None:
+    def _push_rows(self, split: int, group: int, part: RowPush, todo: NDArray[np.bool_], reply: PushReply) -> None:
         keys, gradients = part.keys, part.gradients
-        todo = self._todo(split, group, keys.numbers, reply)
-        if not todo.any():
-            return
         if not todo.all():
             keys, chosen = keys.only(todo)
             gradients = gradients[chosen]
+        if not len(keys.blocks):
+            return
         done = self.tables[keys.table].push(keys.keys, keys.blocks, keys.counts, gradients, rate=part.rate)
         self.marks.record(split, group, keys.numbers)
         self.sequence[keys.numbers] += 1
@@ -165,14 +172,13 @@ class Shard:
         self.counters["rows_pushed"] += len(keys.keys)
         self.counters["rows_refused"] += done.refused
 
-    def _push_dense(self, split: int, group: int, part: DensePush, reply: PushReply) -> None:
+    def _push_dense(self, split: int, group: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply) -> None:
         layout = self.layout
-        todo = self._todo(split, group, part.numbers, reply)
         for i in np.flatnonzero(todo).tolist():
             number = int(part.numbers[i])
             block = layout.dense_blocks[number - layout.dense_base]
             accepted = self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate)
-            self.marks.record(split, group, part.numbers[i : i + 1])
+            self.marks.record(split, group, number)
             self.sequence[number] += 1
             if not accepted:
                 reply.refused += 1

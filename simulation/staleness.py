@@ -19,21 +19,22 @@ class Bound:
         # First number of each active worker (incarnation), and what each shard has of it.
         self._begin: dict[int, int] = {}
         self._done: dict[int, dict[int, set[int]]] = {}
-        self._answers: dict[int, tuple[int, list[int]]] = {}
+        self._answers: dict[int, tuple[int, list[int], int]] = {}
 
     def leased(self, request: Any, reply: Any) -> None:
         """After the coordinator answered a Lease question."""
         sender = request.header.sender
         if isinstance(reply, PSError) or request.clock.active:
             return
-        answer = (request.number, list(reply.splits))
+        answer = (request.number, list(reply.splits), reply.minimum)
         if self._answers.get(sender) == answer:
-            # The same question again, and the same answer.
+            # The same question again, and the same answer; another life of the coordinator may lease the same from later on.
             return
         self._answers[sender] = answer
         self.gone(sender)
         if reply.work == TRAIN:
-            self._begin[sender], self._done[sender] = reply.minimum, {}
+            # It counts on from where it was, unless all others are further.
+            self._begin[sender], self._done[sender] = max(reply.minimum, request.clock.acknowledged), {}
 
     def gone(self, sender: int) -> None:
         """The worker is no member any more, or has no splits."""

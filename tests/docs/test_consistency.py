@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/consistency.md names tests, planted bugs and invariants: all of them exist, and no planted bug or invariant is left out."""
+"""docs/consistency.md names tests, planted bugs and invariants: all of them exist, and no invariant is left out."""
 
 import ast
 import re
