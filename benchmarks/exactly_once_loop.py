@@ -115,7 +115,7 @@ class Side:
     async def run(self, groups: int) -> int:
         """Train ``groups`` batches of each track; return their samples."""
         begun = time.perf_counter()
-        # A coordinator looks ten times a heartbeat whether there are closed splits to tell of, beside the training.
+        # A coordinator tells of closed splits once a heartbeat, beside the training.
         tell = self.marks and self._trained_seconds >= self._tell_at and self._closed != self._told
         telling = [self._tell_closed()] if tell else []
         samples = await asyncio.gather(*(self._train(track, groups) for track in self._tracks), *telling)
@@ -162,7 +162,7 @@ class Side:
 
     async def _tell_closed(self) -> None:
         self.orders += 1
-        self._tell_at = self._trained_seconds + self._spec.heartbeat_seconds / 10
+        self._tell_at = self._trained_seconds + self._spec.heartbeat_seconds
         self._told = ClosedSet(self._closed.floor, self._closed.above)
         message = self._told.pack()
 
