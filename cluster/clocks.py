@@ -35,11 +35,15 @@ class Clocks:
 
         An inactive report ends nothing: it may have been sent before the worker heard of the splits that it was given.
         """
-        if worker in self.unheard:
-            self._minimum = max(self._minimum, minimum)
-            self.unheard.discard(worker)
+        self.told(worker, minimum)
+        self.unheard.discard(worker)
         if active:
             self._active[worker] = max(self._active.get(worker, 0), acknowledged)
+
+    def told(self, worker: int, minimum: int) -> None:
+        """Take up the minimum that an earlier life told a worker: it was true then, and so it is now."""
+        if worker in self.unheard:
+            self._minimum = max(self._minimum, minimum)
 
     def idle(self, worker: int) -> None:
         """The worker has no splits: nobody waits for it."""

@@ -147,6 +147,9 @@ class CoordinatorService:
             self._still(member)
             if member.role == "worker" and not request.asking:
                 self._hear(member, request)
+            elif member.role == "worker":
+                # Its question may have been put together before it was told so.
+                c.clocks.told(member.incarnation, request.clock.heard)
             if request.stats:
                 member.stats = stats
             return HeartbeatReply(
@@ -211,6 +214,9 @@ class CoordinatorService:
             reply.fresh.extend(grant.fresh)
             if grant.kind == "train":
                 reply.minimum = c.clocks.activate(member.incarnation)
+                # It counts on from where it was: a heartbeat of its earlier splits, come late, claims no more than is done.
+                acknowledged = request.clock.acknowledged
+                c.clocks.heard(member.incarnation, active=True, acknowledged=acknowledged, minimum=0)
         return reply
 
     def close_split(self, request: CloseSplitRequest) -> Empty:

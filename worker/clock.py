@@ -35,10 +35,10 @@ class WorkerClock:
         self._asking = asyncio.Lock()
 
     def begin(self, minimum: int) -> None:
-        """Go on from the minimum: this worker was given splits and had none."""
+        """Go on from the minimum, but never back: this worker was given splits and had none."""
         self._member.minimum = max(self._member.minimum, minimum)
         if self._bounded:
-            self._next = self._acknowledged = self._told = minimum
+            self._next = self._acknowledged = self._told = max(minimum, self._acknowledged)
 
     def number(self) -> int:
         """Return the number of the next group to be scheduled."""

@@ -126,3 +126,47 @@ def test_steps_are_the_groups_of_closed_splits(cluster: Any) -> None:
     assert cluster.heartbeat(one).step == 6
     cluster.restart()
     assert cluster.heartbeat(one).step == 6
+
+
+def test_a_late_heartbeat_of_earlier_splits_claims_no_more_than_is_done(make_cluster: Any) -> None:
+    """Who was ahead, closed its splits and was given others, counts on: a number below its own would be overtaken."""
+    cluster = make_cluster(mode="ssp", staleness=4)
+    cluster.shards()
+    slow, fast = cluster.workers()
+
+    def ask(sender: int, number: int, acknowledged: int) -> Any:
+        clock = pb.Clock(acknowledged=acknowledged)
+        return cluster.service.lease(
+            pb.LeaseRequest(header=cluster.header(sender), wanted=1, number=number, clock=clock)
+        )
+
+    def beat(sender: int, acknowledged: int, heard: int = 0) -> int:
+        clock = pb.Clock(active=True, acknowledged=acknowledged, heard=heard)
+        reply = cluster.service.heartbeat(pb.HeartbeatRequest(header=cluster.header(sender), clock=clock))
+        return int(reply.minimum)
+
+    ask(slow, 1, 0)
+    (split,) = ask(fast, 1, 0).splits
+    cluster.close(fast, split)
+    reply = ask(fast, 2, 4)
+    assert (reply.work, reply.minimum) == (pb.TRAIN, 0)
+    begins = cluster.coordinator.clocks.of_workers()[fast]
+    beat(fast, 4)
+    minimum = beat(slow, 6)
+    assert minimum <= begins == 4
+    # It has done nothing since, and may say so.
+    assert beat(fast, begins, heard=minimum) == minimum
+
+
+def test_a_minimum_told_while_a_question_waits_is_taken_up_by_the_next_life(make_cluster: Any) -> None:
+    cluster = make_cluster(mode="ssp", staleness=1)
+    cluster.shards()
+    (worker, other), question = cluster.workers(), pb.LeaseRequest(wanted=1, number=1)
+    cluster.restart()
+    cluster.adopt()
+    cluster.heartbeat(other)
+    # Put together while it knew no minimum; an earlier life told it one since.
+    clock = pb.Clock(heard=20)
+    cluster.service.heartbeat(pb.HeartbeatRequest(header=cluster.header(worker), asking=True, clock=clock))
+    question.header.CopyFrom(cluster.header(worker))
+    assert cluster.service.lease(question).minimum == 20

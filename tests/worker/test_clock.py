@@ -70,6 +70,10 @@ def test_acknowledgements_count_in_order_and_are_told() -> None:
         clock.begin(9)
         assert clock.number() == 9
         assert clock.on_wire(9) == 10
+        clock.acknowledged(9)
+        # Never back: a late heartbeat says what was done by the numbers of before.
+        clock.begin(5)
+        assert clock.number() == 10
 
     play(scene())
 
