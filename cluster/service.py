@@ -145,7 +145,8 @@ class CoordinatorService:
         stats = read_stats(request.stats)
         with c.lock:
             self._still(member)
-            if member.role == "worker" and not request.asking:
+            # One sent in the time of an earlier coordinator may have been on its way for long.
+            if member.role == "worker" and not request.asking and request.header.term == c.term:
                 self._hear(member, request)
             elif member.role == "worker":
                 # Its question may have been put together before it was told so.

@@ -28,6 +28,8 @@ from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
 SGD, ZEROS = OptimizerSpec("sgd"), Initializer("zeros")
 COLUMNS = (ColumnSpec("a", "key"), ColumnSpec("b", "key"))
 NO_KEYS = np.empty(0, np.uint64)
+# Of every batch.
+LOSS = 0.25
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class CountingProgram:
         self.flat_gradients[1:] = 0
         # The buffer is used again for the next batch, as a real program's is.
         self.flat_gradients[1 + feeds["group"].astype(np.int64)] = -1
-        return 0.25
+        return LOSS
 
     def predict(self, feeds: dict[str, Any], samples: int) -> NDArray[np.float32]:
         rows, inverse = feeds["a"]

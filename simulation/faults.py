@@ -127,8 +127,8 @@ def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
 def _fault(rng: random.Random, kind: str, method: str) -> Fault:
     at, who = rng.randint(0, LEAST_EVENTS * 2), rng.randrange(6)
     if kind in WIRE:
-        # Short delays reorder, long ones outlive leases, splits and coordinators.
-        return Fault(at, kind, who, rng.choice((0.3, 1.0, 3.0, 8.0)) * rng.random(), method)
+        # Short delays reorder; long ones outlive leases, splits, coordinators, and the patience of who waits for an answer.
+        return Fault(at, kind, who, rng.choice((0.3, 1.0, 3.0, 8.0, 30.0)) * rng.random(), method)
     if kind == "pause_shard" or (kind == "cut" and who % 2):
         # A shard that is away for a lease is gone, and the job with it.
         return Fault(at, kind, who, rng.random() * LEASE_SECONDS * 0.4)

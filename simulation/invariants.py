@@ -18,7 +18,7 @@ from oarlock.embedding.keys import KeySorter
 from oarlock.proto.coordinator_pb2 import TRAIN
 from oarlock.proto.errors import PSError
 from oarlock.ps.shard import Shard
-from oarlock.simulation.counting import groups_of, trace_keys
+from oarlock.simulation.counting import LOSS, groups_of, trace_keys
 from oarlock.simulation.data import KEYS, Data
 from oarlock.simulation.state import Committed
 
@@ -52,7 +52,8 @@ class Checker:
         self._dense_trace = self._base + self._trace + 1
         # Groups that a block has of a split, by (split, block).
         self._have: dict[int, dict[int, int]] = {}
-        self._finished: set[int] = set()
+        # Splits that each shard knew as closed.
+        self._closed_at: dict[int, set[int]] = {}
         self._groups = self._groups_by_split()
 
     def _groups_by_split(self) -> list[int]:
@@ -68,8 +69,17 @@ class Checker:
         if split < len(self._keys):
             self._check_split(shard, split)
 
+    def pulled(self, shard: int, silent: float) -> None:
+        """After a shard answered a pull, ``silent`` seconds after it sent the last heartbeat that was answered."""
+        if silent > self._spec.lease_seconds:
+            raise Violation(f"K4: shard {shard} answered a pull {silent:.3f} s after its lease was last renewed")
+
     def told_closed(self, shard: Shard) -> None:
         """After a shard heard which splits are closed."""
+        now = {split for split in range(len(self._keys)) if split in shard.closed}
+        before = self._closed_at.get(id(shard), set())
+        require(before <= now, "M1", f"a shard forgot that splits {sorted(before - now)} are closed")
+        self._closed_at[id(shard)] = now
         closed = self._closed()
         for split in range(shard.closed.floor):
             require(split in closed, "K1", f"a shard knows split {split} as closed, which is not on disk")
@@ -117,6 +127,11 @@ class Checker:
         return out
 
     # Coordinator: record, then tell
+
+    def judged(self, member: str, silent: float) -> None:
+        """When a lease is judged ended after ``silent`` seconds in which the coordinator could have heard the member."""
+        if silent < self._spec.lease_seconds - 1e-6:
+            raise Violation(f"K3: {member} was judged after {silent:.3f} s of silence")
 
     def _closed(self) -> ClosedSet:
         found = self._committed.facts.get("closed", {"floor": 0, "above": []})
@@ -183,6 +198,10 @@ class Checker:
                         "M1",
                         f"block {block} lacks groups of split {split}: {values}",
                     )
+        steps = coordinator.work.steps
+        require(
+            steps == sum(self._groups), "E1", f"{steps} groups were reported trained, there are {sum(self._groups)}"
+        )
         history = coordinator.work.history
         require(len(history) == spec.epochs, "E1", f"{len(history)} epochs ended of {spec.epochs}")
         for epoch, result in enumerate(history):
@@ -192,6 +211,7 @@ class Checker:
                 "E1",
                 f"epoch {epoch} counted {result.samples} of {rows_of_epoch} samples",
             )
+            require(abs(result.loss - LOSS) < 1e-9, "E1", f"epoch {epoch} has the mean loss {result.loss}")
             wanted = data.expected_metric(epoch)
             require(
                 abs(result.metrics["count"] - wanted) < 1e-9,

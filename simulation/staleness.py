@@ -2,7 +2,8 @@
 """The bound of ssp(s), tested at every pull: its rows hold all groups of every active worker that are more than s behind.
 
 Invariant: who is active since when is read off the coordinator's answers, and what is done off the pushes that a shard has
-handled, not off any clock. A worker's groups are numbered anew whenever it is given splits while it has none.
+handled, not off any clock. A worker that is given splits while it has none begins at the minimum, or where it was, if that
+is further.
 """
 
 from typing import Any

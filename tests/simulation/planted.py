@@ -14,11 +14,13 @@ import pytest
 from oarlock.client.client import Client
 from oarlock.client.closed import ClosedSet
 from oarlock.client.exchange import Message
+from oarlock.client.membership import Membership
 from oarlock.cluster import recovery
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.members import Members
 from oarlock.cluster.work import Work
+from oarlock.proto.errors import DeadlineExceeded
 from oarlock.proto.shard_pb2 import PushReply
 from oarlock.ps.marks import Marks
 from oarlock.ps.shard import Shard
@@ -210,6 +212,41 @@ def restarted_minimum_ignores_the_silent(patch: Patch) -> None:
     patch.setattr(Clocks, "begin", lambda self, workers: None)
 
 
+def timeout_counts_as_acknowledged(patch: Patch) -> None:
+    """A push whose answer does not come in time is taken for done."""
+    from oarlock.client import push
+
+    original = push.exchange
+
+    async def exchange(member: Any, messages: list[Message], send: Any, recut: Any) -> None:
+        async def once(message: Message, timeout: float) -> Any:
+            try:
+                return await send(message, timeout)
+            except DeadlineExceeded:
+                return np.empty(0, np.int32)
+
+        await original(member, messages, once, recut)
+
+    patch.setattr(push, "exchange", exchange)
+
+
+def steps_counted_again(patch: Patch) -> None:
+    """The groups of a split count again when its report is repeated."""
+    original = Work.close
+
+    def close(self: Work, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> bool:
+        if split in self.closed:
+            self.steps += groups
+        return original(self, worker, split, samples, loss_sum, groups)
+
+    patch.setattr(Work, "close", close)
+
+
+def answers_without_a_lease(patch: Patch) -> None:
+    """A shard that nobody has heard of for long answers all the same."""
+    patch.setattr(Membership, "holds_lease", lambda self: True)
+
+
 PLANTED: tuple[Callable[[Patch], None], ...] = (
     mark_before_apply,
     duplicate_acknowledged_early,
@@ -229,4 +266,7 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     clock_counts_what_was_sent,
     joiner_holds_nobody_back,
     restarted_minimum_ignores_the_silent,
+    timeout_counts_as_acknowledged,
+    steps_counted_again,
+    answers_without_a_lease,
 )
