@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import Schedule, draw
+from oarlock.simulation.faults import LEAST_EVENTS, Schedule, draw
 from oarlock.simulation.shrink import shrink
 from oarlock.simulation.world import run
 
@@ -31,6 +31,8 @@ class Tally:
     """What some schedules came to."""
 
     schedules: int = 0
+    # Those that ended before they had LEAST_EVENTS events, because their faults added up to the loss of a shard, count apart.
+    short: int = 0
     events: int = 0
     least_events: int = 1 << 60
     virtual_seconds: float = 0.0
@@ -40,6 +42,7 @@ class Tally:
 
     def add(self, other: "Tally") -> None:
         self.schedules += other.schedules
+        self.short += other.short
         self.events += other.events
         self.least_events = min(self.least_events, other.least_events)
         self.virtual_seconds += other.virtual_seconds
@@ -64,15 +67,17 @@ def run_seeds(seeds: range, modes: tuple[str, ...] = MODES) -> Tally:
     tally = Tally()
     for seed in seeds:
         outcome = run(draw(seed, modes), files())
-        tally.schedules += 1
-        tally.events += outcome.events
-        tally.virtual_seconds += outcome.seconds
         tally.counts.update(outcome.counts)
         if outcome.violation:
             tally.violations.append((seed, outcome.violation))
+        elif outcome.events < LEAST_EVENTS:
+            tally.short += 1
+            continue
         else:
-            # A violation ends a schedule where it is found.
             tally.least_events = min(tally.least_events, outcome.events)
+        tally.schedules += 1
+        tally.events += outcome.events
+        tally.virtual_seconds += outcome.seconds
     return tally
 
 
