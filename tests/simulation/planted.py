@@ -19,6 +19,7 @@ from oarlock.cluster import recovery
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.members import Members
+from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.work import Work
 from oarlock.proto.errors import DeadlineExceeded
 from oarlock.proto.shard_pb2 import PushReply
@@ -115,6 +116,8 @@ def acknowledged_by_the_first_shard(patch: Patch) -> None:
 
     async def exchange(member: Any, messages: list[Message], send: Any, recut: Any) -> None:
         tasks = [asyncio.ensure_future(original(member, [m], send, recut)) for m in messages]
+        for task in tasks:
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     patch.setattr(push, "exchange", exchange)
@@ -204,7 +207,15 @@ def clock_counts_what_was_sent(patch: Patch) -> None:
 
 def joiner_holds_nobody_back(patch: Patch) -> None:
     """ssp: a worker that was given splits is not waited for before it first tells of itself."""
-    patch.setattr(Clocks, "activate", lambda self, worker: self.minimum)
+    original = CoordinatorService._answer
+
+    def answer(self: CoordinatorService, member: Any, request: Any, held: Any) -> Any:
+        reply = original(self, member, request, held)
+        if not request.clock.active:
+            self._coordinator.clocks.idle(member.incarnation)
+        return reply
+
+    patch.setattr(CoordinatorService, "_answer", answer)
 
 
 def restarted_minimum_ignores_the_silent(patch: Patch) -> None:

@@ -12,7 +12,12 @@ from oarlock.simulation.world import run
 
 MOST = 1000
 # Found by few schedules, and so after many.
-RARE = {planted.closed_set_replaced, planted.evaluated_twice}
+RARE = {
+    planted.closed_set_replaced,
+    planted.evaluated_twice,
+    planted.restarted_minimum_ignores_the_silent,
+    planted.timeout_counts_as_acknowledged,
+}
 
 
 def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> tuple[int, str]:
