@@ -68,3 +68,13 @@ def jit(function: F) -> F:
     finally:
         numba.config.CACHE_DIR = before
     return compiled
+
+
+def compile_callback(function: F, signature: Any) -> Any:
+    """Compile ``function`` for callers that know only its address (``embedding/callback.py``), under the same rules."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(kernel_folder())
+    try:
+        return numba.cfunc(signature, cache=True, fastmath=False, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory at an integer address, for kernels: typed loads and stores, prefetch, and the arrays that kernels accept.
+"""Memory at an integer address, for kernels: typed loads and stores, prefetch, copies, and the arrays that kernels accept.
 
 Invariant: nothing here checks bounds; an address comes from an array that its owner (``embedding/block.py``,
 ``embedding/dense.py``) keeps alive. Callable from kernels and, with NUMBA_DISABLE_JIT=1, from plain Python, where
@@ -66,6 +66,41 @@ def _prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), code
 
 
+def _copy(typing: Any, to: Any, source: Any, size: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, long = ir.PointerType(), ir.IntType(64)
+        name = "llvm.memcpy.p0.p0.i64"
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, long, ir.IntType(1)])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        ends = [builder.inttoptr(a, pointer) for a in arguments[:2]]
+        builder.call(function, [*ends, arguments[2], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+def _match_line(typing: Any, line: Any, word: Any) -> Any:
+    """One vector comparison of a cache line: what LLVM makes of it is AVX-512's where the CPU has that."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(64), 8)
+        found = builder.load(builder.inttoptr(arguments[0], ir.PointerType()), align=LINE, typ=vector)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[1], ir.Constant(ir.IntType(32), 0))
+        all_lanes = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+        wanted = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), all_lanes)
+        equal = builder.icmp_unsigned("==", found, wanted)
+        return builder.zext(builder.bitcast(equal, ir.IntType(8)), ir.IntType(64))
+
+    return types.int64(types.int64, types.uint64), code
+
+
+def _trailing_zeros(typing: Any, value: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.int64), code
+
+
 def _bit_length(typing: Any, value: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         zeros = builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -87,31 +122,72 @@ def _plain_store(kind: Any, bytes_each: int) -> Callable[..., Any]:
     return store
 
 
+def _plain_copy(to: Any, source: Any, size: Any) -> None:
+    ctypes.memmove(int(to), int(source), int(size))
+
+
+def _plain_match(line: Any, word: Any) -> int:
+    words = (ctypes.c_uint64 * 8).from_address(int(line))
+    return sum(1 << i for i in range(8) if words[i] == int(word))
+
+
 # load_X(address, index) reads item ``index`` of an array of X at ``address``; store_X(address, index, value) writes it;
-# prefetch(address) asks for that cache line; bit_length(n) counts the bits of n >= 0.
+# prefetch(address) asks for that cache line; copy(to, from, bytes) copies memory that does not overlap;
+# match_line(address, word) has bit i set where item i of the 8 uint64 of a cache line is ``word``;
+# trailing_zeros(n) is the number of the lowest bit set of n, 64 for 0; bit_length(n) counts the bits of n >= 0.
 load_f32: Callable[[Any, Any], Any]
+load_u8: Callable[[Any, Any], Any]
+load_u16: Callable[[Any, Any], Any]
+load_u32: Callable[[Any, Any], Any]
 load_u64: Callable[[Any, Any], Any]
 load_i64: Callable[[Any, Any], Any]
 store_f32: Callable[[Any, Any, Any], None]
+store_u8: Callable[[Any, Any, Any], None]
+store_u16: Callable[[Any, Any, Any], None]
+store_u32: Callable[[Any, Any, Any], None]
 store_u64: Callable[[Any, Any, Any], None]
+store_i64: Callable[[Any, Any, Any], None]
 prefetch: Callable[[Any], None]
+copy: Callable[[Any, Any, Any], None]
+match_line: Callable[[Any, Any], Any]
+trailing_zeros: Callable[[Any], Any]
 bit_length: Callable[[Any], Any]
 
 if numba.config.DISABLE_JIT:
     load_f32 = _plain_load(ctypes.c_float, np.float32, 4)
+    load_u8 = _plain_load(ctypes.c_uint8, np.uint8, 1)
+    load_u16 = _plain_load(ctypes.c_uint16, np.uint16, 2)
+    load_u32 = _plain_load(ctypes.c_uint32, np.uint32, 4)
     load_u64 = _plain_load(ctypes.c_uint64, np.uint64, 8)
     load_i64 = _plain_load(ctypes.c_int64, np.int64, 8)
     store_f32 = _plain_store(ctypes.c_float, 4)
+    store_u8 = _plain_store(ctypes.c_uint8, 1)
+    store_u16 = _plain_store(ctypes.c_uint16, 2)
+    store_u32 = _plain_store(ctypes.c_uint32, 4)
     store_u64 = _plain_store(ctypes.c_uint64, 8)
+    store_i64 = _plain_store(ctypes.c_int64, 8)
     prefetch = lambda address: None  # noqa: E731
+    copy = _plain_copy
+    match_line = _plain_match
+    trailing_zeros = lambda value: (int(value) & -int(value)).bit_length() - 1 if value else 64  # noqa: E731
     bit_length = lambda value: int(value).bit_length()  # noqa: E731
 else:
     load_f32 = intrinsic(_load(types.float32, ir.FloatType(), 4))
+    load_u8 = intrinsic(_load(types.uint8, ir.IntType(8), 1))
+    load_u16 = intrinsic(_load(types.uint16, ir.IntType(16), 2))
+    load_u32 = intrinsic(_load(types.uint32, ir.IntType(32), 4))
     load_u64 = intrinsic(_load(types.uint64, ir.IntType(64), 8))
     load_i64 = intrinsic(_load(types.int64, ir.IntType(64), 8))
     store_f32 = intrinsic(_store(types.float32, 4))
+    store_u8 = intrinsic(_store(types.uint8, 1))
+    store_u16 = intrinsic(_store(types.uint16, 2))
+    store_u32 = intrinsic(_store(types.uint32, 4))
     store_u64 = intrinsic(_store(types.uint64, 8))
+    store_i64 = intrinsic(_store(types.int64, 8))
     prefetch = intrinsic(_prefetch)
+    copy = intrinsic(_copy)
+    match_line = intrinsic(_match_line)
+    trailing_zeros = intrinsic(_trailing_zeros)
     bit_length = intrinsic(_bit_length)
 
 
