@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from oarlock.embedding.optimizer_spec import OptimizerSpec as OptimizerSpec
 from oarlock.proto.errors import InvalidArgument
 
 MAX_DIM = 65536
@@ -45,31 +46,6 @@ class Initializer:
         _finite("initializer", "scale", self.scale)
         if self.scale < 0:
             raise InvalidArgument(f"initializer.scale = {self.scale}: give a number >= 0")
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """An optimizer's name and constants; the learning rate travels in each push and is not part of it.
-
-    ``initial`` is the accumulator's first value of adagrad. Names and formulas: ``embedding/optimizer.py``.
-    """
-
-    name: str = "adam"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    initial: float = 0.1
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.name != "name":
-                _finite("optimizer", f.name, getattr(self, f.name))
-        if not isinstance(self.name, str):
-            raise InvalidArgument(f"optimizer.name = {self.name!r}: give a string")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise InvalidArgument(f"optimizer beta1 = {self.beta1}, beta2 = {self.beta2}: both must be in [0, 1)")
-        if self.epsilon < 0 or self.initial < 0:
-            raise InvalidArgument("optimizer epsilon and initial must be >= 0")
 
 
 @dataclass(frozen=True)
