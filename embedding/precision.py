@@ -36,8 +36,6 @@ BFLOAT16 = 2
 INT8 = 3
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")  # name of code n
 
-LARGEST = 127  # of the q of an int8 row
-
 _ONE = np.uint64(1)
 _16 = np.uint64(16)
 _23 = np.uint64(23)
@@ -186,7 +184,7 @@ def _round8(value: np.float32, scale: np.float32, nearest: bool, draw: np.uint64
     if nearest:
         q = np.int32((size + _ROUND) - _ROUND)
     else:
-        q = min((np.int32(size * _FIXED) + np.int32(draw >> np.uint64(9))) >> 23, np.int32(LARGEST))
+        q = (np.int32(size * _FIXED) + np.int32(draw >> np.uint64(9))) >> 23  # never more than 127
     return np.uint8((-q if value < 0 else q) & 255)
 
 
