@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.hashing import block_of_mix, key_mix
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import check_output, kernel_array
+from oarlock.embedding.pointer import Int, check_output, kernel_array
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 _ONE = np.uint64(1)
-_HALF = np.uint64(32)
-_LOW = np.uint64(0xFFFFFFFF)
+# The inverses, modulo 2^64, of the factors of mix64.
+_INVERSE_1 = np.uint64(pow(0xBF58476D1CE4E5B9, -1, 1 << 64))
+_INVERSE_2 = np.uint64(pow(0x94D049BB133111EB, -1, 1 << 64))
+_IN_CACHE = 8192  # places of a table of uint32 that first-level caches hold beside what passes through them
+_ORDERS = 64
 
 
 class KeySet(NamedTuple):
@@ -30,93 +33,132 @@ class KeySet(NamedTuple):
     blocks: NDArray[np.int32]
     counts: NDArray[np.int32]
 
+    def occurrences(self) -> NDArray[np.int32]:
+        """Return int32[u]: how often each distinct key stands among the raw keys."""
+        out = np.empty(self.keys.shape[0], np.int32)
+        count_positions(check_inverse(self.inverse, out.shape[0]), out)
+        return out
+
 
 @jit
-def distinct(
+def unmix64(x: np.uint64) -> np.uint64:
+    """Return what mix64 makes ``x`` of: its steps undone, the last one first."""
+    x = x ^ (x >> np.uint64(31)) ^ (x >> np.uint64(62))
+    x = x * _INVERSE_2
+    x = x ^ (x >> np.uint64(27)) ^ (x >> np.uint64(54))
+    x = x * _INVERSE_1
+    return x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+
+
+@jit
+def group_keys(
     keys: NDArray[np.uint64],
     salt: np.uint64,
     bits: int,
-    places: NDArray[np.uint64],
-    round_: np.uint64,
-    mixes: NDArray[np.uint64],
-    found: NDArray[np.uint64],
-    found_block: NDArray[np.int32],
-    inverse: NDArray[np.int32],
-    sizes: NDArray[np.int32],
-) -> int:
-    """Number the distinct keys in order of first occurrence; return how many.
-
-    Fills found: uint64[u], found_block: int32[u], inverse: int32[n] and adds to sizes: int32[blocks]. ``places``:
-    uint64[capacity, 2] = key | round and number; an entry of another round is empty, so nothing is ever cleared.
-    """
-    n = keys.shape[0]
-    mask = np.uint64(places.shape[0] - 1)
-    for i in range(n):
-        mixes[i] = key_mix(salt, keys[i])
-    count = 0
-    for i in range(n):
-        key = keys[i]
-        place = mixes[i] & mask
-        while True:
-            word = places[place, 1]
-            if (word >> _HALF) != round_:
-                block = block_of_mix(mixes[i], bits)
-                places[place, 0] = key
-                places[place, 1] = (round_ << _HALF) | np.uint64(count)
-                found[count] = key
-                found_block[count] = block
-                sizes[block] += 1
-                inverse[i] = count
-                count += 1
-                break
-            if places[place, 0] == key:
-                inverse[i] = np.int32(word & _LOW)
-                break
-            place = (place + _ONE) & mask
-    return count
-
-
-@jit
-def rank_blocks(
-    sizes: NDArray[np.int32],
+    block_rank: NDArray[np.int32],
+    ranks: NDArray[np.int32],
     by_rank: NDArray[np.int32],
-    offsets: NDArray[np.int32],
+    starts: NDArray[np.uint32],
+    mixes: NDArray[np.uint64],
+    parted: NDArray[np.uint64],
+    positions: NDArray[np.uint32],
+    numbers: NDArray[np.uint32],
+    base: np.uint64,
+    out: NDArray[np.uint64],
+    inverse: NDArray[np.int32],
     blocks: NDArray[np.int32],
     counts: NDArray[np.int32],
-) -> int:
-    """List the blocks with keys in rank order, with the offset of each in the result; clear sizes; return how many."""
+) -> tuple[Int, int]:
+    """Fill a KeySet's arrays; return how many keys and blocks it has, or (-1, 0) if block_rank differs from ranks.
+
+    The mixes are parted by block, and each block's distinct ones are numbered with a small table of their own, so that
+    nearly every access finds its line in the first-level cache. ``numbers`` holds base + number, rising from block to
+    block and from call to call: whatever is below a block's first number is free, and nothing is ever cleared.
+    ``starts``: uint32[blocks + 1]; mixes, parted and positions: of at least n; numbers: as table_room says.
+    """
+    n = keys.shape[0]
+    total = ranks.shape[0]
+    same = block_rank.shape[0] == total
+    if same:
+        for b in range(total):
+            same &= block_rank[b] == ranks[b]
+    if not same:
+        return -1, 0
+    for i in range(n):
+        mixes[i] = key_mix(salt, keys[i])
+    for b in range(total + 1):
+        starts[b] = 0
+    for i in range(n):
+        starts[np.uint64(ranks[np.uint64(block_of_mix(mixes[i], bits))]) + _ONE] += np.uint32(1)
+    for b in range(total):
+        starts[b + 1] += starts[b]
+    for i in range(n):
+        mix = mixes[i]
+        rank = np.uint64(ranks[np.uint64(block_of_mix(mix, bits))])
+        at = np.uint64(starts[rank])
+        starts[rank] = np.uint32(at + _ONE)
+        parted[at] = mix
+        positions[at] = np.uint32(i)
+    count = base
+    at = np.uint64(0)
     m = 0
-    offset = np.int32(0)
-    for rank in range(by_rank.shape[0]):
-        block = by_rank[rank]
-        size = sizes[block]
-        if size > 0:
-            offsets[block] = offset
-            blocks[m] = block
-            counts[m] = size
-            offset += size
-            sizes[block] = 0
-            m += 1
-    return m
+    for b in range(total):
+        # ``starts`` has moved on: it holds where each block ends.
+        end = np.uint64(starts[b])
+        if at == end:
+            continue
+        mask = np.uint64(table_size(np.int64(end - at)) - 1)
+        first = count
+        while at < end:
+            mix = parted[at]
+            place = mix & mask
+            number = np.uint64(numbers[place])
+            # Without a branch on what is as random as the keys; another key's place, which is rare, has one.
+            free = number < first
+            number = count if free else number
+            where = number - base
+            if (not free) & (out[where] != mix):
+                while True:
+                    place = (place + _ONE) & mask
+                    number = np.uint64(numbers[place])
+                    free = number < first
+                    number = count if free else number
+                    where = number - base
+                    if free:
+                        break
+                    if out[where] == mix:
+                        break
+            numbers[place] = np.uint32(number)
+            out[where] = mix
+            inverse[np.uint64(positions[at])] = np.int32(where)
+            count += np.uint64(free)
+            at += _ONE
+        blocks[m] = by_rank[b]
+        counts[m] = np.int32(count - first)
+        m += 1
+    unique = np.int64(count - base)
+    # The mix is one to one, and vector units undo it faster than the keys could be fetched from where they stood.
+    for i in range(unique):
+        out[i] = unmix64(out[i]) ^ salt
+    return unique, m
 
 
 @jit
-def place_keys(
-    found: NDArray[np.uint64],
-    found_block: NDArray[np.int32],
-    offsets: NDArray[np.int32],
-    position: NDArray[np.int32],
-    inverse: NDArray[np.int32],
-    out: NDArray[np.uint64],
-) -> None:
-    """Move each distinct key to its place among its block's, and point inverse there."""
+def table_size(n: Int) -> int:
+    """Return the places of the table that numbers n keys: at least 4 for each, more while 32 KiB hold them."""
+    size = 4
+    while size < 4 * n:
+        size += size
+    return size + size if size <= _IN_CACHE // 2 else size
+
+
+@jit
+def count_positions(inverse: NDArray[np.int32], out: NDArray[np.int32]) -> None:
+    """out[k] = how often k stands in inverse."""
     for i in range(out.shape[0]):
-        at = offsets[found_block[i]]
-        offsets[found_block[i]] = at + 1
-        position[i] = at
-        out[at] = found[i]
+        out[i] = 0
     for i in range(inverse.shape[0]):
-        inverse[i] = position[inverse[i]]
+        out[np.uint64(inverse[i])] += np.int32(1)
 
 
 @jit
@@ -142,20 +184,26 @@ def gather_inverse(rows: NDArray[np.float32], inverse: NDArray[np.int32], out: N
             out[i, c] = rows[at, c]
 
 
+class _Order(NamedTuple):
+    """A checked order of blocks, and the scratch memory that is as long."""
+
+    bits: int
+    ranks: NDArray[np.int32]
+    by_rank: NDArray[np.int32]
+    starts: NDArray[np.uint32]
+
+
 class KeySorter:
     """Builds KeySets; its scratch grows to the largest batch seen and is used again."""
 
     def __init__(self) -> None:
-        self._round = 0
-        self._places: NDArray[np.uint64] = np.zeros((0, 2), np.uint64)
-        self._mixes: NDArray[np.uint64] = np.zeros(0, np.uint64)
-        self._found: NDArray[np.uint64] = np.zeros(0, np.uint64)
-        self._found_block: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._position: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._sizes: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._offsets: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._ranks: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._by_rank: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._room = 0
+        self._base = 1
+        self._mixes: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._parted: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._positions: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._numbers: NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._orders: dict[int, _Order] = {}
 
     def build(self, keys: NDArray[np.uint64], salt: np.uint64, bits: int, block_rank: NDArray[np.int32]) -> KeySet:
         """Return the distinct keys of keys: uint64[n], grouped by block in rank order.
@@ -164,59 +212,69 @@ class KeySorter:
         position of each block in the wanted order (by owner shard, then block).
         """
         keys = kernel_array("keys", keys, np.uint64)
+        ranks = kernel_array("block_rank", block_rank, np.int32)
         n = keys.shape[0]
         if n >= 1 << 31:
             raise InvalidArgument(f"{n} keys in one batch are over the limit of 2^31 - 1")
-        self._order(block_rank, bits)
-        self._reserve(n)
+        if n > self._room:
+            self._reserve(n)
+        if self._base + n >= 1 << 32:
+            self._numbers[:] = 0
+            self._base = 1
+        base = np.uint64(self._base)
+        self._base += n  # before the kernel: an interrupt must not leave numbers behind that count as of this call
+        # A worker uses the arrays of its routes again and again. The kernel compares what they hold: an identity comes
+        # back with another array, and an array may be written to.
+        order = self._orders.get(id(block_rank))
+        if order is None or order.bits != bits:
+            order = self._order(block_rank, ranks, bits)
         inverse = np.empty(n, np.int32)
-        unique = int(
-            distinct(
+        out = np.empty(n, np.uint64)
+        most = min(n, ranks.shape[0])
+        blocks = np.empty(most, np.int32)
+        counts = np.empty(most, np.int32)
+        while True:
+            unique, m = group_keys(
                 keys,
                 np.uint64(salt),
                 bits,
-                self._places,
-                np.uint64(self._round),
+                ranks,
+                order.ranks,
+                order.by_rank,
+                order.starts,
                 self._mixes,
-                self._found,
-                self._found_block,
+                self._parted,
+                self._positions,
+                self._numbers,
+                base,
+                out,
                 inverse,
-                self._sizes,
+                blocks,
+                counts,
             )
-        )
-        most = min(unique, 1 << bits)
-        blocks = np.empty(most, np.int32)
-        counts = np.empty(most, np.int32)
-        m = int(rank_blocks(self._sizes, self._by_rank, self._offsets, blocks, counts))
-        out = np.empty(unique, np.uint64)
-        place_keys(self._found, self._found_block, self._offsets, self._position, inverse, out)
-        return KeySet(out, inverse, blocks[:m], counts[:m])
+            if unique >= 0:
+                return KeySet(out[:unique], inverse, blocks[:m], counts[:m])
+            order = self._order(block_rank, ranks, bits)
 
-    def _order(self, block_rank: NDArray[np.int32], bits: int) -> None:
-        ranks = kernel_array("block_rank", block_rank, np.int32)
-        if np.array_equal(ranks, self._ranks):
-            return
+    def _order(self, given: NDArray[np.int32], ranks: NDArray[np.int32], bits: int) -> _Order:
         blocks = 1 << bits
         if ranks.shape[0] != blocks or not np.array_equal(np.sort(ranks), np.arange(blocks)):
             raise Malformed(f"block_rank must hold each of 0 to {blocks - 1} once")
-        self._ranks = ranks.copy()
-        self._by_rank = np.argsort(ranks).astype(np.int32)
-        self._sizes = np.zeros(blocks, np.int32)
-        self._offsets = np.zeros(blocks, np.int32)
+        if len(self._orders) >= _ORDERS:
+            self._orders.clear()
+        order = _Order(bits, ranks.copy(), np.argsort(ranks).astype(np.int32), np.empty(blocks + 1, np.uint32))
+        self._orders[id(given)] = order
+        return order
 
     def _reserve(self, n: int) -> None:
-        if self._places.shape[0] < max(2 * n, 1):
-            room = max(16, 1 << (n - 1).bit_length())  # of every scratch array alike, so that all fit any n up to it
-            self._places = np.zeros((2 * room, 2), np.uint64)
-            self._mixes = np.empty(room, np.uint64)
-            self._found = np.empty(room, np.uint64)
-            self._found_block = np.empty(room, np.int32)
-            self._position = np.empty(room, np.int32)
-            self._round = 0
-        self._round += 1
-        if self._round == 1 << 32:
-            self._places[:] = 0
-            self._round = 1
+        room = max(16, 1 << (n - 1).bit_length())
+        self._mixes = np.empty(room, np.uint64)
+        self._parted = np.empty(room, np.uint64)
+        self._positions = np.empty(room, np.uint32)
+        # Zeros of pages that are never touched take no memory: this much is for a batch that is of one block.
+        self._numbers = np.zeros(int(table_size(room)), np.uint32)
+        self._base = 1
+        self._room = room
 
 
 def merge(gradients: NDArray[np.float32], inverse: NDArray[np.int32], out: NDArray[np.float32]) -> None:
@@ -235,9 +293,15 @@ def gather(rows: NDArray[np.float32], inverse: NDArray[np.int32], out: NDArray[n
 
 def _fitting(wide: NDArray[np.float32], inverse: NDArray[np.int32], narrow: NDArray[np.float32]) -> NDArray[np.int32]:
     """Return inverse for kernels, if ``wide`` has a line for each raw position and ``narrow`` for each distinct key."""
-    inverse = kernel_array("inverse", inverse, np.int32)
+    inverse = check_inverse(inverse, narrow.shape[0])
     if wide.shape != (inverse.shape[0], narrow.shape[1]):
         raise Malformed(f"{inverse.shape[0]} raw keys do not fit values of shape {wide.shape} and {narrow.shape}")
-    if inverse.shape[0] and not 0 <= int(inverse.min()) <= int(inverse.max()) < narrow.shape[0]:
-        raise Malformed(f"inverse points outside the {narrow.shape[0]} distinct keys")
+    return inverse
+
+
+def check_inverse(inverse: NDArray[np.int32], unique: int) -> NDArray[np.int32]:
+    """Return inverse: int32[n] for kernels, if it points at ``unique`` distinct keys only."""
+    inverse = kernel_array("inverse", inverse, np.int32)
+    if inverse.shape[0] and not 0 <= int(inverse.min()) <= int(inverse.max()) < unique:
+        raise Malformed(f"inverse points outside the {unique} distinct keys")
     return inverse

@@ -117,7 +117,7 @@ def test_every_kernel_is_compiled_once_whatever_form_arrays_and_numbers_come_in(
         *("index.check_groups", "index.check_keys", "index.crowded", "index.find_rows", "index.create_rows"),
         *("index.rehash", "index.export_rows", "index.import_rows", "slab.gather_rows"),
         *("update.refuse", "update.update_sgd", "update.update_adagrad", "update.update_adam"),
-        *("keys.distinct", "keys.rank_blocks", "keys.place_keys", "keys.merge_rows", "keys.gather_inverse"),
+        *("keys.group_keys", "keys.merge_rows", "keys.gather_inverse"),
     }
 
 
