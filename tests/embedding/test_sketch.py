@@ -61,13 +61,14 @@ class Twin:
 @pytest.mark.parametrize("windows", [2, 4, 7])
 @pytest.mark.parametrize("error", [0.01, 0.5])
 def test_equals_its_twin_over_many_rotations(windows, error):
-    capacity = N // 20
+    n = max(N, 600)
+    capacity = n // 20
     sketch = Sketch(capacity, windows, error)
     twin = Twin(sketch, capacity)
     rng = np.random.default_rng(3)
-    keys = mixes(N // 10)[rng.zipf(1.3, N) % (N // 10)]
+    keys = mixes(n // 4)[rng.zipf(1.3, n) % (n // 4)]
     amounts = rng.choice(
-        [-3, 0, 1, 1, 1, 2, 5, capacity + 1, 1 << 40], N, p=[0.02, 0.1, 0.3, 0.3, 0.1, 0.1, 0.06, 0.01, 0.01]
+        [-3, 0, 1, 1, 1, 2, 5, capacity + 1, 1 << 40], n, p=[0.02, 0.1, 0.3, 0.3, 0.1, 0.1, 0.06, 0.01, 0.01]
     )
     out = sketch.add(keys, amounts)
     assert out.tolist() == [twin.add(key, amount) for key, amount in zip(keys, amounts.tolist(), strict=True)]
@@ -155,7 +156,9 @@ def test_counts_stop_at_the_largest():
     assert add(sketch, key, 1).tolist() == [MOST]
     sketch.rotate()
     assert add(sketch, key, 1 << 62).tolist() == [MOST]
-    assert add(Sketch(10, 2), key, (1 << 63) - 1).tolist() == [MOST]
+    assert add(sketch, key, (1 << 63) - 1).tolist() == [MOST]
+    assert sketch.added <= 10**5
+    assert sketch_add(sketch.address + 64, 2, sketch.lines, sketch.current, key[0], (1 << 63) - 1) == MOST
 
 
 def test_the_state_depends_on_the_order_of_additions_alone_and_comes_back_from_its_bytes():
@@ -174,6 +177,19 @@ def test_the_state_depends_on_the_order_of_additions_alone_and_comes_back_from_i
     assert add(fresh, keys).tolist() == add(parts, keys).tolist()
     assert fresh.export() == parts.export()
     assert whole.export() == state  # nothing is shared
+
+
+def test_rotating_through_all_windows_leaves_nothing():
+    sketch = Sketch(N, 3, 0.5)
+    add(sketch, mixes(9 * N))
+    for _ in range(3):
+        sketch.rotate()
+    assert not any(sketch.export()[64:])
+
+
+def test_memory_begins_at_a_cache_line():
+    sketches = [Sketch(capacity) for capacity in range(1, 40)]
+    assert [sketch.address % 64 for sketch in sketches] == [0] * 39
 
 
 def test_a_window_by_hand_equals_the_policy():
