@@ -158,7 +158,10 @@ def test_counts_stop_at_the_largest():
     assert add(sketch, key, 1 << 62).tolist() == [MOST]
     assert add(sketch, key, (1 << 63) - 1).tolist() == [MOST]
     assert sketch.added <= 10**5
-    assert sketch_add(sketch.address + 64, 2, sketch.lines, sketch.current, key[0], (1 << 63) - 1) == MOST
+    other = mixes(1, seed=1)[0]
+    shape = (sketch.address + 64, 2, sketch.lines, sketch.current)
+    assert sketch_add(*shape, other, 1) == 1
+    assert sketch_add(*shape, other, (1 << 63) - 1) == MOST
 
 
 def test_the_state_depends_on_the_order_of_additions_alone_and_comes_back_from_its_bytes():
