@@ -116,6 +116,7 @@ def test_old_occurrences_age_out():
     assert sketch.estimate(key).tolist() == before.estimate(key).tolist()
 
 
+@pytest.mark.skipif(not reference.JIT, reason="needs many keys; the twin says that the code is the same")
 @pytest.mark.parametrize("error", [0.01, 0.05, 0.2, 0.5])
 def test_is_too_high_as_seldom_as_promised(error):
     capacity, windows = 20 * N, 4
@@ -125,10 +126,8 @@ def test_is_too_high_as_seldom_as_promised(error):
     add(sketch, keys[:capacity])
     of_new = (sketch.estimate(new) > 0).mean()
     of_counted = (sketch.estimate(keys[:capacity]) > 1).mean()
-    assert of_new <= error * (1 if reference.JIT else 1.5)  # fewer samples there
+    assert error / 2 < of_new <= error  # more memory than that would be wasted
     assert of_counted <= of_new * 1.1 + 0.01
-    if reference.JIT:
-        assert of_new > error / 2  # or memory is wasted
     add(sketch, keys[capacity : windows * capacity])
     assert (sketch.current, sketch.added) == (windows - 1, capacity)
     of_all = (sketch.estimate(new) > 0).mean()
