@@ -3,8 +3,9 @@
 
     memory of a block of n values:   w0 ... w(n-1) | optimizer state, as a row of dim n has it
 
-Invariant: a block is one row, so the update kernels of ``embedding/update.py`` serve it as they are. Callable from any
-thread: one lock per parameter, held while kernels run.
+Invariant: a block is one row, so the optimizers of ``embedding/optimizers.py`` serve it as they are; norms are taken over a
+block, and lamb, which needs whole ones, is refused where a parameter has several blocks. Callable from any thread: one
+lock per parameter, held while kernels run.
 """
 
 import math
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.initial import constants, first_dense, origin
-from oarlock.embedding.optimizer import hyper_of, optimizer_of
+from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, kernel_array
+from oarlock.embedding.regularise import BEFORE, passes, update_rows
 from oarlock.embedding.spec import DenseSpec
 from oarlock.embedding.update import refuse
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
@@ -37,7 +39,12 @@ class DenseParameter:
     def __init__(self, spec: DenseSpec, *, seed: int) -> None:
         self.spec = spec
         self._optimizer = optimizer_of(spec.optimizer)
-        self._hyper = hyper_of(spec.optimizer)
+        if spec.optimizer.name == "lamb" and spec.blocks > 1:
+            raise InvalidArgument(
+                f"dense {spec.name}: lamb needs the norm of the whole parameter: give slice >= {spec.size}, its size"
+            )
+        self._hyper = self._optimizer.hyper(spec.optimizer)
+        self._passes = passes(spec.optimizer)
         self._origin = origin(seed, f"dense/{spec.name}")  # no table's name holds a slash
         self._first = constants(spec.initializer)
         self._lock = threading.Lock()
@@ -88,19 +95,24 @@ class DenseParameter:
         with self._lock:
             out[:] = self._stored(block)[:length]
 
-    def push_block(self, block: int, gradient: Values, *, rate: float) -> bool:
-        """Apply one optimizer step with gradient: float32[length]; False = refused, it holds an infinity or NaN."""
+    def push_block(self, block: int, gradient: Values, *, rate: float, step: int = 1) -> bool:
+        """Apply one optimizer step with gradient: float32[length]; False = refused, it holds an infinity or NaN.
+
+        ``rate``: schedule included; ``step``: of the job, 1 is the first; only a spec with bias = "step" reads it.
+        """
         length = self.length(block)
         self._values("gradient", gradient, block, length)
         rate = float(rate)
         if not math.isfinite(rate):
             raise InvalidArgument(f"dense {self.spec.name}: rate = {rate}: give a finite number")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+            raise InvalidArgument(f"dense {self.spec.name}: step = {step!r}: give an integer from 0 to 2^63 - 1")
         line = kernel_array("gradient", gradient, np.float32).reshape(1, length)
         bad = bool(refuse(line.view(np.uint32), np.empty(1, np.uint8)))
         with self._lock:
             row = self._stored(block)
             if not bad:
-                self._optimizer.update(np.array([address_of(row)], np.int64), length, line, rate, self._hyper)
+                self._update(row, length, line, rate, step)
         return not bad
 
     def export_block(self, block: int) -> DenseBlock:
@@ -119,6 +131,25 @@ class DenseParameter:
             raise Malformed(f"dense {self.spec.name}, block {block}: content holds an infinity or NaN")
         with self._lock:
             self._blocks[block] = fresh
+
+    def _update(self, row: Values, length: int, line: Values, rate: float, step: int) -> None:
+        weights = np.array([address_of(row)], np.int64)
+        states = weights + 4 * length
+        scratch = np.empty(length if self._passes & BEFORE else 0, np.float32)
+        update_rows(
+            self._optimizer.update.address,
+            self._passes,
+            address_of(weights),
+            address_of(states),
+            1,
+            address_of(line),
+            line.strides[0],
+            length,
+            rate,
+            step,
+            address_of(self._hyper),
+            address_of(scratch),
+        )
 
     def _in_range(self, block: int) -> None:
         if not 0 <= block < self.spec.blocks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of embedding/ their twins: ``import embedding_reference``."""
+"""Gives the tests of embedding/ their twins: ``import embedding_reference``, ``import optimizer_reference``."""
 
 import importlib.util
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-_SPEC = importlib.util.spec_from_file_location("embedding_reference", Path(__file__).with_name("reference.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-reference = importlib.util.module_from_spec(_SPEC)
-sys.modules["embedding_reference"] = reference
-_SPEC.loader.exec_module(reference)
+for _name, _file in (("embedding_reference", "reference.py"), ("optimizer_reference", "optimizer_reference.py")):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
+reference = sys.modules["embedding_reference"]
 
 if not reference.JIT:
     np.seterr(over="ignore")  # interpreted kernels wrap around in numpy scalars, which compiled ones do silently
