@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import embedding_reference as reference
 import numpy as np
+import optimizer_reference
 import pytest
 
 from oarlock.embedding.dense import DenseBlock, DenseParameter
+from oarlock.embedding.optimizers import OPTIMIZERS
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 
 
 def make(optimizer="adam", shape=(5, 4), slice_=8, kind="normal"):
-    parameter = DenseParameter(DenseSpec("w", shape, OptimizerSpec(optimizer), Initializer(kind), slice_), seed=3)
+    optimizer = OptimizerSpec(optimizer) if isinstance(optimizer, str) else optimizer
+    parameter = DenseParameter(DenseSpec("w", shape, optimizer, Initializer(kind), slice_), seed=3)
     for block in range(parameter.spec.blocks):
         parameter.adopt(block)
     return parameter
@@ -34,18 +37,47 @@ def test_blocks_cut_the_flat_values_and_the_last_is_shorter():
     assert make(slice_=3).nbytes > parameter.nbytes
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
-def test_pushes_equal_the_twin_and_do_not_depend_on_the_cut(optimizer):
-    cut, one = make(optimizer), make(optimizer, slice_=100)
-    weights, state = whole(one), reference.first_state(one.spec.optimizer, 20)
-    for step in range(5):
-        gradient = np.random.default_rng(step).normal(size=20).astype(np.float32)
-        for block in range(3):
-            assert cut.push_block(block, gradient[8 * block : 8 * block + 8], rate=0.1)
-        assert one.push_block(0, np.frombuffer(gradient.tobytes(), np.float32), rate=0.1)
-        reference.update(one.spec.optimizer, weights, state, gradient, 0.1)
-    assert whole(cut).tobytes() == whole(one).tobytes() == weights.tobytes()
+FULL = {"clip_value": 1.2, "l1": 0.1, "l2": 0.05, "lower": -0.3, "upper": 0.4}
+CUT = [name for name, optimizer in OPTIMIZERS.items() if not optimizer.norms]
+
+
+@pytest.mark.parametrize("more", [{}, FULL], ids=["plain", "with all passes"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pushes_equal_the_twin_and_do_not_depend_on_the_cut_where_there_is_no_norm(name, more):
+    optimizer = OptimizerSpec(name, **(optimizer_reference.CONSTANTS[name] | more))
+    one = make(optimizer, slice_=100)
+    weights = whole(one)
+    state = one.export_block(0).state
+    gradients = [np.random.default_rng(step).normal(size=20).astype(np.float32) for step in range(1, 6)]
+    for step, gradient in enumerate(gradients, 1):
+        assert one.push_block(0, np.frombuffer(gradient.tobytes(), np.float32), rate=0.1, step=step)
+        optimizer_reference.twin(optimizer, weights, state, gradient, 0.1, step)
+    assert whole(one).tobytes() == weights.tobytes()
     assert one.export_block(0).state.tobytes() == state.tobytes()
+    if name in CUT:
+        cut = make(optimizer)
+        for step, gradient in enumerate(gradients, 1):
+            for block in range(3):
+                assert cut.push_block(block, gradient[8 * block : 8 * block + 8], rate=0.1, step=step)
+        assert whole(cut).tobytes() == weights.tobytes()
+
+
+def test_lamb_takes_a_parameter_that_is_one_block():
+    with pytest.raises(InvalidArgument, match=r"dense w: lamb needs the norm of the whole .*: give slice >= 20"):
+        make("lamb")
+    assert make("lamb", slice_=20).owned.tolist() == [0]
+
+
+def test_the_step_counts_where_the_bias_goes_by_it():
+    gradient = np.linspace(-1, 1, 8, dtype=np.float32)
+    for bias, same in (("row", True), ("step", False)):
+        first, later = (make(OptimizerSpec("adam", bias=bias)) for _ in range(2))
+        first.push_block(0, gradient, rate=0.1, step=1)
+        later.push_block(0, gradient, rate=0.1, step=1000)
+        assert (whole(first).tobytes() == whole(later).tobytes()) is same
+    for step in (-1, 1.0, True, 1 << 63):
+        with pytest.raises(InvalidArgument, match=r"step = .*give an integer from 0 to 2\^63 - 1"):
+            first.push_block(0, gradient, rate=0.1, step=step)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
