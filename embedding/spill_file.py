@@ -107,7 +107,7 @@ class SpillFile:
                 os.close(file)
                 raise
             self._file = file
-            self._stage = np.empty(max(self._stride, WRITE_BYTES // self._stride * self._stride) // 8, np.uint64)
+            self._stage = np.zeros(max(self._stride, WRITE_BYTES // self._stride * self._stride) // 8, np.uint64)
             self._state = "open"
 
     def close(self) -> None:

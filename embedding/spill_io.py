@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the spill file asks of the operating system: a private file, its mapping, and kernels that read many records at once.
 
-    a stored record:   content, zeros up to a multiple of 8 bytes | checksum, uint64
+    a stored record:   content, padding up to a multiple of 8 bytes | checksum of both, uint64
 
 A batch is read by one ``pwritev`` per 1,024 records: the kernel copies them out of the mapping of the file into a small
 memory file, and an unreadable page is an error of that call, where a load of the mapping would be a SIGBUS. Before that, a
@@ -33,7 +33,7 @@ from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError
 
 WINDOW_RECORDS = 1024  # the most pieces that one call of the operating system takes
 WINDOW_BYTES = 1 << 20
-SAMPLES = 16  # records of a window that are looked up in the page cache
+SAMPLE_EVERY = 32  # of so many records one is looked up in the page cache, which costs as much as reading four
 _PUNCH = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
@@ -98,7 +98,6 @@ def seal_records(source: Int, n: Int, record_bytes: Int, stride: Int, first: Int
     words = stride // 8 - 1
     for i in range(n):
         place = to + i * stride
-        store_u64(place, words - 1, np.uint64(0))
         copy(place, source + i * record_bytes, record_bytes)
         store_u64(place, words, checksum(place, words, first + i, life))
 
@@ -112,7 +111,7 @@ def _any_missing(reader: Int, records: Int, n: Int) -> bool:
         load_i64(reader, _PAGE),
         load_i64(reader, _FOUND),
     )
-    samples = min(n, SAMPLES)
+    samples = min(n, 2 + n // SAMPLE_EVERY)
     for sample in range(samples):
         place = base + load_i64(records, sample * n // samples) * stride
         store_i64(found, 0, 1)

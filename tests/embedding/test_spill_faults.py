@@ -122,7 +122,10 @@ def test_a_lost_page_is_an_error_that_names_the_record_and_not_a_signal(tmp_path
     content = some(rng, 100, 4088)
     with SpillFile(tmp_path, 4088) as file:
         records = append(file, content)
+        assert (read(file, records) == content).all()  # its window of memory still holds all of them afterwards
         os.ftruncate(file._file, 70 << 12)
+        with pytest.raises(CorruptCheckpoint, match=r"record 70 .* only 0 of 4096"):
+            read(file, records)
         assert (read(file, records[:70]) == content[:70]).all()
         with pytest.raises(CorruptCheckpoint, match=r"record 70 .* only 0 of 4096") as raised:
             read(file, records)
