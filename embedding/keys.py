@@ -74,7 +74,7 @@ def group_keys(
     The mixes are parted by block, and each block's distinct ones are numbered with a small table of their own, so that
     nearly every access finds its line in the first-level cache. ``numbers`` holds base + number, rising from block to
     block and from call to call: whatever is below a block's first number is free, and nothing is ever cleared.
-    ``starts``: uint32[blocks + 1]; mixes, parted and positions: of at least n; numbers: as table_room says.
+    ``starts``: uint32[blocks]; mixes, parted and positions: of at least n; numbers: of table_size(n).
     """
     n = keys.shape[0]
     total = ranks.shape[0]
@@ -86,25 +86,28 @@ def group_keys(
         return -1, 0
     for i in range(n):
         mixes[i] = key_mix(salt, keys[i])
-    for b in range(total + 1):
+    for b in range(total):
         starts[b] = 0
     for i in range(n):
-        starts[np.uint64(ranks[np.uint64(block_of_mix(mixes[i], bits))]) + _ONE] += np.uint32(1)
+        starts[np.uint64(block_of_mix(mixes[i], bits))] += np.uint32(1)
+    at = np.uint64(0)
     for b in range(total):
-        starts[b + 1] += starts[b]
+        block = np.uint64(by_rank[b])
+        size = np.uint64(starts[block])
+        starts[block] = np.uint32(at)
+        at += size
     for i in range(n):
         mix = mixes[i]
-        rank = np.uint64(ranks[np.uint64(block_of_mix(mix, bits))])
-        at = np.uint64(starts[rank])
-        starts[rank] = np.uint32(at + _ONE)
+        block = np.uint64(block_of_mix(mix, bits))
+        at = np.uint64(starts[block])
+        starts[block] = np.uint32(at + _ONE)
         parted[at] = mix
         positions[at] = np.uint32(i)
     count = base
     at = np.uint64(0)
     m = 0
     for b in range(total):
-        # ``starts`` has moved on: it holds where each block ends.
-        end = np.uint64(starts[b])
+        end = np.uint64(starts[np.uint64(by_rank[b])])  # where the block begins has moved on to where it ends
         if at == end:
             continue
         mask = np.uint64(table_size(np.int64(end - at)) - 1)
@@ -262,7 +265,7 @@ class KeySorter:
             raise Malformed(f"block_rank must hold each of 0 to {blocks - 1} once")
         if len(self._orders) >= _ORDERS:
             self._orders.clear()
-        order = _Order(bits, ranks.copy(), np.argsort(ranks).astype(np.int32), np.empty(blocks + 1, np.uint32))
+        order = _Order(bits, ranks.copy(), np.argsort(ranks).astype(np.int32), np.empty(blocks, np.uint32))
         self._orders[id(given)] = order
         return order
 
