@@ -127,7 +127,7 @@ BAD_OFFSETS = {
     "ends late": [0, 1, 4],
     "falls": [0, 5, 3],
     "is below 0": [0, -1, 3],
-    "falls by more than an int64 holds": [0, (1 << 63) - 1, -(1 << 63), 3],
+    "falls by more than an int64 holds": [0, (1 << 63) - 1, -(1 << 63), -1, 3],
 }
 
 
