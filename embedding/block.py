@@ -1,54 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block's memory: its index entries and its chunks of rows, and how they grow.
+"""One block's memory: its index and its chunks of rows, and how they grow.
 
-Invariant: the block's descriptor always holds the addresses of arrays that this object keeps alive; rows never move.
-Used by ``embedding/table.py`` under the table's lock.
+Invariant: the block's descriptor holds the addresses of memory that this object keeps alive; rows never move; growing
+builds the new index beside the old one while pulls go on, and shuts the block only to exchange two addresses. The caller
+holds the block's mutex (``embedding/lock.py``) for everything but construction.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding.index import CHUNKS, ENTRIES, FIELDS, MASK, ROOM, ROWS, export_rows, import_rows, rehash
+from oarlock.embedding.descriptor import (
+    BUCKETS,
+    CHUNKS,
+    COUNT,
+    ENTRIES,
+    ENTRY_ROOM,
+    FIELDS,
+    FREE_ROWS,
+    NEXT,
+    ROWS,
+    SKETCH,
+    SLOT_ROOM,
+)
+from oarlock.embedding.index import GROWTH, buckets_for, entries_of, rehash
+from oarlock.embedding.lock import reopen, shut
+from oarlock.embedding.memory import Arena, Pages
 from oarlock.embedding.pointer import LINE, address_of
-from oarlock.embedding.slab import Layout, chunk_rows
+from oarlock.embedding.sketch import Sketch
+from oarlock.embedding.slab import PARTS, Layout, chunk_bytes, chunk_rows
+from oarlock.embedding.tombstones import Tombstones
 from oarlock.proto.errors import OutOfMemory
 
-FIRST_CAPACITY = 16
-
-
-def rows_of_capacity(capacity: int) -> int:
-    """Return how many rows an index of ``capacity`` entries holds before it grows."""
-    return capacity * 3 // 4
-
-
-class BlockRows(NamedTuple):
-    """A block's content: keys: uint64[r], weights: float32[r, dim], state: float32[r, state_columns]."""
-
-    keys: NDArray[np.uint64]
-    weights: NDArray[np.float32]
-    state: NDArray[np.float32]
+FIRST_BUCKETS = 4
+OWN_PAGES = 64 << 10  # an index from this size on has pages of its own, which go back to the system when it grows
 
 
 class Block:
-    """A growing set of rows; kernels see it through ``descriptor``: int64[FIELDS] (``embedding/index.py``)."""
+    """A growing set of rows; kernels see it through ``descriptor``: int64[FIELDS] (``embedding/descriptor.py``)."""
 
-    def __init__(self, shape: Layout, salt: np.uint64) -> None:
+    def __init__(self, shape: Layout, salt: np.uint64, arena: Arena, sketch: Sketch | None = None) -> None:
         self._shape = shape
         self._salt = salt
-        self._entries: NDArray[np.uint64] = np.zeros((FIRST_CAPACITY, 2), np.uint64)
-        self._chunks: list[NDArray[Any]] = []
-        self._table: NDArray[np.int64] = np.zeros(4, np.int64)
-        self._slab_rows = 0
+        self._arena = arena
+        self._index, buckets = _lines(FIRST_BUCKETS)
+        self._chunks: list[tuple[int, int]] = []
+        self._table: NDArray[np.int64] = np.zeros((8, PARTS), np.int64)
         self.descriptor: NDArray[np.int64] = np.zeros(FIELDS, np.int64)
-        self._publish()
-
-    def _publish(self) -> None:
-        self.descriptor[ENTRIES] = address_of(self._entries)
-        self.descriptor[MASK] = self._entries.shape[0] - 1
+        self.descriptor[BUCKETS] = buckets
+        self.descriptor[COUNT] = FIRST_BUCKETS
+        self.descriptor[ENTRY_ROOM] = entries_of(FIRST_BUCKETS)
         self.descriptor[CHUNKS] = address_of(self._table)
-        self.descriptor[ROOM] = min(rows_of_capacity(self._entries.shape[0]), self._slab_rows)
+        self.sketch = sketch
+        if sketch is not None:
+            self.descriptor[SKETCH] = sketch.address
+        self.tombstones = Tombstones()
 
     @property
     def rows(self) -> int:
@@ -57,55 +64,84 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Return the bytes allocated, including those not yet used."""
-        return self._entries.nbytes + self._table.nbytes + sum(chunk.nbytes for chunk in self._chunks)
+        index = int(self.descriptor[COUNT]) * LINE
+        sketch = self.sketch.nbytes if self.sketch is not None else 0
+        return index + self._table.nbytes + sum(size for _, size in self._chunks) + sketch
 
     def move_descriptor(self, line: NDArray[np.int64]) -> None:
-        """Keep the descriptor in ``line`` from now on, where kernels look for it."""
-        line[:] = self.descriptor
+        """Keep the descriptor in ``line`` from now on, where kernels look for it; the lock there stays."""
+        line[BUCKETS:] = self.descriptor[BUCKETS:]
         self.descriptor = line
 
-    def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` rows in all; OutOfMemory leaves the block as it was, usable."""
+    def reserve(self, entries: int, rows: int) -> None:
+        """Make room for so many more keys and so many more rows; OutOfMemory leaves the block as it was, usable."""
         try:
             self._grow_slab(rows)
-            self._grow_index(rows)
+            self._grow_index(entries)
         except MemoryError:
-            raise OutOfMemory(f"no memory for {rows} rows of {self._shape.row_bytes} bytes in one block") from None
-        finally:
-            self._publish()
+            raise OutOfMemory(
+                f"no memory for {rows} more rows in a block of {self.rows}: add shards, or give the table an eviction "
+                "rule or a memory budget"
+            ) from None
 
     def _grow_slab(self, rows: int) -> None:
-        while self._slab_rows < rows:
+        have = int(self.descriptor[SLOT_ROOM])
+        free = have - int(self.descriptor[NEXT]) + int(self.descriptor[FREE_ROWS])
+        while free < rows:
             number = len(self._chunks)
             count = chunk_rows(self._shape, number)
-            chunk = np.empty(count * self._shape.row_bytes + LINE, np.uint8)
+            size, weights, side, undo = chunk_bytes(self._shape, count)
             if number == self._table.shape[0]:
-                self._table = np.concatenate([self._table, np.zeros(number, np.int64)])
-            self._table[number] = -(-address_of(chunk) // LINE) * LINE
-            self._chunks.append(chunk)
-            self._slab_rows += count
+                self._lengthen()
+            address = self._arena.take(size)
+            self._chunks.append((address, size))
+            self._table[number] = address + weights, address + side, address + undo
+            have += count
+            free += count
+            self.descriptor[SLOT_ROOM] = have
 
-    def _grow_index(self, rows: int) -> None:
-        capacity = self._entries.shape[0]
-        while rows_of_capacity(capacity) < rows:
-            capacity *= 2
-        if capacity > self._entries.shape[0]:
-            entries = np.zeros((capacity, 2), np.uint64)
-            rehash(self._salt, self._entries, address_of(entries), capacity - 1)
-            self._entries = entries
+    def _lengthen(self) -> None:
+        old = self._table  # alive until no pull can look at it
+        table = np.concatenate([old, np.zeros_like(old)])
+        self._exchange((CHUNKS, address_of(table)))
+        self._table = table
 
-    def export(self) -> BlockRows:
-        """Return a copy of all rows in order of creation."""
-        rows = self.rows
-        out = BlockRows(
-            np.empty(rows, np.uint64),
-            np.empty((rows, self._shape.dim), np.float32),
-            np.empty((rows, self._shape.state_columns), np.float32),
-        )
-        export_rows(self._entries, int(self.descriptor[CHUNKS]), self._shape, *out)
-        return out
+    def _grow_index(self, entries: int) -> None:
+        need = int(self.descriptor[ENTRIES]) + entries
+        buckets = int(self.descriptor[COUNT])
+        if need <= int(self.descriptor[ENTRY_ROOM]):
+            return
+        buckets = max(buckets_for(need), buckets * GROWTH // 100 + 1)
+        memory, address = _lines(buckets)
+        rehash(int(self.descriptor[BUCKETS]), int(self.descriptor[COUNT]), self._salt, address, buckets)
+        self._exchange((BUCKETS, address), (COUNT, buckets))
+        self._index = memory
+        self.descriptor[ENTRY_ROOM] = entries_of(buckets)
 
-    def fill(self, content: BlockRows) -> int:
-        """Fill this empty block; return -1, or the position of a key that comes twice (the block is then useless)."""
-        self.reserve(content.keys.shape[0])
-        return int(import_rows(self.descriptor, self._salt, self._shape, *content))
+    def _exchange(self, *words: tuple[int, int]) -> None:
+        lock = address_of(self.descriptor)
+        shut(lock)
+        try:
+            for word, value in words:
+                self.descriptor[word] = value
+        finally:
+            reopen(lock)
+
+    def free(self) -> None:
+        """Give all memory back; nobody is inside the block any more."""
+        for address, size in self._chunks:
+            self._arena.give_back(address, size)
+        self._chunks.clear()
+
+
+def _lines(buckets: int) -> tuple[Any, int]:
+    """Return zeroed memory for so many buckets, and the address of the first."""
+    size = buckets * LINE
+    if size >= OWN_PAGES:
+        try:
+            pages = Pages(size, huge=True)
+        except OSError as error:
+            raise MemoryError(str(error)) from None
+        return pages, pages.address
+    array = np.zeros(size + LINE, np.uint8)
+    return array, -(-address_of(array) // LINE) * LINE

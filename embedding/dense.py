@@ -20,7 +20,7 @@ from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, kernel_array
 from oarlock.embedding.regularise import BEFORE, passes, update_rows
 from oarlock.embedding.spec import DenseSpec
-from oarlock.embedding.update import refuse
+from oarlock.embedding.refusal import limit_bits, refuse
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 
 Values = NDArray[np.float32]
@@ -108,7 +108,7 @@ class DenseParameter:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
             raise InvalidArgument(f"dense {self.spec.name}: step = {step!r}: give an integer from 0 to 2^63 - 1")
         line = kernel_array("gradient", gradient, np.float32).reshape(1, length)
-        bad = bool(refuse(line.view(np.uint32), np.empty(1, np.uint8)))
+        bad = bool(refuse(line.view(np.uint32), limit_bits(), np.empty(1, np.uint8)))
         with self._lock:
             row = self._stored(block)
             if not bad:

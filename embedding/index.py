@@ -1,300 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open-addressing index, one per block: key -> slot.
+"""The index of a block: key -> word. Open addressing over buckets of one cache line each.
 
-    entry (16 bytes):  key | slot + 1      0 in the second word = empty, so every 64-bit key is an ordinary key
+    bucket (64 bytes):  key 0 .. key 4 (uint64) | word 0 .. word 4 (uint32) | used | reach | heat 0 | heat 1
 
-Linear probing from the low bits of the key's mix; capacity is a power of two and at most 3/4 full. Invariant: a slot,
-once given out, is the key's until the block is dropped; growing moves entries, never rows. A table's blocks are one
-int64[blocks, FIELDS] of descriptors, so one call covers a whole request. Kernels only: the caller holds the table's
-lock, has checked the request with check_groups, and has made room for inserts.
+    word    slot of the row, or PENDING + occurrences of a key not yet admitted, or SPILLED + record of a row in the file
+    used    bit i: place i holds a key, so every 64-bit key is an ordinary key
+    reach   how many buckets behind this one the farthest key lies that belongs here: where a search may end; 255: anywhere
+    heat    two bits for each place, for tables that spill: how often it was asked for lately
+
+A key belongs to bucket (low 32 bits of its mix) * buckets >> 32, so any number of buckets will do, growth is by a small
+factor, and since the order of buckets is that of the low bits, rehashing reads and writes memory in order. Invariant: a key
+is in one place, at most ``reach`` of its home behind it; erasing leaves reach as it is, until the next rehash. Kernels only:
+the caller is inside the block (``embedding/lock.py``).
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding.hashing import block_of_mix, key_mix
+from oarlock.embedding.hashing import key_mix
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, load_u64, prefetch, store_u64
-from oarlock.embedding.slab import Layout, read_row, row_address, start_row, write_row
+from oarlock.embedding.pointer import (
+    LINE,
+    Int,
+    load_u8,
+    load_u32,
+    load_u64,
+    match_line,
+    store_u8,
+    store_u32,
+    store_u64,
+    trailing_zeros,
+)
 
-# Columns of a descriptor. ENTRIES = 0: the block is not stored here.
-ENTRIES = 0  # address of the entries
-MASK = 1  # capacity - 1
-ROWS = 2  # rows in use = next slot
-CHUNKS = 3  # address of the table of chunk addresses
-ROOM = 4  # rows that fit before index or slab must grow
-FIELDS = 8  # one cache line; the rest is spare
+PLACES = 5
+WORDS = 10  # a word's number, counted in uint32 from the bucket's begin
+USED = 60
+REACH = 61
+HEAT = 62
+FULL = (1 << PLACES) - 1
+FAR = 255
 
-ENTRY_BYTES = 16
-AHEAD = 16  # entries asked for before they are used
+PENDING = 1 << 30
+SPILLED = 1 << 31
+VALUE = PENDING - 1  # the bits of a word beside PENDING and SPILLED; a record's number may use PENDING's bit too
+RECORD = SPILLED - 1
 
-# What check_groups and check_keys found; the place of the fault comes beside it.
-FINE = 0
-BAD_COUNT = 1
-OUT_OF_RANGE = 2
-REPEATED_BLOCK = 3
-NOT_STORED = 4
-WRONG_SUM = 5
-WRONG_BLOCK = 6
-REPEATED_KEY = 7
+# Of 100 places at most so many are used, and growth is to so many hundredths of what is needed: a bucket overflows
+# seldom enough for searches to end in the first one, and 64 / 5 bytes of a place stay below 18.4 a key.
+LOAD = 82
+GROWTH = 118
 
-_ONE = np.uint64(1)
-_EMPTY = np.uint64(0)
+_HALF = np.uint64(32)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def buckets_for(entries: int) -> int:
+    """Return how many buckets hold ``entries`` keys within the load."""
+    return -(-entries * 100 // (LOAD * PLACES)) + 1
+
+
+def entries_of(buckets: int) -> int:
+    """Return how many keys ``buckets`` buckets may hold before they grow."""
+    return buckets * PLACES * LOAD // 100
 
 
 @jit
-def check_groups(
-    descriptors: NDArray[np.int64],
-    n: int,
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    seen: NDArray[np.uint8],
-    fault: NDArray[np.int64],
-) -> int:
-    """Check how a request is grouped; return FINE or a code, with the group's number in fault[0].
+def home(buckets: Int, count: Int, mix: np.uint64) -> Int:
+    """Return the address of the bucket where a key belongs."""
+    return buckets + np.int64(((mix & _LOW) * np.uint64(count)) >> _HALF) * LINE
 
-    ``seen``: uint8[blocks of the table], zero before and after.
+
+@jit
+def find(buckets: Int, count: Int, line: Int, key: np.uint64) -> Int:
+    """Return the address of the key's word, 0 if it is not there; ``line`` is its home."""
+    found = match_line(line, key) & np.int64(load_u8(line, USED))
+    if found == 0:
+        left = np.int64(load_u8(line, REACH))
+        if left == FAR:
+            left = count
+        while left > 0:
+            left -= 1
+            line += LINE
+            if line == buckets + count * LINE:
+                line = buckets
+            found = match_line(line, key) & np.int64(load_u8(line, USED))
+            if found != 0:
+                break
+    if found == 0:
+        return np.int64(0)
+    return line + 4 * (WORDS + trailing_zeros(found))
+
+
+@jit
+def insert(buckets: Int, count: Int, line: Int, key: np.uint64, word: np.uint32) -> Int:
+    """Put an absent key into the first free place from its home ``line`` on (there is one); return its word's address."""
+    at: Int = line
+    distance = 0
+    used = np.int64(load_u8(at, USED))
+    while used == FULL:
+        distance += 1
+        at += LINE
+        if at == buckets + count * LINE:
+            at = buckets
+        used = np.int64(load_u8(at, USED))
+    place = trailing_zeros(~used)
+    store_u64(at, place, key)
+    store_u32(at, WORDS + place, word)
+    store_u8(at, USED, np.uint8(used | (np.int64(1) << place)))
+    if distance > np.int64(load_u8(line, REACH)):
+        store_u8(line, REACH, np.uint8(min(distance, FAR)))
+    return at + 4 * (WORDS + place)
+
+
+@jit
+def line_of(entry: Int) -> Int:
+    """Return the bucket in which the word at address ``entry`` lies."""
+    return entry - entry % LINE
+
+
+@jit
+def place_of(entry: Int) -> Int:
+    """Return the place within its bucket of the word at address ``entry``."""
+    return (entry % LINE - 4 * WORDS) >> 2
+
+
+@jit
+def erase(entry: Int) -> None:
+    """Take the key of the word at address ``entry`` out of the index."""
+    line = line_of(entry)
+    place = place_of(entry)
+    store_u8(line, USED, np.uint8(np.int64(load_u8(line, USED)) & ~(np.int64(1) << place)))
+    for plane in range(2):
+        store_u8(line, HEAT + plane, np.uint8(np.int64(load_u8(line, HEAT + plane)) & ~(np.int64(1) << place)))
+
+
+@jit
+def warm(entry: Int) -> None:
+    """Count one more use of the key of the word at ``entry``, up to 3. Writes only when something changes.
+
+    Pulls run side by side, so a count may get lost: heat is a hint.
     """
-    code = FINE
-    total = np.int64(0)
-    done = 0
-    for group in range(blocks.shape[0]):
-        block = np.int64(blocks[group])
-        fault[0] = group
-        if block < 0 or block >= descriptors.shape[0]:
-            code = OUT_OF_RANGE
-        elif counts[group] <= 0:
-            code = BAD_COUNT
-        elif seen[block] != 0:
-            code = REPEATED_BLOCK
-        elif descriptors[block, ENTRIES] == 0:
-            code = NOT_STORED
-        if code != FINE:
-            break
-        seen[block] = 1
-        done += 1
-        total += counts[group]
-    for group in range(done):
-        seen[blocks[group]] = 0
-    if code == FINE and total != n:
-        fault[0] = total
-        return WRONG_SUM
-    return code
+    line = line_of(entry)
+    bit = np.int64(1) << place_of(entry)
+    low = np.int64(load_u8(line, HEAT))
+    high = np.int64(load_u8(line, HEAT + 1))
+    if low & bit == 0:
+        store_u8(line, HEAT, np.uint8(low | bit))
+    elif high & bit == 0:
+        store_u8(line, HEAT, np.uint8(low & ~bit))
+        store_u8(line, HEAT + 1, np.uint8(high | bit))
 
 
 @jit
-def check_keys(
-    salt: np.uint64,
-    bits: int,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    places: NDArray[np.int32],
-    fault: NDArray[np.int64],
-) -> int:
-    """Check that each key hashes to its group's block and, if ``places`` is not empty, that no key comes twice.
-
-    ``places``: int32[power of two > n] of zeros, used up. Returns FINE or a code, with the key's position in fault[0].
-    """
-    unique = places.shape[0] > 0
-    mask = np.uint64(max(places.shape[0], 1) - 1)
-    begin = 0
-    for group in range(blocks.shape[0]):
-        end = begin + counts[group]
-        for i in range(begin, end):
-            mix = key_mix(salt, keys[i])
-            fault[0] = i
-            if block_of_mix(mix, bits) != blocks[group]:
-                return WRONG_BLOCK
-            if unique:
-                place = mix & mask
-                while places[place] != 0:
-                    if keys[places[place] - 1] == keys[i]:
-                        return REPEATED_KEY
-                    place = (place + _ONE) & mask
-                places[place] = i + 1
-        begin = end
-    return FINE
+def cool(line: Int, place: Int) -> bool:
+    """Count one use less; True = it had none left."""
+    bit = np.int64(1) << place
+    low = np.int64(load_u8(line, HEAT))
+    high = np.int64(load_u8(line, HEAT + 1))
+    if low & bit != 0:
+        store_u8(line, HEAT, np.uint8(low & ~bit))
+    elif high & bit != 0:
+        store_u8(line, HEAT, np.uint8(low | bit))
+        store_u8(line, HEAT + 1, np.uint8(high & ~bit))
+    else:
+        return True
+    return False
 
 
 @jit
-def crowded(
-    descriptors: NDArray[np.int64], blocks: NDArray[np.int32], counts: NDArray[np.int32], out: NDArray[np.int32]
-) -> int:
-    """List in out: int32[m] the groups whose block has no room if every key of it is new; return how many."""
+def rehash(old: Int, old_count: Int, salt: np.uint64, buckets: Int, count: Int) -> None:
+    """Enter all keys of the old buckets into the empty new ones."""
+    for number in range(old_count):
+        line = old + number * LINE
+        used = np.int64(load_u8(line, USED))
+        for place in range(PLACES):
+            if used & (1 << place) != 0:
+                key = load_u64(line, place)
+                start = home(buckets, count, key_mix(salt, key))
+                entry = insert(buckets, count, start, key, load_u32(line, WORDS + place))
+                for plane in range(2):
+                    if np.int64(load_u8(line, HEAT + plane)) & (1 << place) != 0:
+                        other = line_of(entry)
+                        bits = np.int64(load_u8(other, HEAT + plane)) | (np.int64(1) << place_of(entry))
+                        store_u8(other, HEAT + plane, np.uint8(bits))
+
+
+@jit
+def list_entries(buckets: Int, first: Int, last: Int, keys: NDArray[np.uint64], words: NDArray[np.uint32]) -> Int:
+    """Write keys: uint64[n] and words: uint32[n] of buckets first to last - 1, in order; return how many."""
     found = 0
-    for group in range(blocks.shape[0]):
-        block = blocks[group]
-        if descriptors[block, ROWS] + counts[group] > descriptors[block, ROOM]:
-            out[found] = group
-            found += 1
+    for number in range(first, last):
+        line = buckets + number * LINE
+        used = np.int64(load_u8(line, USED))
+        for place in range(PLACES):
+            if used & (1 << place) != 0:
+                keys[found] = load_u64(line, place)
+                words[found] = load_u32(line, WORDS + place)
+                found += 1
     return found
-
-
-@jit
-def aim(
-    descriptors: NDArray[np.int64],
-    salt: np.uint64,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    addresses: NDArray[np.int64],
-) -> None:
-    """Write the address of the entry where each key's probing starts."""
-    begin = 0
-    for group in range(blocks.shape[0]):
-        block = blocks[group]
-        entries = descriptors[block, ENTRIES]
-        mask = np.uint64(descriptors[block, MASK])
-        end = begin + counts[group]
-        for i in range(begin, end):
-            addresses[i] = entries + np.int64(key_mix(salt, keys[i]) & mask) * ENTRY_BYTES
-        begin = end
-
-
-@jit
-def probe(entries: Int, mask: Int, entry: Int, key: np.uint64) -> Int:
-    """Return the address of the key's entry, or of the empty entry where it would go; start at address ``entry``."""
-    end = entries + (mask + 1) * ENTRY_BYTES
-    while load_u64(entry, 1) != _EMPTY and load_u64(entry, 0) != key:
-        entry += ENTRY_BYTES
-        if entry == end:
-            entry = entries
-    return entry
-
-
-@jit
-def find_rows(
-    descriptors: NDArray[np.int64],
-    salt: np.uint64,
-    shape: Layout,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    addresses: NDArray[np.int64],
-) -> int:
-    """Write the row address of each key to addresses: int64[n], 0 when absent; return how many are present."""
-    aim(descriptors, salt, keys, blocks, counts, addresses)
-    n = keys.shape[0]
-    present = 0
-    begin = 0
-    for group in range(blocks.shape[0]):
-        block = blocks[group]
-        entries = descriptors[block, ENTRIES]
-        mask = descriptors[block, MASK]
-        chunks = descriptors[block, CHUNKS]
-        end = begin + counts[group]
-        for i in range(begin, end):
-            if i + AHEAD < n:
-                prefetch(addresses[i + AHEAD])
-            word = load_u64(probe(entries, mask, addresses[i], keys[i]), 1)
-            if word == _EMPTY:
-                addresses[i] = 0
-            else:
-                addresses[i] = row_address(chunks, np.int64(word - _ONE), shape)
-                present += 1
-        begin = end
-    return present
-
-
-@jit
-def create_rows(
-    descriptors: NDArray[np.int64],
-    salt: np.uint64,
-    shape: Layout,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    refused: NDArray[np.uint8],
-    start: np.uint64,
-    first: NDArray[np.float64],
-    state: NDArray[np.float32],
-    addresses: NDArray[np.int64],
-) -> int:
-    """As find_rows, but create absent rows at their first value; return how many. Refused keys get address 0."""
-    aim(descriptors, salt, keys, blocks, counts, addresses)
-    n = keys.shape[0]
-    created = 0
-    begin = 0
-    for group in range(blocks.shape[0]):
-        block = blocks[group]
-        entries = descriptors[block, ENTRIES]
-        mask = descriptors[block, MASK]
-        chunks = descriptors[block, CHUNKS]
-        rows = descriptors[block, ROWS]
-        end = begin + counts[group]
-        for i in range(begin, end):
-            if i + AHEAD < n:
-                prefetch(addresses[i + AHEAD])
-            if refused[i] != 0:
-                addresses[i] = 0
-                continue
-            entry = probe(entries, mask, addresses[i], keys[i])
-            word = load_u64(entry, 1)
-            if word == _EMPTY:
-                row = row_address(chunks, rows, shape)
-                rows += 1
-                created += 1
-                store_u64(entry, 0, keys[i])
-                store_u64(entry, 1, np.uint64(rows))
-                start_row(row, shape, start, keys[i], first, state)
-                addresses[i] = row
-            else:
-                addresses[i] = row_address(chunks, np.int64(word - _ONE), shape)
-        descriptors[block, ROWS] = rows
-        begin = end
-    return created
-
-
-@jit
-def rehash(salt: np.uint64, old: NDArray[np.uint64], entries: Int, mask: Int) -> None:
-    """Enter all entries of old: uint64[capacity, 2] into the empty index at ``entries``."""
-    for i in range(old.shape[0]):
-        if old[i, 1] != _EMPTY:
-            key = old[i, 0]
-            entry: Int = entries + np.int64(key_mix(salt, key) & np.uint64(mask)) * ENTRY_BYTES
-            entry = probe(entries, mask, entry, key)
-            store_u64(entry, 0, key)
-            store_u64(entry, 1, old[i, 1])
-
-
-@jit
-def export_rows(
-    entries: NDArray[np.uint64],
-    chunks: int,
-    shape: Layout,
-    keys: NDArray[np.uint64],
-    weights: NDArray[np.float32],
-    state: NDArray[np.float32],
-) -> None:
-    """Copy all rows of entries: uint64[capacity, 2] to keys: uint64[r], weights and state, in order of slots."""
-    for i in range(entries.shape[0]):
-        if entries[i, 1] != _EMPTY:
-            slot = np.int64(entries[i, 1] - _ONE)
-            keys[slot] = entries[i, 0]
-            read_row(row_address(chunks, slot, shape), shape, slot, weights, state)
-
-
-@jit
-def import_rows(
-    descriptor: NDArray[np.int64],
-    salt: np.uint64,
-    shape: Layout,
-    keys: NDArray[np.uint64],
-    weights: NDArray[np.float32],
-    state: NDArray[np.float32],
-) -> int:
-    """Fill an empty block with room: slot i = key i. Return -1, or the position of the first key that came before."""
-    entries = descriptor[ENTRIES]
-    mask = descriptor[MASK]
-    for i in range(keys.shape[0]):
-        key = keys[i]
-        entry: Int = entries + np.int64(key_mix(salt, key) & np.uint64(mask)) * ENTRY_BYTES
-        entry = probe(entries, mask, entry, key)
-        if load_u64(entry, 1) != _EMPTY:
-            return i
-        store_u64(entry, 0, key)
-        store_u64(entry, 1, np.uint64(i + 1))
-        write_row(row_address(descriptor[CHUNKS], i, shape), shape, i, weights, state)
-    descriptor[ROWS] = keys.shape[0]
-    return -1

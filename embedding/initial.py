@@ -87,13 +87,19 @@ def normal(begin: np.uint64, column: int) -> np.floating[Any]:
 
 
 @jit
+def draw_value(begin: np.uint64, column: int, kind: float, mean: float, scale: float) -> np.float32:
+    """Return the first value of one column; ``begin`` from stream(), kind, mean and scale from constants()."""
+    if kind == NORMAL:
+        return np.float32(mean + scale * normal(begin, column))
+    if kind == UNIFORM:
+        return np.float32(mean + scale * uniform(begin, column))
+    return np.float32(mean)
+
+
+@jit
 def first_value(begin: np.uint64, column: int, first: NDArray[np.float64]) -> np.float32:
     """Return the first value of one column; ``begin`` from stream(), ``first`` from constants()."""
-    if first[0] == NORMAL:
-        return np.float32(first[1] + first[2] * normal(begin, column))
-    if first[0] == UNIFORM:
-        return np.float32(first[1] + first[2] * uniform(begin, column))
-    return np.float32(first[1])
+    return draw_value(begin, column, first[0], first[1], first[2])
 
 
 @jit

@@ -25,8 +25,9 @@ LINE = 64  # bytes of a cache line, the unit of prefetch
 
 
 def _pointer(builder: Any, address: Any, index: Any, bytes_each: int) -> Any:
-    offset = builder.mul(index, ir.Constant(ir.IntType(64), bytes_each))
-    return builder.inttoptr(builder.add(address, offset), ir.PointerType())
+    # As base and index, not as a sum: so LLVM sees what a loop over the index reads, and makes vector code of it.
+    kind = ir.IntType(8 * bytes_each)
+    return builder.gep(builder.inttoptr(address, ir.PointerType()), [index], source_etype=kind)
 
 
 def _load(kind: Any, llvm: Any, bytes_each: int) -> Callable[..., Any]:
@@ -101,6 +102,14 @@ def _trailing_zeros(typing: Any, value: Any) -> Any:
     return types.int64(types.int64), code
 
 
+def _address_in(typing: Any, array: Any, offset: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.add(builder.ptrtoint(data, ir.IntType(64)), arguments[1])
+
+    return types.int64(array, types.int64), code
+
+
 def _bit_length(typing: Any, value: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         zeros = builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -134,8 +143,10 @@ def _plain_match(line: Any, word: Any) -> int:
 # load_X(address, index) reads item ``index`` of an array of X at ``address``; store_X(address, index, value) writes it;
 # prefetch(address) asks for that cache line; copy(to, from, bytes) copies memory that does not overlap;
 # match_line(address, word) has bit i set where item i of the 8 uint64 of a cache line is ``word``;
+# address_in(array, offset) is the address ``offset`` bytes behind an array's first item;
 # trailing_zeros(n) is the number of the lowest bit set of n, 64 for 0; bit_length(n) counts the bits of n >= 0.
 load_f32: Callable[[Any, Any], Any]
+load_f64: Callable[[Any, Any], Any]
 load_u8: Callable[[Any, Any], Any]
 load_u16: Callable[[Any, Any], Any]
 load_u32: Callable[[Any, Any], Any]
@@ -152,9 +163,11 @@ copy: Callable[[Any, Any, Any], None]
 match_line: Callable[[Any, Any], Any]
 trailing_zeros: Callable[[Any], Any]
 bit_length: Callable[[Any], Any]
+address_in: Callable[[Any, Any], Any]
 
 if numba.config.DISABLE_JIT:
     load_f32 = _plain_load(ctypes.c_float, np.float32, 4)
+    load_f64 = _plain_load(ctypes.c_double, np.float64, 8)
     load_u8 = _plain_load(ctypes.c_uint8, np.uint8, 1)
     load_u16 = _plain_load(ctypes.c_uint16, np.uint16, 2)
     load_u32 = _plain_load(ctypes.c_uint32, np.uint32, 4)
@@ -170,9 +183,11 @@ if numba.config.DISABLE_JIT:
     copy = _plain_copy
     match_line = _plain_match
     trailing_zeros = lambda value: (int(value) & -int(value)).bit_length() - 1 if value else 64  # noqa: E731
+    address_in = lambda array, offset: address_of(array) + int(offset)  # noqa: E731
     bit_length = lambda value: int(value).bit_length()  # noqa: E731
 else:
     load_f32 = intrinsic(_load(types.float32, ir.FloatType(), 4))
+    load_f64 = intrinsic(_load(types.float64, ir.DoubleType(), 8))
     load_u8 = intrinsic(_load(types.uint8, ir.IntType(8), 1))
     load_u16 = intrinsic(_load(types.uint16, ir.IntType(16), 2))
     load_u32 = intrinsic(_load(types.uint32, ir.IntType(32), 4))
@@ -188,6 +203,7 @@ else:
     copy = intrinsic(_copy)
     match_line = intrinsic(_match_line)
     trailing_zeros = intrinsic(_trailing_zeros)
+    address_in = intrinsic(_address_in)
     bit_length = intrinsic(_bit_length)
 
 

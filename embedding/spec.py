@@ -10,6 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from oarlock.embedding.optimizer_spec import OptimizerSpec as OptimizerSpec
+from oarlock.embedding.policy import DTYPES
+from oarlock.embedding.policy import Admission as Admission
+from oarlock.embedding.policy import Eviction as Eviction
+from oarlock.embedding.policy import Guard as Guard
 from oarlock.proto.errors import InvalidArgument
 
 MAX_DIM = 65536
@@ -49,17 +53,48 @@ class Initializer:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A run of ``width`` columns of a row that has its own optimizer and initializer."""
+
+    width: int
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    initializer: Initializer = field(default_factory=Initializer)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or not 1 <= self.width <= MAX_DIM:
+            raise InvalidArgument(f"part.width = {self.width!r}: give an integer from 1 to {MAX_DIM}")
+
+
+@dataclass(frozen=True)
 class TableSpec:
-    """A named set of rows: ``dim`` float32 weights per key, cut into ``blocks`` (a power of two) hash ranges."""
+    """A named set of rows: ``dim`` weights per key, cut into ``blocks`` (a power of two) hash ranges.
+
+    ``dtype``: how weights are stored (``embedding/precision.py``); values on the wire are float32. ``parts``: columns with
+    optimizers of their own, in place of ``optimizer`` and ``initializer``. ``absent``: what a key without a row reads as,
+    its ``first`` value or ``zeros``. ``usage``: keep occurrences and tick of the last update of each row, also where no
+    policy needs them. ``memory_bytes``: beyond so many bytes of rows a shard spills cold ones to a file, 0 = never.
+    ``expand_score``: a row begins with its first part alone and gets the others when (shows - clicks) * nonclick +
+    clicks * click reaches this, 0 = rows are whole from the start.
+    """
 
     name: str
     dim: int
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     initializer: Initializer = field(default_factory=Initializer)
     blocks: int = 64
+    dtype: str = "float32"
+    parts: tuple[Part, ...] = ()
+    absent: str = "first"
+    usage: bool = False
+    admission: Admission = field(default_factory=Admission)
+    eviction: Eviction = field(default_factory=Eviction)
+    guard: Guard = field(default_factory=Guard)
+    memory_bytes: int = 0
+    expand_score: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("table", self.name)
+        object.__setattr__(self, "parts", tuple(self.parts))
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 1 <= self.dim <= MAX_DIM:
             raise InvalidArgument(f"table {self.name}: dim = {self.dim!r}: give an integer from 1 to {MAX_DIM}")
         if (
@@ -71,6 +106,50 @@ class TableSpec:
             raise InvalidArgument(
                 f"table {self.name}: blocks = {self.blocks!r}: give a power of two from 1 to {MAX_BLOCKS}"
             )
+        if self.dtype not in DTYPES:
+            raise InvalidArgument(f"table {self.name}: dtype = {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.absent not in ("first", "zeros"):
+            raise InvalidArgument(f"table {self.name}: absent = {self.absent!r}: choose first or zeros")
+        if not isinstance(self.usage, bool):
+            raise InvalidArgument(f"table {self.name}: usage = {self.usage!r}: give true or false")
+        if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
+            raise InvalidArgument(f"table {self.name}: memory_bytes = {self.memory_bytes!r}: give an integer >= 0")
+        _finite(f"table {self.name}", "expand_score", self.expand_score)
+        self._check_parts()
+        self._check_combinations()
+
+    def _check_parts(self) -> None:
+        if not self.parts:
+            return
+        if self.optimizer != OptimizerSpec() or self.initializer != Initializer():
+            raise InvalidArgument(
+                f"table {self.name}: parts and optimizer or initializer are both set: each part has its own"
+            )
+        if sum(part.width for part in self.parts) != self.dim:
+            raise InvalidArgument(
+                f"table {self.name}: the parts are {sum(part.width for part in self.parts)} wide in all, dim = {self.dim}"
+            )
+
+    def _check_combinations(self) -> None:
+        both = [
+            (self.memory_bytes, "memory_bytes", self.guard.undo, "guard.undo"),
+            (self.memory_bytes, "memory_bytes", self.eviction.max_bytes, "eviction.max_bytes"),
+            (self.expand_score, "expand_score", self.memory_bytes, "memory_bytes"),
+            (self.expand_score, "expand_score", self.guard.undo, "guard.undo"),
+            (self.expand_score, "expand_score", self.eviction.max_bytes, "eviction.max_bytes"),
+        ]
+        for one, name, other, second in both:
+            if one and other:
+                raise InvalidArgument(f"table {self.name}: {name} and {second} do not go together: choose one of them")
+        if self.expand_score < 0 or (self.expand_score and len(self.parts) < 2):
+            raise InvalidArgument(
+                f"table {self.name}: expand_score = {self.expand_score} needs two parts or more, and > 0"
+            )
+
+    @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """Return the parts of a row, the only one of an ordinary table included."""
+        return self.parts or (Part(self.dim, self.optimizer, self.initializer),)
 
 
 @dataclass(frozen=True)
@@ -107,6 +186,8 @@ def to_json(spec: TableSpec | DenseSpec) -> dict[str, Any]:
     out = asdict(spec)
     if isinstance(spec, DenseSpec):
         out["shape"] = list(spec.shape)
+    else:
+        out["parts"] = list(out["parts"])
     return out
 
 
@@ -123,13 +204,29 @@ def _build(kind: type, values: object, owner: str) -> Any:
         raise InvalidArgument(f"{owner}: {error}") from None
 
 
+NESTED = {
+    "optimizer": OptimizerSpec,
+    "initializer": Initializer,
+    "admission": Admission,
+    "eviction": Eviction,
+    "guard": Guard,
+}
+
+
 def _nested(values: object, owner: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgument(f"{owner}: expected an object, got {type(values).__name__}")
     out = dict(values)
-    for name, kind in (("optimizer", OptimizerSpec), ("initializer", Initializer)):
+    for name, kind in NESTED.items():
         if name in out:
             out[name] = _build(kind, out[name], f"{owner}.{name}")
+    if "parts" in out:
+        if not isinstance(out["parts"], list | tuple):
+            raise InvalidArgument(f"{owner}.parts: expected a list, got {type(out['parts']).__name__}")
+        out["parts"] = tuple(
+            _build(Part, _nested(part, f"{owner}.parts[{i}]"), f"{owner}.parts[{i}]")
+            for i, part in enumerate(out["parts"])
+        )
     return out
 
 

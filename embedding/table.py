@@ -1,101 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table: rows by key, in the blocks that this process stores.
 
-Invariant: a pull creates nothing; a row starts at its first value and changes by pushes and imports only; each result
-is a pure function of the block and the request, whatever the split into requests. Callable from any thread: one lock
-per table, held while kernels run and memory grows, so requests to one table go one after the other and requests to
-different tables side by side. (Locks by block are the next step; the descriptors already keep blocks apart.)
+Invariant: a pull creates nothing; a row starts at its first value and changes by pushes, imports, evictions and undo only;
+each result is a pure function of the block and the request, whatever the split into requests. Callable from any thread:
+one kernel call serves a request, requests run side by side, and only those that meet in one block wait, for as long as
+the other one's run of keys in that block takes (``embedding/lock.py``).
 
 Keys arrive grouped by block: ``blocks`` names the blocks, ``counts`` how many of the keys belong to each, in order.
 """
 
 import math
-import threading
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding import index
-from oarlock.embedding.block import Block, BlockRows
-from oarlock.embedding.hashing import table_salt
-from oarlock.embedding.initial import constants, origin
-from oarlock.embedding.optimizer import hyper_of, optimizer_of
-from oarlock.embedding.pointer import check_output, kernel_array
-from oarlock.embedding.slab import gather_rows, layout
+from oarlock.embedding import check
+from oarlock.embedding.admission import Rules
+from oarlock.embedding.cold import ColdRows
+from oarlock.embedding.content import BlockRows
+from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ENTRIES, HAND, ROWS, VERSION
+from oarlock.embedding.evict import Sweep, oldest, sweep_buckets
+from oarlock.embedding.explain import explain_row
+from oarlock.embedding.hashing import blocks_of
+from oarlock.embedding.optimizers import optimizer_of
+from oarlock.embedding.pointer import address_of, check_output, kernel_array
+from oarlock.embedding.policy import ADMISSIONS
+from oarlock.embedding.pull import pull_rows
+from oarlock.embedding.push import (
+    APPLIED,
+    COLUMN,
+    CREATED,
+    DONE,
+    GROUP,
+    HYPER,
+    IN_FILE,
+    NEED,
+    NO_ROOM,
+    PART_FIELDS,
+    PASSES,
+    REFUSED,
+    STATE,
+    UPDATE,
+    WAITING,
+    WIDTH,
+    WORDS,
+    push_rows,
+)
+from oarlock.embedding.refusal import limit_bits
+from oarlock.embedding.regularise import passes
+from oarlock.embedding.request import Request, Workspace
 from oarlock.embedding.spec import TableSpec
-from oarlock.embedding.update import refuse
-from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
+from oarlock.embedding.store import Store
+from oarlock.embedding.undo import undo_rows
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory
 
 Keys = NDArray[np.uint64]
 Groups = NDArray[np.int32]
 Values = NDArray[np.float32]
 
+NO_OCCURRENCES: NDArray[np.uint32] = np.zeros(0, np.uint32)
+NO_CLICKS: NDArray[np.float32] = np.zeros(0, np.float32)
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
+_NO_RECORDS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 class PushCounts(NamedTuple):
-    """What a push did: rows updated, those of them that are new, and rows refused for a gradient that is not finite."""
+    """What a push did: rows updated, those of them that are new, gradients refused, and keys not admitted (yet)."""
 
     applied: int
     created: int
     refused: int
+    waiting: int = 0
 
 
-class Table:
-    """The rows of ``spec`` in the adopted blocks. ``seed`` is the job's, in [0, 2^64)."""
+class Table(Store):
+    """The rows of ``spec`` in the adopted blocks. ``seed`` is the job's; cold rows are spilled into ``spill_folder``."""
 
-    def __init__(self, spec: TableSpec, *, seed: int) -> None:
-        optimizer = optimizer_of(spec.optimizer)
-        self.spec = spec
-        self.state_columns = optimizer.state_columns(spec.dim)
-        self.salt = table_salt(spec.name)
-        self.bits = spec.blocks.bit_length() - 1
-        self._update = optimizer.update
-        self._hyper = hyper_of(spec.optimizer)
-        self._state = optimizer.initial_state(spec.optimizer, spec.dim)
-        self._layout = layout(spec.dim, self.state_columns)
-        self._origin = origin(seed, spec.name)
-        self._first = constants(spec.initializer)
-        self._lock = threading.Lock()
-        self._blocks: dict[int, Block] = {}
-        self._descriptors: NDArray[np.int64] = np.zeros((spec.blocks, index.FIELDS), np.int64)
-        self._seen: NDArray[np.uint8] = np.zeros(spec.blocks, np.uint8)
-
-    # Blocks
-
-    def adopt(self, block: int) -> None:
-        """Store a block from now on, empty."""
-        self._in_range(block)
-        with self._lock:
-            if block in self._blocks:
-                raise InvalidArgument(f"table {self.spec.name}: block {block} is stored here already; drop it first")
-            self._place(block, Block(self._layout, self.salt))
-
-    def drop(self, block: int) -> None:
-        """Forget a block and free its memory."""
-        self._in_range(block)
-        with self._lock:
-            self._stored(block)
-            self._descriptors[block] = 0
-            del self._blocks[block]
-
-    @property
-    def owned(self) -> Groups:
-        """Return the stored blocks, ascending: int32[m]."""
-        with self._lock:
-            return np.array(sorted(self._blocks), np.int32)
-
-    @property
-    def rows(self) -> int:
-        with self._lock:
-            return sum(block.rows for block in self._blocks.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes allocated for rows and indexes."""
-        with self._lock:
-            return self._descriptors.nbytes + sum(block.nbytes for block in self._blocks.values())
+    def __init__(self, spec: TableSpec, *, seed: int, spill_folder: Path | None = None) -> None:
+        super().__init__(spec, seed=seed)
+        if spec.expand_score:
+            raise InvalidArgument(f"table {spec.name}: expand_score needs an ExpandingTable (make_table chooses)")
+        self._optimizers = [optimizer_of(part.optimizer) for part in spec.all_parts]
+        self._hyper = [o.hyper(p.optimizer) for o, p in zip(self._optimizers, spec.all_parts, strict=True)]
+        self._parts: NDArray[np.int64] = np.zeros((len(spec.all_parts), PART_FIELDS), np.int64)
+        column = state = 0
+        for line, part, optimizer, hyper in zip(
+            self._parts, spec.all_parts, self._optimizers, self._hyper, strict=True
+        ):
+            line[UPDATE] = optimizer.update.address
+            line[COLUMN] = column
+            line[STATE] = state
+            line[WIDTH] = part.width
+            line[HYPER] = address_of(hyper)
+            line[PASSES] = passes(part.optimizer)
+            column += part.width
+            state += optimizer.state_columns(part.width)
+        admission = spec.admission
+        self._rules = Rules(
+            ADMISSIONS.index(admission.kind),
+            admission.occurrences,
+            float(admission.probability),
+            float(admission.nonclick),
+            float(admission.click),
+            limit_bits(spec.guard.limit),
+            spec.memory_bytes > 0,
+        )
+        self._workspaces: list[Workspace] = []
+        self._sample: NDArray[np.uint64] = np.zeros(spec.guard.sample, np.uint64)
+        self.refused = 0  # gradients, since this table was made
+        self.evicted = 0  # rows, likewise
+        self._cold = ColdRows(self, spill_folder) if spec.memory_bytes else None
 
     # Requests
 
@@ -105,14 +123,14 @@ class Table:
         Pull and push check only what keeps memory safe; a caller that did not group the keys itself calls this first.
         """
         keys, blocks, counts = self._request(keys, blocks, counts)
-        with self._lock:
-            self._check_groups(keys.shape[0], blocks, counts)
+        with self._working(keys.shape[0]) as work:
+            self._check_groups(work, keys.shape[0], blocks, counts)
         fault = np.zeros(1, np.int64)
         places = np.zeros(2 << keys.shape[0].bit_length(), np.int32) if unique else _NO_PLACES
-        code = index.check_keys(self.salt, self.bits, keys, blocks, counts, places, fault)
-        if code != index.FINE:
+        code = check.check_keys(self.salt, self.bits, keys, blocks, counts, places, fault)
+        if code != check.FINE:
             at = int(fault[0])
-            fact = "does not hash to the block it is sent for" if code == index.WRONG_BLOCK else "comes twice in a push"
+            fact = "does not hash to the block it is sent for" if code == check.WRONG_BLOCK else "comes twice in a push"
             raise Malformed(
                 f"table {self.spec.name}: key {int(keys[at])} at position {at} {fact}; "
                 "group and merge keys with KeySorter",
@@ -122,106 +140,265 @@ class Table:
     def pull(self, keys: Keys, blocks: Groups, counts: Groups, out: Values) -> int:
         """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many rows are present.
 
-        An absent key reads as its first value and stays absent.
+        An absent key reads as its first value, or zeros if the table says so, and stays absent.
         """
         keys, blocks, counts = self._request(keys, blocks, counts)
-        self._values("out", out, keys.shape[0])
+        n = keys.shape[0]
+        self._values("out", out, n)
         check_output(f"table {self.spec.name}: out", out)
-        addresses = np.empty(keys.shape[0], np.int64)
-        with self._lock:
-            self._check_groups(keys.shape[0], blocks, counts)
-            present = index.find_rows(self._descriptors, self.salt, self._layout, keys, blocks, counts, addresses)
-            gather_rows(addresses, self._layout, keys, self._origin, self._first, out)
-        return int(present)
+        with self._working(n) as work:
+            self._check_groups(work, n, blocks, counts)
+            pinned = self._cold.pin() if self._cold is not None else None
+            try:
+                missing = pull_rows(
+                    self.base,
+                    self.salt,
+                    self.layout,
+                    self.first,
+                    self.spec.absent == "zeros",
+                    self._cold is not None,
+                    keys,
+                    blocks,
+                    counts,
+                    work.mixes,
+                    work.hints,
+                    work.rows,
+                    work.records,
+                    address_of(out),
+                    work.found,
+                )
+                if missing >= 0:
+                    self.stale(int(blocks[missing]))
+                if self._cold is not None and work.found[1]:
+                    self._cold.read_weights(work, n, out)
+            finally:
+                if self._cold is not None and pinned is not None:
+                    self._cold.unpin(pinned)
+            return int(work.found[0] + work.found[1])
 
-    def push(self, keys: Keys, blocks: Groups, counts: Groups, gradients: Values, *, rate: float) -> PushCounts:
-        """Apply one optimizer step with gradients: float32[n, dim]; absent rows are created at their first value.
+    def push(
+        self,
+        keys: Keys,
+        blocks: Groups,
+        counts: Groups,
+        gradients: Values,
+        *,
+        rate: float,
+        step: int = 1,
+        occurrences: NDArray[np.uint32] = NO_OCCURRENCES,
+        clicks: NDArray[np.float32] = NO_CLICKS,
+    ) -> PushCounts:
+        """Apply one optimizer step with gradients: float32[n, dim]; admitted keys get rows at their first value.
 
-        A row whose gradient holds an infinity or NaN is refused: neither changed nor created.
+        ``rate`` is the learning rate before the table's schedule, ``step`` the job's step, from 1. occurrences: uint32[n]
+        and clicks: float32[n] say how often each key came in the batch, and with how many clicks (default: once, none).
+        A row whose gradient holds an infinity, NaN or a value beyond the table's limit is refused: neither changed nor
+        created. OutOfMemory names ``groups``: so many blocks of the request are done, the others untouched.
         """
         keys, blocks, counts = self._request(keys, blocks, counts)
         n = keys.shape[0]
         self._values("gradients", gradients, n)
         gradients = kernel_array("gradients", gradients, np.float32, 2)
-        rate = float(rate)
-        if not math.isfinite(rate):
-            raise InvalidArgument(f"table {self.spec.name}: rate = {rate}: give a finite number")
-        flags = np.empty(n, np.uint8)
-        refused = int(refuse(gradients.view(np.uint32), flags))
-        addresses = np.empty(n, np.int64)
-        with self._lock:
-            self._check_groups(n, blocks, counts)
-            self._make_room(blocks, counts)
-            created = index.create_rows(
-                self._descriptors,
-                self.salt,
-                self._layout,
-                keys,
-                blocks,
-                counts,
-                flags,
-                self._origin,
-                self._first,
-                self._state,
-                addresses,
+        rates = self._rates(rate, step)
+        occurrences = self._aside("occurrences", kernel_array("occurrences", occurrences, np.uint32), n)
+        clicks = self._aside("clicks", kernel_array("clicks", clicks, np.float32), n)
+        if not np.isfinite(clicks).all() or (clicks < 0).any():
+            raise InvalidArgument(f"table {self.spec.name}: clicks must be finite and >= 0")
+        tick = min(max(int(step), 0), 0xFFFFFFFF)
+        request = Request(keys, blocks, counts, gradients, occurrences, clicks, rates, int(step), tick)
+        with self._working(n) as work:
+            self._check_groups(work, n, blocks, counts)
+            progress = np.zeros(WORDS, np.int64)
+            scratch = work.scratch
+            while True:
+                code = push_rows(
+                    self.base,
+                    self.salt,
+                    self.layout,
+                    self.first,
+                    self._rules,
+                    self._parts,
+                    request,
+                    scratch,
+                    address_of(gradients),
+                    work.rows_address,
+                    work.values_address,
+                    self._sample,
+                    progress,
+                )
+                if code == DONE:
+                    break
+                group, need = int(progress[GROUP]), int(progress[NEED])
+                block = int(blocks[group])
+                if code == NO_ROOM:
+                    try:
+                        self._make_room(block, need, tick)
+                    except OutOfMemory as error:
+                        raise OutOfMemory(str(error), table=self.spec.name, groups=group) from None
+                elif code == IN_FILE and self._cold is not None:
+                    with self.holding(block):
+                        self.stored(block)
+                        self._cold.bring_back(block, keys[work.cold[:need]])
+                else:
+                    self.stale(block, groups=group)
+        self.refused += int(progress[REFUSED])
+        if self._cold is not None:
+            self._cold.tidy()
+        return PushCounts(*(int(progress[word]) for word in (APPLIED, CREATED, REFUSED, WAITING)))
+
+    # Rows that leave, and values that come back
+
+    def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> tuple[int, bool]:
+        """Evict what the table's rules say from the next ``buckets`` buckets of a block's index.
+
+        Return how many rows left, and whether the sweep came to the end of the block. The keys are recorded as tombstones.
+        """
+        rules = self.spec.eviction
+        with self.holding(block) as descriptor:
+            self.stored(block)
+            words = self.descriptors[block]
+            begin = int(words[HAND])
+            end = min(begin + max(1, int(buckets)), int(words[COUNT]))
+            if self._cold is not None:
+                self._cold.bring_back_range(block, begin, end)
+            sweep = Sweep(
+                rules.age,
+                rules.occurrences,
+                float(rules.norm) ** 2,
+                float(rules.score),
+                float(rules.decay),
+                float(self.spec.admission.nonclick),
+                float(self.spec.admission.click),
             )
-            self._update(addresses, self.spec.dim, gradients, rate, self._hyper)
-        return PushCounts(n - refused, int(created), refused)
+            gone = np.empty((end - begin) * 5, np.uint64)
+            values = np.empty(self.spec.dim, np.float32)
+            with self.shut(block):
+                left = sweep_buckets(descriptor, self.layout, sweep, tick, begin, end, address_of(values), gone)
+            wrapped = end == int(words[COUNT])
+            words[HAND] = 0 if wrapped else end
+            self._bury(block, gone[:left])
+            return int(left), wrapped
 
-    # Whole blocks
+    def _bury(self, block: int, keys: Keys) -> None:
+        if len(keys):
+            self.descriptors[block, VERSION] += 1
+            self.blocks[block].tombstones.record(keys.copy(), int(self.descriptors[block, VERSION]))
+            self.evicted += len(keys)
 
-    def export_block(self, block: int) -> BlockRows:
-        """Return a copy of a stored block's rows, all of one instant."""
-        self._in_range(block)
-        with self._lock:
-            return self._stored(block).export()
+    def tombstones(self, block: int, *, since: int = 0) -> tuple[Keys, NDArray[np.int64]] | None:
+        """Return the keys that left a block after version ``since``, with versions; None: it remembers no longer so far."""
+        with self.holding(block):
+            return self.stored(block).tombstones.since(since)
 
-    def import_block(self, block: int, content: BlockRows) -> None:
-        """Store a block with exactly these rows, replacing what it held; a Malformed content changes nothing."""
-        self._in_range(block)
-        keys = kernel_array("keys", content.keys, np.uint64)
-        weights = kernel_array("weights", content.weights, np.float32, 2)
-        state = kernel_array("state", content.state, np.float32, 2)
-        where = f"table {self.spec.name}, block {block}"
-        for name, array, columns in (("weights", weights, self.spec.dim), ("state", state, self.state_columns)):
-            if array.shape != (keys.shape[0], columns):
-                raise Malformed(f"{where}: {name} has shape {array.shape}, expected {(keys.shape[0], columns)}")
-            if not np.isfinite(array).all():
-                raise Malformed(f"{where}: {name} holds an infinity or NaN")
-        if keys.shape[0]:
-            fault = np.zeros(1, np.int64)
-            whole = np.array([[block], [keys.shape[0]]], np.int32)
-            if index.check_keys(self.salt, self.bits, keys, whole[0], whole[1], _NO_PLACES, fault) != index.FINE:
-                raise Malformed(f"{where}: key {int(keys[fault[0]])} belongs to another block")
-        fresh = Block(self._layout, self.salt)
-        again = fresh.fill(BlockRows(keys, weights, state))
-        if again >= 0:
-            raise Malformed(f"{where}: key {int(keys[again])} comes twice")
-        with self._lock:
-            self._place(block, fresh)
+    def forget_tombstones(self, block: int, *, until: int) -> None:
+        """Forget what left a block at version ``until`` or before."""
+        with self.holding(block):
+            self.stored(block).tombstones.forget(until)
+
+    def undo(self, keys: Keys, *, steps: int = 1) -> NDArray[np.int32]:
+        """Take back the last ``steps`` updates of each row; return int32[n], how many of them were still kept.
+
+        Counters stay; keys without a row, or of blocks stored elsewhere, give 0.
+        """
+        if not self.spec.guard.undo:
+            raise InvalidArgument(f"table {self.spec.name} keeps no old values: set guard.undo = n")
+        if steps < 1:
+            raise InvalidArgument(f"steps = {steps}: give 1 or more")
+        keys = kernel_array("keys", keys, np.uint64)
+        done = np.zeros(len(keys), np.int32)
+        for block, where in self._by_block(keys):
+            with self.holding(block) as descriptor, self.shut(block):
+                if block in self.blocks:
+                    part = np.zeros(len(where), np.int32)
+                    undo_rows(descriptor, self.salt, self.layout, keys[where], steps, part)
+                    done[where] = part
+                    self.descriptors[block, VERSION] += int(part.any())
+        return done
+
+    def explain(self, key: int, *, tick: int | None = None) -> dict[str, object]:
+        """Return everything known of one key: where it is, what its row holds, and how it stands with the policies."""
+        return explain_row(self, key, tick)
+
+    def refused_keys(self) -> Keys:
+        """Return keys: uint64[s] whose gradients were refused, a sample of the latest."""
+        return self._sample[: min(self.refused, len(self._sample))].copy()
+
+    def close(self) -> None:
+        """Give back what is not memory: the spill file."""
+        if self._cold is not None:
+            self._cold.close()
 
     # Inside
 
-    def _place(self, block: int, content: Block) -> None:
-        content.move_descriptor(self._descriptors[block])
-        self._blocks[block] = content
+    def bring_back(self, block: int, keys: Keys) -> None:
+        """Take rows of a block back from the spill file; the caller holds the block."""
+        if self._cold is not None:
+            self._cold.bring_back(block, keys)
 
-    def _in_range(self, block: int) -> None:
-        if not 0 <= block < self.spec.blocks:
-            raise InvalidArgument(f"table {self.spec.name}: block {block} is not in [0, {self.spec.blocks})")
+    def _forget_cold(self, block: int) -> None:
+        if self._cold is not None:
+            self._cold.drop(self._cold.spilled_records(block))
 
-    def _stored(self, block: int) -> Block:
-        found = self._blocks.get(block)
-        if found is None:
-            self._stale(block)
-        return found
+    def _with_cold(self, rows: BlockRows, words: NDArray[np.uint32]) -> BlockRows:
+        return self._cold.with_cold(rows, words) if self._cold is not None else rows
 
-    def _stale(self, block: int) -> NoReturn:
-        raise StalePlacement(
-            f"table {self.spec.name}: block {block} is not stored here; fetch the placement and send again",
-            table=self.spec.name,
-            block=block,
-        )
+    def _by_block(self, keys: Keys) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each stored block that some of keys belong to, with their positions."""
+        blocks = np.empty(len(keys), np.int32)
+        blocks_of(keys, self.salt, self.bits, blocks)
+        for block in np.unique(blocks).tolist():
+            if block in self.blocks:
+                yield block, np.flatnonzero(blocks == block)
+
+    def _make_room(self, block: int, rows: int, tick: int) -> None:
+        """See to it that a block can take so many more keys and rows."""
+        with self.holding(block):
+            found = self.stored(block)
+            words = self.descriptors[block]
+            if self._cold is not None:
+                self._cold.spill_for(block, rows)
+            most = self._most_rows()
+            if most and int(words[ROWS]) + rows > most:
+                self._trim(block, int(words[ROWS]) + rows - most + most // 10)
+            found.reserve(rows, rows)
+
+    def _most_rows(self) -> int:
+        """Return how many rows a block may have under the table's byte budget, 0: no budget."""
+        budget = self.spec.eviction.max_bytes
+        return max(16, budget // max(1, len(self.blocks)) // self.row_bytes) if budget else 0
+
+    def _trim(self, block: int, rows: int) -> None:
+        """Evict the ``rows`` rows of a block that were least recently, or least frequently, updated."""
+        words = self.descriptors[block]
+        recent = self.spec.eviction.order == "recent"
+        column = self.layout.updated if recent else self.layout.occurrences
+        with self.shut(block):
+            gone = oldest(self.base + block * DESCRIPTOR_BYTES, int(words[ENTRIES]), self.layout, column, rows)
+        self._bury(block, gone)
+
+    def _rates(self, rate: float, step: int) -> NDArray[np.float64]:
+        rate = float(rate)
+        if not math.isfinite(rate):
+            raise InvalidArgument(f"table {self.spec.name}: rate = {rate}: give a finite number")
+        return np.array([rate * part.optimizer.schedule.factor(step) for part in self.spec.all_parts], np.float64)
+
+    def _aside(self, name: str, values: NDArray[Any], n: int) -> NDArray[Any]:
+        if values.shape[0] not in (0, n):
+            raise Malformed(f"table {self.spec.name}: {values.shape[0]} {name} for {n} keys")
+        return values
+
+    @contextmanager
+    def _working(self, n: int) -> Iterator[Workspace]:
+        """Lend scratch memory for a request of ``n`` keys."""
+        try:
+            work = self._workspaces.pop()
+        except IndexError:
+            work = Workspace(self.spec.blocks, self.layout.dim)
+        work.fit(n)
+        try:
+            yield work
+        finally:
+            self._workspaces.append(work)
 
     def _request(self, keys: Keys, blocks: Groups, counts: Groups) -> tuple[Keys, Groups, Groups]:
         keys = kernel_array("keys", keys, np.uint64)
@@ -238,27 +415,19 @@ class Table:
                 f"expected float32[{n}, {self.spec.dim}]"
             )
 
-    def _check_groups(self, n: int, blocks: Groups, counts: Groups) -> None:
-        fault = np.zeros(1, np.int64)
-        code = index.check_groups(self._descriptors, n, blocks, counts, self._seen, fault)
-        if code == index.FINE:
+    def _check_groups(self, work: Workspace, n: int, blocks: Groups, counts: Groups) -> None:
+        code = check.check_groups(self.descriptors, n, blocks, counts, work.seen, work.fault)
+        if code == check.FINE:
             return
-        if code == index.WRONG_SUM:
-            raise Malformed(f"table {self.spec.name}: counts add up to {int(fault[0])}, but there are {n} keys")
-        group = int(fault[0])
-        block = int(blocks[group])
-        if code == index.NOT_STORED:
-            self._stale(block)
+        fault = int(work.fault[0])
+        if code == check.WRONG_SUM:
+            raise Malformed(f"table {self.spec.name}: counts add up to {fault}, but there are {n} keys")
+        block = int(blocks[fault])
+        if code == check.NOT_STORED:
+            self.stale(block)
         facts = {
-            index.OUT_OF_RANGE: f"block {block} is not in [0, {self.spec.blocks})",
-            index.BAD_COUNT: f"the count of block {block} is {int(counts[group])}, expected 1 or more",
-            index.REPEATED_BLOCK: f"block {block} comes twice",
+            check.OUT_OF_RANGE: f"block {block} is not in [0, {self.spec.blocks})",
+            check.BAD_COUNT: f"the count of block {block} is {int(counts[fault])}, expected 1 or more",
+            check.REPEATED_BLOCK: f"block {block} comes twice",
         }
         raise Malformed(f"table {self.spec.name}: {facts[code]}", table=self.spec.name, block=block)
-
-    def _make_room(self, blocks: Groups, counts: Groups) -> None:
-        tight = np.empty(blocks.shape[0], np.int32)
-        found = index.crowded(self._descriptors, blocks, counts, tight)
-        for group in tight[:found]:
-            block = self._blocks[int(blocks[group])]
-            block.reserve(block.rows + int(counts[group]))

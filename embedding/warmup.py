@@ -8,7 +8,7 @@ import numpy as np
 
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.keys import KeySorter
-from oarlock.embedding.optimizer import OPTIMIZERS
+from oarlock.embedding.optimizers import OPTIMIZERS
 from oarlock.embedding.spec import INITIALIZERS, DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import Table
 

@@ -16,7 +16,7 @@ from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.client.closed import ClosedSet
 from oarlock.client.layout import Layout
 from oarlock.client.router import Routes
-from oarlock.embedding.block import BlockRows
+from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock as DenseContent
 from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
@@ -126,7 +126,7 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
     else:
         name, local = layout.name(number)
         rows = BlockRows(image.keys, image.weights, image.state)
-        shard.tables[layout.table_index[name]].import_block(local, rows)
+        shard.tables[layout.table_index[name]].import_block(local, rows, version=image.seq)
     shard.marks.restore(number, dict(image.marks))
     shard.sequence[number] = image.seq
 

@@ -52,6 +52,7 @@ CASES = {
     "one position": (np.zeros(1, np.int32), np.array([0, 1]), 1),
     "one segment": (np.array([1, 0, 1, 1], np.int32), np.array([0, 4]), 2),
     "all the same key": (np.zeros(9, np.int32), np.array([0, 2, 2, 7, 9]), 1),
+    "every length to 9": (np.arange(45, dtype=np.int32) % 11, np.cumsum(np.arange(10)), 11),
     "ends are empty": (np.array([2, 0], np.int32), np.array([0, 0, 1, 1, 2, 2]), 3),
 }
 for _seed in range(3):

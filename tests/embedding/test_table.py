@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from oarlock.embedding import index
-from oarlock.embedding.block import BlockRows
+from oarlock.embedding.content import BlockRows
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import PushCounts, Table

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cold rows: a table with a memory budget keeps those that are asked for in memory and the others in a file.
+
+    record:   key (uint64) | weights as stored | state and counters
+
+Each stored block may keep its part of the budget. When a block needs room beyond it, a hand goes round its index once: rows
+that nobody asked for since the hand was there last (two bits of heat, ``embedding/index.py``) go to the file in one
+write, the others lose some heat. A push brings the rows that it names back first; a pull reads them where they are.
+
+Invariant: where a row lies never changes what a request returns. A record that a pull may be about to read is pinned, and
+records are freed, and the file compacted, only by ``tidy``, outside of any block's lock. The budget is soft: rows that are all
+in use stay in memory.
+"""
+
+import tempfile
+import threading
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.cold_kernels import (
+    choose_cold,
+    decode_records,
+    find_spilled,
+    list_spilled,
+    pack_rows,
+    renumber,
+    spill_entries,
+    split_records,
+    unspill,
+)
+from oarlock.embedding.content import BlockRows
+from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ROWS, SPILLED_ROWS
+from oarlock.embedding.hashing import blocks_of
+from oarlock.embedding.index import PLACES, RECORD, SPILLED
+from oarlock.embedding.pointer import address_of
+from oarlock.embedding.pull import IN_FILE
+from oarlock.embedding.request import Workspace
+from oarlock.embedding.spill_file import SpillFile
+from oarlock.proto.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from oarlock.embedding.store import Store
+
+INDEX_BYTES = 16  # of a row's entry in the index, about
+LEAST_ROWS = 64  # of a block, whatever the budget
+TIDY_RECORDS = 1 << 14  # dead records that are worth a look at the file
+
+Keys = NDArray[np.uint64]
+Records = NDArray[np.int64]
+
+
+class ColdRows:
+    """The rows of a table that are in its spill file."""
+
+    def __init__(self, store: "Store", folder: Path | None) -> None:
+        shape = store.layout
+        self._store = store
+        self._shape = shape
+        self.record_bytes = 8 + shape.weight_bytes + 4 * (shape.state_columns + shape.counters)
+        self._row_bytes = self.record_bytes + INDEX_BYTES
+        self.file = SpillFile(folder or Path(tempfile.gettempdir()), self.record_bytes)
+        self._lock = threading.Lock()  # of tidy
+        self._opening = threading.Lock()
+        self._opened = False
+        self._dead: deque[NDArray[np.int64]] = deque()
+        self._moved: set[int] = set()
+
+    def close(self) -> None:
+        self.file.close()
+
+    # Pulls
+
+    def pin(self) -> int | None:
+        """Keep all records readable until ``unpin``; None while there is no file."""
+        return self.file.pin() if self._opened else None
+
+    def unpin(self, token: int | None) -> None:
+        if token is not None:
+            self.file.unpin(token)
+
+    def read_weights(self, work: Workspace, n: int, out: NDArray[np.float32]) -> None:
+        """Fill in those rows of a pull that the kernel found to be in the file."""
+        where = np.flatnonzero(work.rows[:n] == IN_FILE)
+        content = self._read(work.records[where])
+        decode_records(content, self._shape, where, address_of(out))
+
+    def _read(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        content = np.empty((len(records), self.record_bytes), np.uint8)
+        self.file.read(records, content)
+        return content
+
+    # Pushes; the caller holds the block.
+
+    def spill_for(self, block: int, rows: int) -> None:
+        """Let cold rows of a block go to the file if ``rows`` more would take it over its part of the budget."""
+        store = self._store
+        words = store.descriptors[block]
+        part = store.spec.memory_bytes // max(1, len(store.blocks)) // self._row_bytes
+        most = max(LEAST_ROWS, part)
+        need = int(words[ROWS]) + rows - most
+        if need <= 0:
+            return
+        entries = np.empty(min(int(words[ROWS]), need + most // 16), np.int64)
+        descriptor = store.base + block * DESCRIPTOR_BYTES
+        found = choose_cold(descriptor, self._shape, entries)
+        entries = entries[:found]
+        if found == 0:
+            return
+        content = np.empty((found, self.record_bytes), np.uint8)
+        pack_rows(descriptor, self._shape, entries, content)
+        with self._opening:
+            if not self._opened:
+                self.file.open()
+                self._opened = True
+        records = self.file.append(address_of(content), found)
+        if int(records[-1]) > RECORD:
+            self.file.free(records)
+            raise OutOfMemory(
+                f"table {store.spec.name}: its spill file holds {RECORD} rows, and no more fit: add shards"
+            )
+        with store.shut(block):
+            spill_entries(descriptor, self._shape, entries, records)
+        words[SPILLED_ROWS] += found
+
+    def bring_back(self, block: int, keys: Keys) -> None:
+        """Take those of keys: uint64[n] that are in the file back into memory."""
+        store = self._store
+        entries, records = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
+        found = find_spilled(store.base + block * DESCRIPTOR_BYTES, store.salt, keys, entries, records)
+        self._bring_back(block, entries[:found], records[:found])
+
+    def bring_back_range(self, block: int, begin: int, end: int) -> None:
+        """Take the rows of buckets begin to end - 1 back into memory."""
+        store = self._store
+        if store.descriptors[block, SPILLED_ROWS]:
+            entries, records = (np.empty((end - begin) * PLACES, np.int64) for _ in range(2))
+            found = list_spilled(store.base + block * DESCRIPTOR_BYTES, begin, end, entries, records)
+            self._bring_back(block, entries[:found], records[:found])
+
+    def _bring_back(self, block: int, entries: Records, records: Records) -> None:
+        if len(entries) == 0:
+            return
+        store = self._store
+        content = self._read(records)
+        self.spill_for(block, len(entries))
+        store.blocks[block].reserve(0, len(entries))
+        with store.shut(block):
+            unspill(store.base + block * DESCRIPTOR_BYTES, self._shape, entries, content)
+        store.descriptors[block, SPILLED_ROWS] -= len(entries)
+        self._dead.append(records)
+
+    def drop(self, records: Records) -> None:
+        """Forget records of a block that is no longer stored."""
+        if len(records):
+            self._dead.append(records)
+
+    def spilled_records(self, block: int) -> Records:
+        """Return the records: int64[n] of all rows of a block that are in the file."""
+        words = self._store.descriptors[block]
+        if not words[SPILLED_ROWS]:
+            return np.empty(0, np.int64)
+        entries, records = (np.empty(int(words[SPILLED_ROWS]), np.int64) for _ in range(2))
+        descriptor = self._store.base + block * DESCRIPTOR_BYTES
+        found = list_spilled(descriptor, 0, int(words[COUNT]), entries, records)
+        return records[:found]
+
+    def with_cold(self, rows: BlockRows, words: NDArray[np.uint32]) -> BlockRows:
+        """Return a block's rows with those behind them whose index words: uint32[m] say that they are in the file."""
+        content = self._read((words[words >= SPILLED] - np.uint32(SPILLED)).astype(np.int64))
+        shape, n = self._shape, len(content)
+        keys = np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(n)
+        weights = np.empty((n, shape.dim), np.float32)
+        state = np.empty((n, rows.state.shape[1]), np.float32)
+        counters = np.empty((n, rows.counters.shape[1]), np.uint32)
+        split_records(content, shape, address_of(weights), state, counters)
+        joined = [np.concatenate(pair) for pair in zip(rows[:4], (keys, weights, state, counters), strict=True)]
+        return rows._replace(keys=joined[0], weights=joined[1], state=joined[2], counters=joined[3])
+
+    # Housekeeping; the caller holds nothing.
+
+    def tidy(self) -> None:
+        """Free what is dead, and let the file give disk space back; one caller at a time, others go on."""
+        if sum(map(len, list(self._dead))) < TIDY_RECORDS or not self._lock.acquire(blocking=False):
+            return
+        try:
+            while self._dead:
+                records = self._dead.popleft()
+                if self._moved:
+                    gone = np.isin(records, np.fromiter(self._moved, np.int64, len(self._moved)))
+                    self._moved.difference_update(records[gone].tolist())
+                    records = records[~gone]
+                if len(records):
+                    self.file.free(records)
+            self.file.compact(self._move, segments=1)
+        finally:
+            self._lock.release()
+
+    def _move(self, old: Records, new: Records, content: NDArray[np.uint8]) -> None:
+        """Let the index point to records' new numbers; one that a push took back meanwhile needs none."""
+        store = self._store
+        keys = np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(len(old))
+        blocks = np.empty(len(keys), np.int32)
+        blocks_of(keys, store.salt, store.bits, blocks)
+        adopted: NDArray[np.uint8] = np.zeros(len(keys), np.uint8)
+        for block in np.unique(blocks).tolist():
+            where = np.flatnonzero(blocks == block)
+            with store.holding(block) as descriptor, store.shut(block):
+                if block in store.blocks:
+                    part = np.zeros(len(where), np.uint8)
+                    renumber(descriptor, store.salt, keys[where], old[where], new[where], part)
+                    adopted[where] = part
+        lost = adopted == 0
+        if lost.any():
+            # Their old numbers are, or will be, in the queue of the dead, but compaction frees them itself.
+            self._moved.update(old[lost].tolist())
+            self._dead.append(new[lost])

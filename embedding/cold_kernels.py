@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that move rows between a block's memory and records of the spill file (``embedding/cold.py``).
+
+Invariant: a record holds all of a row but its place; going out and coming back changes no bit of it. The caller holds the
+block's mutex; where words of the index change, the block is shut.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.admission import give_slot, take_slot
+from oarlock.embedding.content import read_row
+from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, HAND_OF_HEAT
+from oarlock.embedding.hashing import key_mix
+from oarlock.embedding.index import HEAT, PENDING, PLACES, SPILLED, USED, WORDS, cool, find, home, line_of, place_of
+from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import (
+    LINE,
+    Int,
+    address_in,
+    copy,
+    load_i64,
+    load_u8,
+    load_u32,
+    load_u64,
+    store_i64,
+    store_u8,
+    store_u32,
+    store_u64,
+)
+from oarlock.embedding.precision import decode_row
+from oarlock.embedding.slab import Layout, side_at, weights_at
+
+
+@jit
+def choose_cold(descriptor: Int, shape: Layout, entries: NDArray[np.int64]) -> int:
+    """Go round the index once from where the hand stands, cooling every row; list in entries: int64[n] the words of rows
+    that had no heat left, until it is full; return how many."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    number: Int = load_i64(descriptor, HAND_OF_HEAT)
+    found = 0
+    for _ in range(count):
+        if number >= count:
+            number = np.int64(0)
+        line = buckets + number * LINE
+        used = np.int64(load_u8(line, USED))
+        if found + PLACES > entries.shape[0]:
+            break
+        for place in range(PLACES):
+            if used & (1 << place) != 0 and np.int64(load_u32(line, WORDS + place)) < PENDING and cool(line, place):
+                entries[found] = line + 4 * (WORDS + place)
+                found += 1
+        number += 1
+    store_i64(descriptor, HAND_OF_HEAT, number)
+    return found
+
+
+@jit
+def pack_rows(descriptor: Int, shape: Layout, entries: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """Write the rows whose index words lie at entries: int64[n] to out: uint8[n, record bytes]."""
+    chunks: Int = load_i64(descriptor, CHUNKS)
+    side_bytes = 4 * (shape.state_columns + shape.counters)
+    for i in range(entries.shape[0]):
+        slot = np.int64(load_u32(entries[i], 0))
+        record = address_in(out, i * out.shape[1])
+        store_u64(record, 0, load_u64(line_of(entries[i]), place_of(entries[i])))
+        copy(record + 8, weights_at(chunks, slot, shape), shape.weight_bytes)
+        copy(record + 8 + shape.weight_bytes, side_at(chunks, slot, shape), side_bytes)
+
+
+@jit
+def spill_entries(descriptor: Int, shape: Layout, entries: NDArray[np.int64], records: NDArray[np.int64]) -> None:
+    """Let the words at entries: int64[n] name records instead of slots, and take the slots back."""
+    for i in range(entries.shape[0]):
+        give_slot(descriptor, shape, np.int64(load_u32(entries[i], 0)))
+        store_u32(entries[i], 0, np.uint32(SPILLED | records[i]))
+
+
+@jit
+def find_spilled(
+    descriptor: Int,
+    salt: np.uint64,
+    keys: NDArray[np.uint64],
+    entries: NDArray[np.int64],
+    records: NDArray[np.int64],
+) -> int:
+    """List words and records of those of keys that are in the file, each once; return how many."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    found = 0
+    for i in range(keys.shape[0]):
+        entry = find(buckets, count, home(buckets, count, key_mix(salt, keys[i])), keys[i])
+        if entry == 0 or np.int64(load_u32(entry, 0)) < SPILLED:
+            continue
+        entries[found] = entry
+        records[found] = np.int64(load_u32(entry, 0)) - SPILLED
+        found += 1
+    return found
+
+
+@jit
+def list_spilled(descriptor: Int, begin: int, end: int, entries: NDArray[np.int64], records: NDArray[np.int64]) -> int:
+    """List words and records of the rows of buckets begin to end - 1 that are in the file; return how many."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    found = 0
+    for number in range(begin, end):
+        line = buckets + number * LINE
+        used = np.int64(load_u8(line, USED))
+        for place in range(PLACES):
+            word = np.int64(load_u32(line, WORDS + place))
+            if used & (1 << place) != 0 and word >= SPILLED:
+                entries[found] = line + 4 * (WORDS + place)
+                records[found] = word - SPILLED
+                found += 1
+    return found
+
+
+@jit
+def unspill(descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8]) -> None:
+    """Give the rows of content: uint8[n, record bytes] slots again, hot ones; there is room. A word given twice counts once."""
+    chunks: Int = load_i64(descriptor, CHUNKS)
+    side_bytes = 4 * (shape.state_columns + shape.counters)
+    for i in range(entries.shape[0]):
+        if np.int64(load_u32(entries[i], 0)) < SPILLED:
+            continue
+        slot = take_slot(descriptor, shape)
+        record = address_in(content, i * content.shape[1])
+        copy(weights_at(chunks, slot, shape), record + 8, shape.weight_bytes)
+        copy(side_at(chunks, slot, shape), record + 8 + shape.weight_bytes, side_bytes)
+        store_u32(entries[i], 0, np.uint32(slot))
+        line = line_of(entries[i])
+        for plane in range(2):
+            bits = np.int64(load_u8(line, HEAT + plane)) | (np.int64(1) << place_of(entries[i]))
+            store_u8(line, HEAT + plane, np.uint8(bits))
+
+
+@jit
+def decode_records(content: NDArray[np.uint8], shape: Layout, where: NDArray[np.int64], out: Int) -> None:
+    """Write the weights of content: uint8[n, record bytes] to lines where: int64[n] of float32[.., dim] at ``out``."""
+    for i in range(where.shape[0]):
+        decode_row(address_in(content, i * content.shape[1]) + 8, shape.code, shape.dim, out + 4 * where[i] * shape.dim)
+
+
+@jit
+def split_records(
+    content: NDArray[np.uint8], shape: Layout, weights: Int, state: NDArray[np.float32], counters: NDArray[np.uint32]
+) -> None:
+    """Take records apart: weights: float32[n, dim] at an address, state and counters as ``read_row`` gives them."""
+    for i in range(content.shape[0]):
+        row = address_in(content, i * content.shape[1]) + 8
+        out = weights + 4 * i * shape.dim
+        read_row(row, row + shape.weight_bytes, shape, counters.shape[1], i, out, state, counters)
+
+
+@jit
+def renumber(
+    descriptor: Int,
+    salt: np.uint64,
+    keys: NDArray[np.uint64],
+    old: NDArray[np.int64],
+    new: NDArray[np.int64],
+    adopted: NDArray[np.uint8],
+) -> None:
+    """Where a key's word still names record old[i], let it name new[i], and set adopted[i]."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    for i in range(keys.shape[0]):
+        entry = find(buckets, count, home(buckets, count, key_mix(salt, keys[i])), keys[i])
+        if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + old[i]:
+            store_u32(entry, 0, np.uint32(SPILLED | new[i]))
+            adopted[i] = 1

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a table's chunks of rows come from: large pieces of address space, on huge pages where the system gives them.
+
+Invariant: a chunk that was handed out neither moves nor shrinks until it is given back; chunks given back are handed out
+again to whoever asks for the same size, and their memory goes back to the system meanwhile. Memory that was never
+written costs nothing but address space. Any thread.
+"""
+
+import contextlib
+import mmap
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.pointer import LINE, address_of
+
+HUGE = 2 << 20
+FIRST_SEGMENT = 256 << 10  # a small table shall not cost megabytes
+LAST_SEGMENT = 256 << 20
+PAGE = mmap.PAGESIZE
+
+
+class Pages:
+    """Zeroed memory of its own, of at least ``size`` bytes at ``address``, back to the system when it is forgotten."""
+
+    def __init__(self, size: int, *, huge: bool) -> None:
+        huge = huge and size >= 2 * HUGE
+        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE))
+        self._bytes: NDArray[Any] = np.frombuffer(self._map, np.uint8)
+        start = address_of(self._bytes)
+        self.address = -(-start // HUGE) * HUGE if huge else -(-start // LINE) * LINE
+        self.size = size
+        self._shift = self.address - start
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            # Refused where the system is built without them: then pages are small, and that is all.
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+
+    def release(self, address: int, size: int) -> None:
+        """Give the whole pages of a part back to the system; they read as zeros afterwards."""
+        base = self.address - self._shift
+        begin = -(-(address - base) // PAGE) * PAGE
+        end = (address - base + size) // PAGE * PAGE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class Arena:
+    """Hands out chunks by size. ``used`` bytes are handed out at present."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._segments: list[Pages] = []
+        self._next = 0
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self.used = 0
+
+    def take(self, size: int) -> int:
+        """Return the address of ``size`` bytes, on a cache line of their own; MemoryError when there are none."""
+        size = -(-size // LINE) * LINE
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                address = free.pop()
+            else:
+                if self._next + size > self._end:
+                    self._extend(size)
+                address = self._next
+                self._next += size
+            self.used += size
+            return address
+
+    def give_back(self, address: int, size: int) -> None:
+        """Take back what ``take`` handed out with the same size."""
+        size = -(-size // LINE) * LINE
+        with self._lock:
+            self._free.setdefault(size, []).append(address)
+            self.used -= size
+            for segment in self._segments:
+                if segment.address <= address < segment.address + segment.size:
+                    segment.release(address, size)
+
+    def _extend(self, size: int) -> None:
+        double = 2 * self._segments[-1].size if self._segments else FIRST_SEGMENT
+        wanted = max(min(double, LAST_SEGMENT), -(-size // PAGE) * PAGE)
+        try:
+            segment = Pages(wanted, huge=True)
+        except OSError as error:
+            raise MemoryError(str(error)) from None
+        self._segments.append(segment)
+        self._next = segment.address
+        self._end = segment.address + segment.size
