@@ -79,15 +79,15 @@ def before_update(
                 g = read(gradient, c)
                 g = clip_value if g > clip_value else g
                 write(prepared, c, -clip_value if g < -clip_value else g)
-        else:
-            for c in range(width):
-                write(prepared, c, read(gradient, c))
+            gradient = prepared
+        scale = _ONE
         if clip_norm > 0.0:
-            norm = np.sqrt(sum_squares(prepared, width))
+            norm = np.sqrt(sum_squares(gradient, width))
             if norm > clip_norm:
                 scale = np.float32(clip_norm / norm)
-                for c in range(width):
-                    write(prepared, c, read(prepared, c) * scale)
+        if gradient != prepared or scale != _ONE:
+            for c in range(width):  # a factor of 1 changes no bit
+                write(prepared, c, read(gradient, c) * scale)
         if l2 > _ZERO:
             for c in range(width):
                 write(prepared, c, read(prepared, c) + l2 * read(row, c))

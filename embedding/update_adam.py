@@ -23,6 +23,7 @@ from oarlock.embedding.update_row import (
     constant,
     powers,
     read,
+    sum_part,
     sum_squares,
     write,
 )
@@ -148,7 +149,7 @@ def update_lamb(
                 write(first, c, m)
                 write(second, c, v)
                 write(run, k, unbias * m / (np.sqrt(v) / root + epsilon) + decay * read(row, c))
-            total += sum_squares(run, min(PART, width - start))
+            total += sum_part(run, width - start)
         size = rate
         norm = sum_squares(row, width)
         if norm > 0.0 and total > 0.0:

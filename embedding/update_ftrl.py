@@ -14,7 +14,7 @@ import numpy as np
 from oarlock.embedding.callback import callback
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, load_i64
-from oarlock.embedding.update_row import BETA, L1, L2, L21, PART, constant, read, read_bits, sum_squares, write
+from oarlock.embedding.update_row import BETA, L1, L2, L21, PART, constant, read, read_bits, sum_part, write
 
 TINY = np.float32(1e-15)
 _ZERO = np.float32(0.0)
@@ -97,7 +97,7 @@ def _begin(row: Int, sums: Int, width: Int, start: Any, l1: Any, group: float, r
     for c in range(0, width, PART):
         for k in range(min(PART, width - c)):
             write(run, k, read(row, c + k) * start)
-        total += sum_squares(run, min(PART, width - c))
+        total += sum_part(run, width - c)
     scale = _ONE
     if total > 0.0:
         scale = np.float32(1.0 + group / np.sqrt(total))
@@ -145,7 +145,7 @@ def update_group_ftrl(
                 write(sums, c, z)
                 write(squares, c, after)
                 write(run, k, _soft(z, l1))
-            total += sum_squares(run, min(PART, width - first))
+            total += sum_part(run, width - first)
         norm = np.sqrt(total)
         scale = _ZERO
         if norm > group:

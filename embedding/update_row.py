@@ -25,6 +25,8 @@ from oarlock.embedding.pointer import Int
 RUN = 16  # columns of one run of a sum
 PART = 64  # columns of one part
 
+_ZERO = np.float32(0.0)
+
 # Positions in the constants of an optimizer, float64[CONSTANTS]; embedding/optimizers.py fills them in.
 BETA1, BETA2, EPSILON, MOMENTUM, RHO, L1, L2, L21, DECAY, BETA, DELAY, BY_STEP = range(12)
 # The same for the passes of embedding/regularise.py: 0 there where the update itself has the constant in its formula.
@@ -152,6 +154,17 @@ def sum_squares(address: Int, width: Int) -> Any:
     if whole < width:
         total += np.float64(part_squares(address + 4 * whole, width - whole))
     return total
+
+
+@jit
+def sum_part(part: Int, count: Int) -> Any:
+    """Return the sum of the squares of min(count, 64) values of a scratch of 64, whose rest is set to zeros.
+
+    Whole loads, because a masked one has to wait for values that were only just written.
+    """
+    for k in range(count, PART):
+        write(part, k, _ZERO)
+    return np.float64(whole_squares(part, PART))
 
 
 @jit
