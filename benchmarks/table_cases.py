@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other tables than the headline's: widths, optimizers, number formats; and tables that fill the machine's memory.
+
+Invariant: a case that was left out is named with the reason, never silently missing. Each table is gone before the next.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from oarlock.benchmarks import table_speed as speed
+from oarlock.benchmarks.table_keys import LAWS
+from oarlock.benchmarks.table_store import DTYPES, available, fill, has_dtypes, make, payload
+from oarlock.benchmarks.table_twin import FORMS, OPTIMIZERS, Twin, TwinCompiler, columns_of
+from oarlock.embedding.optimizer_spec import READS
+from oarlock.proto.errors import InvalidArgument, PSError
+
+DIMS = (8, 16, 32, 64, 128, 256)
+_SPARE = 2 << 30
+
+
+def list_cases(optimizer: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (dim, optimizer, dtype): every width, then every number format, then every optimizer."""
+    for dim in DIMS:
+        yield dim, optimizer, "float32"
+    if has_dtypes():
+        for dtype in DTYPES[1:]:
+            yield 16, optimizer, dtype
+    for name in READS:
+        if name != optimizer:
+            try:
+                make("trial", 16, name)
+            except InvalidArgument:
+                continue
+            yield 16, name, "float32"
+
+
+def measure_cases(
+    compiler: TwinCompiler, optimizer: str, nbytes: int, seconds: float, deadline: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the figures of each case with about ``nbytes`` of weights, and the names of those there was no time for."""
+    found: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for dim, name, dtype in list_cases(optimizer):
+        if time.monotonic() > deadline:
+            left_out.append(f"{name} of dim {dim} as {dtype}")
+        else:
+            found.append(_case(compiler, nbytes // (4 * dim), dim, name, dtype, seconds))
+    return found, left_out
+
+
+def _case(compiler: TwinCompiler, rows: int, dim: int, optimizer: str, dtype: str, seconds: float) -> dict[str, Any]:
+    filled = fill("case", rows, dim, optimizer, dtype)
+    table, universe = filled.table, filled.universe
+    requests = [universe.draw(LAWS[0]) for _ in range(24)]
+    size = requests[0].keys.shape[0]
+    twins: list[Twin] = []
+    # Weights are pulled alike whatever moved them; a push is the twin's work for the optimizers that it knows.
+    library = compiler.library(dim, columns_of(optimizer, dim)) if dtype == "float32" else None
+    if library is not None:
+        twins = [Twin(library, FORMS[0], salt=table.salt, rows=rows)]
+    try:
+        for twin in twins:
+            twin.build(universe.span(0, rows).keys)
+        pulled = speed.take_turns(speed.pulls(table, twins, requests, gather=True), len(requests), size, 4, seconds)
+        known = twins if optimizer in OPTIMIZERS else []
+        pushed = speed.take_turns(speed.pushes(table, known, requests), len(requests), size, 4, seconds)
+    finally:
+        for twin in twins:
+            twin.close()
+    each = payload(dim, optimizer, dtype, table)
+    case: dict[str, Any] = {"dim": dim, "optimizer": optimizer, "dtype": dtype, "rows": rows}
+    case |= {"pull_mrows_per_s": pulled.medians(), "push_mrows_per_s": pushed.medians()}
+    case["build_mrows_per_s"] = round(rows / filled.seconds / 1e6, 2)
+    case["bytes_over_payload"] = each and round(filled.nbytes / rows / each, 3)
+    return case
+
+
+def measure_large(rows: int, optimizer: str, dtype: str, small: dict[str, float], seconds: float) -> dict[str, Any]:
+    """Return how fast a table of ``rows`` rows of dim 16 is made and pulled, beside the headline table's figures."""
+    result: dict[str, Any] = {"rows": rows, "dim": 16, "optimizer": optimizer, "dtype": dtype, "why": None}
+    if dtype != "float32" and not has_dtypes():
+        return {**result, "why": "tables have no dtype yet"}
+    try:
+        each = payload(16, optimizer, dtype, make("trial", 16, optimizer, dtype)) or 16 * 4 * 2
+        needed = int(rows * each * 1.6) + _SPARE
+        if available() < needed:
+            return {**result, "why": f"needs {needed >> 20} MiB of memory, {available() >> 20} can be had"}
+        filled = fill("large", rows, 16, optimizer, dtype)
+    except PSError as error:
+        return {**result, "why": str(error)}
+    result["bytes_over_payload"] = round(filled.nbytes / rows / each, 3)
+    result["build_mrows_per_s"] = round(rows / filled.seconds / 1e6, 2)
+    for law in LAWS:
+        requests = [filled.universe.draw(law) for _ in range(100)]
+        size = requests[0].keys.shape[0]
+        turns = speed.take_turns(speed.pulls(filled.table, [], requests, gather=False), 100, size, 10, seconds)
+        rate = turns.median(speed.OURS)
+        result[f"pull_mrows_per_s_{law}"] = round(rate, 2)
+        if law in small:
+            result[f"pull_time_over_small_{law}"] = round(small[law] / rate, 3)
+    if "build" in small:
+        result["build_time_over_small"] = round(small["build"] / result["build_mrows_per_s"], 3)
+    return result

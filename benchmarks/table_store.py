@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for the benchmark: made, filled by pushes, and weighed.
+
+Invariant: a table that ``fill`` returns has stored all blocks and holds exactly the rows of its universe; what it weighs is
+the larger of what it says and of what the process has grown by. Main thread.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oarlock.benchmarks.table_keys import Universe
+from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.table import Table
+from oarlock.proto.errors import InvalidArgument
+
+BLOCKS = 64
+CHUNK_ROWS = 1 << 20
+HEADLINE = "rowwise_adagrad"
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+DTYPES = tuple(_BYTES)
+
+
+class Filled(NamedTuple):
+    """A table with its universe, the seconds that its rows took to create, and the bytes that they take."""
+
+    table: Table
+    universe: Universe
+    seconds: float
+    nbytes: int
+
+
+def has_dtypes() -> bool:
+    return "dtype" in {field.name for field in dataclasses.fields(TableSpec)}
+
+
+def make(name: str, dim: int, optimizer: str, dtype: str = "float32") -> Table:
+    """Return an empty table with all its blocks; InvalidArgument for an optimizer that there is none of."""
+    # The twin's accumulators begin at zero, and so do these.
+    rule = OptimizerSpec(optimizer, initial=0.0) if optimizer in ("adagrad", HEADLINE) else OptimizerSpec(optimizer)
+    more: dict[str, Any] = {"dtype": dtype} if has_dtypes() else {}
+    spec = TableSpec(name, dim, rule, Initializer("zeros"), BLOCKS, **more)
+    table = Table(spec, seed=1)
+    for block in range(BLOCKS):
+        table.adopt(block)
+    return table
+
+
+def headline_optimizer() -> str:
+    """Return the optimizer of the headline figures, or the nearest one that this version has."""
+    try:
+        make("trial", 16, HEADLINE)
+    except InvalidArgument:
+        return "adagrad"
+    return HEADLINE
+
+
+def universe_of(table: Table, rows: int) -> Universe:
+    return Universe(table.salt, table.spec.blocks.bit_length() - 1, rows)
+
+
+def fill(name: str, rows: int, dim: int, optimizer: str, dtype: str = "float32", *, deadline: float = 1e18) -> Filled:
+    """Create rows by pushes of gradient zero until all exist, or until ``deadline`` (time.monotonic()) has passed."""
+    before = resident()
+    table = make(name, dim, optimizer, dtype)
+    universe = universe_of(table, rows)
+    chunk = max(1, min(CHUNK_ROWS, rows, (64 << 20) // dim))
+    gradients = np.zeros((chunk, dim), np.float32)
+    seconds = 0.0
+    done = 0
+    while done < rows and (not done or time.monotonic() < deadline):
+        end = min(done + chunk, rows)
+        request = universe.span(done, end)
+        begun = time.perf_counter()
+        table.push(*request, gradients[: end - done], rate=0.01)
+        seconds += time.perf_counter() - begun
+        done = end
+    universe.rows = done
+    del gradients, request
+    return Filled(table, universe, seconds, max(resident() - before, table.nbytes))
+
+
+def warm_up(dim: int, optimizer: str) -> None:
+    """Have the kernels that a table needs compiled or loaded, so that neither counts as time or memory of a table."""
+    table, universe, _, _ = fill("warm", 4096, dim, optimizer)
+    keys, blocks, counts = universe.span(0, 2048)
+    table.pull(keys, blocks, counts, np.empty((keys.shape[0], dim), np.float32))
+
+
+def payload(dim: int, optimizer: str, dtype: str, table: Table) -> int | None:
+    """Return the bytes of a row's weights and state, None if the table does not tell its state's width."""
+    columns = getattr(table, "state_columns", None)
+    if columns is None:
+        columns = {HEADLINE: 1, "adagrad": dim, "sgd": 0}.get(optimizer)
+    return None if columns is None else dim * _BYTES[dtype] + 4 * int(columns)
+
+
+def resident() -> int:
+    """Return the resident bytes of this process, after what is free was given back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return _field("/proc/self/smaps_rollup", "Rss:") or _field("/proc/self/status", "VmRSS:")
+
+
+def available() -> int:
+    """Return the bytes of memory that can be had without swapping."""
+    return _field("/proc/meminfo", "MemAvailable:")
+
+
+def _field(path: str, name: str) -> int:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
