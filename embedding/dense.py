@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from oarlock.embedding.initial import constants, first_dense, origin
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, kernel_array
+from oarlock.embedding.refusal import limit_bits, refuse
 from oarlock.embedding.regularise import BEFORE, passes, update_rows
 from oarlock.embedding.spec import DenseSpec
-from oarlock.embedding.refusal import limit_bits, refuse
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 
 Values = NDArray[np.float32]
@@ -98,7 +98,7 @@ class DenseParameter:
     def push_block(self, block: int, gradient: Values, *, rate: float, step: int = 1) -> bool:
         """Apply one optimizer step with gradient: float32[length]; False = refused, it holds an infinity or NaN.
 
-        ``rate``: schedule included; ``step``: of the job, 1 is the first; only a spec with bias = "step" reads it.
+        ``rate`` is the learning rate before the parameter's schedule, ``step`` the job's step, from 1.
         """
         length = self.length(block)
         self._values("gradient", gradient, block, length)
@@ -107,6 +107,7 @@ class DenseParameter:
             raise InvalidArgument(f"dense {self.spec.name}: rate = {rate}: give a finite number")
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
             raise InvalidArgument(f"dense {self.spec.name}: step = {step!r}: give an integer from 0 to 2^63 - 1")
+        rate *= self.spec.optimizer.schedule.factor(step)
         line = kernel_array("gradient", gradient, np.float32).reshape(1, length)
         bad = bool(refuse(line.view(np.uint32), limit_bits(), np.empty(1, np.uint8)))
         with self._lock:

@@ -13,12 +13,14 @@
 A warm-up of n steps multiplies by 1/n, 2/n, ... 1 and only then begins the schedule proper (Goyal et al. 2017). 1cycle
 (Smith, Topin 2017) has a warm-up of its own and takes none.
 
-Invariant: a pure function of (schedule, step). Sines and powers come from the C library, so the factor is taken once, by
-whoever decides a push's rate, and travels in it; it is not computed anew by each shard. No state, any thread.
+Invariant: a pure function of (schedule, step), made of + - * / on floats and of decimal arithmetic, both the same on every
+CPU and with every C library: so shards that apply it agree to the bit. No state, any thread.
 """
 
+import decimal
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from oarlock.proto.errors import InvalidArgument
 
@@ -53,8 +55,8 @@ class Schedule:
             raise InvalidArgument(f"schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}")
         for name, least in (("warm_up", 0), ("steps", 0), ("every", 1)):
             count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise InvalidArgument(f"schedule.{name} = {count!r}: give an integer >= {least}")
+            if isinstance(count, bool) or not isinstance(count, int) or not least <= count < 1 << 63:
+                raise InvalidArgument(f"schedule.{name} = {count!r}: give an integer >= {least} and below 2^63")
         for name in ("gamma", "floor", "rise", "divide", "final_divide"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -89,9 +91,9 @@ class Schedule:
             return (before + 1) / self.warm_up
         s = before - self.warm_up
         if self.kind == "step":
-            return float(self.gamma ** (s // self.every))
+            return _power(self.gamma, s // self.every)
         if self.kind == "exponential":
-            return float(self.gamma ** (s / self.every))
+            return _power(self.gamma, s // self.every) * _root(self.gamma, s % self.every, self.every)
         if self.kind == "cosine":
             return _anneal(1.0, self.floor, min(s, self.steps) / self.steps)
         if self.kind == "1cycle":
@@ -103,8 +105,35 @@ class Schedule:
         return 1.0
 
 
+def _power(base: float, exponent: int) -> float:
+    """Return base^exponent by repeated squaring."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@lru_cache(maxsize=1024)
+def _root(base: float, numerator: int, denominator: int) -> float:
+    """Return base^(numerator / denominator) for a base in (0, 1] and a fraction below 1."""
+    if numerator == 0:
+        return 1.0
+    with decimal.localcontext(decimal.Context(prec=25)):
+        return float(decimal.Decimal(base) ** (decimal.Decimal(numerator) / decimal.Decimal(denominator)))
+
+
 def _anneal(start: float, end: float, share: float) -> float:
-    return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * share))
+    """Return the value at ``share`` in [0, 1] of the way along half a cosine; exactly start and end at its ends."""
+    if share <= 0.0 or share >= 1.0:
+        return start if share <= 0.0 else end
+    x = math.pi * (0.5 - share)  # cos(pi share) = sin(x), by its series: |x| <= pi / 2 leaves an error below 1e-15
+    total = 1.0
+    for k in range(22, 0, -2):
+        total = 1.0 - total * x * x / (k * (k + 1))
+    return end + (start - end) / 2.0 * (1.0 + x * total)
 
 
 def schedule_from_json(values: object) -> Schedule:

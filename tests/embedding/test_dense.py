@@ -6,6 +6,7 @@ import pytest
 
 from oarlock.embedding.dense import DenseBlock, DenseParameter
 from oarlock.embedding.optimizers import OPTIMIZERS
+from oarlock.embedding.schedule import Schedule
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 
@@ -60,6 +61,16 @@ def test_pushes_equal_the_twin_and_do_not_depend_on_the_cut_where_there_is_no_no
             for block in range(3):
                 assert cut.push_block(block, gradient[8 * block : 8 * block + 8], rate=0.1, step=step)
         assert whole(cut).tobytes() == weights.tobytes()
+
+
+def test_the_rate_follows_the_schedule():
+    scheduled = make(OptimizerSpec("sgd", schedule=Schedule("step", every=2, gamma=0.5)))
+    constant = make("sgd")
+    gradient = np.linspace(-1, 1, 8, dtype=np.float32)
+    for step, rate in ((1, 0.1), (2, 0.1), (3, 0.05), (4, 0.05), (5, 0.025)):
+        scheduled.push_block(0, gradient, rate=0.1, step=step)
+        constant.push_block(0, gradient, rate=rate)
+    assert whole(scheduled).tobytes() == whole(constant).tobytes()
 
 
 def test_lamb_takes_a_parameter_that_is_one_block():

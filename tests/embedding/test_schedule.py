@@ -58,6 +58,18 @@ def test_1cycle_rises_to_one_and_falls_far_below_its_start():
     assert values[7:20] == sorted(values[7:20], reverse=True)
 
 
+def test_factors_are_the_library_functions_without_the_library():
+    cosine = Schedule("cosine", steps=997)
+    for step in range(1, 999):
+        exact = (1 + math.cos(math.pi * min(step - 1, 997) / 997)) / 2
+        assert cosine.factor(step) == pytest.approx(exact, rel=1e-13, abs=1e-15)
+    for gamma, every in ((0.9, 1), (0.1, 1000), (0.999999, 7), (1, 3), (1e-300, 11)):
+        for step in (1, 2, 3, 10, 999, 12345):
+            for kind, exponent in (("exponential", (step - 1) / every), ("step", (step - 1) // every)):
+                factor = Schedule(kind, gamma=gamma, every=every).factor(step)
+                assert factor == pytest.approx(gamma**exponent, rel=1e-11, abs=1e-300)
+
+
 @each
 def test_a_schedule_comes_back_from_json_and_is_the_same_for_any_step(schedule):
     assert schedule_from_json(json.loads(json.dumps(asdict(schedule)))) == schedule
@@ -102,6 +114,7 @@ def test_equals_pytorch(schedule):
         ({"kind": "1cycle", "steps": 20, "warm_up": 5}, "'1cycle' does not use warm_up = 5"),
         ({"warm_up": -1}, "warm_up = -1: give an integer >= 0"),
         ({"warm_up": 1.5}, "warm_up = 1.5: give an integer"),
+        ({"warm_up": 1 << 63}, "warm_up = 9223372036854775808: give an integer >= 0 and below 2.63"),
         ({"warm_up": True}, "warm_up = True: give an integer"),
         ({"kind": "step", "every": 0}, "every = 0: give an integer >= 1"),
         ({"kind": "step", "gamma": 0}, r"gamma = 0: give a number in \(0, 1\]"),
