@@ -29,11 +29,11 @@ from oarlock.embedding.descriptor import (
     ROWS,
     SKETCH,
 )
-from oarlock.embedding.hashing import GOLDEN, mix64
+from oarlock.embedding.hashing import GOLDEN, key_mix, mix64
 from oarlock.embedding.index import PENDING, VALUE, find, home, insert
 from oarlock.embedding.initial import stream
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, load_i64, load_u32, store_i64, store_u32
+from oarlock.embedding.pointer import Int, load_f32, load_i64, load_u32, load_u64, store_i64, store_u32
 from oarlock.embedding.request import ABSENT, Request, Scratch
 from oarlock.embedding.sketch import count_key
 from oarlock.embedding.slab import First, Layout, side_at, start_row, undo_at, weights_at
@@ -146,26 +146,25 @@ def create(
 @jit
 def admit(
     descriptor: Int,
+    salt: np.uint64,
     shape: Layout,
     first: First,
     rules: Rules,
+    keys: Int,
     request: Request,
     at: Int,
     end: Int,
     scratch: Scratch,
-    values: Int,
 ) -> int:
     """Create the rows of those absent keys at to end - 1 that are admitted, and fill in where they are; return how many."""
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
-    counted = request.occurrences.shape[0] > 0
-    clicked = request.clicks.shape[0] > 0
     created = 0
     for i in range(at, end):
-        if scratch.rows[i] != ABSENT:
+        if load_i64(scratch.rows, i) != ABSENT:
             continue
-        key = request.keys[i]
-        mix = scratch.mixes[i]
+        key = load_u64(keys, i)
+        mix = key_mix(salt, key)
         line = home(buckets, count, mix)
         entry = find(buckets, count, line, key)
         before = np.int64(0)
@@ -174,13 +173,13 @@ def admit(
             if word < PENDING:
                 # The same key came before in this request.
                 chunks: Int = load_i64(descriptor, CHUNKS)
-                scratch.rows[i] = weights_at(chunks, word, shape)
-                scratch.sides[i] = side_at(chunks, word, shape)
-                scratch.undo[i] = undo_at(chunks, word, shape)
+                store_i64(scratch.rows, i, weights_at(chunks, word, shape))
+                store_i64(scratch.sides, i, side_at(chunks, word, shape))
+                store_i64(scratch.undo, i, undo_at(chunks, word, shape))
                 continue
             before = word & VALUE
-        amount = np.int64(request.occurrences[i]) if counted else np.int64(1)
-        click = np.float64(request.clicks[i]) if clicked else 0.0
+        amount = np.int64(load_u32(request.occurrences, i)) if request.occurrences != 0 else np.int64(1)
+        click = np.float64(load_f32(request.clicks, i)) if request.clicks != 0 else 0.0
         yes, total = admitted(descriptor, first, rules, mix, key, before, amount, click, request.step)
         if yes:
             slot = take_slot(descriptor, shape)
@@ -190,10 +189,10 @@ def admit(
             else:
                 store_u32(entry, 0, np.uint32(slot))
                 store_i64(descriptor, PENDING_KEYS, load_i64(descriptor, PENDING_KEYS) - 1)
-            row, side, undo = create(descriptor, shape, first, key, slot, values)
-            scratch.rows[i] = row
-            scratch.sides[i] = side
-            scratch.undo[i] = undo
+            row, side, undo = create(descriptor, shape, first, key, slot, scratch.values)
+            store_i64(scratch.rows, i, row)
+            store_i64(scratch.sides, i, side)
+            store_i64(scratch.undo, i, undo)
             if shape.occurrences >= 0:
                 # What came before; this push's occurrences are added like those of any row.
                 store_u32(side + 4 * shape.state_columns, shape.occurrences, np.uint32(max(total - amount, 0)))

@@ -37,8 +37,6 @@ from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ROWS, SPILLED_
 from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.index import PLACES, RECORD, SPILLED
 from oarlock.embedding.pointer import address_of
-from oarlock.embedding.pull import IN_FILE
-from oarlock.embedding.request import Workspace
 from oarlock.embedding.spill_file import SpillFile
 from oarlock.proto.errors import OutOfMemory
 
@@ -82,11 +80,9 @@ class ColdRows:
         if token is not None:
             self.file.unpin(token)
 
-    def read_weights(self, work: Workspace, n: int, out: NDArray[np.float32]) -> None:
-        """Fill in those rows of a pull that the kernel found to be in the file."""
-        where = np.flatnonzero(work.rows[:n] == IN_FILE)
-        content = self._read(work.records[where])
-        decode_records(content, self._shape, where, address_of(out))
+    def read_weights(self, where: Records, records: Records, out: NDArray[np.float32]) -> None:
+        """Write the weights of records: int64[n] to lines where: int64[n] of out: float32[.., dim]."""
+        decode_records(self._read(records), self._shape, where, address_of(out))
 
     def _read(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         content = np.empty((len(records), self.record_bytes), np.uint8)

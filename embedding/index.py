@@ -92,6 +92,17 @@ def find(buckets: Int, count: Int, line: Int, key: np.uint64) -> Int:
 
 
 @jit
+def peek(line: Int, key: np.uint64) -> tuple[Int, bool]:
+    """Look for a key in its home bucket only, without a branch: the address of its word, and whether it is there.
+
+    The address is of some word of the bucket when the key is not there.
+    """
+    found = match_line(line, key) & np.int64(load_u8(line, USED))
+    place = trailing_zeros(found | (1 << (PLACES - 1)))
+    return line + 4 * (WORDS + place), found != 0
+
+
+@jit
 def insert(buckets: Int, count: Int, line: Int, key: np.uint64, word: np.uint32) -> Int:
     """Put an absent key into the first free place from its home ``line`` on (there is one); return its word's address."""
     at: Int = line

@@ -1,73 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pull kernel: a request's rows, gathered in one pass over its keys.
 
-    key i + FAR      its bucket is asked for            so that memory works on dozens of lines at once
-    key i            is looked up, its row asked for
-    key i - NEAR     its row is copied out
+    aim     128 keys ahead    where does the key's bucket lie? ask for it
+    look    up to 64 keys     find their words, ask for their rows; those that are not in their home bucket, last
+    copy    64 keys behind    copy the rows out
 
 Invariant: a pull changes nothing but the heat of keys, waits for no block while it is inside another one, and leaves every
-block that it entered. The three stages run across the borders of blocks: what is looked up in one block is copied while the
-next is looked up, and a block is left when its last row is copied.
+block that it entered. The stages run across the borders of blocks: what is looked up in one block is copied while the
+next is looked up, and a block is left when its last row is copied. Scratch is two rings that stay in the first cache.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
+import numpy as np
+
+from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, aim, renew, start_aiming
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES
-from oarlock.embedding.hashing import key_mix
-from oarlock.embedding.index import PENDING, SPILLED, VALUE, find, home, warm
+from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
-from oarlock.embedding.pointer import Int, load_f32, load_i64, load_u32, prefetch, store_f32
+from oarlock.embedding.pointer import LINE, Int, copy, load_i64, load_u32, load_u64, prefetch, store_f32, store_i64
 from oarlock.embedding.precision import FLOAT32, decode_row
 from oarlock.embedding.slab import First, Layout, draw_weights, prefetch_bytes, weights_at
 
-FAR = 32
-NEAR = 16
+_RING = RING - 1
 
 ABSENT = 0  # in place of a row's address
 IN_FILE = -1
 
 
 @jit
-def aim(
-    descriptors: Int,
-    salt: np.uint64,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    mixes: NDArray[np.uint64],
-    hints: NDArray[np.int64],
-) -> None:
-    """Write the mix of each key, and where its bucket lies unless the index is exchanged meanwhile: good for prefetch."""
-    begin = 0
-    for group in range(blocks.shape[0]):
-        descriptor = descriptors + blocks[group] * DESCRIPTOR_BYTES
-        buckets: Int = load_i64(descriptor, BUCKETS)
-        count: Int = load_i64(descriptor, COUNT)
-        end = begin + counts[group]
-        for i in range(begin, end):
-            mix = key_mix(salt, keys[i])
-            mixes[i] = mix
-            hints[i] = home(buckets, count, mix)
-        begin = end
+def copy_row(out: Int, row: Int, size: Int) -> None:
+    """Copy ``size`` bytes, a multiple of 4, in pieces of fixed size: of any other, a copy is a call."""
+    while size >= 64:
+        copy(out, row, 64)
+        out += 64
+        row += 64
+        size -= 64
+    while size >= 16:
+        copy(out, row, 16)
+        out += 16
+        row += 16
+        size -= 16
+    while size > 0:
+        copy(out, row, 4)
+        out += 4
+        row += 4
+        size -= 4
+
+
+class PullScratch(NamedTuple):
+    """Addresses of scratch memory: cursor, hints, late as in ``embedding/aim.py``, rows: int64[RING]; and what a pull finds.
+
+    cold, records: int64[n], position and record of rows in the spill file; found: int64[2], rows in memory and in the file.
+    """
+
+    cursor: int
+    hints: int
+    late: int
+    rows: int
+    cold: int
+    records: int
+    found: int
 
 
 @jit
-def copy_out(row: Int, key: np.uint64, shape: Layout, first: First, zeros: bool, out: Int) -> None:
-    """Write a row's weights, or what an absent key reads as, to address ``out``."""
-    if row > 0:
-        if shape.code == FLOAT32:
-            for column in range(shape.dim):
-                store_f32(out, column, load_f32(row, column))
-        else:
-            decode_row(row, shape.code, shape.dim, out)
-    elif row == ABSENT:
-        if zeros:
-            for column in range(shape.dim):
-                store_f32(out, column, np.float32(0))
-        else:
-            draw_weights(key, shape, first, out)
+def copy_out(rows: Int, begin: Int, end: Int, keys: Int, shape: Layout, first: First, zeros: bool, out: Int) -> None:
+    """Write the weights of keys begin to end - 1, or what an absent key reads as, to their lines of ``out``."""
+    pitch = 4 * shape.dim
+    for i in range(begin, end):
+        row = load_i64(rows, i & _RING)
+        if row > 0:
+            if shape.code == FLOAT32:
+                copy_row(out + i * pitch, row, pitch)
+            else:
+                decode_row(row, shape.code, shape.dim, out + i * pitch)
+        elif row == ABSENT:
+            if zeros:
+                for column in range(shape.dim):
+                    store_f32(out + i * pitch, column, np.float32(0))
+            else:
+                draw_weights(load_u64(keys, i), shape, first, out + i * pitch)
+
+
+@jit
+def look_stage(
+    descriptor: Int, shape: Layout, heated: bool, keys: Int, begin: Int, end: Int, scratch: PullScratch
+) -> None:
+    """Find the rows of keys begin to end - 1 of one block and ask for them."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    chunks: Int = load_i64(descriptor, CHUNKS)
+    odd = np.int64(0)
+    for i in range(begin, end):
+        # Without a branch: whether a key is in its home bucket cannot be predicted.
+        entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
+        word = np.int64(load_u32(entry, 0))
+        plain = hit and word < PENDING
+        row = weights_at(chunks, word if plain else np.int64(0), shape)
+        store_i64(scratch.rows, i & _RING, row)
+        prefetch_bytes(row, shape.weight_bytes)
+        store_i64(scratch.late, odd, i)
+        odd += not plain
+        if heated and plain:
+            warm(entry)
+    for k in range(odd):
+        prefetch(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING) + LINE)
+    present = end - begin - odd
+    in_file: Int = load_i64(scratch.found, 1)
+    for k in range(odd):
+        i = load_i64(scratch.late, k)
+        row = np.int64(ABSENT)
+        entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))
+        if entry != 0:
+            word = np.int64(load_u32(entry, 0))
+            if word < PENDING:
+                row = weights_at(chunks, word, shape)
+                prefetch_bytes(row, shape.weight_bytes)
+                present += 1
+            elif word >= SPILLED:
+                row = np.int64(IN_FILE)
+                store_i64(scratch.cold, in_file, i)
+                store_i64(scratch.records, in_file, word - SPILLED)
+                in_file += 1
+            if heated:
+                warm(entry)
+        store_i64(scratch.rows, i & _RING, row)
+    store_i64(scratch.found, 0, load_i64(scratch.found, 0) + present)
+    store_i64(scratch.found, 1, in_file)
 
 
 @jit
@@ -78,85 +138,57 @@ def pull_rows(
     first: First,
     zeros: bool,
     heated: bool,
-    keys: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    mixes: NDArray[np.uint64],
-    hints: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    records: NDArray[np.int64],
+    grouped: Grouped,
+    scratch: PullScratch,
     out: Int,
-    found: NDArray[np.int64],
 ) -> int:
-    """Write the weights of keys: uint64[n] to out: float32[n, dim]; return -1, or the group whose block is not stored.
+    """Write the weights of the keys to address out: float32[n, dim]; return -1, or the group whose block is not stored.
 
-    mixes, hints, rows: scratch of n. found: int64[2] = rows present in memory, rows in the file; of the latter the record
-    goes to ``records`` (of n if there may be any) and out is left as it is.
+    ``zeros``: absent keys read as zeros; ``heated``: the table spills, so uses are counted. The lines of rows in the spill
+    file are left as they are.
     """
-    n = keys.shape[0]
-    pitch = 4 * shape.dim
-    aim(descriptors, salt, keys, blocks, counts, mixes, hints)
-    for i in range(min(FAR, n)):
-        prefetch(hints[i])
-    present = 0
-    in_file = 0
-    copied = 0  # rows before this one are out
-    oldest = 0  # the first group whose block we are in
-    oldest_end = np.int64(counts[0]) if n > 0 else np.int64(0)
-    missing = -1
-    at = 0
-    for group in range(blocks.shape[0]):
-        descriptor = descriptors + blocks[group] * DESCRIPTOR_BYTES
+    n = grouped.n
+    store_i64(scratch.found, 0, 0)
+    store_i64(scratch.found, 1, 0)
+    start_aiming(scratch.cursor, grouped, 0, 0)
+    copied = np.int64(0)  # rows before this one are out
+    oldest = np.int64(0)  # the first group whose block we are in
+    oldest_end = np.int64(0)
+    missing = np.int64(-1)
+    at = np.int64(0)
+    for group in range(grouped.groups):
+        descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
+        size = np.int64(load_u32(grouped.counts, group))
         if not try_enter(descriptor):
-            while copied < at:
-                copy_out(rows[copied], keys[copied], shape, first, zeros, out + copied * pitch)
-                copied += 1
+            copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
+            copied = at
             while oldest < group:
-                leave(descriptors + blocks[oldest] * DESCRIPTOR_BYTES)
+                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
                 oldest += 1
-            oldest_end = at + counts[group]
             enter(descriptor)
-        buckets: Int = load_i64(descriptor, BUCKETS)
-        count: Int = load_i64(descriptor, COUNT)
-        chunks: Int = load_i64(descriptor, CHUNKS)
-        if buckets == 0:
+        if oldest == group:
+            oldest_end = at + size
+        if load_i64(descriptor, BUCKETS) == 0:
             leave(descriptor)
-            missing = group
+            missing = np.int64(group)
             break
-        end = at + counts[group]
-        for i in range(at, end):
-            if i + FAR < n:
-                prefetch(hints[i + FAR])
-            entry = find(buckets, count, home(buckets, count, mixes[i]), keys[i])
-            row: Int = np.int64(ABSENT)
-            if entry != 0:
-                word = np.int64(load_u32(entry, 0))
-                if word < PENDING:
-                    row = weights_at(chunks, word & VALUE, shape)
-                    prefetch_bytes(row, shape.weight_bytes)
-                    present += 1
-                elif word >= SPILLED:
-                    row = np.int64(IN_FILE)
-                    records[i] = word - SPILLED
-                    in_file += 1
-                if heated:
-                    warm(entry)
-            rows[i] = row
-            if i >= copied + NEAR:
-                copy_out(rows[copied], keys[copied], shape, first, zeros, out + copied * pitch)
-                copied += 1
-                if copied == oldest_end:
-                    leave(descriptors + blocks[oldest] * DESCRIPTOR_BYTES)
-                    oldest += 1
-                    oldest_end += counts[oldest]
-        at = end
-    while copied < at:
-        copy_out(rows[copied], keys[copied], shape, first, zeros, out + copied * pitch)
-        copied += 1
-    last = blocks.shape[0] if missing < 0 else missing
+        end = at + size
+        while at < end:
+            stop = min(at + STAGE, end)
+            aim(descriptors, salt, grouped, scratch.cursor, min(n, stop + FAR), scratch.hints)
+            renew(descriptor, salt, grouped.keys, scratch.cursor, group, at, stop, scratch.hints)
+            look_stage(descriptor, shape, heated, grouped.keys, at, stop, scratch)
+            at = stop
+            ready = max(copied, at - STAGE)
+            copy_out(scratch.rows, copied, ready, grouped.keys, shape, first, zeros, out)
+            copied = ready
+            while oldest < group and copied >= oldest_end:
+                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
+                oldest += 1
+                oldest_end += np.int64(load_u32(grouped.counts, oldest))
+    copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
+    last = np.int64(grouped.groups) if missing < 0 else missing
     while oldest < last:
-        leave(descriptors + blocks[oldest] * DESCRIPTOR_BYTES)
+        leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
         oldest += 1
-    found[0] = present
-    found[1] = in_file
     return missing

@@ -11,10 +11,12 @@ the spill file. Otherwise the kernel stops before this block, with the blocks be
 Results are a pure function of (block, request), whatever the split into requests. One block is held at a time.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
 
 from oarlock.embedding.admission import Rules, admit
+from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, aim, renew, start_aiming
 from oarlock.embedding.descriptor import (
     BUCKETS,
     CHUNKS,
@@ -27,17 +29,32 @@ from oarlock.embedding.descriptor import (
     SLOT_ROOM,
     VERSION,
 )
-from oarlock.embedding.index import PENDING, SPILLED, VALUE, find, home, warm
+from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
 from oarlock.embedding.initial import stream
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
-from oarlock.embedding.pointer import Int, copy, load_f32, load_i64, load_u32, prefetch, store_f32, store_i64, store_u32
+from oarlock.embedding.pointer import (
+    LINE,
+    Int,
+    copy,
+    load_f32,
+    load_f64,
+    load_i64,
+    load_u32,
+    load_u64,
+    prefetch,
+    store_f32,
+    store_i64,
+    store_u32,
+    store_u64,
+)
 from oarlock.embedding.precision import FLOAT32, decode_row, encode_row, seed_of
-from oarlock.embedding.pull import FAR, aim
 from oarlock.embedding.refusal import poisonous
 from oarlock.embedding.regularise import update_rows
 from oarlock.embedding.request import ABSENT, REFUSED_ROW, UPDATE_ROWS, Request, Scratch
 from oarlock.embedding.slab import First, Layout, prefetch_bytes, row_at, undo_at
+
+_RING = RING - 1
 
 # How a call ended.
 DONE = 0
@@ -49,74 +66,139 @@ NOT_STORED = 3
 GROUP, POSITION, NEED, APPLIED, CREATED, REFUSED, WAITING = range(7)
 WORDS = 8
 
-# Columns of int64[parts, PART_FIELDS] ``parts``, one line for each part of a row that has its own optimizer.
+# Words of a part's line in int64[parts, PART_FIELDS]: each part of a row has its own optimizer.
 UPDATE, COLUMN, STATE, WIDTH, HYPER, PASSES = range(6)
 PART_FIELDS = 6
 
 
+class Parts(NamedTuple):
+    """The parts of a row: how many, and the address of their lines."""
+
+    count: int
+    lines: int
+
+
+class Outcome(NamedTuple):
+    """Addresses: progress: int64[WORDS]; sample: uint64[size], a ring that takes refused keys."""
+
+    progress: int
+    sample: int
+    size: int
+
+
 @jit
 def look(
-    descriptor: Int, shape: Layout, rules: Rules, request: Request, at: Int, end: Int, gradients: Int, scratch: Scratch
+    descriptor: Int,
+    shape: Layout,
+    rules: Rules,
+    keys: Int,
+    gradients: Int,
+    begin: Int,
+    end: Int,
+    scratch: Scratch,
+    listed: Int,
 ) -> tuple[Int, Int]:
-    """Fill rows, sides and undo of keys at to end - 1; return how many are absent, and how many are in the file."""
-    n = request.keys.shape[0]
+    """Fill in rows, sides and undo of keys begin to end - 1; return how many are absent, and how many are in the file.
+
+    Those are listed in scratch.cold from place ``listed`` on.
+    """
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
     chunks: Int = load_i64(descriptor, CHUNKS)
-    absent = 0
-    in_file = 0
-    for i in range(at, end):
-        if i + FAR < n:
-            prefetch(scratch.hints[i + FAR])
-        if poisonous(gradients + i * 4 * shape.dim, shape.dim, rules.limit):
-            scratch.rows[i] = REFUSED_ROW
-            continue
-        entry = find(buckets, count, home(buckets, count, scratch.mixes[i]), request.keys[i])
-        row: Int = np.int64(ABSENT)
+    side_bytes = 4 * (shape.state_columns + shape.counters)
+    stride = 4 * shape.dim
+    odd = np.int64(0)
+    for i in range(begin, end):
+        # Without a branch: whether a key is in its home bucket cannot be predicted.
+        entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
+        word = np.int64(load_u32(entry, 0))
+        plain = hit and word < PENDING
+        slot = word if plain else np.int64(0)
+        row, side = row_at(chunks, slot, shape)
+        prefetch_bytes(row, shape.weight_bytes)
+        prefetch_bytes(side, side_bytes)
+        bad = poisonous(gradients + i * stride, shape.dim, rules.limit)
+        store_i64(scratch.rows, i, np.int64(REFUSED_ROW) if bad else row)
+        store_i64(scratch.sides, i, side)
+        if shape.undo > 0:
+            store_i64(scratch.undo, i, undo_at(chunks, slot, shape))
+        store_i64(scratch.late, odd, i)
+        odd += not plain and not bad
+        if rules.heated and plain:
+            warm(entry)
+    for k in range(odd):
+        prefetch(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING) + LINE)
+    absent = np.int64(0)
+    in_file = np.int64(0)
+    for k in range(odd):
+        i = load_i64(scratch.late, k)
+        row = np.int64(ABSENT)
+        entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         if entry != 0:
             word = np.int64(load_u32(entry, 0))
             if word < PENDING:
-                slot = word & VALUE
-                row, side = row_at(chunks, slot, shape)
+                row, side = row_at(chunks, word, shape)
                 prefetch_bytes(row, shape.weight_bytes)
-                prefetch_bytes(side, 4 * (shape.state_columns + shape.counters))
-                scratch.sides[i] = side
+                prefetch_bytes(side, side_bytes)
+                store_i64(scratch.sides, i, side)
                 if shape.undo > 0:
-                    scratch.undo[i] = undo_at(chunks, slot, shape)
+                    store_i64(scratch.undo, i, undo_at(chunks, word, shape))
                 if rules.heated:
                     warm(entry)
             elif word >= SPILLED:
-                scratch.cold[in_file] = i
+                store_i64(scratch.cold, listed + in_file, i)
                 in_file += 1
-        if row == ABSENT:
-            absent += 1
-        scratch.rows[i] = row
+        store_i64(scratch.rows, i, row)
+        absent += row == ABSENT
     return absent, in_file
+
+
+@jit
+def settle(keys: Int, at: Int, end: Int, scratch: Scratch, outcome: Outcome) -> None:
+    """Count what becomes of keys at to end - 1, and mark those without an update with ABSENT."""
+    refused: Int = load_i64(outcome.progress, REFUSED)
+    waiting: Int = load_i64(outcome.progress, WAITING)
+    applied: Int = load_i64(outcome.progress, APPLIED) + end - at
+    for i in range(at, end):
+        row = load_i64(scratch.rows, i)
+        if row > 0:
+            continue
+        applied -= 1
+        if row == REFUSED_ROW:
+            if outcome.size > 0:
+                store_u64(outcome.sample, refused % outcome.size, load_u64(keys, i))
+            refused += 1
+            store_i64(scratch.rows, i, np.int64(ABSENT))
+        else:
+            waiting += 1
+    store_i64(outcome.progress, REFUSED, refused)
+    store_i64(outcome.progress, WAITING, waiting)
+    store_i64(outcome.progress, APPLIED, applied)
 
 
 @jit
 def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -> None:
     """Count occurrences, shows and clicks, and keep the values that the update is about to change."""
-    counted = request.occurrences.shape[0] > 0
     for i in range(at, end):
-        if scratch.rows[i] <= 0:
+        row = load_i64(scratch.rows, i)
+        if row <= 0:
             continue
-        side = scratch.sides[i]
+        side: Int = load_i64(scratch.sides, i)
         counters = side + 4 * shape.state_columns
-        amount = request.occurrences[i] if counted else np.uint32(1)
+        amount = load_u32(request.occurrences, i) if request.occurrences != 0 else np.uint32(1)
         if shape.occurrences >= 0:
             total = np.uint64(load_u32(counters, shape.occurrences)) + np.uint64(amount)
             store_u32(counters, shape.occurrences, np.uint32(min(total, np.uint64(0xFFFFFFFF))))
         if shape.shows >= 0:
             store_f32(counters, shape.shows, load_f32(counters, shape.shows) + np.float32(amount))
-            if request.clicks.shape[0] > 0:
-                store_f32(counters, shape.shows + 1, load_f32(counters, shape.shows + 1) + request.clicks[i])
+            if request.clicks != 0:
+                clicks = load_f32(counters, shape.shows + 1) + load_f32(request.clicks, i)
+                store_f32(counters, shape.shows + 1, clicks)
         if shape.undo > 0:
             ring = np.int64(load_u32(counters, shape.recorded))
             place = ring & 0xFFFF
-            size = shape.weight_bytes + 4 * shape.state_columns
-            old = scratch.undo[i] + place * size
-            copy(old, scratch.rows[i], shape.weight_bytes)
+            old = load_i64(scratch.undo, i) + place * (shape.weight_bytes + 4 * shape.state_columns)
+            copy(old, row, shape.weight_bytes)
             copy(old + shape.weight_bytes, side, 4 * shape.state_columns)
             kept = min((ring >> 16) + 1, shape.undo)
             store_u32(counters, shape.recorded, np.uint32((kept << 16) | ((place + 1) % shape.undo)))
@@ -126,56 +208,82 @@ def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -
 
 @jit
 def update_block(
-    shape: Layout,
-    first: First,
-    request: Request,
-    parts: NDArray[np.int64],
-    at: Int,
-    end: Int,
-    gradients: Int,
-    scratch: Scratch,
-    places: Int,
-    values: Int,
+    shape: Layout, first: First, parts: Parts, keys: Int, request: Request, at: Int, end: Int, scratch: Scratch
 ) -> None:
-    """Run the optimizers over rows at to end - 1. ``places``: address of scratch.rows, sides behind; values: float32."""
+    """Run the optimizers over rows at to end - 1."""
     stride = 4 * shape.dim
-    rows = scratch.rows
-    sides = scratch.sides
-    step = request.step
     batch = UPDATE_ROWS if shape.code == FLOAT32 else 1
-    ready = values + 4 * shape.dim  # where prepared gradients go, behind one row's decoded weights
+    ready = scratch.values + stride  # where prepared gradients go, behind one row's decoded weights
     i: Int = at
     while i < end:
         n = min(batch, end - i)
-        decoded = shape.code != FLOAT32 and rows[i] > 0
-        stored = rows[i]
+        rows = scratch.rows + 8 * i
+        sides = scratch.sides + 8 * i
+        stored = load_i64(rows, 0)
+        decoded = shape.code != FLOAT32 and stored > 0
         if decoded:
-            decode_row(stored, shape.code, shape.dim, values)
-            rows[i] = values
-        for p in range(parts.shape[0]):
+            decode_row(stored, shape.code, shape.dim, scratch.values)
+            store_i64(rows, 0, scratch.values)
+        for p in range(parts.count):
+            part = parts.lines + 8 * PART_FIELDS * p
             if p > 0:
-                for j in range(i, i + n):
-                    if rows[j] > 0:
-                        rows[j] += 4 * parts[p - 1, WIDTH]
-                        sides[j] += 4 * (parts[p, STATE] - parts[p - 1, STATE])
+                before = part - 8 * PART_FIELDS
+                columns = load_i64(part, COLUMN) - load_i64(before, COLUMN)
+                states = load_i64(part, STATE) - load_i64(before, STATE)
+                for j in range(n):
+                    if load_i64(rows, j) > 0:
+                        store_i64(rows, j, load_i64(rows, j) + 4 * columns)
+                        store_i64(sides, j, load_i64(sides, j) + 4 * states)
             update_rows(
-                parts[p, UPDATE],
-                parts[p, PASSES],
-                places + 8 * i,
-                places + 8 * (rows.shape[0] + i),
+                load_i64(part, UPDATE),
+                load_i64(part, PASSES),
+                rows,
+                sides,
                 n,
-                gradients + i * stride + 4 * parts[p, COLUMN],
+                request.gradients + i * stride + 4 * load_i64(part, COLUMN),
                 stride,
-                parts[p, WIDTH],
-                request.rates[p],
-                step,
-                parts[p, HYPER],
+                load_i64(part, WIDTH),
+                load_f64(request.rates, p),
+                request.step,
+                load_i64(part, HYPER),
                 ready,
             )
         if decoded:
-            seed = seed_of(stream(first.origin, request.keys[i]), step)
-            encode_row(stored, shape.code, shape.dim, values, seed)
+            seed = seed_of(stream(first.origin, load_u64(keys, i)), request.step)
+            encode_row(stored, shape.code, shape.dim, scratch.values, seed)
         i += n
+
+
+@jit
+def push_block(
+    descriptor: Int,
+    salt: np.uint64,
+    shape: Layout,
+    first: First,
+    rules: Rules,
+    parts: Parts,
+    keys: Int,
+    request: Request,
+    at: Int,
+    end: Int,
+    absent: Int,
+    scratch: Scratch,
+    outcome: Outcome,
+) -> int:
+    """Do what comes after ``look`` to keys at to end - 1; return DONE, or NO_ROOM before anything was changed."""
+    if absent > 0:
+        slots = load_i64(descriptor, SLOT_ROOM) - load_i64(descriptor, NEXT) + load_i64(descriptor, FREE_ROWS)
+        if load_i64(descriptor, ENTRIES) + absent > load_i64(descriptor, ENTRY_ROOM) or absent > slots:
+            store_i64(outcome.progress, NEED, absent)
+            return NO_ROOM
+        created = admit(descriptor, salt, shape, first, rules, keys, request, at, end, scratch)
+        store_i64(outcome.progress, CREATED, load_i64(outcome.progress, CREATED) + created)
+    settle(keys, at, end, scratch, outcome)
+    if shape.counters > 0:
+        note(shape, request, at, end, scratch)
+    update_block(shape, first, parts, keys, request, at, end, scratch)
+    store_i64(descriptor, VERSION, load_i64(descriptor, VERSION) + 1)
+    return DONE
 
 
 @jit
@@ -185,73 +293,49 @@ def push_rows(
     shape: Layout,
     first: First,
     rules: Rules,
-    parts: NDArray[np.int64],
+    parts: Parts,
+    grouped: Grouped,
     request: Request,
     scratch: Scratch,
-    gradients: Int,
-    places: Int,
-    values: Int,
-    sample: NDArray[np.uint64],
-    progress: NDArray[np.int64],
+    outcome: Outcome,
 ) -> int:
-    """Apply the request from group progress[GROUP] on; return how it ended.
-
-    gradients, places, values: the addresses of request.gradients, scratch.rows (sides follow it in memory) and
-    scratch.values. sample: uint64[s] takes refused keys, in a ring counted by progress[REFUSED].
-    """
-    if progress[GROUP] == 0:
-        aim(descriptors, salt, request.keys, request.blocks, request.counts, scratch.mixes, scratch.hints)
-        for i in range(min(FAR, request.keys.shape[0])):
-            prefetch(scratch.hints[i])
-    at = progress[POSITION]
-    for group in range(progress[GROUP], request.blocks.shape[0]):
-        descriptor = descriptors + request.blocks[group] * DESCRIPTOR_BYTES
-        end = at + request.counts[group]
+    """Apply the request from group progress[GROUP] on; return how it ended."""
+    keys = grouped.keys
+    at: Int = load_i64(outcome.progress, POSITION)
+    start = load_i64(outcome.progress, GROUP)
+    start_aiming(scratch.cursor, grouped, start, at)
+    for group in range(start, grouped.groups):
+        descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
+        end = at + np.int64(load_u32(grouped.counts, group))
         enter_mutex(descriptor)
         shut(descriptor)
-        progress[GROUP] = group
-        progress[POSITION] = at
         code = DONE
         if load_i64(descriptor, BUCKETS) == 0:
             code = NOT_STORED
         else:
-            absent, in_file = look(descriptor, shape, rules, request, at, end, gradients, scratch)
+            absent = np.int64(0)
+            in_file = np.int64(0)
+            begin: Int = at
+            while begin < end:
+                stop = min(begin + STAGE, end)
+                aim(descriptors, salt, grouped, scratch.cursor, min(grouped.n, stop + FAR), scratch.hints)
+                renew(descriptor, salt, keys, scratch.cursor, group, begin, stop, scratch.hints)
+                more, cold = look(descriptor, shape, rules, keys, request.gradients, begin, stop, scratch, in_file)
+                absent += more
+                in_file += cold
+                begin = stop
             if in_file > 0:
-                progress[NEED] = in_file
+                store_i64(outcome.progress, NEED, in_file)
                 code = IN_FILE
-            elif absent > 0 and (
-                load_i64(descriptor, ENTRIES) + absent > load_i64(descriptor, ENTRY_ROOM)
-                or load_i64(descriptor, NEXT) + absent
-                > load_i64(descriptor, SLOT_ROOM) + load_i64(descriptor, FREE_ROWS)
-            ):
-                progress[NEED] = absent
-                code = NO_ROOM
             else:
-                if absent > 0:
-                    created = admit(descriptor, shape, first, rules, request, at, end, scratch, values)
-                    progress[CREATED] += created
-                waiting = 0
-                for i in range(at, end):
-                    if scratch.rows[i] == REFUSED_ROW:
-                        if sample.shape[0] > 0:
-                            sample[progress[REFUSED] % sample.shape[0]] = request.keys[i]
-                        progress[REFUSED] += 1
-                        scratch.rows[i] = ABSENT
-                    elif scratch.rows[i] == ABSENT:
-                        waiting += 1
-                    else:
-                        progress[APPLIED] += 1
-                progress[WAITING] += waiting
-                if shape.counters > 0:
-                    note(shape, request, at, end, scratch)
-                update_block(shape, first, request, parts, at, end, gradients, scratch, places, values)
-        if code == DONE:
-            store_i64(descriptor, VERSION, load_i64(descriptor, VERSION) + 1)
+                code = push_block(
+                    descriptor, salt, shape, first, rules, parts, keys, request, at, end, absent, scratch, outcome
+                )
         reopen(descriptor)
         leave_mutex(descriptor)
         if code != DONE:
+            store_i64(outcome.progress, GROUP, group)
+            store_i64(outcome.progress, POSITION, at)
             return code
         at = end
-    progress[GROUP] = request.blocks.shape[0]
-    progress[POSITION] = at
     return DONE

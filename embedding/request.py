@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.aim import CURSOR, RING
 from oarlock.embedding.pointer import address_of
+from oarlock.embedding.pull import PullScratch
 
 # In place of the address of a key's row.
 ABSENT = 0
@@ -19,29 +21,34 @@ UPDATE_ROWS = 64  # rows that an optimizer is called for at once
 
 
 class Request(NamedTuple):
-    """What a push brings. occurrences: uint32[n], clicks: float32[n], or both empty: then one occurrence, no click."""
+    """What a push brings beside its keys; addresses but for ``step`` and ``tick``.
 
-    keys: NDArray[np.uint64]
-    blocks: NDArray[np.int32]
-    counts: NDArray[np.int32]
-    gradients: NDArray[np.float32]
-    occurrences: NDArray[np.uint32]
-    clicks: NDArray[np.float32]
-    rates: NDArray[np.float64]
+    gradients: float32[n, dim]; occurrences: uint32[n], 0 = one of each key; clicks: float32[n], 0 = none; rates: float64[parts].
+    """
+
+    gradients: int
+    occurrences: int
+    clicks: int
+    rates: int
     step: int
     tick: int
 
 
 class Scratch(NamedTuple):
-    """Room for a push of n keys: mixes uint64[n], the others int64[n]; values float32[>= 64 rows of the table]."""
+    """Addresses of scratch memory for a push of n keys.
 
-    mixes: NDArray[np.uint64]
-    hints: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    sides: NDArray[np.int64]
-    undo: NDArray[np.int64]
-    cold: NDArray[np.int64]
-    values: NDArray[np.float32]
+    cursor, hints, late as in ``embedding/aim.py``; rows, sides, undo, cold: int64[n]; values: float32 of one row and
+    UPDATE_ROWS more.
+    """
+
+    cursor: int
+    hints: int
+    late: int
+    rows: int
+    sides: int
+    undo: int
+    cold: int
+    values: int
 
 
 class Workspace:
@@ -51,8 +58,9 @@ class Workspace:
         self.seen: NDArray[np.uint8] = np.zeros(blocks, np.uint8)
         self.fault: NDArray[np.int64] = np.zeros(1, np.int64)
         self.found: NDArray[np.int64] = np.zeros(2, np.int64)
-        self.values: NDArray[np.float32] = np.empty((UPDATE_ROWS + 1) * dim, np.float32)
-        self.values_address = address_of(self.values)
+        self._values: NDArray[np.float32] = np.empty((UPDATE_ROWS + 1) * dim, np.float32)
+        self._cursor: NDArray[np.int64] = np.zeros(CURSOR, np.int64)
+        self._hints, self._ring, self._late = (np.zeros(RING, np.int64) for _ in range(3))
         self._room = 0
         self.fit(1)
 
@@ -60,13 +68,13 @@ class Workspace:
         """Make room for a request of ``n`` keys."""
         if n <= self._room:
             return
-        room = max(256, 1 << (n - 1).bit_length())
-        self.mixes: NDArray[np.uint64] = np.empty(room, np.uint64)
-        self.hints, self.undo, self.cold = (np.empty(room, np.int64) for _ in range(3))
-        self.records: NDArray[np.int64] = self.undo  # a pull needs no undo
-        # The update is given the addresses of both: sides follow rows.
-        both: NDArray[np.int64] = np.empty((2, room), np.int64)
-        self.rows, self.sides = both
-        self.rows_address = address_of(both)
-        self.scratch = Scratch(self.mixes, self.hints, self.rows, self.sides, self.undo, self.cold, self.values)
-        self._room = room
+        self._room = max(256, 1 << (n - 1).bit_length())
+        self._rows, self._sides, self._undo, self.cold, self.records = (
+            np.empty(self._room, np.int64) for _ in range(5)
+        )
+        cursor, hints, late = (address_of(a) for a in (self._cursor, self._hints, self._late))
+        rows, sides, undo, cold = (address_of(a) for a in (self._rows, self._sides, self._undo, self.cold))
+        self.push = Scratch(cursor, hints, late, rows, sides, undo, cold, address_of(self._values))
+        self.pull = PullScratch(
+            cursor, hints, late, address_of(self._ring), cold, address_of(self.records), address_of(self.found)
+        )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding import check
 from oarlock.embedding.admission import Rules
+from oarlock.embedding.aim import Grouped
 from oarlock.embedding.cold import ColdRows
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ENTRIES, HAND, ROWS, VERSION
@@ -48,6 +49,8 @@ from oarlock.embedding.push import (
     WAITING,
     WIDTH,
     WORDS,
+    Outcome,
+    Parts,
     push_rows,
 )
 from oarlock.embedding.refusal import limit_bits
@@ -68,6 +71,11 @@ _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
 _NO_RECORDS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
+def _grouped(keys: Keys, blocks: Groups, counts: Groups) -> Grouped:
+    """Return a request's keys as kernels take them; the caller keeps the arrays."""
+    return Grouped(len(keys), len(blocks), address_of(keys), address_of(blocks), address_of(counts))
+
+
 class PushCounts(NamedTuple):
     """What a push did: rows updated, those of them that are new, gradients refused, and keys not admitted (yet)."""
 
@@ -86,10 +94,11 @@ class Table(Store):
             raise InvalidArgument(f"table {spec.name}: expand_score needs an ExpandingTable (make_table chooses)")
         self._optimizers = [optimizer_of(part.optimizer) for part in spec.all_parts]
         self._hyper = [o.hyper(p.optimizer) for o, p in zip(self._optimizers, spec.all_parts, strict=True)]
-        self._parts: NDArray[np.int64] = np.zeros((len(spec.all_parts), PART_FIELDS), np.int64)
+        self._lines: NDArray[np.int64] = np.zeros((len(spec.all_parts), PART_FIELDS), np.int64)
+        self._parts = Parts(len(spec.all_parts), address_of(self._lines))
         column = state = 0
         for line, part, optimizer, hyper in zip(
-            self._parts, spec.all_parts, self._optimizers, self._hyper, strict=True
+            self._lines, spec.all_parts, self._optimizers, self._hyper, strict=True
         ):
             line[UPDATE] = optimizer.update.address
             line[COLUMN] = column
@@ -157,20 +166,14 @@ class Table(Store):
                     self.first,
                     self.spec.absent == "zeros",
                     self._cold is not None,
-                    keys,
-                    blocks,
-                    counts,
-                    work.mixes,
-                    work.hints,
-                    work.rows,
-                    work.records,
+                    _grouped(keys, blocks, counts),
+                    work.pull,
                     address_of(out),
-                    work.found,
                 )
                 if missing >= 0:
                     self.stale(int(blocks[missing]))
                 if self._cold is not None and work.found[1]:
-                    self._cold.read_weights(work, n, out)
+                    self._cold.read_weights(work.cold[: work.found[1]], work.records[: work.found[1]], out)
             finally:
                 if self._cold is not None and pinned is not None:
                     self._cold.unpin(pinned)
@@ -205,11 +208,19 @@ class Table(Store):
         if not np.isfinite(clicks).all() or (clicks < 0).any():
             raise InvalidArgument(f"table {self.spec.name}: clicks must be finite and >= 0")
         tick = min(max(int(step), 0), 0xFFFFFFFF)
-        request = Request(keys, blocks, counts, gradients, occurrences, clicks, rates, int(step), tick)
+        request = Request(
+            address_of(gradients),
+            address_of(occurrences) if len(occurrences) else 0,
+            address_of(clicks) if len(clicks) else 0,
+            address_of(rates),
+            int(step),
+            tick,
+        )
         with self._working(n) as work:
             self._check_groups(work, n, blocks, counts)
             progress = np.zeros(WORDS, np.int64)
-            scratch = work.scratch
+            outcome = Outcome(address_of(progress), address_of(self._sample), len(self._sample))
+            grouped = _grouped(keys, blocks, counts)
             while True:
                 code = push_rows(
                     self.base,
@@ -218,13 +229,10 @@ class Table(Store):
                     self.first,
                     self._rules,
                     self._parts,
+                    grouped,
                     request,
-                    scratch,
-                    address_of(gradients),
-                    work.rows_address,
-                    work.values_address,
-                    self._sample,
-                    progress,
+                    work.push,
+                    outcome,
                 )
                 if code == DONE:
                     break

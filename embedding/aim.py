@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aiming: asking for the index lines of keys long before they are looked up, across the borders of blocks.
+
+Invariant: what is asked for ahead is a hint, taken outside of any lock; what is used was checked inside the block. Hints
+are a ring of RING keys, small enough to stay in the first cache. Kernels only; they take
+addresses, because handing arrays on to a function counts references, for every stage.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from oarlock.embedding.descriptor import BUCKETS, COUNT, DESCRIPTOR_BYTES
+from oarlock.embedding.hashing import key_mix
+from oarlock.embedding.index import home
+from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import Int, load_i64, load_u32, load_u64, prefetch, store_i64
+
+STAGE = 64  # keys that are looked up together
+FAR = 128  # keys that are asked for ahead
+RING = 256  # more than lie between the first key in use and the last one asked for
+_RING = RING - 1
+
+# Words of the cursor: the key and the group to go on from, the first key behind that group, whether its index was not seen
+# yet; then a ring of the index (address and buckets) that each group's hints are for.
+AT, AT_GROUP, GROUP_END, FRESH, SEEN = range(5)
+CURSOR = SEEN + 2 * RING
+
+
+class Grouped(NamedTuple):
+    """A request's keys as kernels take them, all addresses but ``n`` and ``groups``.
+
+    keys: uint64[n]; blocks: int32[groups], none negative; counts: int32[groups], each 1 or more, n in all.
+    """
+
+    n: int
+    groups: int
+    keys: int
+    blocks: int
+    counts: int
+
+
+@jit
+def aim(
+    descriptors: Int,
+    salt: np.uint64,
+    grouped: Grouped,
+    cursor: Int,
+    limit: Int,
+    hints: Int,
+) -> None:
+    """Ask for the buckets of keys up to ``limit`` - 1, and write where they lie to the ring ``hints``.
+
+    cursor: address of int64[CURSOR], set by ``start_aiming``; hints: of int64[RING]. Nobody is inside the blocks: an index may be exchanged for another before
+    its hints are used; ``renew`` finds that out.
+    """
+    at: Int = load_i64(cursor, AT)
+    while at < limit:
+        group: Int = load_i64(cursor, AT_GROUP)
+        end: Int = load_i64(cursor, GROUP_END)
+        descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
+        buckets: Int = load_i64(descriptor, BUCKETS)
+        count: Int = load_i64(descriptor, COUNT)
+        if load_i64(cursor, FRESH) != 0:
+            store_i64(cursor, SEEN + 2 * (group & _RING), buckets)
+            store_i64(cursor, SEEN + 2 * (group & _RING) + 1, count)
+            store_i64(cursor, FRESH, 0)
+        stop = min(limit, end)
+        for i in range(at, stop):
+            store_i64(hints, i & _RING, home(buckets, count, key_mix(salt, load_u64(grouped.keys, i))))
+        for i in range(at, stop):
+            prefetch(load_i64(hints, i & _RING))
+        at = stop
+        if at == end and group + 1 < grouped.groups:
+            store_i64(cursor, AT_GROUP, group + 1)
+            store_i64(cursor, GROUP_END, end + np.int64(load_u32(grouped.counts, group + 1)))
+            store_i64(cursor, FRESH, 1)
+    store_i64(cursor, AT, at)
+
+
+@jit
+def start_aiming(cursor: Int, grouped: Grouped, group: Int, at: Int) -> None:
+    """Let ``aim`` begin with key ``at``, the first of ``group``."""
+    store_i64(cursor, AT, at)
+    store_i64(cursor, AT_GROUP, group)
+    end = at
+    if group < grouped.groups:
+        end += np.int64(load_u32(grouped.counts, group))
+    store_i64(cursor, GROUP_END, end)
+    store_i64(cursor, FRESH, 1)
+
+
+@jit
+def renew(
+    descriptor: Int, salt: np.uint64, keys: Int, cursor: Int, group: Int, begin: Int, end: Int, hints: Int
+) -> None:
+    """Make the hints of keys begin to end - 1 right, inside their block."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    seen = cursor + 8 * (SEEN + 2 * (group & _RING))
+    if load_i64(seen, 0) != buckets or load_i64(seen, 1) != count:
+        for i in range(begin, end):
+            store_i64(hints, i & _RING, home(buckets, count, key_mix(salt, load_u64(keys, i))))
