@@ -29,7 +29,7 @@ from oarlock.embedding.lock import reopen, shut
 from oarlock.embedding.memory import Arena, Pages
 from oarlock.embedding.pointer import LINE, address_of
 from oarlock.embedding.sketch import Sketch
-from oarlock.embedding.slab import PARTS, Layout, chunk_bytes, chunk_rows
+from oarlock.embedding.slab import Layout, chunk_bytes, chunk_rows
 from oarlock.embedding.tombstones import Tombstones
 from oarlock.proto.errors import OutOfMemory
 
@@ -46,7 +46,7 @@ class Block:
         self._arena = arena
         self._index, buckets = _lines(FIRST_BUCKETS)
         self._chunks: list[tuple[int, int]] = []
-        self._table: NDArray[np.int64] = np.zeros((8, PARTS), np.int64)
+        self._table: NDArray[np.int64] = np.zeros(8, np.int64)
         self.descriptor: NDArray[np.int64] = np.zeros(FIELDS, np.int64)
         self.descriptor[BUCKETS] = buckets
         self.descriptor[COUNT] = FIRST_BUCKETS
@@ -90,12 +90,12 @@ class Block:
         while free < rows:
             number = len(self._chunks)
             count = chunk_rows(self._shape, number)
-            size, weights, side, undo = chunk_bytes(self._shape, count)
+            size = chunk_bytes(self._shape, count)
             if number == self._table.shape[0]:
                 self._lengthen()
             address = self._arena.take(size)
             self._chunks.append((address, size))
-            self._table[number] = address + weights, address + side, address + undo
+            self._table[number] = address
             have += count
             free += count
             self.descriptor[SLOT_ROOM] = have

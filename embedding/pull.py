@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, aim, renew, start_aiming
-from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES
+from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES, NEXT
 from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
@@ -92,12 +92,13 @@ def look_stage(
     count: Int = load_i64(descriptor, COUNT)
     chunks: Int = load_i64(descriptor, CHUNKS)
     odd = np.int64(0)
+    some = max(load_i64(descriptor, NEXT) - 1, 0)  # any slot that may be asked for
     for i in range(begin, end):
         # Without a branch: whether a key is in its home bucket cannot be predicted.
         entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
-        plain = hit and word < PENDING
-        row = weights_at(chunks, word if plain else np.int64(0), shape)
+        plain = hit & (word < PENDING)
+        row = weights_at(chunks, word if plain else some, shape)
         store_i64(scratch.rows, i & _RING, row)
         prefetch_bytes(row, shape.weight_bytes)
         store_i64(scratch.late, odd, i)

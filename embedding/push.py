@@ -108,22 +108,24 @@ def look(
     side_bytes = 4 * (shape.state_columns + shape.counters)
     stride = 4 * shape.dim
     odd = np.int64(0)
+    some = max(load_i64(descriptor, NEXT) - 1, 0)  # any slot that may be asked for
     for i in range(begin, end):
         # Without a branch: whether a key is in its home bucket cannot be predicted.
         entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
-        plain = hit and word < PENDING
-        slot = word if plain else np.int64(0)
+        plain = hit & (word < PENDING)
+        slot = word if plain else some
         row, side = row_at(chunks, slot, shape)
         prefetch_bytes(row, shape.weight_bytes)
-        prefetch_bytes(side, side_bytes)
+        if side_bytes > 0:
+            prefetch_bytes(side, side_bytes)
         bad = poisonous(gradients + i * stride, shape.dim, rules.limit)
         store_i64(scratch.rows, i, np.int64(REFUSED_ROW) if bad else row)
         store_i64(scratch.sides, i, side)
         if shape.undo > 0:
             store_i64(scratch.undo, i, undo_at(chunks, slot, shape))
         store_i64(scratch.late, odd, i)
-        odd += not plain and not bad
+        odd += (not plain) & (not bad)
         if rules.heated and plain:
             warm(entry)
     for k in range(odd):
@@ -139,7 +141,8 @@ def look(
             if word < PENDING:
                 row, side = row_at(chunks, word, shape)
                 prefetch_bytes(row, shape.weight_bytes)
-                prefetch_bytes(side, side_bytes)
+                if side_bytes > 0:
+                    prefetch_bytes(side, side_bytes)
                 store_i64(scratch.sides, i, side)
                 if shape.undo > 0:
                     store_i64(scratch.undo, i, undo_at(chunks, word, shape))

@@ -6,11 +6,11 @@
     side               optimizer state (float32), then counters (uint32): occurrences, tick of the last update, shows, clicks
                        (float32), and for the undo ring values kept << 16 | next place; as many of them as the table keeps
     undo               ring of the last n values: weights and state as they were before an update
-    chunks of a block: 16 rows, 16, 32, 64, ... up to about 64 KiB, then chunks of one size
+    chunks of a block: 16 rows, 16, 32, 64, ... up to about 128 KiB, then chunks of one size
 
 Weights lie apart from the rest, so that a pull touches the cache lines of weights alone; rows so short that weights and
 side fit one line together lie side by side (docs/performance.md has the measurement). Invariant: a slot's row never moves
-while its key has it. A block's chunk table holds three addresses for each chunk: of weights, side and undo.
+while its key has it. A block's chunk table holds the address of each chunk: int64[chunks].
 """
 
 from typing import NamedTuple
@@ -33,8 +33,7 @@ from oarlock.embedding.pointer import (
 from oarlock.embedding.precision import FLOAT32, encode_row, seed_of, weight_bytes
 
 FIRST_BITS = 4  # the first chunk holds 2^4 rows
-CHUNK_BYTES = 64 << 10
-PARTS = 3  # addresses of a chunk in the chunk table: weights, side, undo
+CHUNK_BYTES = 128 << 10
 TOGETHER_BYTES = 16  # rows with at most so many bytes of weights have their side beside them
 
 
@@ -61,6 +60,9 @@ class Layout(NamedTuple):
     weight_bytes: int
     weight_pitch: int
     side_pitch: int
+    side_gap: int  # a chunk of R rows has its sides R * side_gap + side_lead behind its begin
+    side_lead: int
+    undo_gap: int  # and its undo R * undo_gap behind
     undo: int
     undo_pitch: int
     steady: int  # log2 of the rows of a full-size chunk
@@ -111,6 +113,9 @@ def layout(dim: int, state_columns: int, code: int = FLOAT32, keep: Keep = NOTHI
         weights,
         weight_pitch,
         side_pitch,
+        0 if together else weight_pitch,
+        weights if together else 0,
+        weight_pitch if together else weight_pitch + side_pitch,
         keep.undo,
         undo,
         steady,
@@ -125,70 +130,64 @@ def chunk_rows(shape: Layout, chunk: int) -> int:
     return 1 << min(FIRST_BITS + chunk - 1, shape.steady)
 
 
-def chunk_bytes(shape: Layout, rows: int) -> tuple[int, int, int, int]:
-    """Return the bytes of a chunk of ``rows`` rows, and where in it weights, side and undo begin."""
-    behind = rows * shape.weight_pitch
-    if shape.together:
-        return behind + rows * shape.undo_pitch, 0, shape.weight_bytes, behind
-    undo = behind + rows * shape.side_pitch
-    return undo + rows * shape.undo_pitch, 0, behind, undo
+def chunk_bytes(shape: Layout, rows: int) -> int:
+    """Return the bytes of a chunk of ``rows`` rows."""
+    return rows * (shape.undo_gap + shape.undo_pitch)
 
 
 @jit
-def chunk_of(slot: Int, steady: Int) -> Int:
-    """Return the number of the chunk that holds a slot."""
-    if slot >> steady > 0:
-        return steady - FIRST_BITS + (slot >> steady)
-    return bit_length(slot >> FIRST_BITS)
-
-
-@jit
-def place_in(slot: Int, steady: Int) -> Int:
-    """Return a slot's place within its chunk."""
-    if slot >> steady > 0:
-        return slot & ((np.int64(1) << steady) - 1)
+def find_chunk(chunks: Int, slot: Int, steady: Int) -> tuple[Int, Int, Int]:
+    """Return the address of the chunk that holds a slot, the slot's place in it, and log2 of the rows of the chunk."""
+    large = slot >> steady
+    if large > 0:
+        base: Int = load_i64(chunks, steady - FIRST_BITS + large)
+        return base, slot & ((np.int64(1) << steady) - 1), steady
     chunk = bit_length(slot >> FIRST_BITS)
+    base = load_i64(chunks, chunk)
     if chunk == 0:
-        return slot
-    return slot - (np.int64(1) << (FIRST_BITS - 1 + chunk))
+        return base, slot, np.int64(FIRST_BITS)
+    bits = FIRST_BITS - 1 + chunk
+    return base, slot - (np.int64(1) << bits), bits
 
 
 @jit
 def weights_at(chunks: Int, slot: Int, shape: Layout) -> Int:
     """Return the address of a slot's weights; ``chunks`` = address of the block's chunk table."""
-    base: Int = load_i64(chunks, PARTS * chunk_of(slot, shape.steady))
-    return base + place_in(slot, shape.steady) * shape.weight_pitch
-
-
-@jit
-def side_at(chunks: Int, slot: Int, shape: Layout) -> Int:
-    """Return the address of a slot's state, behind which its counters lie."""
-    base: Int = load_i64(chunks, PARTS * chunk_of(slot, shape.steady) + 1)
-    return base + place_in(slot, shape.steady) * shape.side_pitch
+    base, place, _ = find_chunk(chunks, slot, shape.steady)
+    return base + place * shape.weight_pitch
 
 
 @jit
 def row_at(chunks: Int, slot: Int, shape: Layout) -> tuple[Int, Int]:
-    """Return the addresses of a slot's weights and side."""
-    chunk = chunks + 8 * PARTS * chunk_of(slot, shape.steady)
-    place = place_in(slot, shape.steady)
-    weights: Int = load_i64(chunk, 0)
-    side: Int = load_i64(chunk, 1)
-    return weights + place * shape.weight_pitch, side + place * shape.side_pitch
+    """Return the addresses of a slot's weights and of its side: its state, and its counters behind that."""
+    base, place, bits = find_chunk(chunks, slot, shape.steady)
+    side = base + (shape.side_gap << bits) + shape.side_lead + place * shape.side_pitch
+    return base + place * shape.weight_pitch, side
+
+
+@jit
+def side_at(chunks: Int, slot: Int, shape: Layout) -> Int:
+    """Return the address of a slot's side."""
+    _, side = row_at(chunks, slot, shape)
+    return side
 
 
 @jit
 def undo_at(chunks: Int, slot: Int, shape: Layout) -> Int:
     """Return the address of a slot's ring of old values."""
-    base: Int = load_i64(chunks, PARTS * chunk_of(slot, shape.steady) + 2)
-    return base + place_in(slot, shape.steady) * shape.undo_pitch
+    base, place, bits = find_chunk(chunks, slot, shape.steady)
+    return base + (shape.undo_gap << bits) + place * shape.undo_pitch
 
 
 @jit
 def prefetch_bytes(address: Int, size: Int) -> None:
-    """Ask for the cache lines of ``size`` bytes, as many as are worth asking for at once."""
-    for offset in range(0, min(size, 8 * LINE), LINE):
-        prefetch(address + offset)
+    """Ask for the cache lines of ``size`` > 0 bytes, as many as are worth asking for at once."""
+    prefetch(address)
+    last = address + size - 1
+    if (address ^ last) >= LINE:
+        for offset in range(LINE, min(size, 8 * LINE), LINE):
+            prefetch(address + offset)
+        prefetch(last)
 
 
 @jit

@@ -67,6 +67,8 @@ Values = NDArray[np.float32]
 
 NO_OCCURRENCES: NDArray[np.uint32] = np.zeros(0, np.uint32)
 NO_CLICKS: NDArray[np.float32] = np.zeros(0, np.float32)
+KEPT_KEYS = 1 << 17  # scratch for requests of so many keys is kept
+
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
 _NO_RECORDS: NDArray[np.int64] = np.zeros(0, np.int64)
 
@@ -399,14 +401,16 @@ class Table(Store):
     def _working(self, n: int) -> Iterator[Workspace]:
         """Lend scratch memory for a request of ``n`` keys."""
         try:
-            work = self._workspaces.pop()
+            work = self._workspaces.pop() if n <= KEPT_KEYS else Workspace(self.spec.blocks, self.layout.dim)
         except IndexError:
             work = Workspace(self.spec.blocks, self.layout.dim)
         work.fit(n)
         try:
             yield work
         finally:
-            self._workspaces.append(work)
+            # A request far larger than others shall not keep its scratch for ever.
+            if n <= KEPT_KEYS:
+                self._workspaces.append(work)
 
     def _request(self, keys: Keys, blocks: Groups, counts: Groups) -> tuple[Keys, Groups, Groups]:
         keys = kernel_array("keys", keys, np.uint64)
