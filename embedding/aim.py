@@ -16,9 +16,9 @@ from oarlock.embedding.index import home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, load_i64, load_u32, load_u64, prefetch, store_i64
 
-STAGE = 64  # keys that are looked up together
+STAGE = 128  # keys that are looked up together
 FAR = 128  # keys that are asked for ahead
-RING = 256  # more than lie between the first key in use and the last one asked for
+RING = 512  # more than lie between the first key in use and the last one asked for
 _RING = RING - 1
 
 # Words of the cursor: the key and the group to go on from, the first key behind that group, whether its index was not seen
@@ -51,8 +51,8 @@ def aim(
 ) -> None:
     """Ask for the buckets of keys up to ``limit`` - 1, and write where they lie to the ring ``hints``.
 
-    cursor: address of int64[CURSOR], set by ``start_aiming``; hints: of int64[RING]. Nobody is inside the blocks: an index may be exchanged for another before
-    its hints are used; ``renew`` finds that out.
+    cursor: address of int64[CURSOR], set by ``start_aiming``; hints: of int64[RING]. Nobody is inside the blocks, so an index
+    may be exchanged for another before its hints are used; ``renew`` finds that out.
     """
     at: Int = load_i64(cursor, AT)
     while at < limit:

@@ -6,8 +6,6 @@ builds the new index beside the old one while pulls go on, and shuts the block o
 holds the block's mutex (``embedding/lock.py``) for everything but construction.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,9 +22,9 @@ from oarlock.embedding.descriptor import (
     SKETCH,
     SLOT_ROOM,
 )
-from oarlock.embedding.index import GROWTH, buckets_for, entries_of, rehash
+from oarlock.embedding.index import GROWTH, entries_of, rehash
 from oarlock.embedding.lock import reopen, shut
-from oarlock.embedding.memory import Arena, Pages
+from oarlock.embedding.memory import Arena, IndexMemory
 from oarlock.embedding.pointer import LINE, address_of
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import Layout, chunk_bytes, chunk_rows
@@ -34,21 +32,29 @@ from oarlock.embedding.tombstones import Tombstones
 from oarlock.proto.errors import OutOfMemory
 
 FIRST_BUCKETS = 4
-OWN_PAGES = 64 << 10  # an index from this size on has pages of its own, which go back to the system when it grows
 
 
 class Block:
     """A growing set of rows; kernels see it through ``descriptor``: int64[FIELDS] (``embedding/descriptor.py``)."""
 
-    def __init__(self, shape: Layout, salt: np.uint64, arena: Arena, sketch: Sketch | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        shape: Layout,
+        salt: np.uint64,
+        arena: Arena,
+        indexes: IndexMemory,
+        sketch: Sketch | None = None,
+    ) -> None:
+        self._number = number
         self._shape = shape
         self._salt = salt
         self._arena = arena
-        self._index, buckets = _lines(FIRST_BUCKETS)
+        self._indexes = indexes
         self._chunks: list[tuple[int, int]] = []
         self._table: NDArray[np.int64] = np.zeros(8, np.int64)
         self.descriptor: NDArray[np.int64] = np.zeros(FIELDS, np.int64)
-        self.descriptor[BUCKETS] = buckets
+        self.descriptor[BUCKETS] = indexes.take(number, FIRST_BUCKETS * LINE)
         self.descriptor[COUNT] = FIRST_BUCKETS
         self.descriptor[ENTRY_ROOM] = entries_of(FIRST_BUCKETS)
         self.descriptor[CHUNKS] = address_of(self._table)
@@ -111,11 +117,13 @@ class Block:
         buckets = int(self.descriptor[COUNT])
         if need <= int(self.descriptor[ENTRY_ROOM]):
             return
-        buckets = max(buckets_for(need), buckets * GROWTH // 100 + 1)
-        memory, address = _lines(buckets)
-        rehash(int(self.descriptor[BUCKETS]), int(self.descriptor[COUNT]), self._salt, address, buckets)
+        before = int(self.descriptor[BUCKETS]), buckets
+        while entries_of(buckets) < need:
+            buckets = buckets * GROWTH // 100 + 1
+        address = self._indexes.take(self._number, buckets * LINE)
+        rehash(*before, self._salt, address, buckets)
         self._exchange((BUCKETS, address), (COUNT, buckets))
-        self._index = memory
+        self._indexes.give_back(self._number, before[1] * LINE, before[0])
         self.descriptor[ENTRY_ROOM] = entries_of(buckets)
 
     def _exchange(self, *words: tuple[int, int]) -> None:
@@ -132,16 +140,4 @@ class Block:
         for address, size in self._chunks:
             self._arena.give_back(address, size)
         self._chunks.clear()
-
-
-def _lines(buckets: int) -> tuple[Any, int]:
-    """Return zeroed memory for so many buckets, and the address of the first."""
-    size = buckets * LINE
-    if size >= OWN_PAGES:
-        try:
-            pages = Pages(size, huge=True)
-        except OSError as error:
-            raise MemoryError(str(error)) from None
-        return pages, pages.address
-    array = np.zeros(size + LINE, np.uint8)
-    return array, -(-address_of(array) // LINE) * LINE
+        self._indexes.give_back(self._number, int(self.descriptor[COUNT]) * LINE, int(self.descriptor[BUCKETS]))

@@ -45,18 +45,13 @@ SPILLED = 1 << 31
 VALUE = PENDING - 1  # the bits of a word beside PENDING and SPILLED; a record's number may use PENDING's bit too
 RECORD = SPILLED - 1
 
-# Of 100 places at most so many are used, and growth is to so many hundredths of what is needed: a bucket overflows
+# Of 100 places at most so many are used, and growth is to so many hundredths of what is there: a bucket overflows
 # seldom enough for searches to end in the first one, and 64 / 5 bytes of a place stay below 18.4 a key.
 LOAD = 82
 GROWTH = 118
 
 _HALF = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
-
-
-def buckets_for(entries: int) -> int:
-    """Return how many buckets hold ``entries`` keys within the load."""
-    return -(-entries * 100 // (LOAD * PLACES)) + 1
 
 
 def entries_of(buckets: int) -> int:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a table's chunks of rows come from: large pieces of address space, on huge pages where the system gives them.
+"""Where a table's rows and indexes lie: large pieces of address space, on huge pages where the system gives them.
 
-Invariant: a chunk that was handed out neither moves nor shrinks until it is given back; chunks given back are handed out
-again to whoever asks for the same size, and their memory goes back to the system meanwhile. Memory that was never
-written costs nothing but address space. Any thread.
+    Arena     chunks of rows of all blocks, one behind the other
+    Slots     indexes of all blocks that have the same size, block n in place n; a block that grows moves to the next size
+
+Blocks of a table fill evenly, so those of one size share huge pages that none of them could fill alone. Invariant: what was
+handed out neither moves nor shrinks until it is given back; what was given back costs no memory until it is handed out
+again. Memory that was never written costs nothing but address space. Any thread.
 """
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from typing import Any
@@ -46,6 +50,67 @@ class Pages:
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class Slots:
+    """Zeroed places of one size, one for each block of a table, in one piece of address space."""
+
+    def __init__(self, size: int, blocks: int) -> None:
+        self.size = size
+        self._pages = Pages(size * blocks, huge=True)
+        self._taken: set[int] = set()
+
+    def take(self, block: int) -> int:
+        """Return the address of a block's place, 0 if it has it already."""
+        if block in self._taken:
+            return 0
+        self._taken.add(block)
+        return self._pages.address + block * self.size
+
+    def give_back(self, block: int) -> bool:
+        """Take a block's place back; return whether any is still taken."""
+        address = self._pages.address + block * self.size
+        self._pages.release(address, self.size)
+        # Pages that it shared with its neighbours stayed.
+        begin, end = -(-address // PAGE) * PAGE, (address + self.size) // PAGE * PAGE
+        edges = [(address, min(begin, address + self.size)), (max(end, address), address + self.size)]
+        for first, last in edges if begin <= end else [(address, address + self.size)]:
+            ctypes.memset(first, 0, max(0, last - first))
+        self._taken.discard(block)
+        return bool(self._taken)
+
+
+class IndexMemory:
+    """The index memory of a table's blocks: Slots for each size in use."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+        self._slots: dict[int, Slots] = {}
+        self._alone: dict[int, Pages] = {}
+
+    def take(self, block: int, size: int) -> int:
+        """Return the address of ``size`` zeroed bytes for a block's index; MemoryError when there are none."""
+        try:
+            with self._lock:
+                slots = self._slots.get(size)
+                if slots is None:
+                    slots = self._slots[size] = Slots(size, self._blocks)
+                address = slots.take(block)
+                if address == 0:
+                    # The block is about to be replaced by one of the same size.
+                    pages = Pages(size, huge=True)
+                    address = pages.address
+                    self._alone[address] = pages
+                return address
+        except (OSError, OverflowError, ValueError) as error:
+            raise MemoryError(str(error)) from None
+
+    def give_back(self, block: int, size: int, address: int) -> None:
+        """Take back what ``take`` handed out."""
+        with self._lock:
+            if self._alone.pop(address, None) is None and not self._slots[size].give_back(block):
+                del self._slots[size]
 
 
 class Arena:

@@ -2,8 +2,8 @@
 """The pull kernel: a request's rows, gathered in one pass over its keys.
 
     aim     128 keys ahead    where does the key's bucket lie? ask for it
-    look    up to 64 keys     find their words, ask for their rows; those that are not in their home bucket, last
-    copy    64 keys behind    copy the rows out
+    look    up to 128 keys    find their words, ask for their rows; those that are not in their home bucket, last
+    copy    128 keys behind   copy the rows out
 
 Invariant: a pull changes nothing but the heat of keys, waits for no block while it is inside another one, and leaves every
 block that it entered. The stages run across the borders of blocks: what is looked up in one block is copied while the

@@ -31,7 +31,7 @@ from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.index import PENDING, SPILLED, VALUE, list_entries
 from oarlock.embedding.initial import constants, origin
 from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
-from oarlock.embedding.memory import Arena
+from oarlock.embedding.memory import Arena, IndexMemory
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import LINE, address_of, kernel_array
 from oarlock.embedding.precision import INT8, PRECISIONS
@@ -76,6 +76,7 @@ class Store:
         self.state_columns = self.layout.state_columns + (code == INT8)
         self.counters = self.layout.counters - (spec.guard.undo > 0)
         self.arena = Arena()
+        self.indexes = IndexMemory(spec.blocks)
         self.blocks: dict[int, Block] = {}
         self._lock = threading.Lock()
         # On a cache line of its own each, so that locks of two blocks never share one.
@@ -90,7 +91,7 @@ class Store:
         with self._lock:
             if block in self.blocks:
                 raise InvalidArgument(f"table {self.spec.name}: block {block} is stored here already; drop it first")
-            self._place(block, self._new_block())
+            self._place(block, self._new_block(block))
 
     def drop(self, block: int) -> None:
         """Forget a block and free its memory."""
@@ -175,12 +176,12 @@ class Store:
         if not 0 <= block < self.spec.blocks:
             raise InvalidArgument(f"table {self.spec.name}: block {block} is not in [0, {self.spec.blocks})")
 
-    def _new_block(self) -> Block:
+    def _new_block(self, block: int) -> Block:
         admission = self.spec.admission
         sketch = None
         if admission.kind == "sketch":
             sketch = Sketch(max(1, admission.capacity // self.spec.blocks), windows=admission.windows)
-        return Block(self.layout, self.salt, self.arena, sketch)
+        return Block(block, self.layout, self.salt, self.arena, self.indexes, sketch)
 
     def _place(self, block: int, content: Block) -> None:
         with self.holding(block), self.shut(block):
@@ -233,7 +234,7 @@ class Store:
         self._in_range(block)
         content = self._checked(block, content)
         where = f"table {self.spec.name}, block {block}"
-        fresh = self._new_block()
+        fresh = self._new_block(block)
         line = address_of(fresh.descriptor)
         fresh.reserve(len(content.keys) + len(content.waiting), len(content.keys))
         counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
