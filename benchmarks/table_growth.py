@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from oarlock.benchmarks.table_keys import REQUEST_KEYS, Request, Universe
 from oarlock.embedding.table import Table
 
-_NEW_ROWS_PER_SECOND = 4_000_000
-
 
 class Pusher:
     """A thread that pushes gradients of zero, one request after the other: once each, or round and round."""
@@ -63,13 +61,12 @@ def measure_growth(
     """Return p99.9 of a pull in each condition over the median of a pull alone; the table ends with more rows."""
     part = seconds / 3
     rows = table.rows
-    # At least as many again as there may be, so that every block outgrows its index.
-    fresh = max(size, min(rows, int(_NEW_ROWS_PER_SECOND * part)))
-    new = [universe.span(at, at + size) for at in range(universe.rows, universe.rows + fresh, size)]
+    # As many again as there are, so that every block outgrows its index, if the time suffices.
+    new = [universe.span(at, at + size) for at in range(universe.rows, universe.rows + rows, size)]
     out = np.empty((max(r.keys.shape[0] for r in requests), table.spec.dim), np.float32)
     still = _pull_times(table, requests, out, part, None)
     pushed = _pull_times(table, requests, out, part, Pusher(table, requests, again=True))
-    growing = _pull_times(table, requests, out, 4 * part, Pusher(table, new, again=False))
+    growing = _pull_times(table, requests, out, 2 * seconds, Pusher(table, new, again=False))
     median = float(np.median(still))
     return {
         "growth_p999_over_p50": round(float(np.quantile(growing, 0.999)) / median, 2),
