@@ -44,14 +44,18 @@ class PullReply(_message.Message):
     def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class TableGradients(_message.Message):
-    __slots__ = ("keys", "gradients", "rate")
+    __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    OCCURRENCES_FIELD_NUMBER: _ClassVar[int]
+    CLICKS_FIELD_NUMBER: _ClassVar[int]
     keys: TableKeys
     gradients: _common_pb2.Array
     rate: float
-    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
+    occurrences: _common_pb2.Array
+    clicks: _common_pb2.Array
+    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., occurrences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., clicks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class DenseGradients(_message.Message):
     __slots__ = ("blocks", "gradients", "rate")

@@ -101,6 +101,11 @@ def gradients() -> TableGradients:
     return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5)
 
 
+def full_gradients() -> TableGradients:
+    more = {"occurrences": pack(np.array([3, 1], np.uint32)), "clicks": float32(2.0, 0.5)}
+    return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5, **more)
+
+
 def dense() -> DenseGradients:
     return DenseGradients(blocks=int32(7), gradients=float32(0.25), rate=0.125)
 
@@ -134,9 +139,11 @@ MESSAGES: dict[str, Message] = {
         keys(),
         PullRequest(header=FULL, tables=[keys()], dense=int32(7), number=301),
         PullReply(rows=[pack(GRADIENTS)], dense=float32(0.25), pushes=500, failure=failure()),
-        gradients(),
+        full_gradients(),
         dense(),
-        PushRequest(header=FULL, split=300, group=5, tables=[gradients()], dense=[dense()], step=70000, number=301),
+        PushRequest(
+            header=FULL, split=300, group=5, tables=[full_gradients()], dense=[dense()], step=70000, number=301
+        ),
         PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure()),
         MarksRequest(header=FULL, splits=[300, 1 << 40]),
         MarksReply(next=[0, 6, 300]),
