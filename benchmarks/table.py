@@ -26,7 +26,8 @@ from oarlock.benchmarks import table_speed as speed
 from oarlock.benchmarks.table_cases import measure_cases, measure_large
 from oarlock.benchmarks.table_growth import measure_growth
 from oarlock.benchmarks.table_keys import LAWS, REQUEST_KEYS, Request
-from oarlock.benchmarks.table_store import Filled, fill, headline_optimizer, payload, warm_up
+from oarlock.benchmarks.table_spill import measure_spill
+from oarlock.benchmarks.table_store import HEADLINE, Filled, fill, payload, warm_up
 from oarlock.benchmarks.table_twin import FORMS, ROOMY, Twin, TwinCompiler, columns_of
 
 STARTED = time.monotonic()
@@ -55,14 +56,30 @@ class Size:
     case_seconds: float
     most_seconds: float
     large_rows: int
+    spill_rows: int
 
 
 SIZES = {
     "full": Size(
-        10_000_000, 120.0, REQUEST_KEYS, 240, 12, 12.0, 60, 9, 60.0, 12.0, 1e9, 256 << 20, 1.0, 600.0, 100_000_000
+        10_000_000,
+        120.0,
+        REQUEST_KEYS,
+        240,
+        12,
+        12.0,
+        60,
+        9,
+        60.0,
+        12.0,
+        1e9,
+        256 << 20,
+        1.0,
+        600.0,
+        100_000_000,
+        4_000_000,
     ),
-    "quick": Size(10_000_000, 9.0, REQUEST_KEYS, 120, 6, 1.0, 20, 9, 5.0, 3.0, 13.0, 32 << 20, 0.06, 40.0, 0),
-    "tiny": Size(20_000, 9.0, 500, 6, 2, 0.01, 2, 1, 1.0, 0.05, 60.0, 1 << 20, 0.01, 60.0, 1000),
+    "quick": Size(10_000_000, 9.0, REQUEST_KEYS, 120, 6, 1.0, 20, 9, 5.0, 3.0, 13.0, 32 << 20, 0.06, 40.0, 0, 400_000),
+    "tiny": Size(20_000, 9.0, 500, 6, 2, 0.01, 2, 1, 1.0, 0.05, 60.0, 1 << 17, 0.01, 60.0, 1000, 4000),
 }
 
 
@@ -91,7 +108,7 @@ def main() -> int:
 
 def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Return all figures but those of the dedup kernels."""
-    optimizer = headline_optimizer()
+    optimizer = HEADLINE
     compiler = TwinCompiler(folder)
     library = compiler.library(DIM, columns_of(optimizer, DIM))
     warm_up(DIM, optimizer)
@@ -115,8 +132,12 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
     growth = measure_growth(filled.table, filled.universe, requests[LAWS[0]], size.growth_seconds, size.keys)
     say(f"pull during growth: {growth['growth']}")
     del filled
+    spill = measure_spill(folder, size.spill_rows, optimizer, size.keys, size.turn_seconds)
+    say(f"spill: {spill}")
     deadline = STARTED + size.most_seconds
-    cases, left_out = measure_cases(compiler, optimizer, size.case_bytes, size.case_seconds, deadline)
+    cases, left_out = measure_cases(
+        compiler, optimizer, size.case_bytes, size.case_seconds, deadline, others=size.rows > 1 << 20
+    )
     small["build"] = build
     large = [
         measure_large(count, optimizer, dtype, small, size.turn_seconds)
@@ -133,8 +154,8 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
         "dim": DIM,
         "optimizer": optimizer,
         "build_mrows_per_s": build,
-        "spill_vs_memory": None,
-        "why": {"twin": compiler.why, "spill_vs_memory": "tables have no memory budget yet"},
+        **spill,
+        "why": {"twin": compiler.why, "spill_vs_memory": spill["spill"]["why"]},
         "cases": cases,
         "cases_left_out": left_out,
         "large": large,
