@@ -15,14 +15,14 @@ import numpy as np
 from oarlock.benchmarks import table_speed as speed
 from oarlock.benchmarks.table_keys import LAWS, Request
 from oarlock.benchmarks.table_store import fill, payload
+from oarlock.embedding.descriptor import SPILLED_ROWS
 from oarlock.embedding.table import Table
 from oarlock.proto.errors import PSError
 
 OVER_BUDGET = 4
-_REQUESTS = 60
 
 
-def measure_spill(folder: Path, rows: int, optimizer: str, keys: int, seconds: float) -> dict[str, Any]:
+def measure_spill(folder: Path, rows: int, optimizer: str, keys: int, requests: int, seconds: float) -> dict[str, Any]:
     """Return the rate of pull and push through the file over the rate in memory, or null and why."""
     inside = fill("inside", rows, 16, optimizer)
     each = payload(16, optimizer, "float32", inside.table)
@@ -36,17 +36,23 @@ def measure_spill(folder: Path, rows: int, optimizer: str, keys: int, seconds: f
     except PSError as error:
         return {"spill_vs_memory": None, "spill": {"why": str(error)}}
     try:
-        drawn = [inside.universe.draw(LAWS[1], size=keys) for _ in range(_REQUESTS)]
+        drawn = [inside.universe.draw(LAWS[1], size=keys) for _ in range(requests)]
         # The tables' names differ, and with them the blocks of the keys.
         again = [spilled.universe.group(request.keys) for request in drawn]
         sides = {"memory": _steps(inside.table, drawn), "spill": _steps(spilled.table, again)}
-        for number in range(_REQUESTS):
+        for number in range(requests):
             sides["spill"](number)
-        turns = speed.take_turns(sides, _REQUESTS, drawn[0].keys.shape[0], 4, seconds)
-        about = {"rows": rows, "budget_bytes": budget, "table_bytes": spilled.table.nbytes, "why": None}
-        about["file_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        turns = speed.take_turns(sides, requests, drawn[0].keys.shape[0], 4, seconds)
+        in_file = int(spilled.table.descriptors[:, SPILLED_ROWS].sum())
+        about: dict[str, Any] = {
+            "rows": rows,
+            "rows_in_file": in_file,
+            "budget_bytes": budget,
+            "table_bytes": spilled.table.nbytes,
+        }
+        about["why"] = None if in_file else "no row was spilled"
         return {
-            "spill_vs_memory": round(turns.ratio("spill", "memory"), 3),
+            "spill_vs_memory": round(turns.ratio("spill", "memory"), 3) if in_file else None,
             "spill": {**about, "step_mrows_per_s": turns.medians()},
         }
     finally:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oarlock.benchmarks.table_keys import Universe
+from oarlock.benchmarks.table_keys import REQUEST_KEYS, Universe
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import Table
 
@@ -72,7 +72,8 @@ def fill(
     before = resident()
     table = make(name, dim, optimizer, dtype, memory_bytes=memory_bytes, folder=folder)
     universe = universe_of(table, rows)
-    chunk = max(1, min(CHUNK_ROWS, rows, (64 << 20) // dim))
+    # Rows are spilled as others come after them, so those of a table with a budget come in ordinary requests.
+    chunk = max(1, min(REQUEST_KEYS if memory_bytes else CHUNK_ROWS, rows, (64 << 20) // dim))
     gradients = np.zeros((chunk, dim), np.float32)
     seconds = 0.0
     done = 0
@@ -109,6 +110,12 @@ def resident() -> int:
     if trim is not None:
         trim(0)
     return _field("/proc/self/smaps_rollup", "Rss:") or _field("/proc/self/status", "VmRSS:")
+
+
+def huge_share() -> float | None:
+    """Return how much of this process's own memory lies in huge pages: without them every row costs a page walk."""
+    own = _field("/proc/self/smaps_rollup", "Anonymous:")
+    return round(_field("/proc/self/smaps_rollup", "AnonHugePages:") / own, 3) if own else None
 
 
 def available() -> int:
