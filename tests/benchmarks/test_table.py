@@ -163,3 +163,16 @@ def test_worse_case_of_two_threads_is_reported() -> None:
     assert standing(1.5, 1.5) > 1
     assert standing(1.5, None) == standing(1.5, 1.9) < 1
     assert standing(1.4, 1.9) < standing(1.5, 1.9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS)
+def test_twin_takes_every_key_for_an_ordinary_one(compiler: TwinCompiler, form: Form) -> None:
+    twin = Twin(compiler.library(16, 1), form, salt=SALT, rows=50)
+    keys = np.array([0, 2**64 - 1, int(SALT)], np.uint64)
+    try:
+        assert (twin.slots(keys) == 2**32 - 1).all(), "an empty place is no key"
+        assert twin.push(keys, np.ones((3, 16), np.float32), 0.1) == 3
+        assert twin.slots(keys).tolist() == [0, 1, 2]
+    finally:
+        twin.close()
