@@ -56,7 +56,7 @@ from oarlock.embedding.request import Request, Workspace
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.store import Store
 from oarlock.embedding.undo import undo_rows
-from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, PSError
 
 Keys = NDArray[np.uint64]
 Groups = NDArray[np.int32]
@@ -193,7 +193,7 @@ class Table(Store):
         ``rate`` is the learning rate before the table's schedule, ``step`` the job's step, from 1. occurrences: uint32[n]
         and clicks: float32[n] say how often each key came in the batch, and with how many clicks (default: once, none).
         A row whose gradient holds an infinity, NaN or a value beyond the table's limit is refused: neither changed nor
-        created. OutOfMemory names ``groups``: so many blocks of the request are done, the others untouched.
+        created. An error in the middle names ``groups``: so many blocks of the request are done, the others untouched.
         """
         keys, blocks, counts = self._request(keys, blocks, counts)
         n = keys.shape[0]
@@ -230,21 +230,32 @@ class Table(Store):
                     break
                 group, need = int(progress[GROUP]), int(progress[NEED])
                 block = int(blocks[group])
-                if code == NO_ROOM:
-                    try:
+                try:
+                    if code == NO_ROOM:
                         self._make_room(block, need, tick)
-                    except OutOfMemory as error:
-                        raise OutOfMemory(str(error), table=self.spec.name, groups=group) from None
-                elif code == IN_FILE and self._cold is not None:
-                    with self.holding(block):
-                        self.stored(block)
-                        self._cold.bring_back(block, keys[work.cold[:need]])
-                else:
-                    self.stale(block, groups=group)
+                    elif code == IN_FILE and self._cold is not None:
+                        with self.holding(block):
+                            self.stored(block)
+                            self._cold.bring_back(block, keys[work.cold[:need]])
+                    else:
+                        self.stale(block)
+                except (PSError, MemoryError, OSError) as error:
+                    raise self._part_done(error, group, progress) from None
         self.refused += int(progress[REFUSED])
         if self._cold is not None:
-            self._cold.tidy()
+            try:
+                self._cold.tidy()
+            except (PSError, MemoryError, OSError) as error:
+                raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64)) from None
         return PushCounts(*(int(progress[word]) for word in (APPLIED, CREATED, REFUSED, WAITING)))
+
+    def _part_done(self, error: Exception, groups: int, progress: NDArray[np.int64]) -> PSError:
+        """Return the error of a push that ended early; the caller must know what of it is done, to send only the rest."""
+        self.refused += int(progress[REFUSED])
+        if not isinstance(error, PSError):
+            error = OutOfMemory(f"table {self.spec.name}: no room for a push: {str(error) or 'no memory'}")
+        error.details.update(table=self.spec.name, groups=groups)
+        return error
 
     # Rows that leave, and values that come back
 

@@ -168,7 +168,7 @@ def contents(messages):
     return found
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 550])
+@pytest.mark.parametrize("limit", [1 << 20, 900])
 def test_occurrences_and_clicks_go_with_their_keys(limit, rng):
     routes = routes_of(rng.integers(0, 3, 17))
     gradients = counted(gradients_of(routes, rng), rng)
