@@ -10,6 +10,7 @@ Keys arrive grouped by block: ``blocks`` names the blocks, ``counts`` how many o
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +111,7 @@ class Table(Store):
             spec.memory_bytes > 0,
         )
         self._workspaces: list[Workspace] = []
-        self._sample: NDArray[np.uint64] = np.zeros(spec.guard.sample, np.uint64)
+        self._sample: deque[int] = deque(maxlen=spec.guard.sample)
         self.refused = 0  # gradients, since this table was made
         self.evicted = 0  # rows, likewise
         self._cold = ColdRows(self, spill_folder) if spec.memory_bytes else None
@@ -209,6 +210,7 @@ class Table(Store):
         with self._working(n) as work:
             self._check_groups(work, n, blocks, counts)
             progress = np.zeros(WORDS, np.int64)
+            sample = np.empty(min(n, self.spec.guard.sample), np.uint64)
             scratch = work.scratch
             while True:
                 code = push_rows(
@@ -223,7 +225,7 @@ class Table(Store):
                     address_of(gradients),
                     work.rows_address,
                     work.values_address,
-                    self._sample,
+                    sample,
                     progress,
                 )
                 if code == DONE:
@@ -240,18 +242,24 @@ class Table(Store):
                     else:
                         self.stale(block)
                 except (PSError, MemoryError, OSError) as error:
-                    raise self._part_done(error, group, progress) from None
-        self.refused += int(progress[REFUSED])
+                    raise self._part_done(error, group, progress, sample) from None
+        self._count_refused(progress, sample)
         if self._cold is not None:
             try:
                 self._cold.tidy()
             except (PSError, MemoryError, OSError) as error:
-                raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64)) from None
+                raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64), sample) from None
         return PushCounts(*(int(progress[word]) for word in (APPLIED, CREATED, REFUSED, WAITING)))
 
-    def _part_done(self, error: Exception, groups: int, progress: NDArray[np.int64]) -> PSError:
+    def _count_refused(self, progress: NDArray[np.int64], sample: Keys) -> None:
+        # A ring for each push: two of them at once, or one after the other, would write over each other's.
+        refused = int(progress[REFUSED])
+        self.refused += refused
+        self._sample.extend(sample[:refused].tolist())
+
+    def _part_done(self, error: Exception, groups: int, progress: NDArray[np.int64], sample: Keys) -> PSError:
         """Return the error of a push that ended early; the caller must know what of it is done, to send only the rest."""
-        self.refused += int(progress[REFUSED])
+        self._count_refused(progress, sample)
         if not isinstance(error, PSError):
             error = OutOfMemory(f"table {self.spec.name}: no room for a push: {str(error) or 'no memory'}")
         error.details.update(table=self.spec.name, groups=groups)
@@ -332,7 +340,7 @@ class Table(Store):
 
     def refused_keys(self) -> Keys:
         """Return keys: uint64[s] whose gradients were refused, a sample of the latest."""
-        return self._sample[: min(self.refused, len(self._sample))].copy()
+        return np.array(list(self._sample), np.uint64)
 
     def close(self) -> None:
         """Give back what is not memory: the spill file."""
