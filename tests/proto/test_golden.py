@@ -34,6 +34,8 @@ from oarlock.proto.coordinator_pb2 import (
     TRAIN,
     Clock,
     CloseSplitRequest,
+    DescribeReply,
+    DescribeRequest,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -49,6 +51,7 @@ from oarlock.proto.coordinator_pb2 import (
 )
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import (
+    UNDO,
     AdoptReply,
     AdoptRequest,
     CloseRequest,
@@ -59,6 +62,8 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushReply,
     PushRequest,
+    RowsReply,
+    RowsRequest,
     ShardStatsReply,
     ShardStatsRequest,
     TableGradients,
@@ -154,6 +159,21 @@ MESSAGES: dict[str, Message] = {
         WriteReply(entries="[]"),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
+        RowsRequest(
+            header=FULL, verb=UNDO, keys=keys(), block=3, least=(1 << 64) - 2, tick=70000, steps=2, number=(1 << 63) - 1
+        ),
+        RowsReply(
+            keys=pack(KEYS),
+            present=int32(1, 0),
+            weights=pack(GRADIENTS),
+            state=pack(GRADIENTS[:, :1]),
+            counters=pack(np.array([[7], [8]], np.uint32)),
+            more=True,
+            next=(1 << 64) - 1,
+            facts=['{"key": 5}'],
+            undone=int32(2, 1),
+            refused=300,
+        ),
         JoinRequest(
             protocol=1, role=SHARD, address="127.0.0.1:5000", nonce=(1 << 63) - 1, pid=4242, host="h", reader="arrow"
         ),
@@ -184,6 +204,8 @@ MESSAGES: dict[str, Message] = {
         StatusRequest(),
         StatusReply(status='{"phase": "training"}'),
         StopRequest(checkpoint=True, reason="asked to"),
+        DescribeRequest(),
+        DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),
     )
 }
 EARLIER: dict[str, Message] = {
@@ -252,6 +274,7 @@ def test_numbers_of_enums_never_change_meaning() -> None:
         "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4},
         "Role": {"ROLE_UNSPECIFIED": 0, "SHARD": 1, "WORKER": 2},
         "Work": {"WORK_UNSPECIFIED": 0, "TRAIN": 1, "EVALUATE": 2, "WAIT": 3, "FINISHED": 4},
+        "RowsVerb": {"ROWS_UNSPECIFIED": 0, "GET": 1, "EXPLAIN": 2, "EXPORT": 3, "UNDO": 4, "QUARANTINE": 5},
     }
 
 
