@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from oarlock.benchmarks import table_speed as speed
 from oarlock.benchmarks.table_cases import measure_cases, measure_large
 from oarlock.benchmarks.table_growth import measure_growth
 from oarlock.benchmarks.table_keys import LAWS, REQUEST_KEYS, Request
-from oarlock.benchmarks.table_store import Filled, fill, headline_optimizer, payload, warm_up
+from oarlock.benchmarks.table_spill import measure_spill
+from oarlock.benchmarks.table_store import HEADLINE, Filled, fill, huge_share, payload, warm_up
 from oarlock.benchmarks.table_twin import FORMS, ROOMY, Twin, TwinCompiler, columns_of
 
 STARTED = time.monotonic()
@@ -55,15 +56,61 @@ class Size:
     case_seconds: float
     most_seconds: float
     large_rows: int
+    spill_rows: int
 
 
-SIZES = {
-    "full": Size(
-        10_000_000, 120.0, REQUEST_KEYS, 240, 12, 12.0, 60, 9, 60.0, 12.0, 1e9, 256 << 20, 1.0, 600.0, 100_000_000
-    ),
-    "quick": Size(10_000_000, 9.0, REQUEST_KEYS, 120, 6, 1.0, 20, 9, 5.0, 3.0, 13.0, 32 << 20, 0.06, 40.0, 0),
-    "tiny": Size(20_000, 9.0, 500, 6, 2, 0.01, 2, 1, 1.0, 0.05, 60.0, 1 << 20, 0.01, 60.0, 1000),
-}
+FULL = Size(
+    rows=10_000_000,
+    fill_seconds=120.0,
+    keys=REQUEST_KEYS,
+    requests=240,
+    batch=12,
+    turn_seconds=12.0,
+    thread_batch=60,
+    pairs=9,
+    scaling_seconds=60.0,
+    growth_seconds=12.0,
+    roomy_before_seconds=1e9,
+    case_bytes=256 << 20,
+    case_seconds=1.0,
+    most_seconds=600.0,
+    large_rows=100_000_000,
+    spill_rows=4_000_000,
+)
+QUICK = replace(
+    FULL,
+    fill_seconds=8.0,
+    requests=120,
+    batch=6,
+    turn_seconds=0.8,
+    thread_batch=20,
+    scaling_seconds=4.0,
+    growth_seconds=2.4,
+    roomy_before_seconds=9.0,
+    case_bytes=32 << 20,
+    case_seconds=0.05,
+    most_seconds=38.0,
+    large_rows=0,
+    spill_rows=300_000,
+)
+TINY = replace(
+    QUICK,
+    rows=20_000,
+    keys=500,
+    requests=6,
+    batch=2,
+    turn_seconds=0.01,
+    thread_batch=2,
+    pairs=1,
+    growth_seconds=0.05,
+    roomy_before_seconds=1e9,
+    case_bytes=1 << 17,
+    case_seconds=0.01,
+    most_seconds=1e9,
+    large_rows=1000,
+    spill_rows=40_000,
+)
+SIZES = {"full": FULL, "quick": QUICK, "tiny": TINY}
 
 
 def main() -> int:
@@ -91,19 +138,21 @@ def main() -> int:
 
 def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Return all figures but those of the dedup kernels."""
-    optimizer = headline_optimizer()
+    optimizer = HEADLINE
     compiler = TwinCompiler(folder)
     library = compiler.library(DIM, columns_of(optimizer, DIM))
     warm_up(DIM, optimizer)
     filled = fill("benchmark", size.rows, DIM, optimizer, deadline=time.monotonic() + size.fill_seconds)
     rows = filled.universe.rows
+    huge = {"table": huge_share()}
     build = round(rows / filled.seconds / 1e6, 2)
     say(f"{rows} rows created, {build} M/s")
     each = payload(DIM, optimizer, "float32", filled.table)
     over = each and round(filled.nbytes / rows / each, 3)
     requests = {law: [filled.universe.draw(law, size=size.keys) for _ in range(size.requests)] for law in LAWS}
     twins = _twins(library, filled, size)
-    say(f"requests drawn, {len(twins)} twins built")
+    huge["with_twins"] = huge_share()
+    say(f"requests drawn, {len(twins)} twins built; huge pages {huge}")
     try:
         speeds, small = _speeds(filled, twins, requests, size)
         say(f"pull {speeds['pull_mrows_per_s']}, push {speeds['push_mrows_per_s']}")
@@ -115,8 +164,12 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
     growth = measure_growth(filled.table, filled.universe, requests[LAWS[0]], size.growth_seconds, size.keys)
     say(f"pull during growth: {growth['growth']}")
     del filled
+    spill = measure_spill(folder, size.spill_rows, optimizer, size.keys, size.requests // 4, size.turn_seconds)
+    say(f"spill: {spill}")
     deadline = STARTED + size.most_seconds
-    cases, left_out = measure_cases(compiler, optimizer, size.case_bytes, size.case_seconds, deadline)
+    cases, left_out = measure_cases(
+        compiler, optimizer, size.case_bytes, size.case_seconds, deadline, others=size.rows > 1 << 20
+    )
     small["build"] = build
     large = [
         measure_large(count, optimizer, dtype, small, size.turn_seconds)
@@ -129,12 +182,13 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
         "bytes_over_payload": over,
         "bytes_over_payload_by_dim": {str(c["dim"]): c["bytes_over_payload"] for c in cases if _is_plain(c, optimizer)},
         **growth,
+        "huge_page_share": huge,
         "rows": rows,
         "dim": DIM,
         "optimizer": optimizer,
         "build_mrows_per_s": build,
-        "spill_vs_memory": None,
-        "why": {"twin": compiler.why, "spill_vs_memory": "tables have no memory budget yet"},
+        **spill,
+        "why": {"twin": compiler.why, "spill_vs_memory": spill["spill"]["why"]},
         "cases": cases,
         "cases_left_out": left_out,
         "large": large,

@@ -10,38 +10,33 @@ from typing import Any
 
 from oarlock.benchmarks import table_speed as speed
 from oarlock.benchmarks.table_keys import LAWS
-from oarlock.benchmarks.table_store import DTYPES, available, fill, has_dtypes, make, payload
+from oarlock.benchmarks.table_store import DTYPES, available, fill, make, payload
 from oarlock.benchmarks.table_twin import FORMS, OPTIMIZERS, Twin, TwinCompiler, columns_of
-from oarlock.embedding.optimizer_spec import READS
-from oarlock.proto.errors import InvalidArgument, PSError
+from oarlock.embedding.optimizers import OPTIMIZERS as EVERY
+from oarlock.proto.errors import PSError
 
 DIMS = (8, 16, 32, 64, 128, 256)
 _SPARE = 2 << 30
 
 
-def list_cases(optimizer: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (dim, optimizer, dtype): every width, then every number format, then every optimizer."""
+def list_cases(optimizer: str, others: bool) -> Iterator[tuple[int, str, str]]:
+    """Yield (dim, optimizer, dtype): every width, then every number format, then every other optimizer if wanted."""
     for dim in DIMS:
         yield dim, optimizer, "float32"
-    if has_dtypes():
-        for dtype in DTYPES[1:]:
-            yield 16, optimizer, dtype
-    for name in READS:
-        if name != optimizer:
-            try:
-                make("trial", 16, name)
-            except InvalidArgument:
-                continue
+    for dtype in DTYPES[1:]:
+        yield 16, optimizer, dtype
+    for name in EVERY:
+        if others and name != optimizer:
             yield 16, name, "float32"
 
 
 def measure_cases(
-    compiler: TwinCompiler, optimizer: str, nbytes: int, seconds: float, deadline: float
+    compiler: TwinCompiler, optimizer: str, nbytes: int, seconds: float, deadline: float, *, others: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the figures of each case with about ``nbytes`` of weights, and the names of those there was no time for."""
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for dim, name, dtype in list_cases(optimizer):
+    for dim, name, dtype in list_cases(optimizer, others):
         if time.monotonic() > deadline:
             left_out.append(f"{name} of dim {dim} as {dtype}")
         else:
@@ -79,8 +74,6 @@ def _case(compiler: TwinCompiler, rows: int, dim: int, optimizer: str, dtype: st
 def measure_large(rows: int, optimizer: str, dtype: str, small: dict[str, float], seconds: float) -> dict[str, Any]:
     """Return how fast a table of ``rows`` rows of dim 16 is made and pulled, beside the headline table's figures."""
     result: dict[str, Any] = {"rows": rows, "dim": 16, "optimizer": optimizer, "dtype": dtype, "why": None}
-    if dtype != "float32" and not has_dtypes():
-        return {**result, "why": "tables have no dtype yet"}
     try:
         each = payload(16, optimizer, dtype, make("trial", 16, optimizer, dtype)) or 16 * 4 * 2
         needed = int(rows * each * 1.6) + _SPARE

@@ -6,18 +6,16 @@ the larger of what it says and of what the process has grown by. Main thread.
 """
 
 import ctypes
-import dataclasses
 import gc
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from oarlock.benchmarks.table_keys import Universe
+from oarlock.benchmarks.table_keys import REQUEST_KEYS, Universe
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import Table
-from oarlock.proto.errors import InvalidArgument
 
 BLOCKS = 64
 CHUNK_ROWS = 1 << 20
@@ -35,41 +33,47 @@ class Filled(NamedTuple):
     nbytes: int
 
 
-def has_dtypes() -> bool:
-    return "dtype" in {field.name for field in dataclasses.fields(TableSpec)}
-
-
-def make(name: str, dim: int, optimizer: str, dtype: str = "float32") -> Table:
-    """Return an empty table with all its blocks; InvalidArgument for an optimizer that there is none of."""
+def make(
+    name: str,
+    dim: int,
+    optimizer: str,
+    dtype: str = "float32",
+    *,
+    memory_bytes: int = 0,
+    folder: Path | None = None,
+) -> Table:
+    """Return an empty table with all its blocks; beyond ``memory_bytes`` of rows, if not 0, it spills into ``folder``."""
     # The twin's accumulators begin at zero, and so do these.
     rule = OptimizerSpec(optimizer, initial=0.0) if optimizer in ("adagrad", HEADLINE) else OptimizerSpec(optimizer)
-    more: dict[str, Any] = {"dtype": dtype} if has_dtypes() else {}
-    spec = TableSpec(name, dim, rule, Initializer("zeros"), BLOCKS, **more)
-    table = Table(spec, seed=1)
+    spec = TableSpec(name, dim, rule, Initializer("zeros"), BLOCKS, dtype, memory_bytes=memory_bytes)
+    table = Table(spec, seed=1, spill_folder=folder)
     for block in range(BLOCKS):
         table.adopt(block)
     return table
-
-
-def headline_optimizer() -> str:
-    """Return the optimizer of the headline figures, or the nearest one that this version has."""
-    try:
-        make("trial", 16, HEADLINE)
-    except InvalidArgument:
-        return "adagrad"
-    return HEADLINE
 
 
 def universe_of(table: Table, rows: int) -> Universe:
     return Universe(table.salt, table.spec.blocks.bit_length() - 1, rows)
 
 
-def fill(name: str, rows: int, dim: int, optimizer: str, dtype: str = "float32", *, deadline: float = 1e18) -> Filled:
+def fill(
+    name: str,
+    rows: int,
+    dim: int,
+    optimizer: str,
+    dtype: str = "float32",
+    *,
+    deadline: float = 1e18,
+    memory_bytes: int = 0,
+    folder: Path | None = None,
+) -> Filled:
     """Create rows by pushes of gradient zero until all exist, or until ``deadline`` (time.monotonic()) has passed."""
+    gc.collect()
     before = resident()
-    table = make(name, dim, optimizer, dtype)
+    table = make(name, dim, optimizer, dtype, memory_bytes=memory_bytes, folder=folder)
     universe = universe_of(table, rows)
-    chunk = max(1, min(CHUNK_ROWS, rows, (64 << 20) // dim))
+    # Rows are spilled as others come after them, so those of a table with a budget come in ordinary requests.
+    chunk = max(1, min(REQUEST_KEYS if memory_bytes else CHUNK_ROWS, rows, (64 << 20) // dim))
     gradients = np.zeros((chunk, dim), np.float32)
     seconds = 0.0
     done = 0
@@ -102,11 +106,16 @@ def payload(dim: int, optimizer: str, dtype: str, table: Table) -> int | None:
 
 def resident() -> int:
     """Return the resident bytes of this process, after what is free was given back."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
     return _field("/proc/self/smaps_rollup", "Rss:") or _field("/proc/self/status", "VmRSS:")
+
+
+def huge_share() -> float | None:
+    """Return how much of this process's own memory lies in huge pages: without them every row costs a page walk."""
+    own = _field("/proc/self/smaps_rollup", "Anonymous:")
+    return round(_field("/proc/self/smaps_rollup", "AnonHugePages:") / own, 3) if own else None
 
 
 def available() -> int:

@@ -25,11 +25,16 @@ from oarlock.proto.shard_pb2 import DenseGradients, PushReply, PushRequest, Tabl
 
 @dataclass(frozen=True)
 class RowGradients:
-    """Gradients of a batch for one table: float32[u, dim], one per unique key of ``keys``, and the learning rate."""
+    """Gradients of a batch for one table: float32[u, dim], one per unique key of ``keys``, and the learning rate.
+
+    ``occurrences`` uint32[u] and ``clicks`` float32[u] go along where a policy of the table reads them; None: once, none.
+    """
 
     keys: KeySet
     gradients: NDArray[np.float32]
     rate: float
+    occurrences: NDArray[np.uint32] | None = None
+    clicks: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class _RowPart:
     counts: NDArray[np.int32]
     gradients: NDArray[np.float32]
     rate: float
+    occurrences: NDArray[np.uint32] | None
+    clicks: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -113,21 +120,27 @@ class _Packer:
 
     def rows(self, part: _RowPart, wanted: NDArray[np.bool_] | None) -> None:
         numbers = self._layout.table_base[part.table] + part.blocks
+        beside = (part.occurrences is not None) + (part.clicks is not None)
         pieces = by_owner(
             part.table,
             part.blocks,
             part.counts,
             self._routes.owners[numbers],
             name=self._layout.tables[part.table].name,
-            row_bytes=4 * part.gradients.shape[1],
+            row_bytes=4 * (part.gradients.shape[1] + beside),
             wanted=None if wanted is None else wanted[numbers],
             limit=self._limit,
         )
         for shard, piece in pieces:
             message = self._message(shard, piece.volume)
-            gradients = pack(part.gradients[piece.rows])
             message.request.tables.append(
-                TableGradients(keys=piece.keys(part.keys), gradients=gradients, rate=part.rate)
+                TableGradients(
+                    keys=piece.keys(part.keys),
+                    gradients=pack(part.gradients[piece.rows]),
+                    rate=part.rate,
+                    occurrences=None if part.occurrences is None else pack(part.occurrences[piece.rows]),
+                    clicks=None if part.clicks is None else pack(part.clicks[piece.rows]),
+                )
             )
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
 
@@ -166,6 +179,9 @@ def cut_push(
     """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them."""
     packer = _Packer(layout, routes, identity, limit)
     for name, part in gradients.items():
+        for what, beside in (("occurrences", part.occurrences), ("clicks", part.clicks)):
+            if beside is not None and beside.shape != part.keys.keys.shape:
+                raise Malformed(f"table {name}: {what} have shape {beside.shape}, expected {part.keys.keys.shape}")
         if len(part.keys.keys):
             packer.rows(
                 _RowPart(
@@ -175,6 +191,8 @@ def cut_push(
                     part.keys.counts,
                     part.gradients,
                     part.rate,
+                    part.occurrences,
+                    part.clicks,
                 ),
                 None,
             )
@@ -202,6 +220,8 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
                 unpack(sent.keys.counts, np.int32, "counts"),
                 unpack(sent.gradients, np.float32, "gradients", dims=2),
                 sent.rate,
+                unpack(sent.occurrences, np.uint32, "occurrences") if sent.HasField("occurrences") else None,
+                unpack(sent.clicks, np.float32, "clicks") if sent.HasField("clicks") else None,
             )
             packer.rows(part, wanted)
         for each in message.request.dense:

@@ -19,6 +19,8 @@ from oarlock.proto.coordinator_pb2 import (
     WAIT,
     WORKER,
     CloseSplitRequest,
+    DescribeReply,
+    DescribeRequest,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -249,6 +251,13 @@ class CoordinatorService:
 
     def status(self, request: StatusRequest) -> StatusReply:
         return StatusReply(status=json.dumps(self._coordinator.status()))
+
+    def describe(self, request: DescribeRequest) -> DescribeReply:
+        c = self._coordinator
+        with c.lock:
+            return DescribeReply(
+                job=c.spec.job_bytes, run=c.run, spec=c.spec_json, placement=c.placement(), step=c.work.steps
+            )
 
     def stop(self, request: StopRequest) -> Empty:
         self._coordinator.stop(request.checkpoint, request.reason[:2048])

@@ -22,7 +22,7 @@ import numpy as np
 from oarlock.embedding.callback import invoke_update
 from oarlock.embedding.jit import jit
 from oarlock.embedding.optimizer_spec import OptimizerSpec
-from oarlock.embedding.pointer import Int, load_i64
+from oarlock.embedding.pointer import Int, load_f32, load_f64, load_i64, store_f32
 from oarlock.embedding.update_row import (
     CLIP_NORM,
     CLIP_VALUE,
@@ -31,10 +31,7 @@ from oarlock.embedding.update_row import (
     PASS_L1,
     PASS_L2,
     UPPER,
-    constant,
-    read,
     sum_squares,
-    write,
 )
 
 OWN_DECAY = frozenset({"adam", "adamw", "amsgrad", "lamb"})
@@ -64,10 +61,10 @@ def before_update(
     weights: Int, n: Int, gradients: Int, stride: Int, width: Int, rate: float, hyper: Int, out: Int
 ) -> None:
     """Write the prepared gradients of a run of rows to out: address of float32[n, width]; decay the weights."""
-    clip_value = np.float32(constant(hyper, CLIP_VALUE))
-    clip_norm = constant(hyper, CLIP_NORM)
-    l2 = np.float32(constant(hyper, PASS_L2))
-    shrink = np.float32(1.0 - rate * constant(hyper, PASS_DECAY))
+    clip_value = np.float32(load_f64(hyper, CLIP_VALUE))
+    clip_norm = load_f64(hyper, CLIP_NORM)
+    l2 = np.float32(load_f64(hyper, PASS_L2))
+    shrink = np.float32(1.0 - rate * load_f64(hyper, PASS_DECAY))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -76,9 +73,9 @@ def before_update(
         prepared = out + 4 * i * width
         if clip_value > _ZERO:
             for c in range(width):
-                g = read(gradient, c)
+                g = load_f32(gradient, c)
                 g = clip_value if g > clip_value else g
-                write(prepared, c, -clip_value if g < -clip_value else g)
+                store_f32(prepared, c, -clip_value if g < -clip_value else g)
             gradient = prepared
         scale = _ONE
         if clip_norm > 0.0:
@@ -87,35 +84,35 @@ def before_update(
                 scale = np.float32(clip_norm / norm)
         if gradient != prepared or scale != _ONE:
             for c in range(width):  # a factor of 1 changes no bit
-                write(prepared, c, read(gradient, c) * scale)
+                store_f32(prepared, c, load_f32(gradient, c) * scale)
         if l2 > _ZERO:
             for c in range(width):
-                write(prepared, c, read(prepared, c) + l2 * read(row, c))
+                store_f32(prepared, c, load_f32(prepared, c) + l2 * load_f32(row, c))
         if shrink != _ONE:
             for c in range(width):
-                write(row, c, read(row, c) * shrink)
+                store_f32(row, c, load_f32(row, c) * shrink)
 
 
 @jit
 def after_update(weights: Int, n: Int, width: Int, rate: float, hyper: Int) -> None:
     """Move a run of rows towards 0 by L1, then hold them to the bounds."""
-    bound = np.float32(rate * constant(hyper, PASS_L1))
-    lower = np.float32(constant(hyper, LOWER))
-    upper = np.float32(constant(hyper, UPPER))
+    bound = np.float32(rate * load_f64(hyper, PASS_L1))
+    lower = np.float32(load_f64(hyper, LOWER))
+    upper = np.float32(load_f64(hyper, UPPER))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
             continue
         if bound > _ZERO:
             for c in range(width):
-                w = read(row, c)
+                w = load_f32(row, c)
                 below = w + bound
                 above = w - bound
-                write(row, c, above if w > bound else (below if w < -bound else _ZERO))
+                store_f32(row, c, above if w > bound else (below if w < -bound else _ZERO))
         for c in range(width):
-            w = read(row, c)
+            w = load_f32(row, c)
             w = lower if w < lower else w
-            write(row, c, upper if w > upper else w)
+            store_f32(row, c, upper if w > upper else w)
 
 
 @jit

@@ -77,6 +77,7 @@ class First(NamedTuple):
 
     ``ends``: address of int64[parts], the column behind each part; ``constants``: of float64[parts, 3]; ``state``: of
     float32[state columns]. Addresses, because a kernel that hands arrays on counts references to them for every row.
+    ``begin``: the column that these rows begin with, where others hold those before it (``embedding/expanding.py``).
     """
 
     origin: np.uint64
@@ -84,6 +85,7 @@ class First(NamedTuple):
     ends: int
     constants: int
     state: int
+    begin: int = 0
 
 
 def layout(dim: int, state_columns: int, code: int = FLOAT32, keep: Keep = NOTHING) -> Layout:
@@ -194,14 +196,14 @@ def prefetch_bytes(address: Int, size: Int) -> None:
 def draw_weights(key: np.uint64, shape: Layout, first: First, out: Int) -> None:
     """Write a key's first weights, float32[dim], to address ``out``."""
     begin = stream(first.origin, key)
-    column = np.int64(0)
+    column = np.int64(first.begin)
     for part in range(first.parts):
         end = load_i64(first.ends, part)
         kind = load_f64(first.constants, 3 * part)
         mean = load_f64(first.constants, 3 * part + 1)
         scale = load_f64(first.constants, 3 * part + 2)
         while column < end:
-            store_f32(out, column, draw_value(begin, column, kind, mean, scale))
+            store_f32(out, column - first.begin, draw_value(begin, column, kind, mean, scale))
             column += 1
 
 

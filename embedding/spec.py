@@ -137,6 +137,7 @@ class TableSpec:
             (self.expand_score, "expand_score", self.memory_bytes, "memory_bytes"),
             (self.expand_score, "expand_score", self.guard.undo, "guard.undo"),
             (self.expand_score, "expand_score", self.eviction.max_bytes, "eviction.max_bytes"),
+            (self.expand_score, "expand_score", self.eviction.norm, "eviction.norm"),
         ]
         for one, name, other, second in both:
             if one and other:

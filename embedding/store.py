@@ -231,6 +231,12 @@ class Store:
 
     def import_block(self, block: int, content: BlockRows, *, version: int = 0) -> None:
         """Store a block with exactly this content, replacing what it held; a Malformed content changes nothing."""
+        fresh = self._filled(block, content, version)
+        with self._lock:
+            self._place(block, fresh)
+
+    def _filled(self, block: int, content: BlockRows, version: int) -> Block:
+        """Return a block with this content, which is in no place yet."""
         self._in_range(block)
         content = self._checked(block, content)
         where = f"table {self.spec.name}, block {block}"
@@ -254,8 +260,7 @@ class Store:
                 raise Malformed(f"{where}: it comes with a sketch, but the table's admission has none")
             fresh.sketch.load(content.sketch)
         fresh.descriptor[VERSION] = version
-        with self._lock:
-            self._place(block, fresh)
+        return fresh
 
     def _checked(self, block: int, content: BlockRows) -> BlockRows:
         where = f"table {self.spec.name}, block {block}"

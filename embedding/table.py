@@ -10,6 +10,7 @@ Keys arrive grouped by block: ``blocks`` names the blocks, ``counts`` how many o
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ from oarlock.embedding.request import Request, Workspace
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.store import Store
 from oarlock.embedding.undo import undo_rows
-from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, PSError
 
 Keys = NDArray[np.uint64]
 Groups = NDArray[np.int32]
@@ -121,7 +122,7 @@ class Table(Store):
             spec.memory_bytes > 0,
         )
         self._workspaces: list[Workspace] = []
-        self._sample: NDArray[np.uint64] = np.zeros(spec.guard.sample, np.uint64)
+        self._sample: deque[int] = deque(maxlen=spec.guard.sample)
         self.refused = 0  # gradients, since this table was made
         self.evicted = 0  # rows, likewise
         self._cold = ColdRows(self, spill_folder) if spec.memory_bytes else None
@@ -198,7 +199,7 @@ class Table(Store):
         ``rate`` is the learning rate before the table's schedule, ``step`` the job's step, from 1. occurrences: uint32[n]
         and clicks: float32[n] say how often each key came in the batch, and with how many clicks (default: once, none).
         A row whose gradient holds an infinity, NaN or a value beyond the table's limit is refused: neither changed nor
-        created. OutOfMemory names ``groups``: so many blocks of the request are done, the others untouched.
+        created. An error in the middle names ``groups``: so many blocks of the request are done, the others untouched.
         """
         keys, blocks, counts = self._request(keys, blocks, counts)
         n = keys.shape[0]
@@ -221,7 +222,8 @@ class Table(Store):
         with self._working(n) as work:
             self._check_groups(work, n, blocks, counts)
             progress = np.zeros(WORDS, np.int64)
-            outcome = Outcome(address_of(progress), address_of(self._sample), len(self._sample))
+            sample = np.empty(min(n, self.spec.guard.sample), np.uint64)
+            outcome = Outcome(address_of(progress), address_of(sample), len(sample))
             grouped = _grouped(keys, blocks, counts)
             while True:
                 code = push_rows(
@@ -240,21 +242,38 @@ class Table(Store):
                     break
                 group, need = int(progress[GROUP]), int(progress[NEED])
                 block = int(blocks[group])
-                if code == NO_ROOM:
-                    try:
+                try:
+                    if code == NO_ROOM:
                         self._make_room(block, need, tick)
-                    except OutOfMemory as error:
-                        raise OutOfMemory(str(error), table=self.spec.name, groups=group) from None
-                elif code == IN_FILE and self._cold is not None:
-                    with self.holding(block):
-                        self.stored(block)
-                        self._cold.bring_back(block, keys[work.cold[:need]])
-                else:
-                    self.stale(block, groups=group)
-        self.refused += int(progress[REFUSED])
+                    elif code == IN_FILE and self._cold is not None:
+                        with self.holding(block):
+                            self.stored(block)
+                            self._cold.bring_back(block, keys[work.cold[:need]])
+                    else:
+                        self.stale(block)
+                except (PSError, MemoryError, OSError) as error:
+                    raise self._part_done(error, group, progress, sample) from None
+        self._count_refused(progress, sample)
         if self._cold is not None:
-            self._cold.tidy()
+            try:
+                self._cold.tidy()
+            except (PSError, MemoryError, OSError) as error:
+                raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64), sample) from None
         return PushCounts(*(int(progress[word]) for word in (APPLIED, CREATED, REFUSED, WAITING)))
+
+    def _count_refused(self, progress: NDArray[np.int64], sample: Keys) -> None:
+        # A ring for each push: two of them at once, or one after the other, would write over each other's.
+        refused = int(progress[REFUSED])
+        self.refused += refused
+        self._sample.extend(sample[:refused].tolist())
+
+    def _part_done(self, error: Exception, groups: int, progress: NDArray[np.int64], sample: Keys) -> PSError:
+        """Return the error of a push that ended early; the caller must know what of it is done, to send only the rest."""
+        self._count_refused(progress, sample)
+        if not isinstance(error, PSError):
+            error = OutOfMemory(f"table {self.spec.name}: no room for a push: {str(error) or 'no memory'}")
+        error.details.update(table=self.spec.name, groups=groups)
+        return error
 
     # Rows that leave, and values that come back
 
@@ -331,7 +350,7 @@ class Table(Store):
 
     def refused_keys(self) -> Keys:
         """Return keys: uint64[s] whose gradients were refused, a sample of the latest."""
-        return self._sample[: min(self.refused, len(self._sample))].copy()
+        return np.array(list(self._sample), np.uint64)
 
     def close(self) -> None:
         """Give back what is not memory: the spill file."""

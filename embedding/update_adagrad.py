@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 
 from oarlock.embedding.callback import callback
-from oarlock.embedding.pointer import load_i64
+from oarlock.embedding.pointer import load_f32, load_f64, load_i64, store_f32
 from oarlock.embedding.update_row import (
     EPSILON,
     PART,
     RHO,
     RUN,
-    constant,
     part_squares,
-    read,
     run_squares,
     sum_squares,
-    write,
 )
 
 
@@ -31,7 +28,7 @@ def update_adagrad(
 ) -> None:
     """acc += g^2; W -= rate g / (sqrt(acc) + epsilon)."""
     size = np.float32(rate)
-    epsilon = np.float32(constant(hyper, EPSILON))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -39,10 +36,10 @@ def update_adagrad(
         state = load_i64(states, i)
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            total = read(state, c) + g * g
-            write(state, c, total)
-            write(row, c, read(row, c) - size * g / (np.sqrt(total) + epsilon))
+            g = load_f32(gradient, c)
+            total = load_f32(state, c) + g * g
+            store_f32(state, c, total)
+            store_f32(row, c, load_f32(row, c) - size * g / (np.sqrt(total) + epsilon))
 
 
 @callback
@@ -51,7 +48,7 @@ def update_rowwise_adagrad(
 ) -> None:
     """acc += mean(g^2) over the row; W -= rate / (sqrt(acc) + epsilon) g."""
     size = np.float32(rate)
-    epsilon = np.float32(constant(hyper, EPSILON))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
     share = 1.0 / np.float64(width)
     for i in range(n):
         row = load_i64(weights, i)
@@ -66,11 +63,11 @@ def update_rowwise_adagrad(
             squares = np.float64(part_squares(gradient, width))
         else:
             squares = sum_squares(gradient, width)
-        total = read(state, 0) + np.float32(squares * share)
-        write(state, 0, total)
+        total = load_f32(state, 0) + np.float32(squares * share)
+        store_f32(state, 0, total)
         scaled = size / (np.sqrt(total) + epsilon)
         for c in range(width):
-            write(row, c, read(row, c) - scaled * read(gradient, c))
+            store_f32(row, c, load_f32(row, c) - scaled * load_f32(gradient, c))
 
 
 @callback
@@ -79,9 +76,9 @@ def update_rmsprop(
 ) -> None:
     """acc = rho acc + (1 - rho) g^2; W -= rate g / (sqrt(acc) + epsilon)."""
     size = np.float32(rate)
-    epsilon = np.float32(constant(hyper, EPSILON))
-    keep = np.float32(constant(hyper, RHO))
-    take = np.float32(1.0 - constant(hyper, RHO))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
+    keep = np.float32(load_f64(hyper, RHO))
+    take = np.float32(1.0 - load_f64(hyper, RHO))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -89,10 +86,10 @@ def update_rmsprop(
         state = load_i64(states, i)
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            mean = keep * read(state, c) + take * g * g
-            write(state, c, mean)
-            write(row, c, read(row, c) - size * g / (np.sqrt(mean) + epsilon))
+            g = load_f32(gradient, c)
+            mean = keep * load_f32(state, c) + take * g * g
+            store_f32(state, c, mean)
+            store_f32(row, c, load_f32(row, c) - size * g / (np.sqrt(mean) + epsilon))
 
 
 @callback
@@ -101,9 +98,9 @@ def update_adadelta(
 ) -> None:
     """a = rho a + (1 - rho) g^2; d = sqrt(b + epsilon) / sqrt(a + epsilon) g; b = rho b + (1 - rho) d^2; W -= rate d."""
     size = np.float32(rate)
-    epsilon = np.float32(constant(hyper, EPSILON))
-    keep = np.float32(constant(hyper, RHO))
-    take = np.float32(1.0 - constant(hyper, RHO))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
+    keep = np.float32(load_f64(hyper, RHO))
+    take = np.float32(1.0 - load_f64(hyper, RHO))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -112,10 +109,10 @@ def update_adadelta(
         deltas = squares + 4 * width
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            a = keep * read(squares, c) + take * g * g
-            b = read(deltas, c)
+            g = load_f32(gradient, c)
+            a = keep * load_f32(squares, c) + take * g * g
+            b = load_f32(deltas, c)
             d = np.sqrt(b + epsilon) / np.sqrt(a + epsilon) * g
-            write(squares, c, a)
-            write(deltas, c, keep * b + take * d * d)
-            write(row, c, read(row, c) - size * d)
+            store_f32(squares, c, a)
+            store_f32(deltas, c, keep * b + take * d * d)
+            store_f32(row, c, load_f32(row, c) - size * d)

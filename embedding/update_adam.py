@@ -12,7 +12,7 @@ import numpy as np
 
 from oarlock.embedding.callback import callback
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, load_i64
+from oarlock.embedding.pointer import Int, load_f32, load_f64, load_i64, store_f32
 from oarlock.embedding.update_row import (
     BETA1,
     BETA2,
@@ -20,12 +20,9 @@ from oarlock.embedding.update_row import (
     DECAY,
     EPSILON,
     PART,
-    constant,
     powers,
-    read,
     sum_part,
     sum_squares,
-    write,
 )
 
 _ONE = np.float32(1.0)
@@ -34,11 +31,11 @@ _ONE = np.float32(1.0)
 @jit
 def _count(state: Int, column: Int, step: Int, hyper: Int) -> Int:
     """Return t of the corrections: the step, or this row's count, which goes up by one."""
-    if constant(hyper, BY_STEP) != 0.0:
+    if load_f64(hyper, BY_STEP) != 0.0:
         return max(step, 1)
     # float32 counts exactly to 2^24 and then stays; both corrections are 1 long before
-    count = read(state, column) + _ONE
-    write(state, column, count)
+    count = load_f32(state, column) + _ONE
+    store_f32(state, column, count)
     return np.int64(count)
 
 
@@ -47,13 +44,13 @@ def update_adam(
     weights: Any, states: Any, n: Any, gradients: Any, stride: Any, width: Any, rate: Any, step: Any, hyper: Any
 ) -> None:
     """Adam; with decay, AdamW: W (1 - rate decay) instead of W (times 1, which changes no bit, in adam)."""
-    beta1 = constant(hyper, BETA1)
-    beta2 = constant(hyper, BETA2)
+    beta1 = load_f64(hyper, BETA1)
+    beta2 = load_f64(hyper, BETA2)
     keep2 = np.float32(beta2)
     take1 = np.float32(1.0 - beta1)
     take2 = np.float32(1.0 - beta2)
-    epsilon = np.float32(constant(hyper, EPSILON))
-    shrink = np.float32(1.0 - rate * constant(hyper, DECAY))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
+    shrink = np.float32(1.0 - rate * load_f64(hyper, DECAY))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -66,13 +63,13 @@ def update_adam(
         size = np.float32(rate / (1.0 - power1))
         root = np.float32(np.sqrt(1.0 - power2))
         for c in range(width):
-            g = read(gradient, c)
-            m = read(first, c)
+            g = load_f32(gradient, c)
+            m = load_f32(first, c)
             m = m + (g - m) * take1
-            v = read(second, c) * keep2 + take2 * g * g
-            write(first, c, m)
-            write(second, c, v)
-            write(row, c, read(row, c) * shrink - size * m / (np.sqrt(v) / root + epsilon))
+            v = load_f32(second, c) * keep2 + take2 * g * g
+            store_f32(first, c, m)
+            store_f32(second, c, v)
+            store_f32(row, c, load_f32(row, c) * shrink - size * m / (np.sqrt(v) / root + epsilon))
 
 
 @callback
@@ -80,13 +77,13 @@ def update_amsgrad(
     weights: Any, states: Any, n: Any, gradients: Any, stride: Any, width: Any, rate: Any, step: Any, hyper: Any
 ) -> None:
     """Adam that divides by the largest v so far; decoupled decay as in AdamW."""
-    beta1 = constant(hyper, BETA1)
-    beta2 = constant(hyper, BETA2)
+    beta1 = load_f64(hyper, BETA1)
+    beta2 = load_f64(hyper, BETA2)
     keep2 = np.float32(beta2)
     take1 = np.float32(1.0 - beta1)
     take2 = np.float32(1.0 - beta2)
-    epsilon = np.float32(constant(hyper, EPSILON))
-    shrink = np.float32(1.0 - rate * constant(hyper, DECAY))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
+    shrink = np.float32(1.0 - rate * load_f64(hyper, DECAY))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -100,16 +97,16 @@ def update_amsgrad(
         size = np.float32(rate / (1.0 - power1))
         root = np.float32(np.sqrt(1.0 - power2))
         for c in range(width):
-            g = read(gradient, c)
-            m = read(first, c)
+            g = load_f32(gradient, c)
+            m = load_f32(first, c)
             m = m + (g - m) * take1
-            v = read(second, c) * keep2 + take2 * g * g
-            top = read(largest, c)
+            v = load_f32(second, c) * keep2 + take2 * g * g
+            top = load_f32(largest, c)
             top = v if v > top else top
-            write(first, c, m)
-            write(second, c, v)
-            write(largest, c, top)
-            write(row, c, read(row, c) * shrink - size * m / (np.sqrt(top) / root + epsilon))
+            store_f32(first, c, m)
+            store_f32(second, c, v)
+            store_f32(largest, c, top)
+            store_f32(row, c, load_f32(row, c) * shrink - size * m / (np.sqrt(top) / root + epsilon))
 
 
 @callback
@@ -117,13 +114,13 @@ def update_lamb(
     weights: Any, states: Any, n: Any, gradients: Any, stride: Any, width: Any, rate: Any, step: Any, hyper: Any
 ) -> None:
     """u = Adam's direction + decay W; W -= rate |W| / |u| u, norms over the row, the ratio 1 where one of them is 0."""
-    beta1 = constant(hyper, BETA1)
-    beta2 = constant(hyper, BETA2)
+    beta1 = load_f64(hyper, BETA1)
+    beta2 = load_f64(hyper, BETA2)
     keep2 = np.float32(beta2)
     take1 = np.float32(1.0 - beta1)
     take2 = np.float32(1.0 - beta2)
-    epsilon = np.float32(constant(hyper, EPSILON))
-    decay = np.float32(constant(hyper, DECAY))
+    epsilon = np.float32(load_f64(hyper, EPSILON))
+    decay = np.float32(load_f64(hyper, DECAY))
     scratch = np.empty(PART, np.float32)
     run = scratch.ctypes.data
     for i in range(n):
@@ -142,13 +139,13 @@ def update_lamb(
         for start in range(0, width, PART):
             for k in range(min(PART, width - start)):
                 c = start + k
-                g = read(gradient, c)
-                m = read(first, c)
+                g = load_f32(gradient, c)
+                m = load_f32(first, c)
                 m = m + (g - m) * take1
-                v = read(second, c) * keep2 + take2 * g * g
-                write(first, c, m)
-                write(second, c, v)
-                write(run, k, unbias * m / (np.sqrt(v) / root + epsilon) + decay * read(row, c))
+                v = load_f32(second, c) * keep2 + take2 * g * g
+                store_f32(first, c, m)
+                store_f32(second, c, v)
+                store_f32(run, k, unbias * m / (np.sqrt(v) / root + epsilon) + decay * load_f32(row, c))
             total += sum_part(run, width - start)
         size = rate
         norm = sum_squares(row, width)
@@ -156,6 +153,6 @@ def update_lamb(
             size = rate * np.sqrt(norm) / np.sqrt(total)
         scale = np.float32(size)
         for c in range(width):
-            w = read(row, c)
-            u = unbias * read(first, c) / (np.sqrt(read(second, c)) / root + epsilon) + decay * w
-            write(row, c, w - scale * u)
+            w = load_f32(row, c)
+            u = unbias * load_f32(first, c) / (np.sqrt(load_f32(second, c)) / root + epsilon) + decay * w
+            store_f32(row, c, w - scale * u)

@@ -13,8 +13,8 @@ import numpy as np
 
 from oarlock.embedding.callback import callback
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, load_i64
-from oarlock.embedding.update_row import BETA, L1, L2, L21, PART, constant, read, read_bits, sum_part, write
+from oarlock.embedding.pointer import Int, load_f32, load_f64, load_i64, load_u32, store_f32
+from oarlock.embedding.update_row import BETA, L1, L2, L21, PART, sum_part
 
 TINY = np.float32(1e-15)
 _ZERO = np.float32(0.0)
@@ -45,9 +45,9 @@ def update_ftrl(
     alpha = np.float32(rate)
     if not alpha >= TINY:
         return
-    beta = np.float32(constant(hyper, BETA))
-    l1 = np.float32(constant(hyper, L1))
-    l2 = np.float32(constant(hyper, L2))
+    beta = np.float32(load_f64(hyper, BETA))
+    l1 = np.float32(load_f64(hyper, L1))
+    l2 = np.float32(load_f64(hyper, L2))
     start = beta / alpha + l2
     for i in range(n):
         row = load_i64(weights, i)
@@ -57,22 +57,22 @@ def update_ftrl(
         squares = sums + 4 * width
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            w = read(row, c)
-            before = read(squares, c)
+            g = load_f32(gradient, c)
+            w = load_f32(row, c)
+            before = load_f32(squares, c)
             after = before + g * g
             root = np.sqrt(after)
             # the difference of the roots, without cancellation; where both are 0 nothing of this is used
             both = root + np.sqrt(before)
             grown = g * g / (both if both > _ZERO else _ONE)
-            z = read(sums, c)
+            z = load_f32(sums, c)
             z = z if before > _ZERO else _away(-w * start, l1)
             z = z + (g - grown / alpha * w)
             moved = -_soft(z, l1) / ((beta + root) / alpha + l2)
             seen = after > _ZERO
-            write(sums, c, z if seen else read(sums, c))
-            write(squares, c, after)
-            write(row, c, moved if seen else w)
+            store_f32(sums, c, z if seen else load_f32(sums, c))
+            store_f32(squares, c, after)
+            store_f32(row, c, moved if seen else w)
 
 
 @jit
@@ -81,11 +81,11 @@ def _untouched(squares: Int, gradient: Int, width: Int) -> Int:
     old = np.uint32(0)
     new = np.uint32(0)
     for c in range(width):
-        old |= read_bits(squares, c)
+        old |= load_u32(squares, c)
     if old:
         return 0
     for c in range(width):
-        g = read(gradient, c)
+        g = load_f32(gradient, c)
         new |= np.uint32(g * g > _ZERO)
     return 1 if new else 2
 
@@ -96,13 +96,13 @@ def _begin(row: Int, sums: Int, width: Int, start: Any, l1: Any, group: float, r
     total = 0.0
     for c in range(0, width, PART):
         for k in range(min(PART, width - c)):
-            write(run, k, read(row, c + k) * start)
+            store_f32(run, k, load_f32(row, c + k) * start)
         total += sum_part(run, width - c)
     scale = _ONE
     if total > 0.0:
         scale = np.float32(1.0 + group / np.sqrt(total))
     for c in range(width):
-        write(sums, c, _away(-read(row, c) * start * scale, l1))
+        store_f32(sums, c, _away(-load_f32(row, c) * start * scale, l1))
 
 
 @callback
@@ -113,10 +113,10 @@ def update_group_ftrl(
     alpha = np.float32(rate)
     if not alpha >= TINY:
         return
-    beta = np.float32(constant(hyper, BETA))
-    l1 = np.float32(constant(hyper, L1))
-    l2 = np.float32(constant(hyper, L2))
-    group = constant(hyper, L21) * np.sqrt(np.float64(width))
+    beta = np.float32(load_f64(hyper, BETA))
+    l1 = np.float32(load_f64(hyper, L1))
+    l2 = np.float32(load_f64(hyper, L2))
+    group = load_f64(hyper, L21) * np.sqrt(np.float64(width))
     start = beta / alpha + l2
     scratch = np.empty(PART, np.float32)
     run = scratch.ctypes.data
@@ -136,20 +136,20 @@ def update_group_ftrl(
         for first in range(0, width, PART):
             for k in range(min(PART, width - first)):
                 c = first + k
-                g = read(gradient, c)
-                before = read(squares, c)
+                g = load_f32(gradient, c)
+                before = load_f32(squares, c)
                 after = before + g * g
                 both = np.sqrt(after) + np.sqrt(before)
                 grown = g * g / (both if both > _ZERO else _ONE)
-                z = read(sums, c) + (g - grown / alpha * read(row, c))
-                write(sums, c, z)
-                write(squares, c, after)
-                write(run, k, _soft(z, l1))
+                z = load_f32(sums, c) + (g - grown / alpha * load_f32(row, c))
+                store_f32(sums, c, z)
+                store_f32(squares, c, after)
+                store_f32(run, k, _soft(z, l1))
             total += sum_part(run, width - first)
         norm = np.sqrt(total)
         scale = _ZERO
         if norm > group:
             scale = np.float32(1.0 - group / norm)
         for c in range(width):
-            z = _soft(read(sums, c), l1)
-            write(row, c, -z * scale / ((beta + np.sqrt(read(squares, c))) / alpha + l2))
+            z = _soft(load_f32(sums, c), l1)
+            store_f32(row, c, -z * scale / ((beta + np.sqrt(load_f32(squares, c))) / alpha + l2))

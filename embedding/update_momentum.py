@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from oarlock.embedding.callback import callback
-from oarlock.embedding.pointer import load_i64
-from oarlock.embedding.update_row import DELAY, MOMENTUM, constant, read, write
+from oarlock.embedding.pointer import load_f32, load_f64, load_i64, store_f32
+from oarlock.embedding.update_row import DELAY, MOMENTUM
 
 
 @callback
@@ -26,7 +26,7 @@ def update_sgd(
             continue
         gradient = gradients + i * stride
         for c in range(width):
-            write(row, c, read(row, c) - size * read(gradient, c))
+            store_f32(row, c, load_f32(row, c) - size * load_f32(gradient, c))
 
 
 @callback
@@ -35,7 +35,7 @@ def update_momentum(
 ) -> None:
     """b = momentum b + g; W -= rate b."""
     size = np.float32(rate)
-    keep = np.float32(constant(hyper, MOMENTUM))
+    keep = np.float32(load_f64(hyper, MOMENTUM))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -43,9 +43,9 @@ def update_momentum(
         state = load_i64(states, i)
         gradient = gradients + i * stride
         for c in range(width):
-            b = keep * read(state, c) + read(gradient, c)
-            write(state, c, b)
-            write(row, c, read(row, c) - size * b)
+            b = keep * load_f32(state, c) + load_f32(gradient, c)
+            store_f32(state, c, b)
+            store_f32(row, c, load_f32(row, c) - size * b)
 
 
 @callback
@@ -54,7 +54,7 @@ def update_nesterov(
 ) -> None:
     """b = momentum b + g; W -= rate (g + momentum b)."""
     size = np.float32(rate)
-    keep = np.float32(constant(hyper, MOMENTUM))
+    keep = np.float32(load_f64(hyper, MOMENTUM))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -62,10 +62,10 @@ def update_nesterov(
         state = load_i64(states, i)
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            b = keep * read(state, c) + g
-            write(state, c, b)
-            write(row, c, read(row, c) - size * (g + keep * b))
+            g = load_f32(gradient, c)
+            b = keep * load_f32(state, c) + g
+            store_f32(state, c, b)
+            store_f32(row, c, load_f32(row, c) - size * (g + keep * b))
 
 
 @callback
@@ -74,7 +74,7 @@ def update_dcasgd(
 ) -> None:
     """W -= rate (g + delay g^2 d); d = what this update changed W by."""
     size = np.float32(rate)
-    delay = np.float32(constant(hyper, DELAY))
+    delay = np.float32(load_f64(hyper, DELAY))
     for i in range(n):
         row = load_i64(weights, i)
         if row == 0:
@@ -82,8 +82,8 @@ def update_dcasgd(
         state = load_i64(states, i)
         gradient = gradients + i * stride
         for c in range(width):
-            g = read(gradient, c)
-            w = read(row, c)
-            after = w - size * (g + delay * g * g * read(state, c))
-            write(state, c, after - w)
-            write(row, c, after)
+            g = load_f32(gradient, c)
+            w = load_f32(row, c)
+            after = w - size * (g + delay * g * g * load_f32(state, c))
+            store_f32(state, c, after - w)
+            store_f32(row, c, after)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all update kernels share: how they read and write a row, sum over it, and where each constant lies.
+"""What all update kernels share: where each constant lies, sums over a row, powers.
 
-Invariant: addresses are base + index in a form that LLVM sees through, so loops over columns become vector code, with the
-same bits at any vector width; a sum over a row has one fixed order. Nothing checks bounds. No state, any thread.
+Invariant: a sum over a row has one fixed order, so it has the same bits at any vector width. Nothing checks bounds. No
+state, any thread.
 
 The sum of squares of a row: its columns in parts of 64, the last one filled up with zeros. In a part the float32 squares of
 columns k, k + 16, k + 32, k + 48 are added in pairs, then the 16 sums as a tree (lane i and i + 8, then i + 4, i + 2, i + 1).
@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int
+from oarlock.embedding.pointer import Int, store_f32
 
 RUN = 16  # columns of one run of a sum
 PART = 64  # columns of one part
@@ -32,28 +32,6 @@ BETA1, BETA2, EPSILON, MOMENTUM, RHO, L1, L2, L21, DECAY, BETA, DELAY, BY_STEP =
 # The same for the passes of embedding/regularise.py: 0 there where the update itself has the constant in its formula.
 CLIP_VALUE, CLIP_NORM, PASS_L1, PASS_L2, PASS_DECAY, LOWER, UPPER = range(12, 19)
 CONSTANTS = 19
-
-
-def _item(builder: Any, address: Any, index: Any, kind: Any) -> Any:
-    return builder.gep(builder.inttoptr(address, ir.PointerType()), [index], source_etype=kind)
-
-
-def _read(kind: Any, llvm: Any, align: int) -> Callable[..., Any]:
-    def read(typing: Any, address: Any, index: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.load(_item(builder, arguments[0], arguments[1], llvm), align=align, typ=llvm)
-
-        return kind(types.int64, types.int64), code
-
-    return read
-
-
-def _write(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _item(builder, arguments[0], arguments[1], ir.FloatType()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), code
 
 
 def _tree(builder: Any, x: Any) -> Any:
@@ -113,32 +91,15 @@ def _plain_squares(address: Any, count: Any) -> Any:
     return x[0]
 
 
-# read(address, c) and write(address, c, value) are for float32 columns, read_bits sees one as uint32, constant(hyper, i)
-# reads a float64. part_squares(address, count) sums the squares of min(count, 64) columns, run_squares those of count <= 16
-# and whole_squares those of 64: to the same bits, but faster.
-read: Callable[[Any, Any], Any]
-read_bits: Callable[[Any, Any], Any]
-constant: Callable[[Any, Any], Any]
-write: Callable[[Any, Any, Any], None]
+# part_squares(address, count) sums the squares of min(count, 64) columns, run_squares those of count <= 16 and whole_squares
+# those of 64: to the same bits, but faster.
 run_squares: Callable[[Any, Any], Any]
 part_squares: Callable[[Any, Any], Any]
 whole_squares: Callable[[Any, Any], Any]
 
 if numba.config.DISABLE_JIT:
-    read = lambda address, c: np.float32(ctypes.c_float.from_address(int(address) + 4 * int(c)).value)  # noqa: E731
-    read_bits = lambda address, c: np.uint32(ctypes.c_uint32.from_address(int(address) + 4 * int(c)).value)  # noqa: E731
-    constant = lambda address, i: ctypes.c_double.from_address(int(address) + 8 * int(i)).value  # noqa: E731
     run_squares = part_squares = whole_squares = _plain_squares
-
-    def _plain_write(address: Any, c: Any, value: Any) -> None:
-        ctypes.c_float.from_address(int(address) + 4 * int(c)).value = value
-
-    write = _plain_write
 else:
-    read = intrinsic(_read(types.float32, ir.FloatType(), 4))
-    read_bits = intrinsic(_read(types.uint32, ir.IntType(32), 4))
-    constant = intrinsic(_read(types.float64, ir.DoubleType(), 8))
-    write = intrinsic(_write)
     run_squares = intrinsic(_squares(1, False))
     part_squares = intrinsic(_squares(PART // RUN, False))
     whole_squares = intrinsic(_squares(PART // RUN, True))
@@ -163,7 +124,7 @@ def sum_part(part: Int, count: Int) -> Any:
     Whole loads, because a masked one has to wait for values that were only just written.
     """
     for k in range(count, PART):
-        write(part, k, _ZERO)
+        store_f32(part, k, _ZERO)
     return np.float64(whole_squares(part, PART))
 
 

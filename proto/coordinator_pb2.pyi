@@ -201,3 +201,21 @@ class StopRequest(_message.Message):
     checkpoint: bool
     reason: str
     def __init__(self, checkpoint: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("job", "run", "spec", "placement", "step")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    job: bytes
+    run: int
+    spec: str
+    placement: _common_pb2.Placement
+    step: int
+    def __init__(self, job: _Optional[bytes] = ..., run: _Optional[int] = ..., spec: _Optional[str] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...

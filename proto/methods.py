@@ -48,6 +48,7 @@ METHODS: dict[str, Method] = {
         Method("Shard.Close", shard.CloseRequest, common.Empty),
         Method("Shard.Write", shard.WriteRequest, shard.WriteReply),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
+        Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
         Method("Coordinator.Join", coordinator.JoinRequest, coordinator.JoinReply),
         Method("Coordinator.Heartbeat", coordinator.HeartbeatRequest, coordinator.HeartbeatReply),
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.Release", coordinator.ReleaseRequest, common.Empty),
         Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty),
         Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
+        Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply),
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
     )
 }

@@ -25,43 +25,49 @@ _sym_db = _symbol_database.Default()
 from oarlock.proto import common_pb2 as oarlock_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19oarlock/proto/shard.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"x\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\r\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06\x63ounts\x18\x04 \x01(\x0b\x32\x0e.oarlock.Array\"\x81\x01\n\x0bPullRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\"\n\x06tables\x18\x02 \x03(\x0b\x32\x12.oarlock.TableKeys\x12\x1d\n\x05\x64\x65nse\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06number\x18\x04 \x01(\x04\"{\n\tPullReply\x12\x1c\n\x04rows\x18\x01 \x03(\x0b\x32\x0e.oarlock.Array\x12\x1d\n\x05\x64\x65nse\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06pushes\x18\x03 \x01(\x04\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\"c\n\x0eTableGradients\x12 \n\x04keys\x18\x01 \x01(\x0b\x32\x12.oarlock.TableKeys\x12!\n\tgradients\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"a\n\x0e\x44\x65nseGradients\x12\x1e\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x0e.oarlock.Array\x12!\n\tgradients\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"\xbb\x01\n\x0bPushRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05split\x18\x02 \x01(\x04\x12\r\n\x05group\x18\x03 \x01(\r\x12\'\n\x06tables\x18\x04 \x03(\x0b\x32\x17.oarlock.TableGradients\x12&\n\x05\x64\x65nse\x18\x05 \x03(\x0b\x32\x17.oarlock.DenseGradients\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x0e\n\x06number\x18\x07 \x01(\x04\"\x80\x01\n\tPushReply\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\r\x12\x0f\n\x07skipped\x18\x02 \x01(\r\x12\x1d\n\x05moved\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0f\n\x07refused\x18\x04 \x01(\x04\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\"?\n\x0cMarksRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\"\x1a\n\nMarksReply\x12\x0c\n\x04next\x18\x01 \x03(\r\"\x8e\x01\n\x0c\x41\x64optRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12%\n\tplacement\x18\x02 \x01(\x0b\x32\x12.oarlock.Placement\x12%\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.oarlock.ClosedSplits\x12\x0f\n\x07restore\x18\x04 \x01(\t\".\n\nAdoptReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"V\n\x0c\x43loseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12%\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x15.oarlock.ClosedSplits\"J\n\x0cWriteRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\t\"\x1d\n\nWriteReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\t\" \n\x0fShardStatsReply\x12\r\n\x05stats\x18\x01 \x01(\t\"4\n\x11ShardStatsRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Headerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19oarlock/proto/shard.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"x\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\r\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06\x63ounts\x18\x04 \x01(\x0b\x32\x0e.oarlock.Array\"\x81\x01\n\x0bPullRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\"\n\x06tables\x18\x02 \x03(\x0b\x32\x12.oarlock.TableKeys\x12\x1d\n\x05\x64\x65nse\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06number\x18\x04 \x01(\x04\"{\n\tPullReply\x12\x1c\n\x04rows\x18\x01 \x03(\x0b\x32\x0e.oarlock.Array\x12\x1d\n\x05\x64\x65nse\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06pushes\x18\x03 \x01(\x04\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\"\xa8\x01\n\x0eTableGradients\x12 \n\x04keys\x18\x01 \x01(\x0b\x32\x12.oarlock.TableKeys\x12!\n\tgradients\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0c\n\x04rate\x18\x03 \x01(\x01\x12#\n\x0boccurrences\x18\x04 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06\x63licks\x18\x05 \x01(\x0b\x32\x0e.oarlock.Array\"a\n\x0e\x44\x65nseGradients\x12\x1e\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x0e.oarlock.Array\x12!\n\tgradients\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"\xbb\x01\n\x0bPushRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05split\x18\x02 \x01(\x04\x12\r\n\x05group\x18\x03 \x01(\r\x12\'\n\x06tables\x18\x04 \x03(\x0b\x32\x17.oarlock.TableGradients\x12&\n\x05\x64\x65nse\x18\x05 \x03(\x0b\x32\x17.oarlock.DenseGradients\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x0e\n\x06number\x18\x07 \x01(\x04\"\x80\x01\n\tPushReply\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\r\x12\x0f\n\x07skipped\x18\x02 \x01(\r\x12\x1d\n\x05moved\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0f\n\x07refused\x18\x04 \x01(\x04\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\"?\n\x0cMarksRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\"\x1a\n\nMarksReply\x12\x0c\n\x04next\x18\x01 \x03(\r\"\x8e\x01\n\x0c\x41\x64optRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12%\n\tplacement\x18\x02 \x01(\x0b\x32\x12.oarlock.Placement\x12%\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.oarlock.ClosedSplits\x12\x0f\n\x07restore\x18\x04 \x01(\t\".\n\nAdoptReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"V\n\x0c\x43loseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12%\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x15.oarlock.ClosedSplits\"J\n\x0cWriteRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\t\"\x1d\n\nWriteReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\t\" \n\x0fShardStatsReply\x12\r\n\x05stats\x18\x01 \x01(\t\"4\n\x11ShardStatsRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\"\xbc\x01\n\x0bRowsRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x1f\n\x04verb\x18\x02 \x01(\x0e\x32\x11.oarlock.RowsVerb\x12 \n\x04keys\x18\x03 \x01(\x0b\x32\x12.oarlock.TableKeys\x12\r\n\x05\x62lock\x18\x04 \x01(\r\x12\r\n\x05least\x18\x05 \x01(\x04\x12\x0c\n\x04tick\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\r\x12\x0e\n\x06number\x18\x08 \x01(\x04\"\x88\x02\n\tRowsReply\x12\x1c\n\x04keys\x18\x01 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x07present\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x07weights\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1d\n\x05state\x18\x04 \x01(\x0b\x32\x0e.oarlock.Array\x12 \n\x08\x63ounters\x18\x05 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0c\n\x04more\x18\x06 \x01(\x08\x12\x0c\n\x04next\x18\x07 \x01(\x04\x12\r\n\x05\x66\x61\x63ts\x18\x08 \x03(\t\x12\x1e\n\x06undone\x18\t \x01(\x0b\x32\x0e.oarlock.Array\x12\x0f\n\x07refused\x18\n \x01(\x04*\\\n\x08RowsVerb\x12\x14\n\x10ROWS_UNSPECIFIED\x10\x00\x12\x07\n\x03GET\x10\x01\x12\x0b\n\x07\x45XPLAIN\x10\x02\x12\n\n\x06\x45XPORT\x10\x03\x12\x08\n\x04UNDO\x10\x04\x12\x0e\n\nQUARANTINE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oarlock.proto.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROWSVERB']._serialized_start=2063
+  _globals['_ROWSVERB']._serialized_end=2155
   _globals['_TABLEKEYS']._serialized_start=66
   _globals['_TABLEKEYS']._serialized_end=186
   _globals['_PULLREQUEST']._serialized_start=189
   _globals['_PULLREQUEST']._serialized_end=318
   _globals['_PULLREPLY']._serialized_start=320
   _globals['_PULLREPLY']._serialized_end=443
-  _globals['_TABLEGRADIENTS']._serialized_start=445
-  _globals['_TABLEGRADIENTS']._serialized_end=544
-  _globals['_DENSEGRADIENTS']._serialized_start=546
-  _globals['_DENSEGRADIENTS']._serialized_end=643
-  _globals['_PUSHREQUEST']._serialized_start=646
-  _globals['_PUSHREQUEST']._serialized_end=833
-  _globals['_PUSHREPLY']._serialized_start=836
-  _globals['_PUSHREPLY']._serialized_end=964
-  _globals['_MARKSREQUEST']._serialized_start=966
-  _globals['_MARKSREQUEST']._serialized_end=1029
-  _globals['_MARKSREPLY']._serialized_start=1031
-  _globals['_MARKSREPLY']._serialized_end=1057
-  _globals['_ADOPTREQUEST']._serialized_start=1060
-  _globals['_ADOPTREQUEST']._serialized_end=1202
-  _globals['_ADOPTREPLY']._serialized_start=1204
-  _globals['_ADOPTREPLY']._serialized_end=1250
-  _globals['_CLOSEREQUEST']._serialized_start=1252
-  _globals['_CLOSEREQUEST']._serialized_end=1338
-  _globals['_WRITEREQUEST']._serialized_start=1340
-  _globals['_WRITEREQUEST']._serialized_end=1414
-  _globals['_WRITEREPLY']._serialized_start=1416
-  _globals['_WRITEREPLY']._serialized_end=1445
-  _globals['_SHARDSTATSREPLY']._serialized_start=1447
-  _globals['_SHARDSTATSREPLY']._serialized_end=1479
-  _globals['_SHARDSTATSREQUEST']._serialized_start=1481
-  _globals['_SHARDSTATSREQUEST']._serialized_end=1533
+  _globals['_TABLEGRADIENTS']._serialized_start=446
+  _globals['_TABLEGRADIENTS']._serialized_end=614
+  _globals['_DENSEGRADIENTS']._serialized_start=616
+  _globals['_DENSEGRADIENTS']._serialized_end=713
+  _globals['_PUSHREQUEST']._serialized_start=716
+  _globals['_PUSHREQUEST']._serialized_end=903
+  _globals['_PUSHREPLY']._serialized_start=906
+  _globals['_PUSHREPLY']._serialized_end=1034
+  _globals['_MARKSREQUEST']._serialized_start=1036
+  _globals['_MARKSREQUEST']._serialized_end=1099
+  _globals['_MARKSREPLY']._serialized_start=1101
+  _globals['_MARKSREPLY']._serialized_end=1127
+  _globals['_ADOPTREQUEST']._serialized_start=1130
+  _globals['_ADOPTREQUEST']._serialized_end=1272
+  _globals['_ADOPTREPLY']._serialized_start=1274
+  _globals['_ADOPTREPLY']._serialized_end=1320
+  _globals['_CLOSEREQUEST']._serialized_start=1322
+  _globals['_CLOSEREQUEST']._serialized_end=1408
+  _globals['_WRITEREQUEST']._serialized_start=1410
+  _globals['_WRITEREQUEST']._serialized_end=1484
+  _globals['_WRITEREPLY']._serialized_start=1486
+  _globals['_WRITEREPLY']._serialized_end=1515
+  _globals['_SHARDSTATSREPLY']._serialized_start=1517
+  _globals['_SHARDSTATSREPLY']._serialized_end=1549
+  _globals['_SHARDSTATSREQUEST']._serialized_start=1551
+  _globals['_SHARDSTATSREQUEST']._serialized_end=1603
+  _globals['_ROWSREQUEST']._serialized_start=1606
+  _globals['_ROWSREQUEST']._serialized_end=1794
+  _globals['_ROWSREPLY']._serialized_start=1797
+  _globals['_ROWSREPLY']._serialized_end=2061
 # @@protoc_insertion_point(module_scope)

@@ -1,11 +1,27 @@
 from oarlock.proto import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class RowsVerb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROWS_UNSPECIFIED: _ClassVar[RowsVerb]
+    GET: _ClassVar[RowsVerb]
+    EXPLAIN: _ClassVar[RowsVerb]
+    EXPORT: _ClassVar[RowsVerb]
+    UNDO: _ClassVar[RowsVerb]
+    QUARANTINE: _ClassVar[RowsVerb]
+ROWS_UNSPECIFIED: RowsVerb
+GET: RowsVerb
+EXPLAIN: RowsVerb
+EXPORT: RowsVerb
+UNDO: RowsVerb
+QUARANTINE: RowsVerb
 
 class TableKeys(_message.Message):
     __slots__ = ("table", "keys", "blocks", "counts")
@@ -44,14 +60,18 @@ class PullReply(_message.Message):
     def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class TableGradients(_message.Message):
-    __slots__ = ("keys", "gradients", "rate")
+    __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    OCCURRENCES_FIELD_NUMBER: _ClassVar[int]
+    CLICKS_FIELD_NUMBER: _ClassVar[int]
     keys: TableKeys
     gradients: _common_pb2.Array
     rate: float
-    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
+    occurrences: _common_pb2.Array
+    clicks: _common_pb2.Array
+    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., occurrences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., clicks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class DenseGradients(_message.Message):
     __slots__ = ("blocks", "gradients", "rate")
@@ -164,3 +184,47 @@ class ShardStatsRequest(_message.Message):
     HEADER_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
+
+class RowsRequest(_message.Message):
+    __slots__ = ("header", "verb", "keys", "block", "least", "tick", "steps", "number")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    VERB_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    verb: RowsVerb
+    keys: TableKeys
+    block: int
+    least: int
+    tick: int
+    steps: int
+    number: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., verb: _Optional[_Union[RowsVerb, str]] = ..., keys: _Optional[_Union[TableKeys, _Mapping]] = ..., block: _Optional[int] = ..., least: _Optional[int] = ..., tick: _Optional[int] = ..., steps: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
+class RowsReply(_message.Message):
+    __slots__ = ("keys", "present", "weights", "state", "counters", "more", "next", "facts", "undone", "refused")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    UNDONE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    keys: _common_pb2.Array
+    present: _common_pb2.Array
+    weights: _common_pb2.Array
+    state: _common_pb2.Array
+    counters: _common_pb2.Array
+    more: bool
+    next: int
+    facts: _containers.RepeatedScalarFieldContainer[str]
+    undone: _common_pb2.Array
+    refused: int
+    def __init__(self, keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., present: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., weights: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., state: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counters: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., more: bool = ..., next: _Optional[int] = ..., facts: _Optional[_Iterable[str]] = ..., undone: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., refused: _Optional[int] = ...) -> None: ...

@@ -123,19 +123,19 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
         found = layout.dense_blocks[number - layout.dense_base]
         content = DenseContent(image.weights[0], image.state[0])
         shard.dense[found.parameter].import_block(found.block, content)
+        shard.dense_sequence[number - layout.dense_base] = image.seq
     else:
         name, local = layout.name(number)
         rows = BlockRows(image.keys, image.weights, image.state)
         shard.tables[layout.table_index[name]].import_block(local, rows, version=image.seq)
     shard.marks.restore(number, dict(image.marks))
-    shard.sequence[number] = image.seq
 
 
 def _drop(shard: Shard, number: int) -> None:
     layout = shard.layout
     shard.marks.drop_block(number)
-    shard.sequence[number] = 0
     if number >= layout.dense_base:
+        shard.dense_sequence[number - layout.dense_base] = 0
         found = layout.dense_blocks[number - layout.dense_base]
         shard.dense[found.parameter].drop(found.block)
     else:
@@ -159,7 +159,7 @@ def write(shard: Shard, cut: int, root: str) -> list[BlockEntry]:
 def _image(shard: Shard, number: int) -> BlockImage:
     layout = shard.layout
     name, local = layout.name(number)
-    seq, marks = int(shard.sequence[number]), shard.marks.of_block(number)
+    seq, marks = shard.operations(number), shard.marks.of_block(number)
     if number >= layout.dense_base:
         found = layout.dense_blocks[number - layout.dense_base]
         content = shard.dense[found.parameter].export_block(found.block)

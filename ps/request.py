@@ -17,6 +17,8 @@ from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
 
 # The longest path that Linux takes.
 MAX_PATH = 4096
+# Above it there is no step + 1 in an int64.
+STEP_LIMIT = 1 << 62
 # A rate of this size would take a row to infinity in a few steps, and such a row can be neither moved nor restored.
 RATE_LIMIT = 1e15
 
@@ -39,11 +41,22 @@ class Keys:
 
 @dataclass(frozen=True)
 class RowPush:
-    """Gradients float32[n, dim] for ``keys``, at a learning rate."""
+    """Gradients float32[n, dim] for ``keys``, at a learning rate; occurrences uint32[n] and clicks float32[n], or empty."""
 
     keys: Keys
     gradients: NDArray[np.float32]
     rate: float
+    occurrences: NDArray[np.uint32]
+    clicks: NDArray[np.float32]
+
+    def only(self, chosen: NDArray[np.bool_]) -> "RowPush":
+        """Return what is for the chosen blocks."""
+        if chosen.all():
+            return self
+        keys, rows = self.keys.only(chosen)
+        occurrences = self.occurrences[rows] if len(self.occurrences) else self.occurrences
+        clicks = self.clicks[rows] if len(self.clicks) else self.clicks
+        return RowPush(keys, self.gradients[rows], self.rate, occurrences, clicks)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,21 @@ def read_rows(layout: Layout, message: TableGradients) -> RowPush:
     gradients = unpack(message.gradients, np.float32, f"gradients of {spec.name}", dims=2, columns=spec.dim)
     if len(gradients) != len(keys.keys):
         raise Malformed(f"table {spec.name}: {len(gradients)} gradients for {len(keys.keys)} keys")
-    return RowPush(keys, gradients, read_rate(message.rate, f"table {spec.name}"))
+    occurrences = unpack(message.occurrences, np.uint32, f"occurrences of {spec.name}")
+    clicks = unpack(message.clicks, np.float32, f"clicks of {spec.name}")
+    for what, beside in (("occurrences", occurrences), ("clicks", clicks)):
+        if len(beside) not in (0, len(keys.keys)):
+            raise Malformed(f"table {spec.name}: {len(beside)} {what} for {len(keys.keys)} keys")
+    if not (np.isfinite(clicks) & (clicks >= 0)).all():
+        raise Malformed(f"table {spec.name}: clicks must be finite and >= 0")
+    return RowPush(keys, gradients, read_rate(message.rate, f"table {spec.name}"), occurrences, clicks)
+
+
+def read_step(told: int) -> int:
+    """Return the step of an update, from 1 on: one more than the groups that were trained before it."""
+    if told >= STEP_LIMIT:
+        raise InvalidArgument(f"step {told}: a push comes after fewer than {STEP_LIMIT} groups")
+    return told + 1
 
 
 def read_dense_numbers(layout: Layout, message: Array) -> NDArray[np.int32]:

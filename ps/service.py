@@ -26,6 +26,8 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushReply,
     PushRequest,
+    RowsReply,
+    RowsRequest,
     ShardStatsReply,
     ShardStatsRequest,
     WriteReply,
@@ -35,6 +37,7 @@ from oarlock.proto.version import hello
 from oarlock.ps.blocks import adopt, write
 from oarlock.ps.identity import Identity
 from oarlock.ps.request import read_path
+from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -46,6 +49,7 @@ class ShardService:
 
     def __init__(self) -> None:
         self._joined: tuple[Identity, Shard] | None = None
+        self._rows: Rows | None = None
         self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
@@ -54,6 +58,7 @@ class ShardService:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
         shard = Shard(spec)
         self._holds_lease = holds_lease
+        self._rows = Rows(shard, identity.id)
         self._joined = (identity, shard)
         return shard
 
@@ -125,3 +130,8 @@ class ShardService:
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:
         return ShardStatsReply(stats=json.dumps(self._shard(request.header)[1].stats()))
+
+    def rows(self, request: RowsRequest) -> RowsReply:
+        self._leased(request.header)
+        assert self._rows is not None, "made before the shard answers anything"
+        return self._rows.answer(request)

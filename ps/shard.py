@@ -6,7 +6,8 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,9 +18,10 @@ from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense import DenseParameter
+from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.table import Table
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
-from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement, Unavailable
+from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.ps.marks import Marks
 from oarlock.ps.request import (
@@ -29,11 +31,21 @@ from oarlock.ps.request import (
     read_dense_numbers,
     read_keys,
     read_rows,
+    read_step,
     refuse_parts,
     refuse_repeated,
 )
 
 _NONE = np.empty(0, np.int32)
+
+# What policies did, by table: keys that wait for a row, rows in the spill file, and since the shard began rows evicted
+# and gradients refused.
+_TOLD: dict[str, Callable[[Table], int]] = {
+    "waiting": lambda table: int(table.descriptors[:, PENDING_KEYS].sum()),
+    "spilled": lambda table: int(table.descriptors[:, SPILLED_ROWS].sum()),
+    "evicted": lambda table: table.evicted,
+    "refused": lambda table: table.refused,
+}
 
 
 def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[RowPush, NDArray[np.bool_]]]:
@@ -47,22 +59,46 @@ def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[Ro
 class Shard:
     """The job's tables and dense parameters, as far as their blocks are ``owned`` bool[blocks] here.
 
-    ``sequence`` int64[blocks] counts the operations that changed each block. ``push_lock`` covers marks, the closed set,
-    the sequence and all changes of blocks.
+    ``push_lock`` covers marks, the closed set, the sequence and all changes of blocks. ``step`` is the highest step of an
+    update so far, by which rows age. Cold rows are spilled into ``spill_folder`` (None: the system's temporary folder).
     """
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, *, spill_folder: Path | None = None) -> None:
         self.layout = Layout(spec.tables, spec.dense)
         self.push_lock = Lock()
         self._counting = Lock()
         self.counters: Counter[str] = Counter()
         self.closed = ClosedSet()
         self.generation = 0
-        self.tables = [Table(t, seed=spec.seed) for t in spec.tables]
+        self.step = 0
+        self.tables = [Table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
         self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
-        self.sequence: NDArray[np.int64] = np.zeros(self.layout.blocks, np.int64)
+        self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks = Marks(self.layout.blocks)
+
+    @property
+    def sequence(self) -> NDArray[np.int64]:
+        """Return int64[blocks]: how many operations changed each block. A table counts those of its own blocks."""
+        out = np.zeros(self.layout.blocks, np.int64)
+        for base, table in zip(self.layout.table_base, self.tables, strict=True):
+            for block in table.owned.tolist():
+                out[base + block] = table.version(block)
+        out[self.layout.dense_base :] = self.dense_sequence
+        return out
+
+    def operations(self, number: int) -> int:
+        """Return how many operations changed a block that is here."""
+        layout = self.layout
+        if number >= layout.dense_base:
+            return int(self.dense_sequence[number - layout.dense_base])
+        name, block = layout.name(number)
+        return self.tables[layout.table_index[name]].version(block)
+
+    def close(self) -> None:
+        """Give back what is not memory, once nobody asks any more."""
+        for table in self.tables:
+            table.close()
 
     def pull(self, request: PullRequest) -> PullReply:
         """Answer with the rows and dense values asked for; creates nothing."""
@@ -121,7 +157,7 @@ class Shard:
         refuse_parts(layout, len(request.tables) + len(request.dense))
         rows = [read_rows(layout, message) for message in request.tables]
         dense = [read_dense(layout, message) for message in request.dense]
-        split, group = request.split, request.group
+        split, group, step = request.split, request.group, read_step(request.step)
         numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
         refuse_repeated(numbers)
         with self.push_lock:
@@ -141,11 +177,12 @@ class Shard:
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
             if applied:
                 self.marks.open(split)
+                self.step = max(self.step, step)
                 for part, chosen in _along(todo, rows):
-                    self._push_rows(split, group, part, chosen, reply)
+                    self._push_rows(split, group, step, part.only(chosen), reply)
                 at = len(todo) - sum(len(p.numbers) for p in dense)
                 for each in dense:
-                    self._push_dense(split, group, each, todo[at : at + len(each.numbers)], reply)
+                    self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply)
                     at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
                 self.counters["pushes"] += 1
@@ -158,28 +195,42 @@ class Shard:
             return np.zeros(len(numbers), np.bool_)
         return here & self.marks.missing(split, group, numbers)
 
-    def _push_rows(self, split: int, group: int, part: RowPush, todo: NDArray[np.bool_], reply: PushReply) -> None:
-        keys, gradients = part.keys, part.gradients
-        if not todo.all():
-            keys, chosen = keys.only(todo)
-            gradients = gradients[chosen]
+    def _push_rows(self, split: int, group: int, step: int, part: RowPush, reply: PushReply) -> None:
+        keys = part.keys
         if not len(keys.blocks):
             return
-        done = self.tables[keys.table].push(keys.keys, keys.blocks, keys.counts, gradients, rate=part.rate)
+        table = self.tables[keys.table]
+        try:
+            done = table.push(
+                keys.keys,
+                keys.blocks,
+                keys.counts,
+                part.gradients,
+                rate=part.rate,
+                step=step,
+                occurrences=part.occurrences,
+                clicks=part.clicks,
+            )
+        except PSError as error:
+            # Blocks that were changed before it failed are marked, or a repetition would change them again.
+            self.marks.record(split, group, keys.numbers[: error.details.get("groups", 0)])
+            raise
         self.marks.record(split, group, keys.numbers)
-        self.sequence[keys.numbers] += 1
         reply.refused += done.refused
         self.counters["rows_pushed"] += len(keys.keys)
         self.counters["rows_refused"] += done.refused
 
-    def _push_dense(self, split: int, group: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply) -> None:
+    def _push_dense(
+        self, split: int, group: int, step: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply
+    ) -> None:
         layout = self.layout
         for i in np.flatnonzero(todo).tolist():
             number = int(part.numbers[i])
             block = layout.dense_blocks[number - layout.dense_base]
-            accepted = self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate)
+            parameter = self.dense[block.parameter]
+            accepted = parameter.push_block(block.block, part.gradients[i], rate=part.rate, step=step)
             self.marks.record(split, group, number)
-            self.sequence[number] += 1
+            self.dense_sequence[number - layout.dense_base] += 1
             if not accepted:
                 reply.refused += 1
                 self.counters["dense_refused"] += 1
@@ -204,4 +255,10 @@ class Shard:
             "marks_bytes": self.marks.nbytes,
             "blocks": int(self.owned.sum()),
             "tables": {t.spec.name: t.rows for t in self.tables},
+            "table_bytes": {t.spec.name: t.nbytes for t in self.tables},
+            # Of most tables there is nothing to say here.
+            **{what: found for what in _TOLD if (found := self._told(what))},
         }
+
+    def _told(self, what: str) -> dict[str, int]:
+        return {t.spec.name: n for t in self.tables if (n := _TOLD[what](t))}

@@ -11,7 +11,7 @@ import pytest
 from oarlock.benchmarks import table_speed as speed
 from oarlock.benchmarks.table import SIZES, measure, standing
 from oarlock.benchmarks.table_keys import LAWS, Universe
-from oarlock.benchmarks.table_store import HEADLINE, fill, headline_optimizer, make, payload, universe_of
+from oarlock.benchmarks.table_store import fill, make, payload, universe_of
 from oarlock.benchmarks.table_twin import COMPILERS, FORMS, OPTIMIZERS, ROOMY, Form, Twin, TwinCompiler, columns_of
 from oarlock.embedding.hashing import blocks_of, table_salt
 from oarlock.embedding.keys import KeySorter
@@ -68,8 +68,6 @@ def test_filled_table_holds_the_universe() -> None:
 @pytest.mark.parametrize("dim", [1, 16, 20])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_twin_gives_what_a_table_gives(compiler: TwinCompiler, optimizer: str, form: Form, dim: int) -> None:
-    if optimizer == HEADLINE != headline_optimizer():
-        pytest.skip(f"tables have no {optimizer} yet")
     table = make("x", dim, optimizer)
     universe = universe_of(table, 3000)
     library = compiler.library(dim, columns_of(optimizer, dim))
@@ -139,8 +137,15 @@ def test_every_key_is_there_with_and_without_a_compiler(
     result = measure(SIZES["tiny"], tmp_path, lambda text: None)
     assert threading.active_count() == before
     from_twin = {"pull_vs_c", "pull_vs_gather", "push_vs_c", "thread_scaling_c"}
-    rest = {"thread_scaling", "bytes_over_payload", "growth_p999_over_p50", "still_p999_over_p50", "rows"}
-    assert from_twin | rest | {"spill_vs_memory", "why", "cases", "cases_left_out", "large"} <= set(result)
+    rest = {
+        "thread_scaling",
+        "bytes_over_payload",
+        "growth_p999_over_p50",
+        "still_p999_over_p50",
+        "rows",
+        "spill_vs_memory",
+    }
+    assert from_twin | rest | {"spill", "why", "cases", "cases_left_out", "large"} <= set(result)
     assert all((result[key] is None) == (name is None) for key in from_twin)
     assert all(result[key] > 0 for key in rest)
     assert (result["why"]["twin"] is None) == (name is not None)
@@ -158,3 +163,16 @@ def test_worse_case_of_two_threads_is_reported() -> None:
     assert standing(1.5, 1.5) > 1
     assert standing(1.5, None) == standing(1.5, 1.9) < 1
     assert standing(1.4, 1.9) < standing(1.5, 1.9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS)
+def test_twin_takes_every_key_for_an_ordinary_one(compiler: TwinCompiler, form: Form) -> None:
+    twin = Twin(compiler.library(16, 1), form, salt=SALT, rows=50)
+    keys = np.array([0, 2**64 - 1, int(SALT)], np.uint64)
+    try:
+        assert (twin.slots(keys) == 2**32 - 1).all(), "an empty place is no key"
+        assert twin.push(keys, np.ones((3, 16), np.float32), 0.1) == 3
+        assert twin.slots(keys).tolist() == [0, 1, 2]
+    finally:
+        twin.close()

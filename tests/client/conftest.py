@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of client/ and ps/ their rig: ``import rig``."""
+"""Gives the tests of client/ and ps/ their rigs: ``import rig``, ``import rows_rig``."""
 
 import importlib.util
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location("rig", Path(__file__).parent.parent / "client" / "rig.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-if "rig" not in sys.modules:
-    sys.modules["rig"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["rig"])
+for _name in ("rig", "rows_rig"):
+    _SPEC = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
+    assert _SPEC is not None
+    assert _SPEC.loader is not None
+    if _name not in sys.modules:
+        sys.modules[_name] = importlib.util.module_from_spec(_SPEC)
+        _SPEC.loader.exec_module(sys.modules[_name])
 rig = sys.modules["rig"]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbering of blocks, and requests cut by owner: nothing lost, nothing twice, nothing over the limit."""
 
+import dataclasses
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from oarlock.client.router import ShardAddress, make_routes
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.proto.arrays import unpack
-from oarlock.proto.errors import OutOfMemory, UnknownTable
+from oarlock.proto.errors import Malformed, OutOfMemory, UnknownTable
 
 LAYOUT = Layout(rig.spec_of().tables, rig.spec_of().dense)
 
@@ -115,6 +116,31 @@ def gradients_of(routes, rng):
     return out
 
 
+def counted(gradients, rng):
+    """Return the gradients with occurrences and clicks for the first table, occurrences alone for the second."""
+    out = {}
+    for name, part in gradients.items():
+        n = len(part.keys.keys)
+        occurrences = rng.integers(1, 1 << 32, n, np.uint32)
+        clicks = None if out else rng.random(n, np.float32)
+        out[name] = RowGradients(part.keys, part.gradients, part.rate, occurrences, clicks)
+    return out
+
+
+def counts_of(messages):
+    """Return {(table, key): (occurrence, click or None)} of push messages."""
+    found = {}
+    for message in messages:
+        for part in message.request.tables:
+            keys = unpack(part.keys.keys, np.uint64, "keys").tolist()
+            occurrences = unpack(part.occurrences, np.uint32, "o").tolist()
+            clicks = unpack(part.clicks, np.float32, "c").tolist() or [None] * len(keys)
+            for key, *both in zip(keys, occurrences, clicks, strict=True):
+                assert (part.keys.table, key) not in found
+                found[part.keys.table, key] = tuple(both)
+    return found
+
+
 def contents(messages):
     """Return {(shard, table, block): {key: gradient}} and {(shard, dense block): values} of push messages."""
     found = {}
@@ -140,6 +166,48 @@ def contents(messages):
             assert not values
             assert part.rate == 0.25
     return found
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 900])
+def test_occurrences_and_clicks_go_with_their_keys(limit, rng):
+    routes = routes_of(rng.integers(0, 3, 17))
+    gradients = counted(gradients_of(routes, rng), rng)
+    messages = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, None, 0.25, limit=limit)
+    assert all(m.request.ByteSize() < limit + 100 for m in messages)
+    wanted = {}
+    for number, table in enumerate(LAYOUT.tables):
+        part = gradients[table.name]
+        clicks = [None] * len(part.keys.keys) if part.clicks is None else part.clicks.tolist()
+        for key, *both in zip(part.keys.keys.tolist(), part.occurrences.tolist(), clicks, strict=True):
+            wanted[number, key] = tuple(both)
+    assert counts_of(messages) == wanted
+    assert contents(messages) == contents(cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, None, 0.25))
+    for part in gradients.values():
+        part.occurrences[:] = 0
+    left = [(m, m.numbers[rng.random(len(m.numbers)) < 0.6]) for m in messages]
+    again = recut_push(LAYOUT, routes_of(rng.integers(0, 3, 17)), left)
+    some = counts_of(again)
+    assert 0 < len(some) < len(wanted)
+    assert some.items() <= wanted.items()
+    assert len(some) == sum(len(part) for part in contents(again).values())
+
+
+def test_a_push_without_occurrences_is_as_it_was(rng):
+    routes = routes_of([0] * 17)
+    (message,) = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients_of(routes, rng), None, 0.25)
+    assert not any(part.HasField("occurrences") or part.HasField("clicks") for part in message.request.tables)
+    (again,) = recut_push(LAYOUT, routes, [(message, message.numbers)])
+    assert again.request == message.request
+
+
+@pytest.mark.parametrize("what", ["occurrences", "clicks"])
+def test_occurrences_of_another_number_of_keys_are_refused(what, rng):
+    routes = routes_of([0] * 17)
+    gradients = counted(gradients_of(routes, rng), rng)
+    user = gradients["user"]
+    short = dataclasses.replace(user, **{what: getattr(user, what)[:-1]})
+    with pytest.raises(Malformed, match=f"table user: {what} have shape"):
+        cut_push(LAYOUT, routes, PushIdentity(7, 3), {"user": short}, None, 0.25)
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 700, 550])

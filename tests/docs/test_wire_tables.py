@@ -27,6 +27,7 @@ from oarlock.proto.coordinator_pb2 import (
     TRAIN,
     WORKER,
     CloseSplitRequest,
+    DescribeRequest,
     HeartbeatRequest,
     JoinRequest,
     LeaseRequest,
@@ -41,12 +42,14 @@ from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.rpc import to_status
 from oarlock.proto.rpc.status import FAILURE_KEY
 from oarlock.proto.shard_pb2 import (
+    QUARANTINE,
     AdoptRequest,
     CloseRequest,
     DenseGradients,
     MarksRequest,
     PullRequest,
     PushRequest,
+    RowsRequest,
     ShardStatsRequest,
     TableKeys,
     WriteRequest,
@@ -249,6 +252,7 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
         "Shard.Close": CloseRequest(header=header(), closed=closed),
         "Shard.Write": WriteRequest(header=header(), cut=1, root=str(tmp_path)),
         "Shard.Stats": ShardStatsRequest(header=header()),
+        "Shard.Rows": RowsRequest(header=header(), verb=QUARANTINE),
     }
     assert set(requests) == {name for name in METHODS if name.startswith("Shard.")}
     for name, request in requests.items():
@@ -278,6 +282,7 @@ def test_a_coordinator_takes_every_message_again(coordinator: Coordinator) -> No
         "Coordinator.Release": ReleaseRequest(header=mine, splits=[1]),
         "Coordinator.Leave": LeaveRequest(header=mine),
         "Coordinator.Status": StatusRequest(),
+        "Coordinator.Describe": DescribeRequest(),
         "Coordinator.Stop": StopRequest(reason="enough"),
     }
     assert set(requests) == {name for name in METHODS if name.startswith("Coordinator.")}

@@ -22,6 +22,16 @@ def mix64(x):
     return x ^ x >> 31
 
 
+def unmix64(x):
+    """Return the number that mix64 makes ``x`` of."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        y = x
+        for _ in range(64 // shift):
+            y = x ^ y >> shift
+        x = y * pow(factor, -1, 1 << 64) & WORD
+    return x
+
+
 def salt(name):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 

@@ -1,56 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The index of a block: every bucket stands where a list of Python buckets says, byte for byte."""
+
 import embedding_reference as reference
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oarlock.embedding import index
 from oarlock.embedding.hashing import table_salt
-from oarlock.embedding.pointer import address_of
+from oarlock.embedding.pointer import LINE, address_of
 
 SALT = table_salt("t")
 
 
-def place(entries, key, slot):
-    """Enter a key by linear probing, as the format says; ``entries`` is a list of (key, slot + 1)."""
-    at = reference.mix64(int(key) ^ int(SALT)) % len(entries)
-    while entries[at][1] != 0 and entries[at][0] != key:
-        at = (at + 1) % len(entries)
-    entries[at] = (key, slot + 1)
+class Buckets:
+    """Zeroed buckets on lines of their own, with one more behind them that nothing may touch."""
+
+    def __init__(self, count):
+        self.memory = np.zeros((count + 2) * LINE, np.uint8)
+        begin = -address_of(self.memory) % LINE
+        self.bytes = self.memory[begin : begin + count * LINE].reshape(count, LINE)
+        self.watchman = self.memory[begin + count * LINE :]
+        self.address, self.count = address_of(self.bytes), count
+
+    def home(self, key):
+        return index.home(self.address, self.count, np.uint64(reference.mix64(int(key) ^ int(SALT))))
+
+    def find(self, key):
+        """Return the address of a key's word, 0 if it is not there."""
+        return int(index.find(self.address, self.count, self.home(key), np.uint64(key)))
+
+    def insert(self, key, word):
+        return int(index.insert(self.address, self.count, self.home(key), np.uint64(key), np.uint32(word)))
+
+    def word(self, entry):
+        at = entry - self.address
+        return int(self.bytes.reshape(-1)[at : at + 4].view(np.uint32)[0])
 
 
-def keys_at(position, capacity, count):
-    """Return keys whose probing starts at ``position``."""
-    found = (key for key in range(1 << 30) if reference.mix64(key ^ int(SALT)) % capacity == position)
-    return [next(found) for _ in range(count)]
+class Twin:
+    """The same from the written format: five places a bucket, the first free one from a key's home on."""
+
+    def __init__(self, count):
+        self.places = [[None] * 5 for _ in range(count)]
+        self.reach = [0] * count
+        self.heat = {}
+        self.where = {}
+
+    def home(self, key):
+        return (reference.mix64(int(key) ^ int(SALT)) & 0xFFFFFFFF) * len(self.places) >> 32
+
+    def insert(self, key, word, heat=0):
+        start = self.home(key)
+        for distance in range(len(self.places)):
+            at = (start + distance) % len(self.places)
+            if None in self.places[at]:
+                place = self.places[at].index(None)
+                self.places[at][place] = key, word
+                self.reach[start] = max(self.reach[start], min(distance, 255))
+                self.where[key], self.heat[key] = (at, place), heat
+                return
+        raise AssertionError("the twin's index is full")
+
+    def erase(self, key):
+        at, place = self.where.pop(key)
+        self.places[at][place] = None
+        del self.heat[key]
+
+    def grown(self, count):
+        new = Twin(count)
+        for line in self.places:
+            for entry in line:
+                if entry is not None:
+                    new.insert(*entry, self.heat[entry[0]])
+        return new
+
+    def check(self, buckets):
+        """What is at unused places does not matter; all else is the same."""
+        assert not buckets.watchman.any()
+        for at, line in enumerate(buckets.bytes):
+            keys, words = line[:40].view(np.uint64).tolist(), line[40:60].view(np.uint32).tolist()
+            used, reach, low, high = line[60:].tolist()
+            assert reach == self.reach[at]
+            for place, entry in enumerate(self.places[at]):
+                assert (used >> place & 1) == (entry is not None)
+                heat = (low >> place & 1) + 2 * (high >> place & 1)
+                assert heat == (self.heat[entry[0]] if entry is not None else 0)
+                if entry is not None:
+                    assert (keys[place], words[place]) == entry
 
 
-@pytest.mark.parametrize("case", ["spread", "last entry", "one before the last", "key 0"])
-def test_growing_places_every_entry_where_the_twin_does(case):
-    keys = {
-        "spread": list(range(1, 13)),
-        "last entry": keys_at(31, 32, 8),
-        "one before the last": keys_at(30, 32, 12),
-        "key 0": [0, reference.WORD, *keys_at(5, 32, 5)],
-    }[case]
-    small, large = [(0, 0)] * 16, [(0, 0)] * 32
-    for slot, key in enumerate(keys):
-        place(small, key, slot)
-    for key, word in small:
-        if word:
-            place(large, key, word - 1)
-    entries = np.zeros((33, 2), np.uint64)  # one more than the index has: a watchman
-    index.rehash(SALT, np.array(small, np.uint64), address_of(entries), 31)
-    assert entries[32].tolist() == [0, 0]
-    assert [tuple(entry) for entry in entries[:32].tolist()] == large
+def keys_at(position, count, n):
+    """Return n keys whose home is bucket ``position`` of ``count``: mixes made first, then the keys that have them."""
+    low = -(-(position << 32) // count)
+    return [reference.unmix64(high << 32 | low) ^ int(SALT) for high in range(n)]
 
 
-def test_crowded_lists_the_groups_whose_block_could_overflow():
-    descriptors = np.zeros((4, index.FIELDS), np.int64)
-    descriptors[:, index.ROWS] = [0, 10, 12, 11]
-    descriptors[:, index.ROOM] = [0, 12, 12, 12]
-    out = np.full(4, -1, np.int32)
-    blocks = np.array([3, 0, 2, 1], np.int32)
-    assert index.crowded(descriptors, blocks, np.array([1, 1, 1, 2], np.int32), out) == 2
-    assert out[:2].tolist() == [1, 2]
-    assert index.crowded(descriptors, blocks, np.array([2, 1, 1, 3], np.int32), out) == 4
-    assert index.crowded(descriptors, blocks[:0], blocks[:0], out) == 0
+CASES = {
+    "spread": list(range(1, 40)),
+    "last bucket": keys_at(15, 16, 12),
+    "one before the last": keys_at(14, 16, 27),
+    "key 0 and the last": [0, reference.WORD, *keys_at(3, 16, 8)],
+    "full": list(range(100, 180)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("count", [17, 19, 33])
+def test_growing_places_every_entry_where_the_twin_does(case, count):
+    small, twin = Buckets(16), Twin(16)
+    for word, key in enumerate(CASES[case]):
+        twin.insert(key, word | index.SPILLED * (word % 3 == 2) | index.PENDING * (word % 3 == 1))
+        entry = small.insert(key, twin.places[twin.where[key][0]][twin.where[key][1]][1])
+        for _ in range(word % 4):
+            index.warm(entry)
+        twin.heat[key] = word % 4
+    twin.check(small)
+    large = Buckets(count)
+    index.rehash(small.address, 16, SALT, large.address, count)
+    twin.grown(count).check(large)
+    keys, words = np.empty(len(CASES[case]), np.uint64), np.empty(len(CASES[case]), np.uint32)
+    assert index.list_entries(large.address, 0, count, keys, words) == len(keys)
+    assert dict(zip(keys.tolist(), words.tolist(), strict=True)) == {
+        key: entry for line in twin.places for key, entry in filter(None, line)
+    }
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["insert", "erase", "warm", "cool"]), st.integers(0, 23)), max_size=80)
+
+
+@given(STEPS)
+@settings(max_examples=60 if reference.JIT else 6)
+def test_random_inserts_and_erases_are_those_of_the_twin(steps):
+    pool = [0, reference.WORD, *keys_at(6, 7, 14), *range(1, 9)]
+    buckets, twin = Buckets(7), Twin(7)
+    for number, (what, chosen) in enumerate(steps):
+        key = pool[chosen]
+        entry = buckets.find(key)
+        if key not in twin.where:
+            assert entry == 0
+            if what == "insert":
+                twin.insert(key, number)
+                assert buckets.insert(key, number) == buckets.find(key) != 0
+            continue
+        assert buckets.word(entry) == twin.places[twin.where[key][0]][twin.where[key][1]][1]
+        if what == "erase":
+            twin.erase(key)
+            index.erase(entry)
+        elif what == "warm":
+            twin.heat[key] = min(3, twin.heat[key] + 1)
+            index.warm(entry)
+        elif what == "cool":
+            assert index.cool(index.line_of(entry), index.place_of(entry)) == (twin.heat[key] == 0)
+            twin.heat[key] = max(0, twin.heat[key] - 1)
+    twin.check(buckets)
+
+
+def test_keys_that_all_belong_to_one_bucket_are_found_however_far_they_lie():
+    many = 2000 if reference.JIT else 60
+    count = index.buckets_for(many)
+    keys = keys_at(count - 2, count, many + 50)
+    buckets, twin = Buckets(count), Twin(count)
+    for word, key in enumerate(keys[:many]):
+        buckets.insert(key, word)
+        twin.insert(key, word)
+    twin.check(buckets)
+    assert max(twin.reach) == min(255, -(-many // 5) - 1)
+    assert [buckets.word(buckets.find(key)) for key in keys[:many]] == list(range(many))
+    assert [buckets.find(key) for key in keys[many:]] == [0] * 50
+    for key in keys[:many:2]:
+        index.erase(buckets.find(key))
+    assert [buckets.find(key) == 0 for key in keys[:many]] == [i % 2 == 0 for i in range(many)]
+
+
+def test_a_block_grows_before_its_buckets_are_full_and_not_long_before():
+    for entries in range(1, 4000):
+        buckets = index.buckets_for(entries)
+        assert index.entries_of(buckets) >= entries
+        assert entries <= 0.83 * buckets * index.PLACES
+        assert entries >= 0.8 * (buckets - 2) * index.PLACES

@@ -5,7 +5,7 @@ import embedding_reference as reference
 import numpy as np
 import pytest
 
-from oarlock.embedding import index
+from oarlock.embedding import check
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
@@ -175,20 +175,20 @@ def test_check_keys_equals_the_twin(case):
     distinct, _, blocks, counts = reference.group("t", 3, keys)
     fault = np.zeros(1, np.int64)
     places = np.zeros(2 << len(keys).bit_length(), np.int32)
-    assert index.check_keys(salt, 3, distinct, blocks, counts, places, fault) == index.FINE
+    assert check.check_keys(salt, 3, distinct, blocks, counts, places, fault) == check.FINE
     raw = np.sort(keys)
     raw = raw[np.argsort([reference.block("t", 3, key) for key in raw.tolist()], kind="stable")]
     seen = set()
     again = next((i for i, key in enumerate(raw.tolist()) if key in seen or seen.add(key)), None)
     sizes = np.bincount([reference.block("t", 3, key) for key in raw.tolist()], minlength=8).astype(np.int32)
-    code = index.check_keys(
+    code = check.check_keys(
         salt, 3, raw, np.flatnonzero(sizes).astype(np.int32), sizes[sizes > 0], np.zeros_like(places), fault
     )
     assert (
-        (code, fault[0]) == (index.FINE, len(raw) - 1 if len(raw) else 0)
+        (code, fault[0]) == (check.FINE, len(raw) - 1 if len(raw) else 0)
         if again is None
         else (
-            index.REPEATED_KEY,
+            check.REPEATED_KEY,
             again,
         )
     )

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from oarlock.embedding.content import BlockRows
+from oarlock.embedding.refusal import GRADIENT_LIMIT
 from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import PushCounts, Table
-from oarlock.embedding.refusal import GRADIENT_LIMIT
 
 BITS, DIM, SEED = 2, 2, 11
 POOL = [0, reference.WORD, 1 << 63, *range(1, 60)]

@@ -21,6 +21,7 @@ import rig
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.cluster.coordinator import MAX_WARNINGS
 from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
+from oarlock.embedding.policy import Guard
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.arrays import pack
@@ -28,9 +29,22 @@ from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.errors import Internal, Malformed, PSError
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.rpc import GrpcServer, to_status
-from oarlock.proto.shard_pb2 import CloseRequest, MarksRequest, PullRequest, ShardStatsRequest, TableKeys, WriteRequest
+from oarlock.proto.shard_pb2 import (
+    EXPLAIN,
+    EXPORT,
+    GET,
+    QUARANTINE,
+    UNDO,
+    CloseRequest,
+    MarksRequest,
+    PullRequest,
+    RowsRequest,
+    ShardStatsRequest,
+    TableKeys,
+    WriteRequest,
+)
 
-READ_ONLY = ("Shard.Hello", "Shard.Pull", "Shard.Marks", "Shard.Stats", "Coordinator.Hello", "Coordinator.Status")
+READ_ONLY = ("Shard.Hello", "Shard.Pull", "Shard.Marks", "Shard.Stats", "Coordinator.Hello", "Coordinator.Status", "Coordinator.Describe")
 
 
 class Target:
@@ -121,7 +135,7 @@ def small_spec():
     """Return a job of two tables and two dense parameters in eleven blocks, half of it under adam."""
     adam = OptimizerSpec("adam")
     return rig.spec_of(
-        tables=(TableSpec("user", 2, adam, Initializer("normal"), 4), TableSpec("item", 3, rig.SGD, rig.ZEROS, 2)),
+        tables=(TableSpec("user", 2, adam, Initializer("normal"), 4, guard=Guard(undo=2)), TableSpec("item", 3, rig.SGD, rig.ZEROS, 2)),
         dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
         splits=8,
         epochs=3,
@@ -141,6 +155,7 @@ class ShardTarget(Target):
         "Shard.Close": 8,
         "Shard.Write": 1,
         "Shard.Stats": 3,
+        "Shard.Rows": 20,
     }
 
     def __init__(self, seed, folder: Path):
@@ -180,6 +195,14 @@ class ShardTarget(Target):
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
             "Shard.Write": [WriteRequest(header=header, cut=3, root=str(self.folder / "cuts"))],
             "Shard.Stats": [ShardStatsRequest(header=header)],
+            "Shard.Rows": [
+                RowsRequest(header=header, verb=GET, keys=part),
+                RowsRequest(header=header, verb=EXPLAIN, keys=part, tick=9),
+                RowsRequest(header=header, verb=EXPORT, keys=part),
+                RowsRequest(header=header, verb=EXPORT, block=1, least=2),
+                RowsRequest(header=header, verb=UNDO, keys=part, steps=1, number=7),
+                RowsRequest(header=header, verb=QUARANTINE),
+            ],
         }
 
     def fenced(self, method, data):
@@ -245,6 +268,7 @@ class CoordinatorTarget(Target):
         "Coordinator.Release": 10,
         "Coordinator.Leave": 2,
         "Coordinator.Status": 4,
+        "Coordinator.Describe": 4,
         "Coordinator.Stop": 1,
     }
 
@@ -293,6 +317,7 @@ class CoordinatorTarget(Target):
             ],
             "Coordinator.Leave": [pb.LeaveRequest(header=self.header(two), error="it broke")],
             "Coordinator.Status": [pb.StatusRequest()],
+            "Coordinator.Describe": [pb.DescribeRequest()],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
 

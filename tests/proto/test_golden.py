@@ -34,6 +34,8 @@ from oarlock.proto.coordinator_pb2 import (
     TRAIN,
     Clock,
     CloseSplitRequest,
+    DescribeReply,
+    DescribeRequest,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -49,6 +51,7 @@ from oarlock.proto.coordinator_pb2 import (
 )
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import (
+    UNDO,
     AdoptReply,
     AdoptRequest,
     CloseRequest,
@@ -59,6 +62,8 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushReply,
     PushRequest,
+    RowsReply,
+    RowsRequest,
     ShardStatsReply,
     ShardStatsRequest,
     TableGradients,
@@ -101,6 +106,11 @@ def gradients() -> TableGradients:
     return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5)
 
 
+def full_gradients() -> TableGradients:
+    more = {"occurrences": pack(np.array([3, 1], np.uint32)), "clicks": float32(2.0, 0.5)}
+    return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5, **more)
+
+
 def dense() -> DenseGradients:
     return DenseGradients(blocks=int32(7), gradients=float32(0.25), rate=0.125)
 
@@ -134,9 +144,11 @@ MESSAGES: dict[str, Message] = {
         keys(),
         PullRequest(header=FULL, tables=[keys()], dense=int32(7), number=301),
         PullReply(rows=[pack(GRADIENTS)], dense=float32(0.25), pushes=500, failure=failure()),
-        gradients(),
+        full_gradients(),
         dense(),
-        PushRequest(header=FULL, split=300, group=5, tables=[gradients()], dense=[dense()], step=70000, number=301),
+        PushRequest(
+            header=FULL, split=300, group=5, tables=[full_gradients()], dense=[dense()], step=70000, number=301
+        ),
         PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure()),
         MarksRequest(header=FULL, splits=[300, 1 << 40]),
         MarksReply(next=[0, 6, 300]),
@@ -147,6 +159,21 @@ MESSAGES: dict[str, Message] = {
         WriteReply(entries="[]"),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
+        RowsRequest(
+            header=FULL, verb=UNDO, keys=keys(), block=3, least=(1 << 64) - 2, tick=70000, steps=2, number=(1 << 63) - 1
+        ),
+        RowsReply(
+            keys=pack(KEYS),
+            present=int32(1, 0),
+            weights=pack(GRADIENTS),
+            state=pack(GRADIENTS[:, :1]),
+            counters=pack(np.array([[7], [8]], np.uint32)),
+            more=True,
+            next=(1 << 64) - 1,
+            facts=['{"key": 5}'],
+            undone=int32(2, 1),
+            refused=300,
+        ),
         JoinRequest(
             protocol=1, role=SHARD, address="127.0.0.1:5000", nonce=(1 << 63) - 1, pid=4242, host="h", reader="arrow"
         ),
@@ -177,6 +204,8 @@ MESSAGES: dict[str, Message] = {
         StatusRequest(),
         StatusReply(status='{"phase": "training"}'),
         StopRequest(checkpoint=True, reason="asked to"),
+        DescribeRequest(),
+        DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),
     )
 }
 EARLIER: dict[str, Message] = {
@@ -245,6 +274,7 @@ def test_numbers_of_enums_never_change_meaning() -> None:
         "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4},
         "Role": {"ROLE_UNSPECIFIED": 0, "SHARD": 1, "WORKER": 2},
         "Work": {"WORK_UNSPECIFIED": 0, "TRAIN": 1, "EVALUATE": 2, "WAIT": 3, "FINISHED": 4},
+        "RowsVerb": {"ROWS_UNSPECIFIED": 0, "GET": 1, "EXPLAIN": 2, "EXPORT": 3, "UNDO": 4, "QUARANTINE": 5},
     }
 
 

@@ -82,7 +82,10 @@ def contents(job):
             else:
                 block = shard.tables[job.layout.table_index[name]].export_block(local)
                 order = np.argsort(block.keys)
-                rows = [a[order].tobytes() for a in block]
+                waiting = np.argsort(block.waiting)
+                rows = [a[order].tobytes() for a in (block.keys, block.weights, block.state)]
+                rows += [block.counters[order].tobytes() if block.counters.size else b""]
+                rows += [block.waiting[waiting].tobytes(), block.waited[waiting].tobytes(), bytes(block.sketch)]
             out[number] = (rows, shard.marks.of_block(number), int(shard.sequence[number]))
     return out
 
