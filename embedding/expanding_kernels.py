@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.admission import ALWAYS, Rules, give_slot
+from oarlock.embedding.aim import FAR
 from oarlock.embedding.descriptor import (
     BUCKETS,
     CHUNKS,
@@ -25,7 +26,6 @@ from oarlock.embedding.hashing import key_mix
 from oarlock.embedding.index import PENDING, erase, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, load_f32, load_i64, load_u32, prefetch, store_f32, store_i64, store_u32
-from oarlock.embedding.pull import FAR, aim
 from oarlock.embedding.refusal import poisonous
 from oarlock.embedding.request import ABSENT
 from oarlock.embedding.slab import Layout, side_at
@@ -36,6 +36,29 @@ SURELY = 1
 IF_ADMITTED = 2
 
 _NAN = np.uint32(0x7FC00000)
+
+
+@jit
+def aim_all(
+    descriptors: Int,
+    salt: np.uint64,
+    keys: NDArray[np.uint64],
+    blocks: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    mixes: NDArray[np.uint64],
+    hints: NDArray[np.int64],
+) -> None:
+    """Write the mix of each key, and where its bucket lies."""
+    begin = 0
+    for group in range(blocks.shape[0]):
+        descriptor = descriptors + blocks[group] * DESCRIPTOR_BYTES
+        buckets: Int = load_i64(descriptor, BUCKETS)
+        count: Int = load_i64(descriptor, COUNT)
+        end = begin + counts[group]
+        for i in range(begin, end):
+            mixes[i] = key_mix(salt, keys[i])
+            hints[i] = home(buckets, count, mixes[i])
+        begin = end
 
 
 @jit
@@ -71,8 +94,8 @@ def judge(
     n = keys.shape[0]
     counted = occurrences.shape[0] > 0
     clicked = clicks.shape[0] > 0
-    aim(wide, salt, keys, blocks, counts, mixes, wide_hints)
-    aim(narrow, salt, keys, blocks, counts, mixes, hints)
+    aim_all(wide, salt, keys, blocks, counts, mixes, wide_hints)
+    aim_all(narrow, salt, keys, blocks, counts, mixes, hints)
     for i in range(min(FAR, n)):
         prefetch(hints[i])
         prefetch(wide_hints[i])

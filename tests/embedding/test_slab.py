@@ -14,7 +14,6 @@ from oarlock.embedding.precision import FLOAT16, FLOAT32, INT8, decode_row
 from oarlock.embedding.slab import (
     CHUNK_BYTES,
     FIRST_BITS,
-    PARTS,
     First,
     Keep,
     chunk_bytes,
@@ -56,9 +55,12 @@ def test_slots_fill_the_chunks_one_after_the_other_and_share_no_byte(given):
     table, expected, base = [], [], 1 << 20
     while len(expected) < 5 * reference.MANY:
         count = chunk_rows(shape, len(table))
-        size, weights, side, undo = chunk_bytes(shape, count)
+        size = chunk_bytes(shape, count)
         assert size <= CHUNK_BYTES or count == 1 << FIRST_BITS
-        table.append((base + weights, base + side, base + undo))
+        together = (0, shape.weight_bytes, count * shape.weight_pitch)
+        apart = (0, count * shape.weight_pitch, count * (shape.weight_pitch + shape.side_pitch))
+        weights, side, undo = together if shape.together else apart
+        table.append(base)
         expected += [
             (
                 base + weights + i * shape.weight_pitch,
@@ -77,7 +79,6 @@ def test_slots_fill_the_chunks_one_after_the_other_and_share_no_byte(given):
         assert spans[-1][1] <= end
     out = np.empty((len(expected), 5), np.int64)
     chunks = np.array(table, np.int64)
-    assert chunks.shape[1] == PARTS
     all_addresses(address_of(chunks), shape, out)
     assert out.tolist() == [[*place, *place[:2]] for place in expected]
 
