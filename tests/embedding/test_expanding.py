@@ -9,6 +9,7 @@ import pytest
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import make_table
+from oarlock.embedding.schedule import Schedule
 from oarlock.embedding.spec import Admission, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
 from oarlock.embedding.table import PushCounts, Table
 from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, StalePlacement
@@ -16,8 +17,8 @@ from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, StaleP
 MANY = reference.MANY
 PARTS = (
     Part(1, OptimizerSpec("ftrl", l1=0.01), Initializer("normal", 0.0, 0.1)),
-    Part(2, OptimizerSpec("adagrad"), Initializer("uniform", 0.0, 0.5)),
-    Part(1, OptimizerSpec("adam"), Initializer("normal", 1.0, 0.1)),
+    Part(2, OptimizerSpec("adagrad", schedule=Schedule("exponential", gamma=0.5)), Initializer("uniform", 0.0, 0.5)),
+    Part(1, OptimizerSpec("adam", bias="step"), Initializer("normal", 1.0, 0.1)),
 )
 SPEC = TableSpec("t", 4, parts=PARTS, blocks=8, expand_score=0.25)
 
@@ -128,6 +129,9 @@ def test_a_row_gets_its_vector_with_the_push_that_brings_its_score_to_the_thresh
     push(table, np.array([7], np.uint64), occurrences=[3])
     push(table, np.array([8], np.uint64), occurrences=[2])
     assert [table.explain(k)["expansion"]["expanded"] for k in (6, 7, 8)] == [True, True, False]
+    exactly = make(replace(SPEC, expand_score=0.5, admission=Admission(nonclick=0.25)))
+    push(exactly, np.array([1, 2], np.uint64), occurrences=[2, 1])
+    assert [exactly.explain(k)["expansion"]["expanded"] for k in (1, 2)] == [True, False]
 
 
 @pytest.mark.parametrize("column", [0, 1, 3])
@@ -147,7 +151,7 @@ def test_a_refused_gradient_refuses_both_parts(column):
 
 
 def test_the_split_into_requests_does_not_matter():
-    spec = replace(SPEC, admission=Admission("count", occurrences=2))
+    spec = replace(SPEC, admission=Admission("count", occurrences=2), expand_score=3.0)
     rng = np.random.default_rng(4)
     whole, parts = make(spec), make(spec)
     for step in range(1, 6):
@@ -171,17 +175,19 @@ def test_the_split_into_requests_does_not_matter():
     ],
 )
 def test_admission_is_that_of_an_ordinary_table_and_only_admitted_keys_expand(admission):
-    spec = replace(SPEC, admission=admission, expand_score=0.35)
+    spec = replace(SPEC, admission=admission, expand_score=1.25)
     table = make(spec)
     # An ordinary table of the first part under the same name, where shows and clicks are kept but nothing is evicted.
     first = make(replace(spec, dim=1, parts=PARTS[:1], expand_score=0.0, eviction=Eviction(score=1e-9)))
     rng = np.random.default_rng(5)
+    waiting = 0
     for step in range(1, 6):
-        keys, gradients = random_batch(rng)
+        keys, gradients = random_batch(rng, MANY)
         more = {"occurrences": rng.integers(1, 5, len(keys)), "clicks": rng.integers(0, 2, len(keys)), "step": step}
         done = push(table, keys, gradients, **more)
         assert done == push(first, keys, gradients[:, :1].copy(), **more)
-        assert done.waiting > 0
+        waiting += done.waiting
+    assert waiting > 0
     expanded = 0
     for block in range(8):
         rows, alone = table.export_block(block), first.export_block(block)
@@ -193,7 +199,7 @@ def test_admission_is_that_of_an_ordinary_table_and_only_admitted_keys_expand(ad
         shows, clicks = rows.counters[:, -3:-1].copy().view(np.float32).T
         # Scores only grow here, so who has a vector is told by the last one.
         score = (shows - clicks).astype(np.float64) * 0.1 + clicks.astype(np.float64)
-        assert (rows.counters[:, -1] == (score >= 0.35)).all()
+        assert (rows.counters[:, -1] == (score >= 1.25)).all()
         expanded += int(rows.counters[:, -1].sum())
     assert 0 < expanded == table.expanded < table.rows
 
