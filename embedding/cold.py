@@ -127,25 +127,30 @@ class ColdRows:
         store = self._store
         entries, records = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
         found = find_spilled(store.base + block * DESCRIPTOR_BYTES, store.salt, keys, entries, records)
-        self._bring_back(block, entries[:found], records[:found])
+        entries, first = np.unique(entries[:found], return_index=True)  # a push may name a key twice
+        self._bring_back(block, entries, records[first], hot=True)
 
     def bring_back_range(self, block: int, begin: int, end: int) -> None:
-        """Take the rows of buckets begin to end - 1 back into memory."""
+        """Take the rows of buckets begin to end - 1 back into memory, all of them at once, as cold as they are.
+
+        None goes to the file in their place, as it might be of these buckets too: ``spill_for`` afterwards makes up for it.
+        """
         store = self._store
         if store.descriptors[block, SPILLED_ROWS]:
             entries, records = (np.empty((end - begin) * PLACES, np.int64) for _ in range(2))
             found = list_spilled(store.base + block * DESCRIPTOR_BYTES, begin, end, entries, records)
-            self._bring_back(block, entries[:found], records[:found])
+            self._bring_back(block, entries[:found], records[:found], hot=False)
 
-    def _bring_back(self, block: int, entries: Records, records: Records) -> None:
+    def _bring_back(self, block: int, entries: Records, records: Records, *, hot: bool) -> None:
         if len(entries) == 0:
             return
         store = self._store
         content = self._read(records)
-        self.spill_for(block, len(entries))
+        if hot:
+            self.spill_for(block, len(entries))
         store.blocks[block].reserve(0, len(entries))
         with store.shut(block):
-            unspill(store.base + block * DESCRIPTOR_BYTES, self._shape, entries, content)
+            unspill(store.base + block * DESCRIPTOR_BYTES, self._shape, entries, content, hot)
         store.descriptors[block, SPILLED_ROWS] -= len(entries)
         self._dead.append(records)
 

@@ -85,7 +85,7 @@ def find_spilled(
     entries: NDArray[np.int64],
     records: NDArray[np.int64],
 ) -> int:
-    """List words and records of those of keys that are in the file, each once; return how many."""
+    """List words and records of those of keys that are in the file; return how many. A key given twice is listed twice."""
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
     found = 0
@@ -117,20 +117,20 @@ def list_spilled(descriptor: Int, begin: int, end: int, entries: NDArray[np.int6
 
 
 @jit
-def unspill(descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8]) -> None:
-    """Give the rows of content: uint8[n, record bytes] slots again, hot ones; there is room. A word given twice counts once."""
+def unspill(
+    descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8], hot: bool
+) -> None:
+    """Give the rows of content: uint8[n, record bytes] slots again; there is room. ``hot``: as rows just asked for."""
     chunks: Int = load_i64(descriptor, CHUNKS)
     side_bytes = 4 * (shape.state_columns + shape.counters)
     for i in range(entries.shape[0]):
-        if np.int64(load_u32(entries[i], 0)) < SPILLED:
-            continue
         slot = take_slot(descriptor, shape)
         record = address_in(content, i * content.shape[1])
         copy(weights_at(chunks, slot, shape), record + 8, shape.weight_bytes)
         copy(side_at(chunks, slot, shape), record + 8 + shape.weight_bytes, side_bytes)
         store_u32(entries[i], 0, np.uint32(slot))
         line = line_of(entries[i])
-        for plane in range(2):
+        for plane in range(2 if hot else 0):
             bits = np.int64(load_u8(line, HEAT + plane)) | (np.int64(1) << place_of(entries[i]))
             store_u8(line, HEAT + plane, np.uint8(bits))
 
