@@ -306,6 +306,8 @@ class Table(Store):
             wrapped = end == int(words[COUNT])
             words[HAND] = 0 if wrapped else end
             self._bury(block, gone[:left])
+            if self._cold is not None:
+                self._cold.spill_for(block, 0)
             return int(left), wrapped
 
     def _bury(self, block: int, keys: Keys) -> None:
