@@ -31,7 +31,8 @@ class Pages:
 
     def __init__(self, size: int, *, huge: bool) -> None:
         huge = huge and size >= 2 * HUGE
-        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE))
+        # Private: memory that may be shared with other processes gets no huge pages.
+        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes: NDArray[Any] = np.frombuffer(self._map, np.uint8)
         start = address_of(self._bytes)
         self.address = -(-start // HUGE) * HUGE if huge else -(-start // LINE) * LINE
