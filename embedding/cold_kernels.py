@@ -117,9 +117,7 @@ def list_spilled(descriptor: Int, begin: int, end: int, entries: NDArray[np.int6
 
 
 @jit
-def unspill(
-    descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8], hot: bool
-) -> None:
+def unspill(descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8], hot: bool) -> None:
     """Give the rows of content: uint8[n, record bytes] slots again; there is room. ``hot``: as rows just asked for."""
     chunks: Int = load_i64(descriptor, CHUNKS)
     side_bytes = 4 * (shape.state_columns + shape.counters)

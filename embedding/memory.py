@@ -9,48 +9,59 @@ handed out neither moves nor shrinks until it is given back; what was given back
 again. Memory that was never written costs nothing but address space. Any thread.
 """
 
-import contextlib
 import ctypes
 import mmap
+import os
 import threading
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from oarlock.embedding.pointer import LINE, address_of
+from oarlock.embedding.pointer import LINE
 
 HUGE = 2 << 20
 FIRST_SEGMENT = 256 << 10  # a small table shall not cost megabytes
 LAST_SEGMENT = 256 << 20
 PAGE = mmap.PAGESIZE
 
+_FAILED = ctypes.c_void_p(-1).value
+_system = ctypes.CDLL(None, use_errno=True)
+_map, _unmap, _advise = _system.mmap, _system.munmap, _system.madvise
+_map.restype = ctypes.c_void_p
+_map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_unmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
 
 class Pages:
-    """Zeroed memory of its own, of at least ``size`` bytes at ``address``, back to the system when it is forgotten."""
+    """Zeroed memory of its own, of at least ``size`` bytes at ``address``, back to the system when it is forgotten.
+
+    The system is called by ctypes, not by the mmap module, which would keep the interpreter's lock meanwhile: giving
+    back hundreds of megabytes takes milliseconds, in which no pull could begin or end.
+    """
 
     def __init__(self, size: int, *, huge: bool) -> None:
         huge = huge and size >= 2 * HUGE
+        align = HUGE if huge else LINE
+        self._length = -(-(size + align) // PAGE) * PAGE
         # Private: memory that may be shared with other processes gets no huge pages.
-        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._bytes: NDArray[Any] = np.frombuffer(self._map, np.uint8)
-        start = address_of(self._bytes)
-        self.address = -(-start // HUGE) * HUGE if huge else -(-start // LINE) * LINE
+        start = _map(None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if start in (None, _FAILED):
+            raise MemoryError(f"no {size} bytes of memory: {os.strerror(ctypes.get_errno())}")
+        self._start = start
+        self.address = -(-start // align) * align
         self.size = size
-        self._shift = self.address - start
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
             # Refused where the system is built without them: then pages are small, and that is all.
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+            _advise(self.address, size // PAGE * PAGE, mmap.MADV_HUGEPAGE)
+
+    def __del__(self) -> None:
+        if getattr(self, "_start", 0):
+            _unmap(self._start, self._length)
 
     def release(self, address: int, size: int) -> None:
         """Give the whole pages of a part back to the system; they read as zeros afterwards."""
-        base = self.address - self._shift
-        begin = -(-(address - base) // PAGE) * PAGE
-        end = (address - base + size) // PAGE * PAGE
+        begin = -(-address // PAGE) * PAGE
+        end = (address + size) // PAGE * PAGE
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            _advise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
 class Slots:
@@ -104,7 +115,7 @@ class IndexMemory:
                     address = pages.address
                     self._alone[address] = pages
                 return address
-        except (OSError, OverflowError, ValueError) as error:
+        except (OverflowError, ctypes.ArgumentError) as error:
             raise MemoryError(str(error)) from None
 
     def give_back(self, block: int, size: int, address: int) -> None:
@@ -153,10 +164,7 @@ class Arena:
     def _extend(self, size: int) -> None:
         double = 2 * self._segments[-1].size if self._segments else FIRST_SEGMENT
         wanted = max(min(double, LAST_SEGMENT), -(-size // PAGE) * PAGE)
-        try:
-            segment = Pages(wanted, huge=True)
-        except OSError as error:
-            raise MemoryError(str(error)) from None
+        segment = Pages(wanted, huge=True)
         self._segments.append(segment)
         self._next = segment.address
         self._end = segment.address + segment.size

@@ -7,7 +7,8 @@
 
 Invariant: a pull changes nothing but the heat of keys, waits for no block while it is inside another one, and leaves every
 block that it entered. The stages run across the borders of blocks: what is looked up in one block is copied while the
-next is looked up, and a block is left when its last row is copied. Scratch is two rings that stay in the first cache.
+next is looked up, and a block is left when its last row is copied. Blocks that a push is in are served last. Scratch is
+two rings that stay in the first cache.
 """
 
 from typing import NamedTuple
@@ -27,6 +28,9 @@ _RING = RING - 1
 
 ABSENT = 0  # in place of a row's address
 IN_FILE = -1
+
+PRESENT, FILED, PUT_OFF = range(3)  # words of ``found``
+FOUND_WORDS = 3
 
 
 @jit
@@ -52,7 +56,8 @@ def copy_row(out: Int, row: Int, size: Int) -> None:
 class PullScratch(NamedTuple):
     """Addresses of scratch memory: cursor, hints, late as in ``embedding/aim.py``, rows: int64[RING]; and what a pull finds.
 
-    cold, records: int64[n], position and record of rows in the spill file; found: int64[2], rows in memory and in the file.
+    cold, records: int64[n], position and record of rows in the spill file; later: int64[n, 2], groups put off; found:
+    int64[FOUND_WORDS], rows in memory, rows in the file, groups put off.
     """
 
     cursor: int
@@ -61,6 +66,7 @@ class PullScratch(NamedTuple):
     rows: int
     cold: int
     records: int
+    later: int
     found: int
 
 
@@ -108,7 +114,7 @@ def look_stage(
     for k in range(odd):
         prefetch(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING) + LINE)
     present = end - begin - odd
-    in_file: Int = load_i64(scratch.found, 1)
+    in_file: Int = load_i64(scratch.found, FILED)
     for k in range(odd):
         i = load_i64(scratch.late, k)
         row = np.int64(ABSENT)
@@ -127,8 +133,93 @@ def look_stage(
             if heated:
                 warm(entry)
         store_i64(scratch.rows, i & _RING, row)
-    store_i64(scratch.found, 0, load_i64(scratch.found, 0) + present)
-    store_i64(scratch.found, 1, in_file)
+    store_i64(scratch.found, PRESENT, load_i64(scratch.found, PRESENT) + present)
+    store_i64(scratch.found, FILED, in_file)
+
+
+@jit
+def pull_groups(
+    descriptors: Int,
+    salt: np.uint64,
+    shape: Layout,
+    first: First,
+    zeros: bool,
+    heated: bool,
+    grouped: Grouped,
+    begin_group: Int,
+    end_group: Int,
+    begin: Int,
+    limit: Int,
+    wait: bool,
+    scratch: PullScratch,
+    out: Int,
+) -> Int:
+    """Serve groups begin_group to end_group - 1, whose keys are ``begin`` to limit - 1; return -1 or a group not stored.
+
+    Groups whose block is taken are listed in scratch.later, unless ``wait`` says to wait for them.
+    """
+    start_aiming(scratch.cursor, grouped, begin_group, begin)
+    copied: Int = begin  # rows before this one are out
+    oldest: Int = begin_group  # the first group whose block we are in
+    oldest_end = np.int64(0)
+    at: Int = begin
+    group: Int = begin_group
+    missing = np.int64(-1)
+    while group < end_group:
+        descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
+        size = np.int64(load_u32(grouped.counts, group))
+        inside = try_enter(descriptor)
+        if not inside:
+            copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
+            copied = at
+            while oldest < group:
+                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
+                oldest += 1
+            if wait:
+                enter(descriptor)
+            else:
+                put_off(scratch, group, at)
+                at += size
+                group += 1
+                copied = at
+                oldest = group
+                start_aiming(scratch.cursor, grouped, group, at)
+                continue
+        if oldest == group:
+            oldest_end = at + size
+        if load_i64(descriptor, BUCKETS) == 0:
+            leave(descriptor)
+            missing = group
+            break
+        end = at + size
+        while at < end:
+            stop = min(at + STAGE, end)
+            aim(descriptors, salt, grouped, scratch.cursor, min(limit, stop + FAR), scratch.hints)
+            renew(descriptor, salt, grouped.keys, scratch.cursor, group, at, stop, scratch.hints)
+            look_stage(descriptor, shape, heated, grouped.keys, at, stop, scratch)
+            at = stop
+            ready = max(copied, at - STAGE)
+            copy_out(scratch.rows, copied, ready, grouped.keys, shape, first, zeros, out)
+            copied = ready
+            while oldest < group and copied >= oldest_end:
+                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
+                oldest += 1
+                oldest_end += np.int64(load_u32(grouped.counts, oldest))
+        group += 1
+    copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
+    while oldest < group:
+        leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
+        oldest += 1
+    return missing
+
+
+@jit
+def put_off(scratch: PullScratch, group: Int, at: Int) -> None:
+    """Note a group, and the position of its first key, for later."""
+    listed: Int = load_i64(scratch.found, PUT_OFF)
+    store_i64(scratch.later, 2 * listed, group)
+    store_i64(scratch.later, 2 * listed + 1, at)
+    store_i64(scratch.found, PUT_OFF, listed + 1)
 
 
 @jit
@@ -148,48 +239,18 @@ def pull_rows(
     ``zeros``: absent keys read as zeros; ``heated``: the table spills, so uses are counted. The lines of rows in the spill
     file are left as they are.
     """
-    n = grouped.n
-    store_i64(scratch.found, 0, 0)
-    store_i64(scratch.found, 1, 0)
-    start_aiming(scratch.cursor, grouped, 0, 0)
-    copied = np.int64(0)  # rows before this one are out
-    oldest = np.int64(0)  # the first group whose block we are in
-    oldest_end = np.int64(0)
-    missing = np.int64(-1)
-    at = np.int64(0)
-    for group in range(grouped.groups):
-        descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
-        size = np.int64(load_u32(grouped.counts, group))
-        if not try_enter(descriptor):
-            copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
-            copied = at
-            while oldest < group:
-                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
-                oldest += 1
-            enter(descriptor)
-        if oldest == group:
-            oldest_end = at + size
-        if load_i64(descriptor, BUCKETS) == 0:
-            leave(descriptor)
-            missing = np.int64(group)
-            break
-        end = at + size
-        while at < end:
-            stop = min(at + STAGE, end)
-            aim(descriptors, salt, grouped, scratch.cursor, min(n, stop + FAR), scratch.hints)
-            renew(descriptor, salt, grouped.keys, scratch.cursor, group, at, stop, scratch.hints)
-            look_stage(descriptor, shape, heated, grouped.keys, at, stop, scratch)
-            at = stop
-            ready = max(copied, at - STAGE)
-            copy_out(scratch.rows, copied, ready, grouped.keys, shape, first, zeros, out)
-            copied = ready
-            while oldest < group and copied >= oldest_end:
-                leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
-                oldest += 1
-                oldest_end += np.int64(load_u32(grouped.counts, oldest))
-    copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
-    last = np.int64(grouped.groups) if missing < 0 else missing
-    while oldest < last:
-        leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)
-        oldest += 1
+    for word in range(FOUND_WORDS):
+        store_i64(scratch.found, word, 0)
+    missing = pull_groups(
+        descriptors, salt, shape, first, zeros, heated, grouped, 0, grouped.groups, 0, grouped.n, False, scratch, out
+    )
+    # Blocks that a push was in come last: behind it, this pull would wait in each block that the push is just in.
+    for k in range(load_i64(scratch.found, PUT_OFF)):
+        group = load_i64(scratch.later, 2 * k)
+        at = load_i64(scratch.later, 2 * k + 1)
+        end = at + np.int64(load_u32(grouped.counts, group))
+        if missing < 0:
+            missing = pull_groups(
+                descriptors, salt, shape, first, zeros, heated, grouped, group, group + 1, at, end, True, scratch, out
+            )
     return missing

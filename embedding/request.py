@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.aim import CURSOR, RING
 from oarlock.embedding.pointer import address_of
-from oarlock.embedding.pull import PullScratch
+from oarlock.embedding.pull import FOUND_WORDS, PullScratch
 
 # In place of the address of a key's row.
 ABSENT = 0
@@ -57,7 +57,7 @@ class Workspace:
     def __init__(self, blocks: int, dim: int) -> None:
         self.seen: NDArray[np.uint8] = np.zeros(blocks, np.uint8)
         self.fault: NDArray[np.int64] = np.zeros(1, np.int64)
-        self.found: NDArray[np.int64] = np.zeros(2, np.int64)
+        self.found: NDArray[np.int64] = np.zeros(FOUND_WORDS, np.int64)
         self._values: NDArray[np.float32] = np.empty((UPDATE_ROWS + 1) * dim, np.float32)
         self._cursor: NDArray[np.int64] = np.zeros(CURSOR, np.int64)
         self._hints, self._ring, self._late = (np.zeros(RING, np.int64) for _ in range(3))
@@ -72,9 +72,17 @@ class Workspace:
         self._rows, self._sides, self._undo, self.cold, self.records = (
             np.empty(self._room, np.int64) for _ in range(5)
         )
+        self._later: NDArray[np.int64] = np.empty((self._room, 2), np.int64)
         cursor, hints, late = (address_of(a) for a in (self._cursor, self._hints, self._late))
         rows, sides, undo, cold = (address_of(a) for a in (self._rows, self._sides, self._undo, self.cold))
         self.push = Scratch(cursor, hints, late, rows, sides, undo, cold, address_of(self._values))
         self.pull = PullScratch(
-            cursor, hints, late, address_of(self._ring), cold, address_of(self.records), address_of(self.found)
+            cursor,
+            hints,
+            late,
+            address_of(self._ring),
+            cold,
+            address_of(self.records),
+            address_of(self._later),
+            address_of(self.found),
         )
