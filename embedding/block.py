@@ -39,14 +39,12 @@ class Block:
 
     def __init__(
         self,
-        number: int,
         shape: Layout,
         salt: np.uint64,
         arena: Arena,
         indexes: IndexMemory,
         sketch: Sketch | None = None,
     ) -> None:
-        self._number = number
         self._shape = shape
         self._salt = salt
         self._arena = arena
@@ -54,7 +52,7 @@ class Block:
         self._chunks: list[tuple[int, int]] = []
         self._table: NDArray[np.int64] = np.zeros(8, np.int64)
         self.descriptor: NDArray[np.int64] = np.zeros(FIELDS, np.int64)
-        self.descriptor[BUCKETS] = indexes.take(number, FIRST_BUCKETS * LINE)
+        self.descriptor[BUCKETS] = indexes.take(FIRST_BUCKETS * LINE)
         self.descriptor[COUNT] = FIRST_BUCKETS
         self.descriptor[ENTRY_ROOM] = entries_of(FIRST_BUCKETS)
         self.descriptor[CHUNKS] = address_of(self._table)
@@ -120,10 +118,10 @@ class Block:
         before = int(self.descriptor[BUCKETS]), buckets
         while entries_of(buckets) < need:
             buckets = buckets * GROWTH // 100 + 1
-        address = self._indexes.take(self._number, buckets * LINE)
+        address = self._indexes.take(buckets * LINE)
         rehash(*before, self._salt, address, buckets)
         self._exchange((BUCKETS, address), (COUNT, buckets))
-        self._indexes.give_back(self._number, before[1] * LINE, before[0])
+        self._indexes.give_back(before[0], before[1] * LINE)
         self.descriptor[ENTRY_ROOM] = entries_of(buckets)
 
     def _exchange(self, *words: tuple[int, int]) -> None:
@@ -140,4 +138,4 @@ class Block:
         for address, size in self._chunks:
             self._arena.give_back(address, size)
         self._chunks.clear()
-        self._indexes.give_back(self._number, int(self.descriptor[COUNT]) * LINE, int(self.descriptor[BUCKETS]))
+        self._indexes.give_back(int(self.descriptor[BUCKETS]), int(self.descriptor[COUNT]) * LINE)

@@ -2,7 +2,7 @@
 """Where a table's rows and indexes lie: large pieces of address space, on huge pages where the system gives them.
 
     Arena     chunks of rows of all blocks, one behind the other
-    Slots     indexes of all blocks that have the same size, block n in place n; a block that grows moves to the next size
+    Slots     indexes of all blocks that have the same size; a block that grows moves to the next size
 
 Blocks of a table fill evenly, so those of one size share huge pages that none of them could fill alone. Invariant: what was
 handed out neither moves nor shrinks until it is given back; what was given back costs no memory until it is handed out
@@ -48,7 +48,8 @@ class Pages:
         self._start = start
         self.address = -(-start // align) * align
         self.size = size
-        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        self._huge = huge and hasattr(mmap, "MADV_HUGEPAGE")
+        if self._huge:
             # Refused where the system is built without them: then pages are small, and that is all.
             _advise(self.address, size // PAGE * PAGE, mmap.MADV_HUGEPAGE)
 
@@ -58,38 +59,57 @@ class Pages:
 
     def release(self, address: int, size: int) -> None:
         """Give the whole pages of a part back to the system; they read as zeros afterwards."""
-        begin = -(-address // PAGE) * PAGE
-        end = (address + size) // PAGE * PAGE
+        begin, end = _whole(address, size)
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
             _advise(begin, end - begin, mmap.MADV_DONTNEED)
+            if self._huge:
+                # Or the system would soon fill the hole with zeros, to make huge pages of what is left around it.
+                _advise(begin, end - begin, mmap.MADV_NOHUGEPAGE)
+
+    def restore(self, address: int, size: int) -> None:
+        """Let a part that was released have huge pages again."""
+        begin, end = _whole(address, size)
+        if end > begin and self._huge:
+            _advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+
+
+def _whole(address: int, size: int) -> tuple[int, int]:
+    """Return begin and end of the whole pages in a part; end may lie before begin when there are none."""
+    return -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
 
 
 class Slots:
-    """Zeroed places of one size, one for each block of a table, in one piece of address space."""
+    """Zeroed places of one size, at most one for each block of a table, in one piece of address space."""
 
     def __init__(self, size: int, blocks: int) -> None:
         self.size = size
         self._pages = Pages(size * blocks, huge=True)
-        self._taken: set[int] = set()
+        self._used = 0  # places handed out at least once: side by side, so that they share huge pages from the start
+        self._free: list[int] = []
+        self._room = blocks
 
-    def take(self, block: int) -> int:
-        """Return the address of a block's place, 0 if it has it already."""
-        if block in self._taken:
+    def take(self) -> int:
+        """Return the address of a place, 0 if all are taken."""
+        if self._free:
+            address = self._free.pop()
+            self._pages.restore(address, self.size)
+            return address
+        if self._used == self._room:
             return 0
-        self._taken.add(block)
-        return self._pages.address + block * self.size
+        self._used += 1
+        return self._pages.address + (self._used - 1) * self.size
 
-    def give_back(self, block: int) -> bool:
-        """Take a block's place back; return whether any is still taken."""
-        address = self._pages.address + block * self.size
+    def give_back(self, address: int) -> bool:
+        """Take a place back; return whether any is still taken."""
         self._pages.release(address, self.size)
         # Pages that it shared with its neighbours stayed.
-        begin, end = -(-address // PAGE) * PAGE, (address + self.size) // PAGE * PAGE
-        edges = [(address, min(begin, address + self.size)), (max(end, address), address + self.size)]
-        for first, last in edges if begin <= end else [(address, address + self.size)]:
-            ctypes.memset(first, 0, max(0, last - first))
-        self._taken.discard(block)
-        return bool(self._taken)
+        begin, end = _whole(address, self.size)
+        for first, last in (
+            ((address, begin), (end, address + self.size)) if begin <= end else ((address, address + self.size),)
+        ):
+            ctypes.memset(first, 0, last - first)
+        self._free.append(address)
+        return len(self._free) < self._used
 
 
 class IndexMemory:
@@ -101,16 +121,16 @@ class IndexMemory:
         self._slots: dict[int, Slots] = {}
         self._alone: dict[int, Pages] = {}
 
-    def take(self, block: int, size: int) -> int:
+    def take(self, size: int) -> int:
         """Return the address of ``size`` zeroed bytes for a block's index; MemoryError when there are none."""
         try:
             with self._lock:
                 slots = self._slots.get(size)
                 if slots is None:
                     slots = self._slots[size] = Slots(size, self._blocks)
-                address = slots.take(block)
+                address = slots.take()
                 if address == 0:
-                    # The block is about to be replaced by one of the same size.
+                    # A block is about to be replaced by another of the same size.
                     pages = Pages(size, huge=True)
                     address = pages.address
                     self._alone[address] = pages
@@ -118,10 +138,10 @@ class IndexMemory:
         except (OverflowError, ctypes.ArgumentError) as error:
             raise MemoryError(str(error)) from None
 
-    def give_back(self, block: int, size: int, address: int) -> None:
+    def give_back(self, address: int, size: int) -> None:
         """Take back what ``take`` handed out."""
         with self._lock:
-            if self._alone.pop(address, None) is None and not self._slots[size].give_back(block):
+            if self._alone.pop(address, None) is None and not self._slots[size].give_back(address):
                 del self._slots[size]
 
 
@@ -143,6 +163,7 @@ class Arena:
             free = self._free.get(size)
             if free:
                 address = free.pop()
+                self._segment(address).restore(address, size)
             else:
                 if self._next + size > self._end:
                     self._extend(size)
@@ -157,9 +178,10 @@ class Arena:
         with self._lock:
             self._free.setdefault(size, []).append(address)
             self.used -= size
-            for segment in self._segments:
-                if segment.address <= address < segment.address + segment.size:
-                    segment.release(address, size)
+            self._segment(address).release(address, size)
+
+    def _segment(self, address: int) -> Pages:
+        return next(s for s in self._segments if s.address <= address < s.address + s.size)
 
     def _extend(self, size: int) -> None:
         double = 2 * self._segments[-1].size if self._segments else FIRST_SEGMENT

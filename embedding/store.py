@@ -91,7 +91,7 @@ class Store:
         with self._lock:
             if block in self.blocks:
                 raise InvalidArgument(f"table {self.spec.name}: block {block} is stored here already; drop it first")
-            self._place(block, self._new_block(block))
+            self._place(block, self._new_block())
 
     def drop(self, block: int) -> None:
         """Forget a block and free its memory."""
@@ -176,12 +176,12 @@ class Store:
         if not 0 <= block < self.spec.blocks:
             raise InvalidArgument(f"table {self.spec.name}: block {block} is not in [0, {self.spec.blocks})")
 
-    def _new_block(self, block: int) -> Block:
+    def _new_block(self) -> Block:
         admission = self.spec.admission
         sketch = None
         if admission.kind == "sketch":
             sketch = Sketch(max(1, admission.capacity // self.spec.blocks), windows=admission.windows)
-        return Block(block, self.layout, self.salt, self.arena, self.indexes, sketch)
+        return Block(self.layout, self.salt, self.arena, self.indexes, sketch)
 
     def _place(self, block: int, content: Block) -> None:
         with self.holding(block), self.shut(block):
@@ -240,7 +240,7 @@ class Store:
         self._in_range(block)
         content = self._checked(block, content)
         where = f"table {self.spec.name}, block {block}"
-        fresh = self._new_block(block)
+        fresh = self._new_block()
         line = address_of(fresh.descriptor)
         fresh.reserve(len(content.keys) + len(content.waiting), len(content.keys))
         counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
