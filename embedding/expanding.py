@@ -75,6 +75,10 @@ class Wide(Table):
         return out
 
 
+def _scratch(n: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    return np.empty(n, np.uint64), np.empty((3, n), np.int64)
+
+
 class ExpandingTable:
     """The rows of ``spec``, which has an ``expand_score``, in the adopted blocks. The methods are those of ``Table``."""
 
@@ -89,6 +93,7 @@ class ExpandingTable:
         self.state_columns = self.narrow.state_columns + self.wide.state_columns
         self.counters = self.narrow.counters + 1  # the last one: 1 = the row is expanded
         self._changing = threading.Lock()
+        self._mixes, self._scratch = _scratch(256)
 
     # Blocks
 
@@ -196,26 +201,29 @@ class ExpandingTable:
         with self._changing:
             with narrow._working(n) as work:
                 narrow._check_groups(work, n, blocks, counts)
-                chosen = judge(
-                    narrow.base,
-                    wide.base,
-                    self.salt,
-                    narrow.layout,
-                    narrow._rules,
-                    float(self.spec.expand_score),
-                    dim,
-                    keys,
-                    blocks,
-                    counts,
-                    occurrences,
-                    clicks,
-                    address_of(gradients),
-                    np.empty(n, np.uint64),
-                    *(np.empty(n, np.int64) for _ in range(3)),
-                    address_of(first_part),
-                    verdicts,
-                    needs,
-                )
+            self._fit(n)
+            chosen = judge(
+                narrow.base,
+                wide.base,
+                self.salt,
+                narrow.layout,
+                narrow._rules,
+                float(self.spec.expand_score),
+                dim,
+                keys,
+                blocks,
+                counts,
+                occurrences,
+                clicks,
+                address_of(gradients),
+                self._mixes,
+                self._scratch[0],
+                self._scratch[1],
+                self._scratch[2],
+                address_of(first_part),
+                verdicts,
+                needs,
+            )
             # All memory is there before anything changes: what is pushed to one table must not fail in the other.
             for group in np.flatnonzero(needs).tolist():
                 try:
@@ -364,6 +372,11 @@ class ExpandingTable:
             for table, fresh in ((self.narrow, narrow), (self.wide, wide)):
                 with table._lock:
                     table._place(block, fresh)
+
+    def _fit(self, n: int) -> None:
+        """Have scratch memory for a push of ``n`` keys; under the lock of changes."""
+        if n > self._mixes.shape[0]:
+            self._mixes, self._scratch = _scratch(1 << (n - 1).bit_length())
 
     def _values(self, name: str, values: Values, n: int) -> None:
         if values.dtype != np.float32 or values.shape != (n, self.spec.dim):
