@@ -31,7 +31,9 @@ class Pages:
 
     def __init__(self, size: int, *, huge: bool) -> None:
         huge = huge and size >= 2 * HUGE
-        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE))
+        # Private: shared memory would get no huge pages, and keep what is given back.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._map = mmap.mmap(-1, size + (HUGE if huge else LINE), flags=flags)
         self._bytes: NDArray[Any] = np.frombuffer(self._map, np.uint8)
         start = address_of(self._bytes)
         self.address = -(-start // HUGE) * HUGE if huge else -(-start // LINE) * LINE
