@@ -75,10 +75,6 @@ class Wide(Table):
         return out
 
 
-def _scratch(n: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    return np.empty(n, np.uint64), np.empty((3, n), np.int64)
-
-
 class ExpandingTable:
     """The rows of ``spec``, which has an ``expand_score``, in the adopted blocks. The methods are those of ``Table``."""
 
@@ -93,7 +89,7 @@ class ExpandingTable:
         self.state_columns = self.narrow.state_columns + self.wide.state_columns
         self.counters = self.narrow.counters + 1  # the last one: 1 = the row is expanded
         self._changing = threading.Lock()
-        self._mixes, self._scratch = _scratch(256)
+        self._scratch: NDArray[np.int64] = np.empty((3, 256), np.int64)
 
     # Blocks
 
@@ -183,7 +179,8 @@ class ExpandingTable:
     ) -> PushCounts:
         """Apply one optimizer step with gradients: float32[n, dim], as ``Table.push`` does, to the parts that a row has.
 
-        What is counted is rows, whatever parts they have.
+        What is counted is rows, whatever parts they have. A key is named once: one that comes twice is judged each time by what
+        that one brings.
         """
         narrow, wide, dim = self.narrow, self.wide, self.spec.dim
         keys, blocks, counts = narrow._request(keys, blocks, counts)
@@ -216,7 +213,6 @@ class ExpandingTable:
                 occurrences,
                 clicks,
                 address_of(gradients),
-                self._mixes,
                 self._scratch[0],
                 self._scratch[1],
                 self._scratch[2],
@@ -375,8 +371,8 @@ class ExpandingTable:
 
     def _fit(self, n: int) -> None:
         """Have scratch memory for a push of ``n`` keys; under the lock of changes."""
-        if n > self._mixes.shape[0]:
-            self._mixes, self._scratch = _scratch(1 << (n - 1).bit_length())
+        if n > self._scratch.shape[1]:
+            self._scratch = np.empty((3, 1 << (n - 1).bit_length()), np.int64)
 
     def _values(self, name: str, values: Values, n: int) -> None:
         if values.dtype != np.float32 or values.shape != (n, self.spec.dim):
