@@ -1,35 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block as an Arrow IPC file: columns ``key``, ``weights``, ``state``, and metadata that says whose it is.
+"""One block as an Arrow IPC file: columns ``key``, ``weights``, ``state``, ``counters``, and metadata that says whose it is.
 
 Invariant: equal content gives equal bytes (rows ascend by key; one version of pyarrow), and what ``decode`` returns
 has distinct ascending keys, no nulls and, unless told otherwise, finite values only. Pure functions over arrays, from
 any thread; ``decode`` copies nothing, so its arrays are read-only views that keep the file's buffer alive.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 from numpy.typing import NDArray
 
-from oarlock.checkpoint.format import KINDS, check_count, check_format, format_text, unreadable
+from oarlock.checkpoint.format import FIRST, FORMAT, KINDS, check_count, unreadable
+from oarlock.checkpoint.frame import Identity, describe, open_frame, pack_frame, refuse_names, refuse_nulls
 from oarlock.embedding.spec import check_name
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument
 
-# Ids on disk: they never change meaning.
-_FORMAT, _KIND, _NAME, _BLOCK, _SEQ, _MARKS = (
-    b"oarlock.format",
-    b"oarlock.kind",
-    b"oarlock.name",
-    b"oarlock.block",
-    b"oarlock.seq",
-    b"oarlock.marks",
-)
-_METADATA = (_FORMAT, _KIND, _NAME, _BLOCK, _SEQ, _MARKS)
 _MAX_WIDTH = (1 << 31) - 1
 
 
@@ -38,7 +27,9 @@ class BlockImage:
     """A block at one instant. ``kind``: ``rows`` (a hash range of a table) or ``dense`` (a slice of a parameter).
 
     ``seq``: operations applied so far. ``marks``: open split -> last group applied. ``keys: uint64[r]`` (dense: empty),
-    ``weights: float32[r, dim]`` (dense: ``[1, length]``), ``state: float32[r, s]`` (s = 0 if the optimizer has none).
+    ``weights: float32[r, dim]`` (dense: ``[1, length]``), ``state: float32[r, s]`` (s = 0 if the optimizer has none),
+    ``counters: uint32[r, c]`` (c = 0 if the table keeps none). ``waiting: uint64[p]``, ``waited: uint32[p]`` and
+    ``sketch`` are what the block knows of keys without a row; they are in a file of their own (``waiting_file.py``).
     """
 
     kind: str
@@ -49,6 +40,10 @@ class BlockImage:
     keys: NDArray[np.uint64]
     weights: NDArray[np.float32]
     state: NDArray[np.float32]
+    counters: NDArray[np.uint32] = field(default_factory=lambda: np.empty((0, 0), np.uint32))
+    waiting: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    waited: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    sketch: bytes = b""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,17 +55,20 @@ class BlockImage:
             check_count(f"{self.where}: split of a mark", split)
             check_count(f"{self.where}: mark of split {split}", group)
         object.__setattr__(self, "marks", dict(sorted(self.marks.items())))
-        for field, array, dtype, ndim in (
+        for name, array, dtype, ndim in (
             ("keys", self.keys, np.uint64, 1),
             ("weights", self.weights, np.float32, 2),
             ("state", self.state, np.float32, 2),
+            ("counters", self.counters, np.uint32, 2),
+            ("waiting", self.waiting, np.uint64, 1),
+            ("waited", self.waited, np.uint32, 1),
         ):
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
                 found = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise InvalidArgument(
-                    f"{self.where}: {field} is {found}: give a {np.dtype(dtype)} array of {ndim} axes"
-                )
+                raise InvalidArgument(f"{self.where}: {name} is {found}: give a {np.dtype(dtype)} array of {ndim} axes")
         rows = len(self.weights)
+        if self.counters.shape == (0, 0):
+            object.__setattr__(self, "counters", np.empty((rows, 0), np.uint32))
         if self.kind == "dense" and (rows != 1 or len(self.keys) or len(self.state) != 1):
             raise InvalidArgument(f"{self.where}: give one row of weights, one of state, and no keys")
         if self.kind == "rows" and not len(self.keys) == rows == len(self.state):
@@ -78,6 +76,15 @@ class BlockImage:
                 f"{self.where}: {len(self.keys)} keys, {rows} rows of weights, {len(self.state)} of state: "
                 "give as many of each"
             )
+        if len(self.counters) != rows or (self.kind == "dense" and self.counters.shape[1]):
+            raise InvalidArgument(
+                f"{self.where}: counters of {list(self.counters.shape)}: give a row of them for each of {rows} rows of "
+                "a table, or none"
+            )
+        if len(self.waiting) != len(self.waited):
+            raise InvalidArgument(f"{self.where}: {len(self.waiting)} waiting keys, {len(self.waited)} counts of them")
+        if (len(self.waiting) > 0) + (len(self.sketch) > 0) > (self.kind == "rows"):
+            raise InvalidArgument(f"{self.where}: waiting keys are counted, or sketched, and by a table's block only")
         if not 1 <= self.weights.shape[1] <= _MAX_WIDTH or self.state.shape[1] > _MAX_WIDTH:
             raise InvalidArgument(
                 f"{self.where}: a row must hold 1 to 2^31 - 1 weights and at most as many state values"
@@ -96,139 +103,91 @@ class BlockImage:
 
 def encode(image: BlockImage, *, check_finite: bool = True) -> pa.Buffer:
     """Return the block's file, rows sorted by key; InvalidArgument names a duplicate key or a value not finite."""
-    keys, weights, state = image.keys, image.weights, image.state
+    keys, weights, state, counters = image.keys, image.weights, image.state, image.counters
     if image.kind == "rows" and np.any(keys[1:] <= keys[:-1]):
         order = np.argsort(keys)
-        keys, weights, state = keys[order], weights[order], state[order]
+        keys, weights, state, counters = keys[order], weights[order], state[order], counters[order]
     problem = _first_problem(image.kind, keys, weights, state, check_finite)
     if problem:
         raise InvalidArgument(f"{image.where}: {problem}", name=image.name, block=image.block)
-    columns = [_lists(weights)]
+    columns = [_lists(weights, pa.float32())]
     if image.kind == "rows":
         columns.insert(0, pa.array(np.ascontiguousarray(keys)))
     if state.shape[1]:
-        columns.append(_lists(state))
-    schema = _schema(image.kind, weights.shape[1], state.shape[1]).with_metadata(
-        {
-            _FORMAT: format_text(),
-            _KIND: image.kind,
-            _NAME: image.name,
-            _BLOCK: str(image.block),
-            _SEQ: str(image.seq),
-            _MARKS: _marks_text(image.marks),
-        }
-    )
-    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
-    # The first pass only counts, so that the second fills one buffer of the exact size instead of growing one.
-    counter = pa.MockOutputStream()
-    _write(counter, batch)
-    out = pa.allocate_buffer(counter.size())
-    _write(pa.FixedSizeBufferWriter(out), batch)
-    return out
+        columns.append(_lists(state, pa.float32()))
+    if counters.shape[1]:
+        columns.append(_lists(counters, pa.uint32()))
+    schema = _schema(image.kind, weights.shape[1], state.shape[1], counters.shape[1])
+    identity = Identity(image.kind, image.name, image.block, image.seq, image.marks)
+    # Whoever knows 1.0 only reads a file without counters.
+    return pack_frame(identity, FORMAT if counters.shape[1] else FIRST, schema, columns)
 
 
 def decode(data: Any, *, file: str = "block file", check_finite: bool = True) -> BlockImage:
     """Return the block that a file's bytes hold. ``data`` is any buffer; errors name ``file``."""
+    version, identity, batch = open_frame(data, file, KINDS)
     try:
-        reader = pa.ipc.open_file(pa.py_buffer(data))
-        metadata = dict(reader.schema.metadata or {})
-        version = check_format(metadata.get(_FORMAT, b"").decode(errors="replace"), file)
-        batches = reader.num_record_batches
-        batch = reader.get_batch(0) if batches else None
-        if batch is not None:
-            batch.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptCheckpoint(f"{file}: not a whole Arrow file: {error}", file=file) from None
-    if batch is None or batches != 1:
-        raise unreadable(file, version, f"{batches} record batches where one is expected")
-    kind, name, block, seq, marks = _identity(metadata, file, version)
-    try:
-        keys, weights, state = _columns(kind, batch)
-        image = BlockImage(kind, name, block, seq, marks, keys, weights, state)
+        image = BlockImage(*identity, *_columns(identity.kind, batch))
     except (InvalidArgument, ValueError) as error:
         raise unreadable(file, version, str(error)) from None
-    problem = _first_problem(kind, keys, weights, state, check_finite)
+    problem = _first_problem(image.kind, image.keys, image.weights, image.state, check_finite)
     if problem:
-        raise CorruptCheckpoint(f"{file}: {image.where}: {problem}", file=file, name=name, block=block)
+        raise CorruptCheckpoint(f"{file}: {image.where}: {problem}", file=file, name=image.name, block=image.block)
     return image
 
 
-def _schema(kind: str, dim: int, width: int) -> pa.Schema:
+def _schema(kind: str, dim: int, width: int, counters: int) -> pa.Schema:
     item = pa.field("item", pa.float32(), nullable=False)
+    count = pa.field("item", pa.uint32(), nullable=False)
     fields = [pa.field("key", pa.uint64(), nullable=False)] if kind == "rows" else []
     fields.append(pa.field("weights", pa.list_(item, dim), nullable=False))
     if width:
         fields.append(pa.field("state", pa.list_(item, width), nullable=False))
+    if counters:
+        fields.append(pa.field("counters", pa.list_(count, counters), nullable=False))
     return pa.schema(fields)
 
 
-def _lists(values: NDArray[np.float32]) -> pa.Array:
+def _lists(values: NDArray[Any], item: pa.DataType) -> pa.Array:
     rows, width = values.shape
-    kind = pa.list_(pa.field("item", pa.float32(), nullable=False), width)
+    kind = pa.list_(pa.field("item", item, nullable=False), width)
     return pa.Array.from_buffers(kind, rows, [None], children=[pa.array(np.ascontiguousarray(values).reshape(-1))])
 
 
-def _write(sink: pa.NativeFile, batch: pa.RecordBatch) -> None:
-    with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions()) as writer:
-        writer.write_batch(batch)
-
-
-def _marks_text(marks: Mapping[int, int]) -> str:
-    return json.dumps({str(split): group for split, group in sorted(marks.items())}, separators=(",", ":"))
-
-
-def _identity(
-    metadata: dict[bytes, bytes], file: str, version: tuple[int, int]
-) -> tuple[str, str, int, int, dict[int, int]]:
-    missing = [key.decode() for key in _METADATA if key not in metadata]
-    extra = sorted(key.decode(errors="replace") for key in metadata if key not in _METADATA)
-    if missing or extra:
-        raise unreadable(
-            file, version, f"metadata {'lacks ' + missing[0] if missing else 'has an unknown ' + extra[0]}"
-        )
-    try:
-        texts = {key: metadata[key].decode() for key in _METADATA}
-        numbers = json.loads(texts[_MARKS])
-        block, seq, marks = int(texts[_BLOCK]), int(texts[_SEQ]), {int(k): v for k, v in numbers.items()}
-        # Only the text that encode would have written: no "007", no repeated split.
-        exact = texts[_BLOCK] == str(block) and texts[_SEQ] == str(seq) and texts[_MARKS] == _marks_text(marks)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise unreadable(file, version, f"metadata cannot be read: {error}") from None
-    if not exact:
-        raise unreadable(file, version, "the numbers in its metadata are not in their plain form")
-    if texts[_KIND] not in KINDS:
-        raise unreadable(file, version, f"metadata names the unknown kind {texts[_KIND]!r}")
-    return texts[_KIND], texts[_NAME], block, seq, marks
-
-
-def _columns(kind: str, batch: pa.RecordBatch) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.float32]]:
+def _columns(
+    kind: str, batch: pa.RecordBatch
+) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.float32], NDArray[np.uint32]]:
     have = batch.schema.names
-    need = ["key", "weights"] if kind == "rows" else ["weights"]
-    missing = [name for name in need if name not in have]
-    extra = [name for name in have if name not in [*need, "state"]]
-    if missing or extra:
-        raise InvalidArgument(f"column {missing[0]} is missing" if missing else f"column {extra[0]!r} is unknown")
-    if have not in (need, [*need, "state"]):
-        raise InvalidArgument(f"columns {have}: expected the order key, weights, state, each once")
-    for name, column in zip(have, batch.columns, strict=True):
-        if column.null_count or (pa.types.is_fixed_size_list(column.type) and column.values.null_count):
-            raise InvalidArgument(f"column {name} has nulls")
-    widths = [field.type.list_size if pa.types.is_fixed_size_list(field.type) else 0 for field in batch.schema]
-    dim, width = widths[have.index("weights")], widths[-1] if "state" in have else 0
-    if dim < 1 or ("state" in have and width < 1) or not batch.schema.equals(_schema(kind, dim, width)):
-        found = ", ".join(
-            f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in batch.schema
-        )
+    may = ["state", "counters"] if kind == "rows" else ["state"]
+    refuse_names(have, ["key", "weights"] if kind == "rows" else ["weights"], may)
+    refuse_nulls(batch)
+    types = {f.name: f.type for f in batch.schema}
+    widths = {name: t.list_size if pa.types.is_fixed_size_list(t) else 0 for name, t in types.items()}
+    dim, width, counters = (widths.get(name, 0) for name in ("weights", "state", "counters"))
+    empty = dim < 1 or any(name in have and widths[name] < 1 for name in may)
+    if empty or not batch.schema.equals(_schema(kind, dim, width, counters)):
         raise InvalidArgument(
-            f"columns are {found}: expected key: uint64, weights and state: fixed_size_list of float32, all not null"
+            f"columns are {describe(batch.schema)}: expected key: uint64, weights and state: fixed_size_list of "
+            "float32, counters: fixed_size_list of uint32, all not null"
         )
     rows = batch.num_rows
     keys = batch.column(0).to_numpy(zero_copy_only=True) if kind == "rows" else np.empty(0, np.uint64)
-    lists = [batch.column(have.index("weights")).values.to_numpy(zero_copy_only=True)]
-    lists.append(batch.column(len(have) - 1).values.to_numpy(zero_copy_only=True) if width else lists[0][:0])
-    if len(lists[0]) != rows * dim or len(lists[1]) != rows * width:
-        raise InvalidArgument(f"{len(lists[0])} weights and {len(lists[1])} state values do not make {rows} rows")
-    return keys, lists[0].reshape(rows, dim), lists[1].reshape(rows, width)
+    weights, state, counts = (
+        _values(batch, name, rows, dtype)
+        for name, dtype in (("weights", np.float32), ("state", np.float32), ("counters", np.uint32))
+    )
+    return keys, weights, state, counts
+
+
+def _values(batch: pa.RecordBatch, name: str, rows: int, dtype: type[np.generic]) -> NDArray[Any]:
+    if name not in batch.schema.names:
+        return np.empty((rows, 0), dtype)
+    column = batch.column(batch.schema.names.index(name))
+    width = column.type.list_size
+    values: NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
+    if len(values) != rows * width:
+        raise InvalidArgument(f"{len(values)} values of {name} do not make {rows} rows of {width}")
+    return values.reshape(rows, width)
 
 
 def _first_problem(

@@ -11,9 +11,11 @@ from oarlock.embedding.spec import check_name
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, PSError, VersionMismatch
 
 # A new minor version adds fields; an older reader refuses those it does not know. A new major one changes a meaning.
-FORMAT = (1, 0)
+FORMAT = (1, 1)
+FIRST = (1, 0)
 
 KINDS = ("rows", "dense")
+WAITING = "waiting"  # what a block of rows knows of keys without one
 MANIFEST = "manifest.json"
 LIMIT = 1 << 63
 
@@ -79,9 +81,9 @@ def block_file_name(kind: str, name: str, block: int) -> str:
 
     A name with capitals gets their positions as hex bits: ``User_ID`` gives ``user_id=61`` (characters 0, 5 and 6).
     """
-    if kind not in KINDS:
+    if kind not in (*KINDS, WAITING):
         raise InvalidArgument(f"block kind {kind!r}: choose one of {', '.join(KINDS)}")
-    check_name("table" if kind == "rows" else "dense parameter", name)
+    check_name("dense parameter" if kind == "dense" else "table", name)
     capitals = sum(1 << i for i, letter in enumerate(name) if letter.isupper())
     stem = f"{name.lower()}={capitals:x}" if capitals else name
     return f"{kind}-{stem}-{check_count('block', block):05d}.arrow"

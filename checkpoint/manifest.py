@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Self
@@ -18,6 +18,8 @@ from typing import Any, Self
 from oarlock.checkpoint.format import (
     KINDS,
     MANIFEST,
+    WAITING,
+    block_file_name,
     check_count,
     check_format,
     format_text,
@@ -54,7 +56,11 @@ class ClosedSet:
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """One block's file. ``rows`` counts a table's rows or a dense block's values; ``sha256`` is over the whole file."""
+    """One block's file. ``rows`` counts a table's rows or a dense block's values; ``sha256`` is over the whole file.
+
+    ``waiting_bytes`` and ``waiting_sha256`` are of the second file, where the block has one: what it knows of keys without
+    a row. Its name follows from the block's.
+    """
 
     kind: str
     name: str
@@ -64,16 +70,31 @@ class BlockEntry:
     rows: int
     seq: int
     sha256: str
+    waiting_bytes: int = 0
+    waiting_sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvalidArgument(f"block kind {self.kind!r}: choose one of {', '.join(KINDS)}")
-        for name in ("block", "bytes", "rows", "seq"):
+        for name in ("block", "bytes", "rows", "seq", "waiting_bytes"):
             check_count(f"{self.where}: {name}", getattr(self, name))
         if not is_block_file(self.file):
             raise InvalidArgument(f"{self.where}: file {self.file!r} is not the plain name of a block's file")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise InvalidArgument(f"{self.where}: sha256 {self.sha256!r} is not 64 small hex digits")
+        if not self.waiting_bytes and self.waiting_sha256 == "":
+            return
+        known = isinstance(self.waiting_sha256, str) and _SHA256.fullmatch(self.waiting_sha256)
+        if self.kind != "rows" or not self.waiting_bytes or not known:
+            raise InvalidArgument(
+                f"{self.where}: waiting_bytes {self.waiting_bytes} and waiting_sha256 {self.waiting_sha256!r} are not "
+                "those of the second file of a table's block"
+            )
+
+    @property
+    def waiting_file(self) -> str:
+        """Return the name of the block's second file, empty if it has none."""
+        return block_file_name(WAITING, self.name, self.block) if self.waiting_bytes else ""
 
     @property
     def where(self) -> str:
@@ -153,7 +174,11 @@ class Manifest:
         document: dict[str, Any] = {"format_version": self.format_version}
         document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in document}
         document["closed"] = {"floor": self.closed.floor, "above": self.closed.above}
-        document["blocks"] = [asdict(entry) for entry in self.blocks]
+        # A field at its default is left out, as whoever does not know it has it.
+        defaults = {f.name: f.default for f in fields(BlockEntry)}
+        document["blocks"] = [
+            {name: value for name, value in asdict(entry).items() if value != defaults[name]} for entry in self.blocks
+        ]
         document[_CHECKSUM] = _checksum(document)
         return _render(document)
 
@@ -215,7 +240,9 @@ def _no_constant(text: str) -> float:
 
 
 def _object(owner: str, kind: type, values: object) -> Any:
-    if not isinstance(values, dict) or values.keys() != {f.name for f in fields(kind)}:
+    known = {f.name for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING or kind is ClosedSet}
+    if not isinstance(values, dict) or not needed <= values.keys() <= known:
         found = f"the fields {', '.join(sorted(values))}" if isinstance(values, dict) else type(values).__name__
         raise InvalidArgument(f"{owner} has {found}: expected {', '.join(f.name for f in fields(kind))}")
     return kind(**values)
@@ -269,9 +296,10 @@ def _check_blocks(tables: dict[str, TableSpec], dense: dict[str, DenseSpec], blo
         expected[entry.kind, entry.name] = due + 1
         if isinstance(spec, DenseSpec) and entry.rows != min(spec.slice, spec.size - spec.slice * entry.block):
             raise SpecMismatch(f"{entry.where}: {entry.rows} values are not its slice", name=entry.name)
-        if entry.file in names:
-            raise SpecMismatch(f"{entry.where}: another block has the file {entry.file}", name=entry.name)
-        names.add(entry.file)
+        for file in filter(None, (entry.file, entry.waiting_file)):
+            if file in names:
+                raise SpecMismatch(f"{entry.where}: another block has the file {file}", name=entry.name)
+            names.add(file)
     for key, count in expected.items():
         if count != specs[key].blocks:
             kind = "table" if key[0] == "rows" else "dense parameter"

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from oarlock.checkpoint.block_file import BlockImage, decode, encode
 from oarlock.checkpoint.files import Files, LocalFiles
 from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder, folder_cut
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
+from oarlock.checkpoint.waiting_file import decode_waiting, encode_waiting, knows_waiting
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, VersionMismatch
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,16 @@ class CheckpointStore:
         if self._is_committed(cut):
             raise InvalidArgument(f"cut {cut} is committed and cannot change: write to a higher number", cut=cut)
         data = encode(image)
+        # Both are made before either is written: what cannot be written leaves nothing.
+        waiting = encode_waiting(image) if knows_waiting(image) else None
         self.files.write_file(f"{cut_folder(cut)}/{name}", data)
         digest = hashlib.sha256(data).hexdigest()
-        return BlockEntry(image.kind, image.name, image.block, name, data.size, image.rows, image.seq, digest)
+        entry = BlockEntry(image.kind, image.name, image.block, name, data.size, image.rows, image.seq, digest)
+        if waiting is None:
+            return entry
+        entry = replace(entry, waiting_bytes=waiting.size, waiting_sha256=hashlib.sha256(waiting).hexdigest())
+        self.files.write_file(f"{cut_folder(cut)}/{entry.waiting_file}", waiting)
+        return entry
 
     def commit(self, manifest: Manifest) -> None:
         """Make the cut exist, in one atomic step. Committing the same manifest again changes nothing."""
@@ -54,7 +63,7 @@ class CheckpointStore:
         for entry in manifest.blocks:
             self._check_size(manifest.cut, entry)
         self.files.commit_file(f"{folder}/{MANIFEST}", data)
-        size = sum(entry.bytes for entry in manifest.blocks)
+        size = sum(entry.bytes + entry.waiting_bytes for entry in manifest.blocks)
         logger.info(
             "checkpoint_committed cut=%d run=%d blocks=%d bytes=%d",
             manifest.cut,
@@ -87,34 +96,49 @@ class CheckpointStore:
         return self._read_manifest(cut)
 
     def load_block(self, manifest: Manifest, entry: BlockEntry, *, checked: bool = False) -> BlockImage:
-        """Return one block, its arrays read-only views of the file. ``checked`` skips the checksum, after ``verify``.
+        """Return one block, its arrays read-only views of its files. ``checked`` skips the checksums, after ``verify``.
 
         CorruptCheckpoint names the file, what is wrong with it, and the next older cut.
         """
-        file = self._path(manifest.cut, entry)
-        self._check_size(manifest.cut, entry)
-        try:
-            data = self.files.read_file(f"{cut_folder(manifest.cut)}/{entry.file}")
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            raise self._corrupt(manifest.cut, entry, f"cannot be read: {error.strerror}") from None
-        if not checked and hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise self._corrupt(manifest.cut, entry, "altered: its checksum does not fit")
-        try:
-            image = decode(data, file=file)
-        except CorruptCheckpoint as error:
-            raise self._corrupt(manifest.cut, entry, error.message.removeprefix(f"{file}: ")) from None
+        cut = manifest.cut
+        self._check_size(cut, entry)
+        data = self._read(cut, entry, entry.file, "" if checked else entry.sha256)
+        image = self._decoded(cut, entry, entry.file, lambda file: decode(data, file=file))
         have = (image.kind, image.name, image.block, image.seq, image.rows)
         want = (entry.kind, entry.name, entry.block, entry.seq, entry.rows)
         if have != want:
             told = f"it holds {image.where} with seq {image.seq} and {image.rows} rows"
             raise self._corrupt(
-                manifest.cut, entry, f"{told}; the manifest says {entry.where}, {entry.seq}, {entry.rows}"
+                cut, entry, entry.file, f"{told}; the manifest says {entry.where}, {entry.seq}, {entry.rows}"
             )
         if image.kind == "rows" and image.weights.shape[1] != manifest.table_specs()[image.name].dim:
-            raise self._corrupt(manifest.cut, entry, f"its rows have {image.weights.shape[1]} weights, unlike the spec")
+            raise self._corrupt(
+                cut, entry, entry.file, f"its rows have {image.weights.shape[1]} weights, unlike the spec"
+            )
+        if entry.waiting_file:
+            beside = self._read(cut, entry, entry.waiting_file, "" if checked else entry.waiting_sha256)
+            rows = image
+            image = self._decoded(cut, entry, entry.waiting_file, lambda file: decode_waiting(beside, rows, file=file))
         return image
+
+    def _decoded(self, cut: int, entry: BlockEntry, name: str, make: Callable[[str], BlockImage]) -> BlockImage:
+        file = f"{cut_folder(cut)}/{name}"
+        try:
+            return make(file)
+        except CorruptCheckpoint as error:
+            raise self._corrupt(cut, entry, name, error.message.removeprefix(f"{file}: ")) from None
+
+    def _read(self, cut: int, entry: BlockEntry, name: str, digest: str) -> Any:
+        """Return a file's bytes; ``digest``: the SHA-256 that they must have, empty if that is known."""
+        try:
+            data = self.files.read_file(f"{cut_folder(cut)}/{name}")
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise self._corrupt(cut, entry, name, f"cannot be read: {error.strerror}") from None
+        if digest and hashlib.sha256(data).hexdigest() != digest:
+            raise self._corrupt(cut, entry, name, "altered: its checksum does not fit")
+        return data
 
     def verify(
         self,
@@ -127,10 +151,10 @@ class CheckpointStore:
         entries = list(manifest.blocks if blocks is None else blocks)
         for entry in entries:
             self._check_size(manifest.cut, entry)
-        done, total = 0, sum(entry.bytes for entry in entries)
+        done, total = 0, sum(entry.bytes + entry.waiting_bytes for entry in entries)
         for entry in entries:
             self.load_block(manifest, entry)
-            done += entry.bytes
+            done += entry.bytes + entry.waiting_bytes
             if progress is not None:
                 progress(done, total)
 
@@ -195,24 +219,24 @@ class CheckpointStore:
                 logger.warning("checkpoint_ignored cut=%d reason=%r", cut, error.message)
         return None
 
-    def _path(self, cut: int, entry: BlockEntry) -> str:
-        return f"{cut_folder(cut)}/{entry.file}"
-
     def _check_size(self, cut: int, entry: BlockEntry) -> None:
-        try:
-            size = self.files.size(self._path(cut, entry))
-        except FileNotFoundError:
-            raise self._corrupt(cut, entry, "missing") from None
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            raise self._corrupt(cut, entry, f"cannot be read: {error.strerror}") from None
-        if size != entry.bytes:
-            what = "truncated" if size < entry.bytes else "too long"
-            raise self._corrupt(cut, entry, f"{what}: it has {size} of {entry.bytes} bytes")
+        for name, wanted in ((entry.file, entry.bytes), (entry.waiting_file, entry.waiting_bytes)):
+            if not name:
+                continue
+            try:
+                size = self.files.size(f"{cut_folder(cut)}/{name}")
+            except FileNotFoundError:
+                raise self._corrupt(cut, entry, name, "missing") from None
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    raise
+                raise self._corrupt(cut, entry, name, f"cannot be read: {error.strerror}") from None
+            if size != wanted:
+                what = "truncated" if size < wanted else "too long"
+                raise self._corrupt(cut, entry, name, f"{what}: it has {size} of {wanted} bytes")
 
-    def _corrupt(self, cut: int, entry: BlockEntry, problem: str) -> CorruptCheckpoint:
-        file = self._path(cut, entry)
+    def _corrupt(self, cut: int, entry: BlockEntry, name: str, problem: str) -> CorruptCheckpoint:
+        file = f"{cut_folder(cut)}/{name}"
         try:
             older = self._newest(other for other in reversed(self.cuts()) if other < cut)
         except (OSError, VersionMismatch):

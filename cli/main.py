@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.data import generate, import_
 
             return import_(options) if options.verb == "import" else generate(options)
+        if options.command == "rows":
+            from oarlock.cli.rows import rows
+
+            return rows(options)
         if options.command == "warmup":
             from oarlock.cli.warmup import warmup
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from oarlock import __version__
+from oarlock.cli.rows_options import add_rows
 
 _EXAMPLES = """\
 examples:
@@ -15,6 +16,7 @@ examples:
   oarlock train ncf --data ml1m --name first           train NCF with 2 shards and 2 workers
   oarlock train ncf --name first --resume --epochs 30  go on from its newest checkpoint
   oarlock status first                                 what it did, or does
+  oarlock rows explain first user 42                   all that is known of a key while it trains
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """
@@ -155,6 +157,8 @@ def build_parser() -> Parser:
     stop = commands.add_parser("stop", help="ask a running job to end, with a checkpoint")
     stop.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
     stop.add_argument("--no-checkpoint", action="store_true", help="lose what came after the last checkpoint")
+
+    add_rows(commands)
 
     commands.add_parser(
         "warmup",

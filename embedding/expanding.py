@@ -89,6 +89,7 @@ class ExpandingTable:
         self.state_columns = self.narrow.state_columns + self.wide.state_columns
         self.counters = self.narrow.counters + 1  # the last one: 1 = the row is expanded
         self._changing = threading.Lock()
+        self._scratch: NDArray[np.int64] = np.empty((3, 256), np.int64)
 
     # Blocks
 
@@ -178,7 +179,8 @@ class ExpandingTable:
     ) -> PushCounts:
         """Apply one optimizer step with gradients: float32[n, dim], as ``Table.push`` does, to the parts that a row has.
 
-        What is counted is rows, whatever parts they have.
+        What is counted is rows, whatever parts they have. A key is named once: one that comes twice is judged each time by what
+        that one brings.
         """
         narrow, wide, dim = self.narrow, self.wide, self.spec.dim
         keys, blocks, counts = narrow._request(keys, blocks, counts)
@@ -196,26 +198,28 @@ class ExpandingTable:
         with self._changing:
             with narrow._working(n) as work:
                 narrow._check_groups(work, n, blocks, counts)
-                chosen = judge(
-                    narrow.base,
-                    wide.base,
-                    self.salt,
-                    narrow.layout,
-                    narrow._rules,
-                    float(self.spec.expand_score),
-                    dim,
-                    keys,
-                    blocks,
-                    counts,
-                    occurrences,
-                    clicks,
-                    address_of(gradients),
-                    np.empty(n, np.uint64),
-                    *(np.empty(n, np.int64) for _ in range(3)),
-                    address_of(first_part),
-                    verdicts,
-                    needs,
-                )
+            self._fit(n)
+            chosen = judge(
+                narrow.base,
+                wide.base,
+                self.salt,
+                narrow.layout,
+                narrow._rules,
+                float(self.spec.expand_score),
+                dim,
+                keys,
+                blocks,
+                counts,
+                occurrences,
+                clicks,
+                address_of(gradients),
+                self._scratch[0],
+                self._scratch[1],
+                self._scratch[2],
+                address_of(first_part),
+                verdicts,
+                needs,
+            )
             # All memory is there before anything changes: what is pushed to one table must not fail in the other.
             for group in np.flatnonzero(needs).tolist():
                 try:
@@ -364,6 +368,11 @@ class ExpandingTable:
             for table, fresh in ((self.narrow, narrow), (self.wide, wide)):
                 with table._lock:
                     table._place(block, fresh)
+
+    def _fit(self, n: int) -> None:
+        """Have scratch memory for a push of ``n`` keys; under the lock of changes."""
+        if n > self._scratch.shape[1]:
+            self._scratch = np.empty((3, 1 << (n - 1).bit_length()), np.int64)
 
     def _values(self, name: str, values: Values, n: int) -> None:
         if values.dtype != np.float32 or values.shape != (n, self.spec.dim):

@@ -39,25 +39,30 @@ _NAN = np.uint32(0x7FC00000)
 
 
 @jit
-def aim_all(
-    descriptors: Int,
+def aim_both(
+    narrow: Int,
+    wide: Int,
     salt: np.uint64,
     keys: NDArray[np.uint64],
     blocks: NDArray[np.int32],
     counts: NDArray[np.int32],
-    mixes: NDArray[np.uint64],
-    hints: NDArray[np.int64],
+    homes: NDArray[np.int64],
+    wide_homes: NDArray[np.int64],
 ) -> None:
-    """Write the mix of each key, and where its bucket lies."""
+    """Write where each key's bucket lies in the two tables; it stays there while nothing is changed."""
     begin = 0
     for group in range(blocks.shape[0]):
-        descriptor = descriptors + blocks[group] * DESCRIPTOR_BYTES
+        descriptor = narrow + blocks[group] * DESCRIPTOR_BYTES
+        other = wide + blocks[group] * DESCRIPTOR_BYTES
         buckets: Int = load_i64(descriptor, BUCKETS)
         count: Int = load_i64(descriptor, COUNT)
+        wide_buckets: Int = load_i64(other, BUCKETS)
+        wide_count: Int = load_i64(other, COUNT)
         end = begin + counts[group]
         for i in range(begin, end):
-            mixes[i] = key_mix(salt, keys[i])
-            hints[i] = home(buckets, count, mixes[i])
+            mix = key_mix(salt, keys[i])
+            homes[i] = home(buckets, count, mix)
+            wide_homes[i] = home(wide_buckets, wide_count, mix)
         begin = end
 
 
@@ -76,9 +81,8 @@ def judge(
     occurrences: NDArray[np.uint32],
     clicks: NDArray[np.float32],
     gradients: Int,
-    mixes: NDArray[np.uint64],
-    hints: NDArray[np.int64],
-    wide_hints: NDArray[np.int64],
+    homes: NDArray[np.int64],
+    wide_homes: NDArray[np.int64],
     sides: NDArray[np.int64],
     first_part: Int,
     verdicts: NDArray[np.uint8],
@@ -89,16 +93,15 @@ def judge(
     A key has its vector already, or gets it when (shows - clicks) * nonclick + clicks * click is ``least`` or more with what
     this push counts. ``shape``: of narrow rows. gradients: address of float32[n, dim]; their first part goes to address
     ``first_part``, with NaN where any column is refused, so that both parts are. needs: int64[groups] = rows that the wide
-    table has no room for, 0 where all have. mixes, hints, wide_hints, sides: scratch of n.
+    table has no room for, 0 where all have. homes, wide_homes, sides: scratch of n.
     """
     n = keys.shape[0]
     counted = occurrences.shape[0] > 0
     clicked = clicks.shape[0] > 0
-    aim_all(wide, salt, keys, blocks, counts, mixes, wide_hints)
-    aim_all(narrow, salt, keys, blocks, counts, mixes, hints)
+    aim_both(narrow, wide, salt, keys, blocks, counts, homes, wide_homes)
     for i in range(min(FAR, n)):
-        prefetch(hints[i])
-        prefetch(wide_hints[i])
+        prefetch(homes[i])
+        prefetch(wide_homes[i])
     chosen = 0
     at = 0
     for group in range(blocks.shape[0]):
@@ -109,9 +112,9 @@ def judge(
         chunks: Int = load_i64(block, CHUNKS)
         for i in range(at, end):
             if i + FAR < n:
-                prefetch(hints[i + FAR])
-                prefetch(wide_hints[i + FAR])
-            entry = find(buckets, count, home(buckets, count, mixes[i]), keys[i])
+                prefetch(homes[i + FAR])
+                prefetch(wide_homes[i + FAR])
+            entry = find(buckets, count, homes[i], keys[i])
             side: Int = np.int64(ABSENT)
             if entry != 0:
                 word = np.int64(load_u32(entry, 0))
@@ -147,7 +150,7 @@ def judge(
                 if enough:
                     verdicts[i] = SURELY if rules.kind == ALWAYS else IF_ADMITTED
                     fresh += 1
-            elif find(buckets, count, home(buckets, count, mixes[i]), keys[i]) != 0:
+            elif find(buckets, count, wide_homes[i], keys[i]) != 0:
                 verdicts[i] = SURELY
             elif enough:
                 verdicts[i] = SURELY

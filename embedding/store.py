@@ -38,7 +38,7 @@ from oarlock.embedding.precision import INT8, PRECISIONS
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import First, Keep, layout
 from oarlock.embedding.spec import TableSpec
-from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
+from oarlock.proto.errors import InvalidArgument, Malformed, PSError, StalePlacement
 
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
 
@@ -242,24 +242,27 @@ class Store:
         where = f"table {self.spec.name}, block {block}"
         fresh = self._new_block()
         line = address_of(fresh.descriptor)
-        fresh.reserve(len(content.keys) + len(content.waiting), len(content.keys))
-        counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
-        again = import_rows(
-            line, self.salt, self.layout, content.keys, address_of(content.weights), content.state, counters
-        )
-        if again < 0 and len(content.waiting):
-            again = import_waiting(line, self.salt, content.waiting, content.waited)
-            again += len(content.keys) if again >= 0 else 0
-        if again >= 0:
+        try:
+            fresh.reserve(len(content.keys) + len(content.waiting), len(content.keys))
+            counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
+            again = import_rows(
+                line, self.salt, self.layout, content.keys, address_of(content.weights), content.state, counters
+            )
+            if again < 0 and len(content.waiting):
+                again = import_waiting(line, self.salt, content.waiting, content.waited)
+                again += len(content.keys) if again >= 0 else 0
+            if again >= 0:
+                key = np.concatenate([content.keys, content.waiting])[again]
+                raise Malformed(f"{where}: key {int(key)} comes twice")
+            if content.sketch:
+                if fresh.sketch is None:
+                    raise Malformed(f"{where}: it comes with a sketch, but the table's admission has none")
+                fresh.sketch.load(content.sketch)
+        except PSError:
             fresh.free()
-            key = np.concatenate([content.keys, content.waiting])[again]
-            raise Malformed(f"{where}: key {int(key)} comes twice")
-        if content.sketch:
-            if fresh.sketch is None:
-                fresh.free()
-                raise Malformed(f"{where}: it comes with a sketch, but the table's admission has none")
-            fresh.sketch.load(content.sketch)
+            raise
         fresh.descriptor[VERSION] = version
+        fresh.tombstones.forget(version)  # what left before is not known here
         return fresh
 
     def _checked(self, block: int, content: BlockRows) -> BlockRows:
@@ -281,6 +284,15 @@ class Store:
                 raise Malformed(f"{where}: {name} has shape {array.shape}, expected {(keys.shape[0], columns)}")
             if array.dtype == np.float32 and not np.isfinite(array).all():
                 raise Malformed(f"{where}: {name} holds an infinity or NaN")
+        if self.spec.dtype == "int8" and (state[:, -1] < 0).any():
+            raise Malformed(f"{where}: a scale, the last column of state, is below 0")
+        shows = self.layout.shows
+        if (
+            counters.size
+            and shows >= 0
+            and not np.isfinite(counters[:, shows : shows + 2].copy().view(np.float32)).all()
+        ):
+            raise Malformed(f"{where}: shows or clicks hold an infinity or NaN")
         if waiting.shape != waited.shape:
             raise Malformed(f"{where}: {len(waiting)} waiting keys, but {len(waited)} counts of them")
         if len(waiting) and self.spec.admission.kind != "count":

@@ -19,7 +19,8 @@ from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
-from oarlock.embedding.table import Table
+from oarlock.embedding.expanding import ExpandingTable
+from oarlock.embedding.make import AnyTable, make_table
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
@@ -38,11 +39,12 @@ from oarlock.ps.request import (
 
 _NONE = np.empty(0, np.int32)
 
-# What policies did, by table: keys that wait for a row, rows in the spill file, and since the shard began rows evicted
-# and gradients refused.
-_TOLD: dict[str, Callable[[Table], int]] = {
+# What policies did, by table: keys that wait for a row, rows in the spill file, rows that were expanded, and since the shard
+# began rows evicted and gradients refused.
+_TOLD: dict[str, Callable[[AnyTable], int]] = {
     "waiting": lambda table: int(table.descriptors[:, PENDING_KEYS].sum()),
     "spilled": lambda table: int(table.descriptors[:, SPILLED_ROWS].sum()),
+    "expanded": lambda table: table.expanded if isinstance(table, ExpandingTable) else 0,
     "evicted": lambda table: table.evicted,
     "refused": lambda table: table.refused,
 }
@@ -71,7 +73,7 @@ class Shard:
         self.closed = ClosedSet()
         self.generation = 0
         self.step = 0
-        self.tables = [Table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
+        self.tables = [make_table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
         self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)

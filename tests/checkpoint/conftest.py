@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.files import Calls, LocalFiles
 from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.checkpoint.store import CheckpointStore
-from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, to_json
+from oarlock.embedding.spec import Admission, DenseSpec, OptimizerSpec, TableSpec, to_json
 
 ADAGRAD = OptimizerSpec("adagrad")
 TABLES = (
     TableSpec("user", 3, optimizer=ADAGRAD, blocks=2),
     TableSpec("Item", 2, optimizer=OptimizerSpec("sgd"), blocks=1),
+)
+COUNTING = (
+    TableSpec("seen", 2, optimizer=OptimizerSpec("adagrad"), blocks=2, usage=True, admission=Admission("count")),
+    TableSpec("Drawn", 2, optimizer=OptimizerSpec("sgd"), blocks=2, admission=Admission("sketch", capacity=1000)),
 )
 DENSE = (DenseSpec("tower.0-w", (3, 2), optimizer=ADAGRAD, slice=4),)
 
@@ -43,6 +47,25 @@ def all_images(version: int) -> list[BlockImage]:
         image_of("dense", "tower.0-w", 0, [], (4, 4), version),
         image_of("dense", "tower.0-w", 1, [], (2, 2), version),
     ]
+
+
+def full_images(version: int) -> list[BlockImage]:
+    """Every block of a job whose tables also count: what came with format 1.1."""
+    keys = np.array([9, 1 << 63, version], np.uint64)
+    seen = [
+        replace(
+            image_of("rows", "seen", block, rows, (2, 1), version),
+            counters=np.arange(len(rows) * 3, dtype=np.uint32).reshape(len(rows), 3) + np.uint32(version << 28),
+            waiting=keys[: 3 - block],
+            waited=np.array([1, (1 << 30) - 1, version], np.uint32)[: 3 - block],
+        )
+        for block, rows in enumerate([[4, 3 + 100 * version], []])
+    ]
+    sketch = np.arange(24, dtype=np.int64) * version
+    drawn = replace(image_of("rows", "Drawn", 0, [5], (2, 0), version), sketch=sketch.tobytes())
+    # No key waits here, so there is no second file.
+    idle = image_of("rows", "Drawn", 1, [], (2, 0), version)
+    return [*seen, drawn, idle, *all_images(version)]
 
 
 def manifest_of(cut: int, entries: list[BlockEntry], **changes: Any) -> Manifest:
@@ -71,8 +94,8 @@ def manifest_of(cut: int, entries: list[BlockEntry], **changes: Any) -> Manifest
 def same_images(a: BlockImage, b: BlockImage) -> bool:
     """Equal to the bit, rows in the same order."""
     plain = ("kind", "name", "block", "seq", "marks")
-    arrays = ("keys", "weights", "state")
-    return all(getattr(a, name) == getattr(b, name) for name in plain) and all(
+    arrays = ("keys", "weights", "state", "counters", "waiting", "waited")
+    return all(getattr(a, name) == getattr(b, name) for name in (*plain, "sketch")) and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
         for x, y in ((getattr(a, name), getattr(b, name)) for name in arrays)
     )
@@ -80,6 +103,13 @@ def same_images(a: BlockImage, b: BlockImage) -> bool:
 
 def write_cut(store: Any, cut: int, version: int) -> Manifest:
     manifest = manifest_of(cut, [store.write_block(cut, image) for image in all_images(version)])
+    store.commit(manifest)
+    return manifest
+
+
+def write_full_cut(store: Any, cut: int, version: int) -> Manifest:
+    tables = tuple(to_json(spec) for spec in (*TABLES, *COUNTING))
+    manifest = manifest_of(cut, [store.write_block(cut, image) for image in full_images(version)], tables=tables)
     store.commit(manifest)
     return manifest
 
@@ -197,6 +227,16 @@ class FaultyDisk(Calls):
 @pytest.fixture(scope="session")
 def images() -> Callable[[int], list[BlockImage]]:
     return all_images
+
+
+@pytest.fixture(scope="session")
+def whole_images() -> Callable[[int], list[BlockImage]]:
+    return full_images
+
+
+@pytest.fixture(scope="session")
+def write_whole() -> Callable[..., Manifest]:
+    return write_full_cut
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ def lists(values: list[list[float]], kind: Any = None) -> pa.Array:
         ({b"oarlock.format": None}, CorruptCheckpoint, "no format version"),
         ({b"oarlock.seq": None}, CorruptCheckpoint, "metadata lacks oarlock.seq"),
         ({b"oarlock.new": b"1"}, CorruptCheckpoint, "unknown oarlock.new"),
-        ({b"oarlock.new": b"1", b"oarlock.format": b"1.7"}, VersionMismatch, "format 1.7, this Oarlock knows 1.0"),
+        ({b"oarlock.new": b"1", b"oarlock.format": b"1.7"}, VersionMismatch, "format 1.7, this Oarlock knows 1.1"),
         ({b"oarlock.kind": b"cows"}, CorruptCheckpoint, "unknown kind 'cows'"),
         ({b"oarlock.name": b"a/b"}, CorruptCheckpoint, "table name 'a/b'"),
         ({b"oarlock.name": b"\xff"}, CorruptCheckpoint, "metadata cannot be read"),

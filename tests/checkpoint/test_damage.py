@@ -21,6 +21,9 @@ FILES = (
     "rows-user-00001.arrow",
     "rows-item=1-00000.arrow",
     "dense-tower.0-w-00001.arrow",
+    "rows-seen-00000.arrow",
+    "waiting-seen-00000.arrow",
+    "waiting-drawn=1-00000.arrow",
 )
 
 
@@ -54,7 +57,7 @@ class Damaged:
                 self.store.verify(self.manifest)
             assert caught.value.details["older"] == 1
             assert "cut 1 is the next older one" in str(caught.value)
-            entry = next(entry for entry in self.manifest.blocks if entry.file == file)
+            entry = next(entry for entry in self.manifest.blocks if file in (entry.file, entry.waiting_file))
             with pytest.raises(CorruptCheckpoint):
                 self.store.load_block(self.manifest, entry)
         assert caught.value.details["file"] == f"cut-000002/{file}"
@@ -63,11 +66,11 @@ class Damaged:
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory, quick: Any, write: Any) -> Iterator[Damaged]:
+def damaged(tmp_path_factory: pytest.TempPathFactory, quick: Any, write_whole: Any) -> Iterator[Damaged]:
     root = tmp_path_factory.mktemp("damage")
     store = quick(root)
-    write(store, 1, 1)
-    yield Damaged(store, write(store, 2, 2))
+    write_whole(store, 1, 1)
+    yield Damaged(store, write_whole(store, 2, 2))
     shutil.rmtree(root)
 
 
@@ -118,12 +121,12 @@ def test_a_file_of_the_other_cut(damaged: Damaged) -> None:
 
 def test_a_manifest_that_names_the_wrong_file(damaged: Damaged, make_manifest: Any) -> None:
     """Two blocks' files exchanged under valid checksums: the files themselves say whose they are."""
-    first, second, *rest = sorted(damaged.manifest.blocks, key=lambda entry: entry.kind != "rows")
+    first, second, *rest = sorted(damaged.manifest.blocks, key=lambda entry: entry.name != "user")
     crossed = [
         replace(a, file=b.file, sha256=b.sha256, bytes=b.bytes, rows=b.rows, seq=b.seq)
         for a, b in ((first, second), (second, first))
     ]
-    manifest = make_manifest(2, [*crossed, *rest])
+    manifest = make_manifest(2, [*crossed, *rest], tables=damaged.manifest.tables)
     with pytest.raises(
         CorruptCheckpoint, match=f"{second.file}: it holds {second.where} .* the manifest says {first.where}"
     ):

@@ -3,7 +3,8 @@
 
 Another version of pyarrow may lay out the frame around the same columns differently; then the contents are compared.
 
-The files are made once, by ``write_cut(LocalStore(GOLDEN), 12, 3)`` of this folder's conftest, and never made anew.
+The files are made once, by ``write_cut(LocalStore(GOLDEN), 12, 3)`` of this folder's conftest, and never made anew; those of
+1.1 by ``write_full_cut``.
 """
 
 import hashlib
@@ -13,14 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
+from oarlock.checkpoint.block_file import BlockImage, decode, encode
 from oarlock.checkpoint.manifest import ClosedSet
 from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.waiting_file import knows_waiting
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.0"
+NEWER = Path(__file__).parent / "golden" / "format-1.1"
 
 
 @pytest.fixture
@@ -98,3 +103,43 @@ def test_damage_to_it_is_seen(tmp_path: Path, store: LocalStore) -> None:
     path = tmp_path / "copy" / "cut-000012" / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"seed": 42', b'"seed": 43'))
     assert LocalStore(tmp_path / "copy").latest() is None
+
+
+def test_what_came_with_1_1_is_read_and_written_again(whole_images: Any, same: Any, tmp_path: Path) -> None:
+    store, other = LocalStore(NEWER), LocalStore(tmp_path)
+    manifest = store.load_manifest()
+    assert manifest.format_version == "1.1"
+    store.verify(manifest)
+    loaded = {(entry.kind, entry.name, entry.block): store.load_block(manifest, entry) for entry in manifest.blocks}
+    for image in whole_images(3):
+        found = loaded.pop((image.kind, image.name, image.block))
+        assert found.keys.tolist() == sorted(image.keys.tolist())
+        assert same(found, decode(encode(image)) if not knows_waiting(image) else sorted_image(image))
+        other.write_block(12, image)
+        if pa.__version__.startswith("14."):
+            for file in (tmp_path / "cut-000012").iterdir():
+                assert file.read_bytes() == (NEWER / "cut-000012" / file.name).read_bytes(), file.name
+    assert not loaded
+    assert manifest.encode() == (NEWER / "cut-000012" / "manifest.json").read_bytes()
+
+
+def sorted_image(image: BlockImage) -> BlockImage:
+    order = np.argsort(image.waiting)
+    return replace(decode(encode(image)), waiting=image.waiting[order], waited=image.waited[order], sketch=image.sketch)
+
+
+def test_what_came_with_1_1_is_read_without_oarlock() -> None:
+    folder = NEWER / "cut-000012"
+    with pa.memory_map(str(folder / "rows-seen-00000.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    assert table.column("key").to_pylist() == [4, 303]
+    assert table.column("counters").to_pylist() == [[(3 << 28) + i for i in row] for row in ([0, 1, 2], [3, 4, 5])]
+    assert table.schema.metadata[b"oarlock.format"] == b"1.1"
+    with pa.memory_map(str(folder / "waiting-seen-00000.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    assert table.to_pydict() == {"key": [3, 9, 1 << 63], "count": [3, 1, (1 << 30) - 1]}
+    assert table.schema.metadata[b"oarlock.seq"] == b"30"
+    with pa.memory_map(str(folder / "waiting-drawn=1-00000.arrow")) as source:
+        sketch = pa.ipc.open_file(source).read_all().column("sketch").to_numpy()
+    assert sketch.view(np.int64).tolist() == [3 * i for i in range(24)]
+    assert len(list(folder.iterdir())) == 13

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of embedding/ their twins: ``import embedding_reference``, ``import optimizer_reference``."""
+"""Gives the tests of embedding/ their twins: ``import embedding_reference``, ``optimizer_reference``, ``table_reference``."""
 
 import importlib.util
 import sys
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-for _name, _file in (("embedding_reference", "reference.py"), ("optimizer_reference", "optimizer_reference.py")):
+for _name, _file in (
+    ("embedding_reference", "reference.py"),
+    ("optimizer_reference", "optimizer_reference.py"),
+    ("table_reference", "table_reference.py"),
+):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
     assert _spec is not None
     assert _spec.loader is not None

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import threading
 
 import embedding_reference as reference
 import numpy as np
 import pytest
+import table_reference
 
 from oarlock.embedding import check
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.keys import KeySorter
-from oarlock.embedding.spec import Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.spec import Admission, Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.table import PushCounts, Table
 from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 
@@ -317,3 +319,44 @@ def test_two_threads_on_one_table_lose_and_double_nothing():
     assert errors == []
     rows, _ = pull(table, np.arange(MANY, dtype=np.uint64))
     assert (rows == sent).all()
+
+
+SKETCHED = TableSpec("t", 2, admission=Admission("sketch", 2, capacity=50), blocks=2)
+COUNTED = TableSpec("t", 2, admission=Admission("count", 2), usage=True, blocks=2)
+SCORED = TableSpec("t", 2, admission=Admission("score"), blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        (SKETCHED, lambda g: g._replace(sketch=g.sketch[:-8]), "a sketch's state of"),
+        (SKETCHED, lambda g: g._replace(sketch=b"\xff" * len(g.sketch)), "a sketch's state begins with"),
+        (SKETCHED, lambda g: g._replace(waiting=g.keys, waited=np.ones(len(g.keys), np.uint32)), "does not count them"),
+        (COUNTED, lambda g: g._replace(sketch=bytes(64)), "the table's admission has none"),
+        (COUNTED, lambda g: g._replace(counters=g.counters[:, :1].copy()), "counters has shape"),
+        (COUNTED, lambda g: g._replace(counters=g.counters[:1].copy()), "counters has shape"),
+        (COUNTED, lambda g: g._replace(waited=g.waited[:-1]), "waiting keys, but"),
+        (COUNTED, lambda g: g._replace(waiting=g.keys, waited=np.ones(len(g.keys), np.uint32)), "comes twice"),
+        (COUNTED, lambda g: g._replace(waiting=g.waiting ^ np.uint64(1 << 63)), "belongs to another block"),
+        (SCORED, lambda g: g._replace(counters=g.counters | np.uint32(0x7FC00000)), "shows or clicks hold"),
+        (dataclasses.replace(SCORED, dtype="int8"), lambda g: g._replace(state=-g.state), "a scale, the last column"),
+        (
+            dataclasses.replace(SCORED, dtype="int8"),
+            lambda g: g._replace(state=g.state[:, :-1].copy()),
+            "state has shape",
+        ),
+    ],
+)
+def test_an_import_whose_counts_do_not_fit_the_policies_changes_nothing_and_keeps_no_memory(spec, change, message):
+    table = table_reference.stored(spec)
+    ones = np.ones(60, np.float32)
+    for keys in (range(60), range(30)):
+        table_reference.push(table, keys, clicks=ones[: len(keys)])
+    before, used, version = table_reference.content(table), table.arena.used, table.version(1)
+    assert len(before[0]) >= 30
+    with pytest.raises(Malformed, match=message):
+        table.import_block(1, change(table.export_block(1)))
+    assert table_reference.content(table) == before
+    assert (table.arena.used, table.version(1)) == (used, version)
+    table.import_block(1, table.export_block(1))
+    assert table_reference.content(table) == before

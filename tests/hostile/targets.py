@@ -43,8 +43,17 @@ from oarlock.proto.shard_pb2 import (
     TableKeys,
     WriteRequest,
 )
+from oarlock.ps.rows import ANSWERS_KEPT
 
-READ_ONLY = ("Shard.Hello", "Shard.Pull", "Shard.Marks", "Shard.Stats", "Coordinator.Hello", "Coordinator.Status", "Coordinator.Describe")
+READ_ONLY = (
+    "Shard.Hello",
+    "Shard.Pull",
+    "Shard.Marks",
+    "Shard.Stats",
+    "Coordinator.Hello",
+    "Coordinator.Status",
+    "Coordinator.Describe",
+)
 
 
 class Target:
@@ -135,7 +144,10 @@ def small_spec():
     """Return a job of two tables and two dense parameters in eleven blocks, half of it under adam."""
     adam = OptimizerSpec("adam")
     return rig.spec_of(
-        tables=(TableSpec("user", 2, adam, Initializer("normal"), 4, guard=Guard(undo=2)), TableSpec("item", 3, rig.SGD, rig.ZEROS, 2)),
+        tables=(
+            TableSpec("user", 2, adam, Initializer("normal"), 4, guard=Guard(undo=2)),
+            TableSpec("item", 3, rig.SGD, rig.ZEROS, 2),
+        ),
         dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
         splits=8,
         epochs=3,
@@ -228,14 +240,8 @@ class ShardTarget(Target):
         digest = zlib.crc32(shard.owned.tobytes(), digest)
         for split, marks in shard.marks._marks.items():
             digest = zlib.crc32(marks.tobytes(), zlib.crc32(b"%d" % split, digest))
-        for table in shard.tables:
-            for block in table._blocks.values():
-                digest = zlib.crc32(block._entries, digest)
-                for chunk in block._chunks:
-                    digest = zlib.crc32(chunk, digest)
-        for parameter in shard.dense:
-            for values in parameter._blocks.values():
-                digest = zlib.crc32(values, digest)
+        for *_, keys, weights, state in rig.state(self.job):
+            digest = zlib.crc32(keys + weights + state, digest)
         return digest, shard.closed.floor, tuple(shard.closed.above)
 
     def term(self):
@@ -244,6 +250,7 @@ class ShardTarget(Target):
     def check_bounds(self):
         assert len(self.shard.marks._marks) <= SPLIT_WINDOW
         assert len(self.shard.closed.above) <= SPLIT_WINDOW + 8
+        assert len(self.handler._rows._answers) <= ANSWERS_KEPT
 
     def renew(self):
         if self.inputs:
