@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.aim import Grouped
+from oarlock.embedding.cold_batch import list_cold, name_records, pack_cold, take_back
 from oarlock.embedding.cold_kernels import (
     choose_cold,
     decode_records,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from oarlock.embedding.store import Store
 
 INDEX_BYTES = 16  # of a row's entry in the index, about
+SLOTS_AT_ONCE = 64  # asked for when a row comes back and there is none
 LEAST_ROWS = 64  # of a block, whatever the budget
 TIDY_RECORDS = 1 << 14  # dead records that are worth a look at the file
 
@@ -89,14 +92,79 @@ class ColdRows:
         self.file.read(records, content)
         return content
 
-    # Pushes; the caller holds the block.
+    # Whole pushes; the caller holds nothing.
+
+    def bring_back_request(self, grouped: Grouped) -> None:
+        """Take those rows of a request that are in the file back into memory."""
+        token = self.pin()
+        if token is None:
+            return
+        store, shape = self._store, self._shape
+        try:
+            keys, records = np.empty(grouped.n, np.uint64), np.empty(grouped.n, np.int64)
+            found = list_cold(store.base, store.salt, grouped, keys, records)
+            if found == 0:
+                return
+            keys, records = keys[:found], records[:found]
+            content = self._read(records)
+            done = np.zeros(found, np.uint8)
+            at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, 0, done)
+            while at < found:
+                block = np.empty(1, np.int32)
+                blocks_of(keys[at : at + 1], store.salt, store.bits, block)
+                with store.holding(int(block[0])):
+                    store.stored(int(block[0])).reserve(0, SLOTS_AT_ONCE)
+                at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, at, done)
+            self._dead.append(records[done != 0])
+        finally:
+            self.unpin(token)
+
+    def spill_over(self, blocks: NDArray[np.int32]) -> None:
+        """Let cold rows of those of the blocks that are over their part of the budget go to the file."""
+        store = self._store
+        most = self._most_rows()
+        over = blocks[store.descriptors[blocks, ROWS] > most + most // 16]
+        if len(over) == 0:
+            return
+        room = int((store.descriptors[over, ROWS] - most).sum())
+        entries = np.empty(room + PLACES, np.int64)
+        content = np.empty((room + PLACES, self.record_bytes), np.uint8)
+        packed = np.empty((len(over), 4), np.int64)
+        found = pack_cold(store.base, self._shape, over, most, entries, content, packed)
+        if found == 0:
+            return
+        records = self._append(address_of(content), found)
+        kept = np.zeros(found, np.uint8)
+        name_records(store.base, self._shape, over, packed, entries[:found], records, kept)
+        if kept.any():
+            self._dead.append(records[kept != 0])
+
+    def _most_rows(self) -> int:
+        """Return how many rows of a block may be in memory."""
+        store = self._store
+        return max(LEAST_ROWS, store.spec.memory_bytes // max(1, len(store.blocks)) // self._row_bytes)
+
+    def _append(self, address: int, n: int) -> Records:
+        """Write packed rows to the file, and return their records: int64[n]."""
+        with self._opening:
+            if not self._opened:
+                self.file.open()
+                self._opened = True
+        records = self.file.append(address, n)
+        if int(records.max()) > RECORD:
+            self.file.free(records)
+            raise OutOfMemory(
+                f"table {self._store.spec.name}: its spill file holds {RECORD} rows, and no more fit: add shards"
+            )
+        return records
+
+    # One block; the caller holds it.
 
     def spill_for(self, block: int, rows: int) -> None:
         """Let cold rows of a block go to the file if ``rows`` more would take it over its part of the budget."""
         store = self._store
         words = store.descriptors[block]
-        part = store.spec.memory_bytes // max(1, len(store.blocks)) // self._row_bytes
-        most = max(LEAST_ROWS, part)
+        most = self._most_rows()
         need = int(words[ROWS]) + rows - most
         if need <= 0:
             return
@@ -108,16 +176,7 @@ class ColdRows:
             return
         content = np.empty((found, self.record_bytes), np.uint8)
         pack_rows(descriptor, self._shape, entries, content)
-        with self._opening:
-            if not self._opened:
-                self.file.open()
-                self._opened = True
-        records = self.file.append(address_of(content), found)
-        if int(records[-1]) > RECORD:
-            self.file.free(records)
-            raise OutOfMemory(
-                f"table {store.spec.name}: its spill file holds {RECORD} rows, and no more fit: add shards"
-            )
+        records = self._append(address_of(content), found)
         with store.shut(block):
             spill_entries(descriptor, self._shape, entries, records)
         words[SPILLED_ROWS] += found

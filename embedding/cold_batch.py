@@ -98,7 +98,10 @@ def take_back(
                 break
             entry = find(buckets, count, home(buckets, count, mix), keys[i]) if buckets != 0 else np.int64(0)
             if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + records[i]:
-                if load_i64(descriptor, NEXT) == load_i64(descriptor, SLOT_ROOM) and load_i64(descriptor, FREE_ROWS) == 0:
+                if (
+                    load_i64(descriptor, NEXT) == load_i64(descriptor, SLOT_ROOM)
+                    and load_i64(descriptor, FREE_ROWS) == 0
+                ):
                     stopped = True
                     break
                 place_row(descriptor, shape, entry, address_in(content, i * content.shape[1]), True)

@@ -29,7 +29,7 @@ from oarlock.embedding.pointer import (
     store_u64,
 )
 from oarlock.embedding.precision import decode_row
-from oarlock.embedding.slab import Layout, side_at, weights_at
+from oarlock.embedding.slab import Layout, row_at
 
 
 @jit
@@ -65,8 +65,9 @@ def pack_rows(descriptor: Int, shape: Layout, entries: NDArray[np.int64], out: N
         slot = np.int64(load_u32(entries[i], 0))
         record = address_in(out, i * out.shape[1])
         store_u64(record, 0, load_u64(line_of(entries[i]), place_of(entries[i])))
-        copy(record + 8, weights_at(chunks, slot, shape), shape.weight_bytes)
-        copy(record + 8 + shape.weight_bytes, side_at(chunks, slot, shape), side_bytes)
+        row, side = row_at(chunks, slot, shape)
+        copy(record + 8, row, shape.weight_bytes)
+        copy(record + 8 + shape.weight_bytes, side, side_bytes)
 
 
 @jit
@@ -117,20 +118,24 @@ def list_spilled(descriptor: Int, begin: int, end: int, entries: NDArray[np.int6
 
 
 @jit
+def place_row(descriptor: Int, shape: Layout, entry: Int, record: Int, hot: bool) -> None:
+    """Give the row of the record at an address a slot again, and let its word name that; there is a slot."""
+    slot = take_slot(descriptor, shape)
+    row, side = row_at(load_i64(descriptor, CHUNKS), slot, shape)
+    copy(row, record + 8, shape.weight_bytes)
+    copy(side, record + 8 + shape.weight_bytes, 4 * (shape.state_columns + shape.counters))
+    store_u32(entry, 0, np.uint32(slot))
+    line = line_of(entry)
+    for plane in range(2 if hot else 0):
+        bits = np.int64(load_u8(line, HEAT + plane)) | (np.int64(1) << place_of(entry))
+        store_u8(line, HEAT + plane, np.uint8(bits))
+
+
+@jit
 def unspill(descriptor: Int, shape: Layout, entries: NDArray[np.int64], content: NDArray[np.uint8], hot: bool) -> None:
     """Give the rows of content: uint8[n, record bytes] slots again; there is room. ``hot``: as rows just asked for."""
-    chunks: Int = load_i64(descriptor, CHUNKS)
-    side_bytes = 4 * (shape.state_columns + shape.counters)
     for i in range(entries.shape[0]):
-        slot = take_slot(descriptor, shape)
-        record = address_in(content, i * content.shape[1])
-        copy(weights_at(chunks, slot, shape), record + 8, shape.weight_bytes)
-        copy(side_at(chunks, slot, shape), record + 8 + shape.weight_bytes, side_bytes)
-        store_u32(entries[i], 0, np.uint32(slot))
-        line = line_of(entries[i])
-        for plane in range(2 if hot else 0):
-            bits = np.int64(load_u8(line, HEAT + plane)) | (np.int64(1) << place_of(entries[i]))
-            store_u8(line, HEAT + plane, np.uint8(bits))
+        place_row(descriptor, shape, entries[i], address_in(content, i * content.shape[1]), hot)
 
 
 @jit

@@ -225,6 +225,8 @@ class Table(Store):
             sample = np.empty(min(n, self.spec.guard.sample), np.uint64)
             outcome = Outcome(address_of(progress), address_of(sample), len(sample))
             grouped = _grouped(keys, blocks, counts)
+            if self._cold is not None:
+                self._cold.bring_back_request(grouped)
             while True:
                 code = push_rows(
                     self.base,
@@ -256,6 +258,7 @@ class Table(Store):
         self._count_refused(progress, sample)
         if self._cold is not None:
             try:
+                self._cold.spill_over(blocks)
                 self._cold.tidy()
             except (PSError, MemoryError, OSError) as error:
                 raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64), sample) from None
