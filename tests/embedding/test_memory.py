@@ -74,13 +74,45 @@ def test_an_exhausted_system_is_a_memory_error_and_leaves_the_arena_usable(monke
     arena = Arena()
     arena.take(1000)
 
-    def refuse(*arguments, **flags):
-        raise OSError(12, "Cannot allocate memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(memory.mmap, "mmap", refuse)
-        with pytest.raises(MemoryError, match="Cannot allocate"):
+        patch.setattr(memory, "_map", lambda *_: memory._FAILED)
+        with pytest.raises(MemoryError, match="bytes of memory"):
             arena.take(FIRST_SEGMENT)
         assert arena.used == 1024
         assert seen(arena.take(64), 64).sum() == 0
     assert arena.take(FIRST_SEGMENT) % LINE == 0
+
+
+def test_places_of_one_size_lie_side_by_side_and_come_back_zeroed():
+    memories = memory.IndexMemory(3)
+    size = 3 * mmap.PAGESIZE + LINE
+    places = [memories.take(size) for _ in range(3)]
+    assert [place - places[0] for place in places] == [0, size, 2 * size]
+    for number, place in enumerate(places):
+        assert place % LINE == 0
+        seen(place, size)[:] = number + 1
+    extra = memories.take(size)  # a block that is about to replace one of the same size
+    assert extra not in places
+    assert not seen(extra, size).any()
+    memories.give_back(extra, size)
+    memories.give_back(places[1], size)
+    assert (seen(places[0], size) == 1).all()
+    assert (seen(places[2], size) == 3).all()
+    assert memories.take(size) == places[1]
+    assert not seen(places[1], size).any()
+    for place in places:
+        memories.give_back(place, size)
+    assert memories._slots == {}
+    assert memories._alone == {}
+
+
+def test_a_huge_page_is_not_made_of_what_was_given_back():
+    pages = Pages(8 * HUGE, huge=True)
+    seen(pages.address, 8 * HUGE)[:] = 1
+    hole = pages.address + HUGE // 2
+    pages.release(hole, HUGE)
+    assert not seen(hole, HUGE).any()
+    assert (seen(pages.address, HUGE // 2) == 1).all()
+    pages.restore(hole, HUGE)
+    seen(hole, HUGE)[:] = 2
+    assert seen(pages.address + 2 * HUGE, LINE).all()
