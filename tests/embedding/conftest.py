@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of embedding/ their twins: ``import embedding_reference``, ``optimizer_reference``, ``table_reference``."""
+"""Gives the tests of embedding/ what they share: ``import embedding_reference``, ``optimizer_reference``, ..."""
 
 import importlib.util
 import sys
@@ -11,6 +11,7 @@ for _name, _file in (
     ("embedding_reference", "reference.py"),
     ("optimizer_reference", "optimizer_reference.py"),
     ("table_reference", "table_reference.py"),
+    ("expanding_rig", "expanding_rig.py"),
 ):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
     assert _spec is not None
