@@ -65,6 +65,11 @@ def aim(
             store_i64(cursor, SEEN + 2 * (group & _RING), buckets)
             store_i64(cursor, SEEN + 2 * (group & _RING) + 1, count)
             store_i64(cursor, FRESH, 0)
+        elif load_i64(cursor, SEEN + 2 * (group & _RING)) != buckets or (
+            load_i64(cursor, SEEN + 2 * (group & _RING) + 1) != count
+        ):
+            # Hints of one group are for two indexes: none of them counts, even if the first index comes back.
+            store_i64(cursor, SEEN + 2 * (group & _RING), -1)
         stop = min(limit, end)
         for i in range(at, stop):
             store_i64(hints, i & _RING, home(buckets, count, key_mix(salt, load_u64(grouped.keys, i))))

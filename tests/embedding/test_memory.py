@@ -6,9 +6,11 @@ import mmap
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oarlock.embedding import memory
-from oarlock.embedding.memory import FIRST_SEGMENT, HUGE, LAST_SEGMENT, Arena, Pages
+from oarlock.embedding.memory import FIRST_SEGMENT, HUGE, LAST_SEGMENT, Arena, IndexMemory, Pages
 from oarlock.embedding.pointer import LINE
 
 
@@ -116,3 +118,23 @@ def test_a_huge_page_is_not_made_of_what_was_given_back():
     pages.restore(hole, HUGE)
     seen(hole, HUGE)[:] = 2
     assert seen(pages.address + 2 * HUGE, LINE).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([256, 320, 4096, 3 * 4096 + 64])), max_size=40))
+def test_indexes_of_blocks_are_apart_and_begin_zeroed(steps):
+    indexes, held = IndexMemory(4), {}
+    for number, (block, size) in enumerate(steps):
+        # As blocks do: the new one is taken before the old one is given back.
+        address = indexes.take(size)
+        assert address % LINE == 0
+        assert not seen(address, size).any()
+        seen(address, size)[:] = number % 255 + 1
+        if block in held:
+            before, old, _ = held[block]
+            indexes.give_back(old, before)
+        held[block] = size, address, number % 255 + 1
+        for length, place, value in held.values():
+            assert (seen(place, length) == value).all()
+    for size, address, _ in held.values():
+        indexes.give_back(address, size)
+    assert indexes._slots == indexes._alone == {}
