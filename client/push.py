@@ -18,6 +18,8 @@ from oarlock.client.pieces import MESSAGE_BYTES, by_owner, dense_by_owner
 from oarlock.client.pull import dense_spans, table_number
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
+from oarlock.embedding.spec import TableSpec
+from oarlock.embedding.store import keeps
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import Malformed
 from oarlock.proto.shard_pb2 import DenseGradients, PushReply, PushRequest, TableGradients
@@ -35,6 +37,12 @@ class RowGradients:
     rate: float
     occurrences: NDArray[np.uint32] | None = None
     clicks: NDArray[np.float32] | None = None
+
+
+def reads_occurrences(spec: TableSpec) -> bool:
+    """Tell whether a policy of the table reads how often each key came."""
+    kept = keeps(spec)
+    return kept.occurrences or kept.score or spec.admission.kind == "probability"
 
 
 @dataclass(frozen=True)

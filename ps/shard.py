@@ -229,6 +229,7 @@ class Shard:
         reply.refused += done.refused
         self.counters["rows_pushed"] += len(keys.keys)
         self.counters["rows_refused"] += done.refused
+        self.counters["rows_not_admitted"] += done.waiting
 
     def _push_dense(
         self, split: int, group: int, step: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from oarlock.client.push import PushCounts, RowGradients
+from oarlock.client.push import PushCounts, RowGradients, reads_occurrences
 from oarlock.data.files import files_from_json
 from oarlock.data.splits import locate, plan_splits
 from oarlock.proto.coordinator_pb2 import (
@@ -52,6 +52,7 @@ class Trainer:
         self._workload = session.workload
         self._member = session.member
         self._spec = session.member.spec
+        self._counted = {table.name for table in self._spec.tables if reads_occurrences(table)}
         self._plan = plan_splits(files_from_json(list(self._spec.files)), self._spec.rows_per_split)
         self._evaluator = Evaluator(session)
         # Batches between the lease and the push, and those of them whose rows are pulled: one more is encoded.
@@ -274,7 +275,9 @@ class Trainer:
             found = program.row_gradients[lookup.name]
             known = gradients.get(lookup.table)
             total = found if known is None else np.add(known.gradients, found)
-            gradients[lookup.table] = RowGradients(prepared.keys[lookup.table], total, rates.rows)
+            keys = prepared.keys[lookup.table]
+            counted = keys.occurrences().view(np.uint32) if lookup.table in self._counted else None
+            gradients[lookup.table] = RowGradients(keys, total, rates.rows, counted)
         return self._session.client.push(
             split.id,
             number,

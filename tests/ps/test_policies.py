@@ -88,6 +88,7 @@ def test_an_admission_by_count_reads_occurrences():
     assert job.shards[0].stats()["rows"] == 40
     assert "waiting" not in job.shards[0].stats()
     assert np.array_equal(job.rows("user", RAW), np.full((40, 2), -2.0))
+    assert job.shards[0].stats()["rows_not_admitted"] == 80
 
 
 def test_blocks_that_have_it_keep_their_counts_when_the_others_take_it():

@@ -2,6 +2,7 @@
 """Every sample of every epoch is trained exactly once, whatever workers come and go; and what the pipeline may not do."""
 
 import asyncio
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -330,3 +331,28 @@ def test_every_push_says_how_many_groups_were_trained_before(make_job: Make) -> 
     assert max(steps) > job.groups() / 2, "it follows what all have done"
     # Known from the last heartbeat, and so never ahead of the truth.
     assert all(step <= sent for sent, step in enumerate(steps))
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_occurrences_are_told_where_a_policy_reads_them(
+    make_job: Make, monkeypatch: pytest.MonkeyPatch, usage: bool
+) -> None:
+    """Each occurrence adds one to its row, so the rows say what their counters must be."""
+    import counting_recipe
+
+    table = dataclasses.replace(counting_recipe.TABLES[0], usage=usage)
+    monkeypatch.setattr(counting_recipe, "TABLES", (table,))
+    job = make_job(workers=2)
+    job.wire.doubled = 0.1
+    job.run(lambda job: job.to_the_end())
+    job.check_counted_once()
+    parts = [part for push in job.wire.calls("Shard.Push") for part in push.tables]
+    assert {part.HasField("occurrences") for part in parts} == {usage}
+    counted = 0
+    for service in job.services:
+        found = service._joined[1].tables[0]
+        for block in found.owned.tolist() if usage else ():
+            rows = found.export_block(block)
+            assert np.array_equal(rows.counters[:, 0], rows.weights[:, 0])
+            counted += int(rows.counters[:, 0].sum())
+    assert counted == usage * job.data["train"].size * job.spec.epochs
