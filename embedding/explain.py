@@ -7,6 +7,7 @@ Invariant: looking changes nothing. Under the block's mutex, so that all of it i
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oarlock.embedding.content import read_row
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT
@@ -32,12 +33,7 @@ def find_word(buckets: Int, count: Int, salt: np.uint64, key: np.uint64) -> Int:
 
 @jit
 def read_slot(
-    chunks: Int,
-    slot: Int,
-    shape: Layout,
-    weights: Int,
-    state: np.ndarray,
-    counters: np.ndarray,  # type: ignore[type-arg]
+    chunks: Int, slot: Int, shape: Layout, weights: Int, state: NDArray[np.float32], counters: NDArray[np.uint32]
 ) -> None:
     """Copy one row to weights: float32[dim] at an address, state: float32[1, columns], counters: uint32[1, c]."""
     side = side_at(chunks, slot, shape)

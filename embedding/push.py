@@ -74,7 +74,7 @@ PART_FIELDS = 6
 class Parts(NamedTuple):
     """The parts of a row: how many, and the address of their lines."""
 
-    count: int
+    number: int
     lines: int
 
 
@@ -203,7 +203,7 @@ def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -
             old = load_i64(scratch.undo, i) + place * (shape.weight_bytes + 4 * shape.state_columns)
             copy(old, row, shape.weight_bytes)
             copy(old + shape.weight_bytes, side, 4 * shape.state_columns)
-            kept = min((ring >> 16) + 1, shape.undo)
+            kept: Int = min((ring >> 16) + 1, shape.undo)
             store_u32(counters, shape.recorded, np.uint32((kept << 16) | ((place + 1) % shape.undo)))
         if shape.updated >= 0:
             store_u32(counters, shape.updated, np.uint32(request.tick))
@@ -227,7 +227,7 @@ def update_block(
         if decoded:
             decode_row(stored, shape.code, shape.dim, scratch.values)
             store_i64(rows, 0, scratch.values)
-        for p in range(parts.count):
+        for p in range(parts.number):
             part = parts.lines + 8 * PART_FIELDS * p
             if p > 0:
                 before = part - 8 * PART_FIELDS
