@@ -74,6 +74,7 @@ async def _run(
 ) -> dict[str, Any]:
     spec = coordinator.spec
     failures: list[str] = []
+    services: list[ShardService] = []
 
     def work(number: int) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
@@ -98,7 +99,8 @@ async def _run(
     try:
         async with asyncio.TaskGroup() as group:
             for number in range(spec.servers):
-                service, address = ShardService(), f"in-process:shard-{number}"
+                service, address = ShardService(spill_folder=folder), f"in-process:shard-{number}"
+                services.append(service)
                 transport.serve(service, address)
                 group.create_task(shard(service, address))
             group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
@@ -117,6 +119,8 @@ async def _run(
         # Whatever went wrong, the workers hear that it is over, and none is left behind.
         coordinator.abandon("the job was ended by an error")
         await _joined(threads)
+        for service in services:
+            service.end()
     return coordinator.status()
 
 

@@ -85,8 +85,7 @@ class LocalProcesses:
         else:
             module = "oarlock.ps" if role == "shard" else "oarlock.worker"
             arguments = ["--coordinator", self._address]
-            if role == "worker":
-                arguments += ["--reader", self._spec.reader]
+            arguments += ["--reader", self._spec.reader] if role == "worker" else ["--spill-folder", str(self._folder)]
         child = start_child(role, number, module, arguments, logs=self._folder / "logs", log_level=self._log_level)
         for place, old in enumerate(self._children):
             if (old.role, old.number) == (role, number):

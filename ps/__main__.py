@@ -4,6 +4,7 @@
 import random
 import socket
 import sys
+from pathlib import Path
 
 from oarlock.client.entry import parser, run
 from oarlock.embedding.warmup import warm_up
@@ -21,9 +22,17 @@ def main() -> int:
     options.add_argument(
         "--threads", type=int, default=512, help="requests and streams served at once; a worker has two streams"
     )
+    options.add_argument(
+        "--spill-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="where tables with memory_bytes keep their cold rows, on a local disk (default: the temporary folder)",
+    )
     given = options.parse_args()
+    if given.spill_folder is not None and not given.spill_folder.is_dir():
+        options.error(f"--spill-folder {given.spill_folder} is no folder")
     transport = GrpcTransport()
-    service = ShardService()
+    service = ShardService(spill_folder=given.spill_folder)
     server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
 
     async def body() -> None:
@@ -38,6 +47,7 @@ def main() -> int:
         return run(body, given)
     finally:
         server.stop()
+        service.end()
 
 
 def advertised(address: str, host: str) -> str:

@@ -19,6 +19,7 @@ from oarlock.client.router import Routes
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock as DenseContent
 from oarlock.embedding.spec import DenseSpec, TableSpec
+from oarlock.embedding.store import keeps
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.ps.shard import Shard
 
@@ -77,10 +78,34 @@ class _Images:
 
 
 def _form(spec: TableSpec | DenseSpec) -> str:
-    """Return what a block's content depends on; an optimizer's constants may change."""
-    if isinstance(spec, TableSpec):
-        return f"a table of dim {spec.dim} in {spec.blocks} blocks under {spec.optimizer.name}"
-    return f"a dense parameter of shape {spec.shape} in blocks of {spec.slice} under {spec.optimizer.name}"
+    """Return what a block's content depends on; an optimizer's constants and a policy's thresholds may change."""
+    if isinstance(spec, DenseSpec):
+        return f"a dense parameter of shape {spec.shape} in blocks of {spec.slice} under {spec.optimizer.name}"
+    parts = " and ".join(f"{part.width} under {part.optimizer.name}" for part in spec.parts)
+    said = [f"a table of dim {spec.dim} in {spec.blocks} blocks" + ("" if parts else f" under {spec.optimizer.name}")]
+    if parts:
+        said.append(f"in parts of {parts}")
+    if spec.dtype != "float32":
+        said.append(f"stored as {spec.dtype}")
+    kept = keeps(spec)
+    counters = (
+        (kept.occurrences, "occurrences"),
+        (kept.updated, "steps of last updates"),
+        (kept.score, "shows and clicks"),
+    )
+    names = ", ".join(name for wanted, name in counters if wanted)
+    if names:
+        said.append(f"keeping {names}")
+    if spec.expand_score:
+        said.append("whose rows expand")
+    admission = spec.admission
+    if admission.kind == "count":
+        said.append("that counts the keys it does not admit")
+    if admission.kind == "sketch":
+        said.append(
+            f"that sketches the keys it does not admit, {admission.capacity} in each of {admission.windows} windows"
+        )
+    return ", ".join(said)
 
 
 def _create_all(shard: Shard, numbers: list[int], restore: str) -> None:
@@ -126,7 +151,15 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
         shard.dense_sequence[number - layout.dense_base] = image.seq
     else:
         name, local = layout.name(number)
-        rows = BlockRows(image.keys, image.weights, image.state)
+        rows = BlockRows(
+            image.keys,
+            image.weights,
+            image.state,
+            image.counters,
+            image.waiting,
+            image.waited,
+            image.sketch,
+        )
         shard.tables[layout.table_index[name]].import_block(local, rows, version=image.seq)
     shard.marks.restore(number, dict(image.marks))
 
@@ -166,4 +199,4 @@ def _image(shard: Shard, number: int) -> BlockImage:
         keys = np.empty(0, np.uint64)
         return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
     rows = shard.tables[layout.table_index[name]].export_block(local)
-    return BlockImage("rows", name, local, seq, marks, rows.keys, rows.weights, rows.state)
+    return BlockImage("rows", name, local, seq, marks, *rows)

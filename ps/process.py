@@ -5,6 +5,7 @@ Invariant: it joins only after its kernels are compiled (compiling holds the int
 from before the join until after the job is over.
 """
 
+import asyncio
 import logging
 import random
 
@@ -13,8 +14,13 @@ from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
+from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
+
+# Between two slices of a sweep, and between two looks whether one is due.
+BUSY_SECONDS = 0.005
+IDLE_SECONDS = 0.1
 
 
 async def run_shard(
@@ -26,6 +32,16 @@ async def run_shard(
     identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
     shard = service.configure(spec, identity, holds_lease=member.holds_lease)
     async with member.kept(shard.stats):
-        await member.over.wait()
+        sweeping = asyncio.ensure_future(_sweep(shard))
+        try:
+            await member.over.wait()
+        finally:
+            sweeping.cancel()
     logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
     await member.leave()
+
+
+async def _sweep(shard: Shard) -> None:
+    """Evict rows, slice by slice, until cancelled."""
+    while not shard.sweeper.idle:
+        await asyncio.sleep(BUSY_SECONDS if shard.sweep_some() else IDLE_SECONDS)

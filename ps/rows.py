@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows: what a shard answers to people's tools about single rows of the blocks that it owns.
 
-Invariant: all verbs but UNDO change nothing. An undo is an operation of its blocks, under the push lock as a push is, and is
-done once per number: the same message again gets the first answer. Called from many threads.
+Invariant: all verbs but UNDO change nothing. An undo is an operation of the blocks that it changes (the table counts it),
+under the push lock as a push is, and is done once per number: the same message again gets the first answer. Called from
+many threads.
 """
 
 import hashlib
@@ -111,14 +112,14 @@ class Rows:
         width = table.spec.dim + table.state_columns
         _fits(len(keys.keys) * (NUMBER_BYTES * width + FACTS_BYTES), "explanations")
         reply = RowsReply()
+        tick = max(request.tick, self._shard.step) or None
         numbers = np.repeat(keys.numbers, keys.counts)
         for key, number in zip(keys.keys.tolist(), numbers.tolist(), strict=True):
             facts = {
-                **table.explain(key, tick=request.tick or None),
+                **table.explain(key, tick=tick),
                 "shard": self._me,
                 "generation": self._shard.generation,
-                "operations": int(self._shard.sequence[number]),
-                "version": table.version(number - self._shard.layout.table_base[keys.table]),
+                "version": self._shard.operations(number),
             }
             reply.facts.append(json.dumps(plain(facts), allow_nan=False))
         return reply
@@ -157,8 +158,6 @@ class Rows:
             # All of the message is checked before any of it is undone.
             table, keys = self._keys(request)
             done = table.undo(keys.keys, steps=request.steps)
-            changed = np.unique(np.repeat(keys.numbers, keys.counts)[done > 0])
-            shard.sequence[changed] += 1
             shard.counters["rows_undone"] += int((done > 0).sum())
             reply = RowsReply(undone=pack(done))
             self._answers[request.number] = (content, reply)

@@ -8,6 +8,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from threading import Lock
 
 from oarlock import __version__
@@ -45,9 +46,10 @@ MAX_SPLITS = 1024
 
 
 class ShardService:
-    """Answers the methods of ``Shard`` in proto/methods.py."""
+    """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, spill_folder: Path | None = None) -> None:
+        self._spill_folder = spill_folder
         self._joined: tuple[Identity, Shard] | None = None
         self._rows: Rows | None = None
         self._holds_lease: Callable[[], bool] = lambda: True
@@ -56,11 +58,16 @@ class ShardService:
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
-        shard = Shard(spec)
+        shard = Shard(spec, spill_folder=self._spill_folder)
         self._holds_lease = holds_lease
         self._rows = Rows(shard, identity.id)
         self._joined = (identity, shard)
         return shard
+
+    def end(self) -> None:
+        """Give back what the shard has besides memory, after the last call."""
+        if self._joined is not None:
+            self._joined[1].close()
 
     def _shard(self, header: Header) -> tuple[Identity, Shard]:
         if self._joined is None:

@@ -36,6 +36,10 @@ from oarlock.ps.request import (
     refuse_parts,
     refuse_repeated,
 )
+from oarlock.ps.sweep import Sweeper
+
+# A push takes milliseconds, an order of the coordinator may take seconds: those who sweep have other things to do meanwhile.
+SWEEP_WAIT_SECONDS = 0.02
 
 _NONE = np.empty(0, np.int32)
 
@@ -78,6 +82,8 @@ class Shard:
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks = Marks(self.layout.blocks)
+        groups = -(-spec.rows_per_split // spec.batch_rows)
+        self.sweeper = Sweeper(self.tables, epoch_steps=spec.splits * groups)
 
     @property
     def sequence(self) -> NDArray[np.int64]:
@@ -179,6 +185,8 @@ class Shard:
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
             if applied:
                 self.marks.open(split)
+                if not self.step:
+                    self.sweeper.begin(step)
                 self.step = max(self.step, step)
                 for part, chosen in _along(todo, rows):
                     self._push_rows(split, group, step, part.only(chosen), reply)
@@ -237,6 +245,17 @@ class Shard:
                 reply.refused += 1
                 self.counters["dense_refused"] += 1
 
+    def sweep_some(self) -> bool:
+        """Evict what is due of one slice of one block; return whether to come again soon."""
+        if self.sweeper.idle or not self.step:
+            return False
+        if not self.push_lock.acquire(timeout=SWEEP_WAIT_SECONDS):
+            return True
+        try:
+            return self.sweeper.sweep_some(self.step)
+        finally:
+            self.push_lock.release()
+
     def next_groups(self, splits: list[int]) -> list[int]:
         """Return per split 1 + the highest group that any block here has applied, 0 if none."""
         with self.push_lock:
@@ -256,6 +275,7 @@ class Shard:
             "bytes": sum(t.nbytes for t in self.tables) + sum(d.nbytes for d in self.dense),
             "marks_bytes": self.marks.nbytes,
             "blocks": int(self.owned.sum()),
+            "sweeps": self.sweeper.slices,
             "tables": {t.spec.name: t.rows for t in self.tables},
             "table_bytes": {t.spec.name: t.nbytes for t in self.tables},
             # Of most tables there is nothing to say here.

@@ -106,6 +106,8 @@ class World:
             finally:
                 self.store.close()
                 self.loop.close()
+                for service in self.services:
+                    service.end()
         return Outcome(self.violation, self.events, took, self.counts)
 
     async def _play(self) -> None:

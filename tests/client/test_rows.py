@@ -56,8 +56,7 @@ def test_an_explanation_says_where_the_row_is_and_what_it_holds():
     assert (there["key"], there["present"], there["table"]) == (7, True, "user")
     assert np.array_equal(np.array(there["weights"], np.float32), job.rows("user", [7])[0])
     assert there["undo_kept"] == 2
-    assert there["operations"] == int(job.shards[shard].sequence[block]) == 2
-    assert there["version"] == job.shards[shard].tables[0].version(block)
+    assert there["version"] == job.shards[shard].operations(block) == 2
     assert there["generation"] == 1
     # The job's step came along: the row's age follows from it.
     assert there["age"] == 12 - there["last_update"]

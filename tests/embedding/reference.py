@@ -5,6 +5,7 @@ Floating-point twins use the same operations in the same order in numpy's float3
 bit for bit. Loaded by conftest under the name ``embedding_reference``. No state.
 """
 
+import functools
 import hashlib
 import os
 
@@ -32,6 +33,7 @@ def unmix64(x):
     return x
 
 
+@functools.cache
 def salt(name):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 

@@ -25,7 +25,7 @@ OPTIMIZERS = [OptimizerSpec("sgd"), OptimizerSpec("adagrad"), OptimizerSpec("ada
 # What makes a shard's update: nothing of it may ask for the time, or draw. The spill file measures how long it reads.
 UPDATE = [
     *sorted(p for p in (ROOT / "embedding").glob("*.py") if p.stem != "spill_file"),
-    *(ROOT / "ps" / f"{n}.py" for n in ("shard", "marks", "request")),
+    *(ROOT / "ps" / f"{n}.py" for n in ("shard", "marks", "request", "sweep")),
 ]
 
 
