@@ -19,7 +19,7 @@ from oarlock.embedding.slab import First, Layout, draw_weights, side_at, weights
 from oarlock.proto.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from oarlock.embedding.table import Table
+    from oarlock.embedding.upkeep import Upkeep
 
 
 @jit
@@ -50,7 +50,7 @@ def draw_row(key: np.uint64, shape: Layout, first: First, out: Int) -> None:
     draw_weights(key, shape, first, out)
 
 
-def explain_row(table: "Table", key: int, tick: int | None) -> dict[str, Any]:
+def explain_row(table: "Upkeep", key: int, tick: int | None) -> dict[str, Any]:
     """Return what ``Table.explain`` promises."""
     if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 1 << 64:
         raise InvalidArgument(f"key = {key!r}: give an integer from 0 to 2^64 - 1")
@@ -92,7 +92,7 @@ def explain_row(table: "Table", key: int, tick: int | None) -> dict[str, Any]:
     return out
 
 
-def _row(table: "Table", slot: int, state: Any, counters: Any, tick: int | None) -> dict[str, Any]:
+def _row(table: "Upkeep", slot: int, state: Any, counters: Any, tick: int | None) -> dict[str, Any]:
     shape, spec = table.layout, table.spec
 
     def counter(column: int) -> int | None:
