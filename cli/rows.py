@@ -85,7 +85,7 @@ def _away(job: str, folder: Path, error: PSError | None = None) -> PSError:
     if not is_running(folder):
         return Unavailable(f"job {job} is not running: rows can be asked for while its shards live")
     if error is not None and not isinstance(error, WrongJob):
-        return Unavailable(f"job {job} cannot be asked: {error}; if it runs in one process, it has no address")
+        return Unavailable(f"job {job} cannot be asked now: {error}")
     return Unavailable(
         f"job {job} runs in one process and has no address: train it without --in-process to ask for rows"
     )

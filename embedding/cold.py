@@ -129,7 +129,7 @@ class ColdRows:
         room = int((store.descriptors[over, ROWS] - most).sum())
         entries = np.empty(room + PLACES, np.int64)
         content = np.empty((room + PLACES, self.record_bytes), np.uint8)
-        packed = np.empty((len(over), 4), np.int64)
+        packed = np.empty((len(over), 5), np.int64)
         found = pack_cold(store.base, self._shape, over, most, entries, content, packed)
         if found == 0:
             return

@@ -6,8 +6,8 @@
                      the records
 
 Between two steps nobody is kept out of the blocks, so each step checks that what the one before saw still holds: a word must
-still name the record that was read; a block that changed since its rows were packed (its version and its index tell) keeps
-them. Kernels only; policy is in ``embedding/cold.py``.
+still name the record that was read; a block that changed since its rows were packed (its life, version and index tell) keeps
+them, and so it does those that someone else spilled meanwhile. Kernels only; policy is in ``embedding/cold.py``.
 """
 
 import numpy as np
@@ -21,6 +21,7 @@ from oarlock.embedding.descriptor import (
     COUNT,
     DESCRIPTOR_BYTES,
     FREE_ROWS,
+    LIFE,
     NEXT,
     ROWS,
     SLOT_ROOM,
@@ -28,7 +29,7 @@ from oarlock.embedding.descriptor import (
     VERSION,
 )
 from oarlock.embedding.hashing import block_of_mix, key_mix
-from oarlock.embedding.index import SPILLED, find, home
+from oarlock.embedding.index import PENDING, SPILLED, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, enter_mutex, leave, leave_mutex, reopen, shut
 from oarlock.embedding.pointer import Int, address_in, load_i64, load_u32, load_u64, store_i64, store_u32
@@ -128,7 +129,7 @@ def pack_cold(
 ) -> int:
     """Pack cold rows of blocks that have more than ``most`` rows in memory, as room allows; return how many.
 
-    packed: int64[blocks, 4] = rows packed, version, buckets and count of the index at that time.
+    packed: int64[blocks, 5] = rows packed, version, buckets and count of the index, and life of the block at that time.
     """
     found = 0
     for b in range(blocks.shape[0]):
@@ -146,6 +147,7 @@ def pack_cold(
             packed[b, 1] = load_i64(descriptor, VERSION)
             packed[b, 2] = load_i64(descriptor, BUCKETS)
             packed[b, 3] = load_i64(descriptor, COUNT)
+            packed[b, 4] = load_i64(descriptor, LIFE)
             found += n
         leave_mutex(descriptor)
     return found
@@ -176,13 +178,20 @@ def name_records(
             load_i64(descriptor, VERSION) == packed[b, 1]
             and load_i64(descriptor, BUCKETS) == packed[b, 2]
             and load_i64(descriptor, COUNT) == packed[b, 3]
+            and load_i64(descriptor, LIFE) == packed[b, 4]
         )
         if same:
             shut(descriptor)
+            named = 0
             for i in range(at, at + n):
-                give_slot(descriptor, shape, np.int64(load_u32(entries[i], 0)))
-                store_u32(entries[i], 0, np.uint32(SPILLED | records[i]))
-            store_i64(descriptor, SPILLED_ROWS, load_i64(descriptor, SPILLED_ROWS) + n)
+                word = np.int64(load_u32(entries[i], 0))
+                if word < PENDING:
+                    give_slot(descriptor, shape, word)
+                    store_u32(entries[i], 0, np.uint32(SPILLED | records[i]))
+                    named += 1
+                else:
+                    kept[i] = 1
+            store_i64(descriptor, SPILLED_ROWS, load_i64(descriptor, SPILLED_ROWS) + named)
             reopen(descriptor)
         else:
             for i in range(at, at + n):

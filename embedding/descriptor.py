@@ -24,6 +24,7 @@ SKETCH = 25  # address of the sketch that counts keys without a row, 0: none
 HAND = 26  # bucket at which the next sweep of eviction begins
 HAND_OF_HEAT = 27  # bucket at which the next search for cold rows begins
 VERSION = 28  # operations that changed the block
+LIFE = 29  # another number whenever the block gets a whole new content
 
 FIELDS = 32
 DESCRIPTOR_BYTES = 8 * FIELDS

@@ -40,11 +40,13 @@ from oarlock.embedding.pointer import (
     load_f32,
     load_f64,
     load_i64,
+    load_u8,
     load_u32,
     load_u64,
     prefetch,
     store_f32,
     store_i64,
+    store_u8,
     store_u32,
     store_u64,
 )
@@ -210,18 +212,43 @@ def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -
 
 
 @jit
+def different(rows: Int, n: Int, marks: Int) -> Int:
+    """Return how many of ``n`` rows, from the first on, are surely not the same row twice; marks: 256 bytes of scratch."""
+    for word in range(32):
+        store_i64(marks, word, 0)
+    for j in range(n):
+        row = load_i64(rows, j)
+        if row > 0:
+            place = ((row >> 2) + (row >> 7) + (row >> 13)) & 2047
+            mark = np.int64(1) << (place & 7)
+            seen = np.int64(load_u8(marks, place >> 3))
+            if seen & mark != 0:
+                return np.int64(j)
+            store_u8(marks, place >> 3, np.uint8(seen | mark))
+    return n
+
+
+@jit
 def update_block(
     shape: Layout, first: First, parts: Parts, keys: Int, request: Request, at: Int, end: Int, scratch: Scratch
 ) -> None:
-    """Run the optimizers over rows at to end - 1."""
+    """Note and run the optimizers over rows at to end - 1; where a key comes again, one after the other."""
     stride = 4 * shape.dim
     batch = UPDATE_ROWS if shape.code == FLOAT32 else 1
+    # What is done to all rows of a run before the first of them is updated must not look at what the run changes.
+    looks = shape.undo > 0
+    for p in range(parts.number):
+        looks = looks or load_i64(parts.lines + 8 * PART_FIELDS * p, PASSES) != 0
     ready = scratch.values + stride  # where prepared gradients go, behind one row's decoded weights
     i: Int = at
     while i < end:
         n = min(batch, end - i)
         rows = scratch.rows + 8 * i
+        if looks and n > 1:
+            n = different(rows, n, scratch.values)
         sides = scratch.sides + 8 * i
+        if shape.counters > 0:
+            note(shape, request, i, i + n, scratch)
         stored = load_i64(rows, 0)
         decoded = shape.code != FLOAT32 and stored > 0
         if decoded:
@@ -282,8 +309,6 @@ def push_block(
         created = admit(descriptor, salt, shape, first, rules, keys, request, at, end, scratch)
         store_i64(outcome.progress, CREATED, load_i64(outcome.progress, CREATED) + created)
     settle(keys, at, end, scratch, outcome)
-    if shape.counters > 0:
-        note(shape, request, at, end, scratch)
     update_block(shape, first, parts, keys, request, at, end, scratch)
     store_i64(descriptor, VERSION, load_i64(descriptor, VERSION) + 1)
     return DONE

@@ -5,6 +5,7 @@ Invariant: a block's line of ``descriptors`` never moves, so its lock outlives i
 Python does it inside ``holding``. Callable from any thread.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from oarlock.embedding.descriptor import (
     DESCRIPTOR_BYTES,
     ENTRIES,
     FIELDS,
+    LIFE,
     PENDING_KEYS,
     ROWS,
     SPILLED_ROWS,
@@ -79,6 +81,7 @@ class Store:
         self.indexes = IndexMemory(spec.blocks)
         self.blocks: dict[int, Block] = {}
         self._lock = threading.Lock()
+        self._lives = itertools.count(1)
         # On a cache line of its own each, so that locks of two blocks never share one.
         self._memory: NDArray[np.int64] = np.zeros(spec.blocks * FIELDS + LINE // 8, np.int64)
         begin = -address_of(self._memory) % LINE // 8
@@ -189,6 +192,7 @@ class Store:
             if before is not None:
                 self._forget_cold(block)
                 before.move_descriptor(np.zeros(FIELDS, np.int64))
+            content.descriptor[LIFE] = next(self._lives)
             content.move_descriptor(self.descriptors[block])
             self.blocks[block] = content
         if before is not None:

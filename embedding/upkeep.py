@@ -64,6 +64,7 @@ class Upkeep(Store):
             wrapped = end == int(words[COUNT])
             words[HAND] = 0 if wrapped else end
             self._bury(block, gone[:left])
+            words[VERSION] += int(left == 0 and rules.score > 0)  # what stays has decayed
             if self._cold is not None:
                 self._cold.spill_for(block, 0)
             return int(left), wrapped

@@ -4,44 +4,82 @@
 Invariant: after it no request compiles anything, because the kernels' types do not depend on a table's spec.
 """
 
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.cold_kernels import renumber
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.lookup import rows_from, rows_of
-from oarlock.embedding.make import AnyTable, make_table
+from oarlock.embedding.make import make_table
 from oarlock.embedding.optimizers import OPTIMIZERS
-from oarlock.embedding.policy import Guard
-from oarlock.embedding.spec import INITIALIZERS, DenseSpec, Eviction, Initializer, OptimizerSpec, Part, TableSpec
+from oarlock.embedding.pointer import address_of
+from oarlock.embedding.policy import Admission, Eviction, Guard
+from oarlock.embedding.spec import DenseSpec, OptimizerSpec, Part, TableSpec
+from oarlock.embedding.spill_file import SpillFile
+from oarlock.proto.errors import PSError
+
+# Which table a policy is on does not matter to kernels, nor how strict it is: these have each of them once.
+_POLICIES: tuple[dict[str, Any], ...] = (
+    {"admission": Admission("count", occurrences=3), "dtype": "bfloat16"},
+    {"admission": Admission("sketch", occurrences=3, capacity=100), "dtype": "int8"},
+    {"eviction": Eviction(max_bytes=1)},
+    {"parts": (Part(1), Part(1)), "eviction": Eviction(age=1), "expand_score": 0.1},
+)
 
 
 def warm_up() -> None:
-    """Push, pull, export and import a few rows under every optimizer and initializer, and rows that expand and leave."""
+    """Push, pull, export, import, sweep and explain a few rows under every optimizer and policy."""
     for optimizer in OPTIMIZERS:
-        for kind in INITIALIZERS:
-            initializer = Initializer(kind)
-            _use(make_table(TableSpec("warm_up", 2, OptimizerSpec(optimizer), initializer, blocks=2), seed=0))
-            dense = DenseParameter(DenseSpec("warm_up", (4,), OptimizerSpec(optimizer), initializer), seed=0)
-            dense.adopt(0)
-            dense.push_block(0, np.ones(4, np.float32), rate=0.1)
-            dense.pull_block(0, np.empty(4, np.float32))
-    parts = (Part(1), Part(1))
-    _use(make_table(TableSpec("warm_up", 2, parts=parts, blocks=2, eviction=Eviction(age=1), expand_score=0.1), seed=0))
+        _use(TableSpec("warm_up", 2, OptimizerSpec(optimizer), blocks=2))
+        dense = DenseParameter(DenseSpec("warm_up", (4,), OptimizerSpec(optimizer)), seed=0)
+        dense.adopt(0)
+        dense.push_block(0, np.ones(4, np.float32), rate=0.1)
+        dense.pull_block(0, np.empty(4, np.float32))
+    for policy in _POLICIES:
+        _use(TableSpec("warm_up", 2, blocks=2, **policy))
+    # Where no file can be made no table can spill, and one that has to says so when it comes to it.
+    with contextlib.suppress(PSError):
+        _use(TableSpec("warm_up", 2, blocks=2, memory_bytes=1))
+        _move_records()
     _look(np.arange(64, dtype=np.uint64))
 
 
-def _use(table: AnyTable) -> None:
+def _use(spec: TableSpec) -> None:
+    table = make_table(spec, seed=0)
+    try:
+        for block in range(spec.blocks):
+            table.adopt(block)
+        for begin in (0, 200, 0):  # new rows, then others that make them cold, then the first ones again
+            keys = np.arange(begin, begin + 200, dtype=np.uint64)
+            found = KeySorter().build(keys, table.salt, table.bits, np.arange(spec.blocks, dtype=np.int32))
+            rows = np.empty((len(found.keys), spec.dim), np.float32)
+            table.check(found.keys, found.blocks, found.counts, unique=True)
+            table.pull(found.keys, found.blocks, found.counts, rows)
+            table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
+        for key in (*range(0, 400, 40), 1 << 63):  # some of them are in a file
+            table.explain(key)
+        table.import_block(0, table.export_block(0))
+        table.sweep(1, tick=9)
+        table.drop(1)
+    finally:
+        table.close()
+
+
+def _move_records() -> None:
+    """Free records of a spill file, and give one a new number, as a job does after hours only."""
+    content = np.zeros((2, 8), np.uint8)
+    with SpillFile(Path(tempfile.gettempdir()), 8, limit_bytes=1 << 20, segment_bytes=1 << 16) as file:
+        file.free(file.append(address_of(content), 2))
+    table = make_table(TableSpec("warm_up", 2, blocks=1), seed=0)
     table.adopt(0)
-    table.adopt(1)
-    found = KeySorter().build(np.arange(64, dtype=np.uint64), table.salt, table.bits, np.arange(2, dtype=np.int32))
-    rows = np.empty((len(found.keys), 2), np.float32)
-    table.check(found.keys, found.blocks, found.counts, unique=True)
-    table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
-    table.pull(found.keys, found.blocks, found.counts, rows)
-    content = table.export_block(0)
-    table.import_block(0, content)
-    table.sweep(0, tick=9)
+    none: NDArray[np.int64] = np.empty(0, np.int64)
+    renumber(address_of(table.descriptors), table.salt, none.view(np.uint64), none, none, np.empty(0, np.uint8))
 
 
 def _look(keys: NDArray[np.uint64]) -> None:

@@ -8,9 +8,9 @@ import pytest
 import rig
 from rows_rig import RAW, array, ask, asked, client, job_message, job_of, keys_of, train
 
-from oarlock.embedding.spec import TableSpec
+from oarlock.client import rows
 from oarlock.proto.errors import DeadlineExceeded, Malformed, Unavailable, WrongJob, WrongRun
-from oarlock.proto.shard_pb2 import EXPORT, GET, UNDO
+from oarlock.proto.shard_pb2 import EXPORT, GET, UNDO, RowsRequest
 
 
 @pytest.fixture
@@ -142,10 +142,13 @@ def test_what_was_refused_is_counted_with_a_sample_of_keys():
     assert (refused, sample.tolist()) == (0, [])
 
 
-def test_a_wide_table_is_asked_in_pieces_that_fit():
-    job = job_of(tables=(TableSpec("wide", 65536, rig.SGD, rig.ZEROS, 8),))
-    found, weights = asked(job, lambda tool: tool.get("wide", np.arange(600, dtype=np.uint64)))
-    assert (len(found), weights.shape, weights.any()) == (600, (600, 65536), False)
+def test_a_wide_table_is_asked_in_pieces_that_fit(monkeypatch):
+    job = job_of(shards=2)
+    monkeypatch.setattr(rows, "MESSAGE_BYTES", 240)
+    spy = rig.Spy(job.transport)
+    found, _ = asked(job, lambda tool: tool.get("user", np.arange(60, dtype=np.uint64)), spy)
+    sizes = [len(RowsRequest.FromString(data).keys.keys.data) // 8 for _, _, data, _ in spy.sent("Shard.Rows")]
+    assert (len(found), sum(sizes), max(sizes)) == (60, 60, 10)
 
 
 def test_answers_for_other_keys_are_malformed(job):

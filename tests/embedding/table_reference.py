@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 
+from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of
 from oarlock.embedding.precision import decode_row, encode_nearest, encode_row, precision_code, row_scale, weight_bytes
@@ -282,7 +283,8 @@ class Model:
 
 def group(name, bits, keys, stored):
     """Return (keys, blocks, counts, positions) of those keys whose block is stored, repeated ones included."""
-    blocks = np.array([reference.block(name, bits, key) for key in keys], np.int64)
+    blocks = np.empty(len(keys), np.int32)
+    blocks_of(np.array(keys, np.uint64), np.uint64(reference.salt(name)), bits, blocks)
     used = [block for block in np.unique(blocks).tolist() if block in stored]
     positions = np.concatenate([np.flatnonzero(blocks == block) for block in used] or [np.zeros(0, np.int64)])
     return (
