@@ -4,7 +4,7 @@
 import subprocess
 import sys
 
-MODULES = ("rpc", "ncf", "exactly_once", "kills")
+MODULES = ("rpc", "table", "ncf", "exactly_once", "kills")
 
 
 def main() -> int:

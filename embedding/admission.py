@@ -76,7 +76,7 @@ def power(base: float, exponent: Int) -> float:
 def draw(first: First, key: np.uint64, step: Int) -> float:
     """Return a number in [0, 1) that depends on (job seed, table, key, step) alone."""
     x = mix64(stream(first.origin, key) ^ mix64(np.uint64(step) + GOLDEN))
-    return np.float64(np.int64(x >> _DROP)) * _UNIT
+    return float(np.int64(x >> _DROP)) * _UNIT
 
 
 @jit
@@ -122,7 +122,7 @@ def admitted(
         count = min(before + amount, VALUE)
         return count >= rules.needed, count
     if rules.kind == BY_SKETCH:
-        count = np.int64(count_key(load_i64(descriptor, SKETCH), mix, amount))
+        count = count_key(load_i64(descriptor, SKETCH), mix, amount)
         return count >= rules.needed, count
     if rules.kind == BY_CHANCE:
         # One draw for all of the push's occurrences, with the chance that at least one of them is lucky.
@@ -179,7 +179,7 @@ def admit(
                 continue
             before = word & VALUE
         amount = np.int64(load_u32(request.occurrences, i)) if request.occurrences != 0 else np.int64(1)
-        click = np.float64(load_f32(request.clicks, i)) if request.clicks != 0 else 0.0
+        click = float(load_f32(request.clicks, i)) if request.clicks != 0 else 0.0
         yes, total = admitted(descriptor, first, rules, mix, key, before, amount, click, request.step)
         if yes:
             slot = take_slot(descriptor, shape)
@@ -198,11 +198,11 @@ def admit(
                 store_u32(side + 4 * shape.state_columns, shape.occurrences, np.uint32(max(total - amount, 0)))
             created += 1
         elif rules.kind == BY_COUNT:
-            word = np.uint32(PENDING | total)
+            waits = np.uint32(PENDING | total)
             if entry == 0:
-                insert(buckets, count, line, key, word)
+                insert(buckets, count, line, key, waits)
                 store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) + 1)
                 store_i64(descriptor, PENDING_KEYS, load_i64(descriptor, PENDING_KEYS) + 1)
             else:
-                store_u32(entry, 0, word)
+                store_u32(entry, 0, waits)
     return created

@@ -237,8 +237,12 @@ class ColdRows:
         state = np.empty((n, rows.state.shape[1]), np.float32)
         counters = np.empty((n, rows.counters.shape[1]), np.uint32)
         split_records(content, shape, address_of(weights), state, counters)
-        joined = [np.concatenate(pair) for pair in zip(rows[:4], (keys, weights, state, counters), strict=True)]
-        return rows._replace(keys=joined[0], weights=joined[1], state=joined[2], counters=joined[3])
+        return rows._replace(
+            keys=np.concatenate([rows.keys, keys]),
+            weights=np.concatenate([rows.weights, weights]),
+            state=np.concatenate([rows.state, state]),
+            counters=np.concatenate([rows.counters, counters]),
+        )
 
     # Housekeeping; the caller holds nothing.
 

@@ -149,7 +149,7 @@ def import_waiting(descriptor: Int, salt: np.uint64, keys: NDArray[np.uint64], c
         line = home(buckets, count, key_mix(salt, keys[i]))
         if find(buckets, count, line, keys[i]) != 0:
             return i
-        insert(buckets, count, line, keys[i], np.uint32(PENDING | min(np.int64(counts[i]), VALUE)))
+        insert(buckets, count, line, keys[i], np.uint32(PENDING | np.int64(min(np.int64(counts[i]), np.int64(VALUE)))))
     store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) + keys.shape[0])
     store_i64(descriptor, PENDING_KEYS, np.int64(keys.shape[0]))
     return -1

@@ -48,7 +48,7 @@ def squared_norm(row: Int, shape: Layout, values: Int) -> float:
     decode_row(row, shape.code, shape.dim, values)
     total = 0.0
     for column in range(shape.dim):
-        w = np.float64(load_f32(values, column))
+        w = float(load_f32(values, column))
         total += w * w
     return total
 

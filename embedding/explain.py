@@ -7,6 +7,7 @@ Invariant: looking changes nothing. Under the block's mutex, so that all of it i
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oarlock.embedding.content import read_row
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT
@@ -18,7 +19,7 @@ from oarlock.embedding.slab import First, Layout, draw_weights, side_at, weights
 from oarlock.proto.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from oarlock.embedding.table import Table
+    from oarlock.embedding.upkeep import Upkeep
 
 
 @jit
@@ -32,12 +33,7 @@ def find_word(buckets: Int, count: Int, salt: np.uint64, key: np.uint64) -> Int:
 
 @jit
 def read_slot(
-    chunks: Int,
-    slot: Int,
-    shape: Layout,
-    weights: Int,
-    state: np.ndarray,
-    counters: np.ndarray,  # type: ignore[type-arg]
+    chunks: Int, slot: Int, shape: Layout, weights: Int, state: NDArray[np.float32], counters: NDArray[np.uint32]
 ) -> None:
     """Copy one row to weights: float32[dim] at an address, state: float32[1, columns], counters: uint32[1, c]."""
     side = side_at(chunks, slot, shape)
@@ -54,7 +50,7 @@ def draw_row(key: np.uint64, shape: Layout, first: First, out: Int) -> None:
     draw_weights(key, shape, first, out)
 
 
-def explain_row(table: "Table", key: int, tick: int | None) -> dict[str, Any]:
+def explain_row(table: "Upkeep", key: int, tick: int | None) -> dict[str, Any]:
     """Return what ``Table.explain`` promises."""
     if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 1 << 64:
         raise InvalidArgument(f"key = {key!r}: give an integer from 0 to 2^64 - 1")
@@ -96,7 +92,7 @@ def explain_row(table: "Table", key: int, tick: int | None) -> dict[str, Any]:
     return out
 
 
-def _row(table: "Table", slot: int, state: Any, counters: Any, tick: int | None) -> dict[str, Any]:
+def _row(table: "Upkeep", slot: int, state: Any, counters: Any, tick: int | None) -> dict[str, Any]:
     shape, spec = table.layout, table.spec
 
     def counter(column: int) -> int | None:

@@ -11,6 +11,7 @@ long as a run of keys in one block. Take and give back in the same thread or ano
 """
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import Int
 
 MUTEX = 0  # bytes from the lock's address
 READERS = 8
@@ -83,7 +85,7 @@ if numba.config.DISABLE_JIT:
 
     atomic_add = _plain_add
     swap_if = _plain_swap_if
-    yield_processor = lambda: threading.Event().wait(0.0001) and None  # noqa: E731
+    yield_processor = os.sched_yield
 else:
     atomic_add = intrinsic(_add)
     swap_if = intrinsic(_swap_if)
@@ -91,7 +93,7 @@ else:
 
 
 @jit
-def enter_mutex(lock: int) -> None:
+def enter_mutex(lock: Int) -> None:
     """Keep all others from changing the block; pulls go on."""
     tries = 0
     while swap_if(lock + MUTEX, 0, 1) != 0:
@@ -101,12 +103,12 @@ def enter_mutex(lock: int) -> None:
 
 
 @jit
-def leave_mutex(lock: int) -> None:
+def leave_mutex(lock: Int) -> None:
     atomic_add(lock + MUTEX, -1)
 
 
 @jit
-def shut(lock: int) -> None:
+def shut(lock: Int) -> None:
     """Wait until no pull is inside, and let none in. The caller holds the mutex."""
     atomic_add(lock + READERS, WRITER)
     tries = 0
@@ -117,12 +119,12 @@ def shut(lock: int) -> None:
 
 
 @jit
-def reopen(lock: int) -> None:
+def reopen(lock: Int) -> None:
     atomic_add(lock + READERS, -WRITER)
 
 
 @jit
-def try_enter(lock: int) -> bool:
+def try_enter(lock: Int) -> bool:
     """Enter as a pull; False = someone has the block to himself."""
     if atomic_add(lock + READERS, 1) >= WRITER:
         atomic_add(lock + READERS, -1)
@@ -131,7 +133,7 @@ def try_enter(lock: int) -> bool:
 
 
 @jit
-def enter(lock: int) -> None:
+def enter(lock: Int) -> None:
     """Enter as a pull; the caller is inside no other block."""
     tries = 0
     while not try_enter(lock):
@@ -141,5 +143,5 @@ def enter(lock: int) -> None:
 
 
 @jit
-def leave(lock: int) -> None:
+def leave(lock: Int) -> None:
     atomic_add(lock + READERS, -1)

@@ -45,7 +45,7 @@ class Pages:
         start = _map(None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         if start in (None, _FAILED):
             raise MemoryError(f"no {size} bytes of memory: {os.strerror(ctypes.get_errno())}")
-        self._start = start
+        self._start = int(start)
         self.address = -(-start // align) * align
         self.size = size
         self._huge = huge and hasattr(mmap, "MADV_HUGEPAGE")
@@ -97,7 +97,7 @@ class Slots:
         if self._used == self._room:
             return 0
         self._used += 1
-        return self._pages.address + (self._used - 1) * self.size
+        return int(self._pages.address + (self._used - 1) * self.size)
 
     def give_back(self, address: int) -> bool:
         """Take a place back; return whether any is still taken."""

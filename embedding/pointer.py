@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from oarlock.proto.errors import InvalidArgument, Malformed
 
-Int = int | np.signedinteger[Any]  # an int64 of a kernel: an address, a slot, a count
+# An int64 of a kernel: an address, a slot, a count. numba infers and checks the types of kernels; to mypy they would be
+# numpy scalars in one place and plain integers in the next, so it is told nothing of them.
+Int = Any
 
 LINE = 64  # bytes of a cache line, the unit of prefetch
 

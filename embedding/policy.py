@@ -6,6 +6,7 @@ Invariant: a policy that exists is valid. Ticks are the steps that pushes carry.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from oarlock.proto.errors import InvalidArgument
 
@@ -14,9 +15,9 @@ ADMISSIONS = ("always", "count", "sketch", "probability", "score")
 ORDERS = ("recent", "frequent")
 
 
-def _check(owner: str, name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+def _check(owner: str, name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
     fits = isinstance(value, int) if whole else isinstance(value, int | float)
-    if isinstance(value, bool) or not fits or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type]
+    if isinstance(value, bool) or not fits or not math.isfinite(value) or not low <= value <= high:
         kind = "an integer" if whole else "a number"
         raise InvalidArgument(f"{owner}.{name} = {value!r}: give {kind} from {low:g} to {high:g}")
 

@@ -233,7 +233,7 @@ def pull_rows(
     grouped: Grouped,
     scratch: PullScratch,
     out: Int,
-) -> int:
+) -> Int:
     """Write the weights of the keys to address out: float32[n, dim]; return -1, or the group whose block is not stored.
 
     ``zeros``: absent keys read as zeros; ``heated``: the table spills, so uses are counted. The lines of rows in the spill

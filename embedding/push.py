@@ -76,7 +76,7 @@ PART_FIELDS = 6
 class Parts(NamedTuple):
     """The parts of a row: how many, and the address of their lines."""
 
-    count: int
+    number: int
     lines: int
 
 
@@ -205,7 +205,7 @@ def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -
             old = load_i64(scratch.undo, i) + place * (shape.weight_bytes + 4 * shape.state_columns)
             copy(old, row, shape.weight_bytes)
             copy(old + shape.weight_bytes, side, 4 * shape.state_columns)
-            kept = min((ring >> 16) + 1, shape.undo)
+            kept: Int = min((ring >> 16) + 1, shape.undo)
             store_u32(counters, shape.recorded, np.uint32((kept << 16) | ((place + 1) % shape.undo)))
         if shape.updated >= 0:
             store_u32(counters, shape.updated, np.uint32(request.tick))
@@ -237,7 +237,7 @@ def update_block(
     batch = UPDATE_ROWS if shape.code == FLOAT32 else 1
     # What is done to all rows of a run before the first of them is updated must not look at what the run changes.
     looks = shape.undo > 0
-    for p in range(parts.count):
+    for p in range(parts.number):
         looks = looks or load_i64(parts.lines + 8 * PART_FIELDS * p, PASSES) != 0
     ready = scratch.values + stride  # where prepared gradients go, behind one row's decoded weights
     i: Int = at
@@ -254,7 +254,7 @@ def update_block(
         if decoded:
             decode_row(stored, shape.code, shape.dim, scratch.values)
             store_i64(rows, 0, scratch.values)
-        for p in range(parts.count):
+        for p in range(parts.number):
             part = parts.lines + 8 * PART_FIELDS * p
             if p > 0:
                 before = part - 8 * PART_FIELDS

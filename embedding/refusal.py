@@ -28,7 +28,7 @@ def poisonous(gradient: Int, dim: int, limit: np.uint32) -> bool:
     bad = np.uint32(0)
     for column in range(dim):
         bad |= np.uint32((load_u32(gradient, column) & _MAGNITUDE) >= limit)
-    return bad != 0
+    return bool(bad != 0)
 
 
 @jit

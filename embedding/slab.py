@@ -196,7 +196,7 @@ def prefetch_bytes(address: Int, size: Int) -> None:
 def draw_weights(key: np.uint64, shape: Layout, first: First, out: Int) -> None:
     """Write a key's first weights, float32[dim], to address ``out``."""
     begin = stream(first.origin, key)
-    column = np.int64(first.begin)
+    column: Int = np.int64(first.begin)
     for part in range(first.parts):
         end = load_i64(first.ends, part)
         kind = load_f64(first.constants, 3 * part)

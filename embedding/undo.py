@@ -38,7 +38,7 @@ def undo_rows(
         ring = np.int64(load_u32(recorded, 0))
         kept = ring >> 16
         place = ring & 0xFFFF
-        back = min(kept, steps)
+        back: Int = min(kept, steps)
         if back > 0:
             place = (place - back) % shape.undo
             old = undo_at(chunks, slot, shape) + place * size
