@@ -178,22 +178,7 @@ def test_every_kernel_is_compiled_once_whatever_form_arrays_and_numbers_come_in(
 
 def test_the_heart_of_the_suite_holds_without_compiling():
     folder = PACKAGE / "tests" / "embedding"
-    names = [
-        "admission",
-        "aim",
-        "block",
-        "cold",
-        "dense",
-        "evict",
-        "explain",
-        "index",
-        "initial",
-        "lock",
-        "memory",
-        "pointer",
-        "slab",
-        "table_machine",
-    ]
-    names += ["table_threads", "tombstones", "undo"]
+    names = ["admission", "aim", "block", "cold", "dense", "evict", "explain", "index", "initial", "lock", "memory"]
+    names += ["pointer", "slab", "table_machine", "table_threads", "tombstones", "undo"]
     part = [str(folder / f"test_{name}.py") for name in names]
     assert "passed" in run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *part], NUMBA_DISABLE_JIT="1")
