@@ -9,17 +9,19 @@ addresses, because handing arrays on to a function counts references, for every 
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from oarlock.embedding.descriptor import BUCKETS, COUNT, DESCRIPTOR_BYTES
+from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES
 from oarlock.embedding.hashing import key_mix
 from oarlock.embedding.index import home
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, load_i64, load_u32, load_u64, prefetch, store_i64
+from oarlock.embedding.pointer import LINE, Int, address_in, load_i64, load_u32, load_u64, prefetch, store_i64
 
 STAGE = 128  # keys that are looked up together
 FAR = 128  # keys that are asked for ahead
 RING = 512  # more than lie between the first key in use and the last one asked for
 _RING = RING - 1
+CHUNK_LINES = 6  # lines of a block's chunk table that are asked for ahead
 
 # Words of the cursor: the key and the group to go on from, the first key behind that group, whether its index was not seen
 # yet; then a ring of the index (address and buckets) that each group's hints are for.
@@ -38,6 +40,12 @@ class Grouped(NamedTuple):
     keys: int
     blocks: int
     counts: int
+
+
+@jit
+def addresses(keys: NDArray[np.uint64], blocks: NDArray[np.int32], counts: NDArray[np.int32]) -> Grouped:
+    """Return a request's keys as kernels hand them on; the caller keeps the arrays."""
+    return Grouped(keys.shape[0], blocks.shape[0], address_in(keys, 0), address_in(blocks, 0), address_in(counts, 0))
 
 
 @jit
@@ -65,6 +73,10 @@ def aim(
             store_i64(cursor, SEEN + 2 * (group & _RING), buckets)
             store_i64(cursor, SEEN + 2 * (group & _RING) + 1, count)
             store_i64(cursor, FRESH, 0)
+            # The first chunks' addresses: fifteen thousand rows on, they are no longer in the second cache.
+            chunks: Int = load_i64(descriptor, CHUNKS)
+            for offset in range(0, CHUNK_LINES * LINE, LINE):
+                prefetch(chunks + offset)
         elif load_i64(cursor, SEEN + 2 * (group & _RING)) != buckets or (
             load_i64(cursor, SEEN + 2 * (group & _RING) + 1) != count
         ):

@@ -14,13 +14,25 @@ two rings that stay in the first cache.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, aim, renew, start_aiming
+from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, addresses, aim, renew, start_aiming
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES, NEXT
 from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
-from oarlock.embedding.pointer import LINE, Int, copy, load_i64, load_u32, load_u64, prefetch, store_f32, store_i64
+from oarlock.embedding.pointer import (
+    LINE,
+    Int,
+    address_in,
+    copy,
+    load_i64,
+    load_u32,
+    load_u64,
+    prefetch,
+    store_f32,
+    store_i64,
+)
 from oarlock.embedding.precision import FLOAT32, decode_row
 from oarlock.embedding.slab import First, Layout, draw_weights, prefetch_bytes, weights_at
 
@@ -230,19 +242,23 @@ def pull_rows(
     first: First,
     zeros: bool,
     heated: bool,
-    grouped: Grouped,
+    keys: NDArray[np.uint64],
+    blocks: NDArray[np.int32],
+    counts: NDArray[np.int32],
     scratch: PullScratch,
-    out: Int,
+    out: NDArray[np.float32],
 ) -> Int:
-    """Write the weights of the keys to address out: float32[n, dim]; return -1, or the group whose block is not stored.
+    """Write the weights of keys: uint64[n] to out: float32[n, dim]; return -1, or the group whose block is not stored.
 
     ``zeros``: absent keys read as zeros; ``heated``: the table spills, so uses are counted. The lines of rows in the spill
     file are left as they are.
     """
     for word in range(FOUND_WORDS):
         store_i64(scratch.found, word, 0)
+    grouped = addresses(keys, blocks, counts)
+    lines = address_in(out, 0)
     missing = pull_groups(
-        descriptors, salt, shape, first, zeros, heated, grouped, 0, grouped.groups, 0, grouped.n, False, scratch, out
+        descriptors, salt, shape, first, zeros, heated, grouped, 0, grouped.groups, 0, grouped.n, False, scratch, lines
     )
     # Blocks that a push was in come last: behind it, this pull would wait in each block that the push is just in.
     for k in range(load_i64(scratch.found, PUT_OFF)):
@@ -251,6 +267,6 @@ def pull_rows(
         end = at + np.int64(load_u32(grouped.counts, group))
         if missing < 0:
             missing = pull_groups(
-                descriptors, salt, shape, first, zeros, heated, grouped, group, group + 1, at, end, True, scratch, out
+                descriptors, salt, shape, first, zeros, heated, grouped, group, group + 1, at, end, True, scratch, lines
             )
     return missing

@@ -14,9 +14,10 @@ Results are a pure function of (block, request), whatever the split into request
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oarlock.embedding.admission import Rules, admit
-from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, aim, renew, start_aiming
+from oarlock.embedding.aim import FAR, RING, STAGE, addresses, aim, renew, start_aiming
 from oarlock.embedding.descriptor import (
     BUCKETS,
     CHUNKS,
@@ -322,13 +323,15 @@ def push_rows(
     first: First,
     rules: Rules,
     parts: Parts,
-    grouped: Grouped,
+    keys: NDArray[np.uint64],
+    blocks: NDArray[np.int32],
+    counts: NDArray[np.int32],
     request: Request,
     scratch: Scratch,
     outcome: Outcome,
 ) -> int:
     """Apply the request from group progress[GROUP] on; return how it ended."""
-    keys = grouped.keys
+    grouped = addresses(keys, blocks, counts)
     at: Int = load_i64(outcome.progress, POSITION)
     start = load_i64(outcome.progress, GROUP)
     start_aiming(scratch.cursor, grouped, start, at)
@@ -347,8 +350,10 @@ def push_rows(
             while begin < end:
                 stop = min(begin + STAGE, end)
                 aim(descriptors, salt, grouped, scratch.cursor, min(grouped.n, stop + FAR), scratch.hints)
-                renew(descriptor, salt, keys, scratch.cursor, group, begin, stop, scratch.hints)
-                more, cold = look(descriptor, shape, rules, keys, request.gradients, begin, stop, scratch, in_file)
+                renew(descriptor, salt, grouped.keys, scratch.cursor, group, begin, stop, scratch.hints)
+                more, cold = look(
+                    descriptor, shape, rules, grouped.keys, request.gradients, begin, stop, scratch, in_file
+                )
                 absent += more
                 in_file += cold
                 begin = stop
@@ -357,7 +362,19 @@ def push_rows(
                 code = IN_FILE
             else:
                 code = push_block(
-                    descriptor, salt, shape, first, rules, parts, keys, request, at, end, absent, scratch, outcome
+                    descriptor,
+                    salt,
+                    shape,
+                    first,
+                    rules,
+                    parts,
+                    grouped.keys,
+                    request,
+                    at,
+                    end,
+                    absent,
+                    scratch,
+                    outcome,
                 )
         reopen(descriptor)
         leave_mutex(descriptor)

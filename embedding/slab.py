@@ -6,7 +6,7 @@
     side               optimizer state (float32), then counters (uint32): occurrences, tick of the last update, shows, clicks
                        (float32), and for the undo ring values kept << 16 | next place; as many of them as the table keeps
     undo               ring of the last n values: weights and state as they were before an update
-    chunks of a block: 16 rows, 16, 32, 64, ... up to about 128 KiB, then chunks of one size
+    chunks of a block: 16 rows, 16, 32, 64, ... up to about 256 KiB, then chunks of one size
 
 Weights lie apart from the rest, so that a pull touches the cache lines of weights alone; rows so short that weights and
 side fit one line together lie side by side (docs/performance.md has the measurement). Invariant: a slot's row never moves
@@ -33,7 +33,7 @@ from oarlock.embedding.pointer import (
 from oarlock.embedding.precision import FLOAT32, encode_row, seed_of, weight_bytes
 
 FIRST_BITS = 4  # the first chunk holds 2^4 rows
-CHUNK_BYTES = 128 << 10
+CHUNK_BYTES = 256 << 10
 TOGETHER_BYTES = 16  # rows with at most so many bytes of weights have their side beside them
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding import check
 from oarlock.embedding.admission import Rules
-from oarlock.embedding.aim import Grouped
+from oarlock.embedding.aim import addresses
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.policy import ADMISSIONS
@@ -66,11 +66,6 @@ KEPT_KEYS = 1 << 17  # scratch for requests of so many keys is kept
 
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
 _NO_RECORDS: NDArray[np.int64] = np.zeros(0, np.int64)
-
-
-def _grouped(keys: Keys, blocks: Groups, counts: Groups) -> Grouped:
-    """Return a request's keys as kernels take them; the caller keeps the arrays."""
-    return Grouped(len(keys), len(blocks), address_of(keys), address_of(blocks), address_of(counts))
 
 
 class PushCounts(NamedTuple):
@@ -161,9 +156,11 @@ class Table(Upkeep):
                     self.first,
                     self.spec.absent == "zeros",
                     self._cold is not None,
-                    _grouped(keys, blocks, counts),
+                    keys,
+                    blocks,
+                    counts,
                     work.pull,
-                    address_of(out),
+                    out,
                 )
                 if missing >= 0:
                     self.stale(int(blocks[missing]))
@@ -216,9 +213,8 @@ class Table(Upkeep):
             progress = np.zeros(WORDS, np.int64)
             sample = np.empty(min(n, self.spec.guard.sample), np.uint64)
             outcome = Outcome(address_of(progress), address_of(sample), len(sample))
-            grouped = _grouped(keys, blocks, counts)
             if self._cold is not None:
-                self._cold.bring_back_request(grouped)
+                self._cold.bring_back_request(addresses(keys, blocks, counts))
             while True:
                 code = push_rows(
                     self.base,
@@ -227,7 +223,9 @@ class Table(Upkeep):
                     self.first,
                     self._rules,
                     self._parts,
-                    grouped,
+                    keys,
+                    blocks,
+                    counts,
                     request,
                     work.push,
                     outcome,
