@@ -24,7 +24,7 @@ from oarlock.embedding.descriptor import (
 )
 from oarlock.embedding.index import GROWTH, entries_of, rehash
 from oarlock.embedding.lock import reopen, shut
-from oarlock.embedding.memory import Arena, IndexMemory
+from oarlock.embedding.memory import Arena, IndexMemory, touch
 from oarlock.embedding.pointer import LINE, address_of
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import Layout, chunk_bytes, chunk_rows
@@ -98,6 +98,8 @@ class Block:
             if number == self._table.shape[0]:
                 self._lengthen()
             address = self._arena.take(size)
+            # The system gives a page when it is first written to, which may take milliseconds: not while the block is shut.
+            touch(address, size)
             self._chunks.append((address, size))
             self._table[number] = address
             have += count

@@ -14,7 +14,10 @@ import mmap
 import os
 import threading
 
-from oarlock.embedding.pointer import LINE
+import numpy as np
+
+from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import LINE, Int, store_u8
 
 HUGE = 2 << 20
 FIRST_SEGMENT = 256 << 10  # a small table shall not cost megabytes
@@ -28,6 +31,14 @@ _map.restype = ctypes.c_void_p
 _map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _unmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@jit
+def touch(address: Int, size: Int) -> None:
+    """Have memory behind every page of a part that is about to be used and holds nothing yet."""
+    for offset in range(0, size, PAGE):
+        store_u8(address + offset, 0, np.uint8(0))
+    store_u8(address + size - 1, 0, np.uint8(0))
 
 
 class Pages:
