@@ -5,13 +5,14 @@
 
 Each stored block may keep its part of the budget. When a block needs room beyond it, a hand goes round its index once: rows
 that nobody asked for since the hand was there last (two bits of heat, ``embedding/index.py``) go to the file in one
-write, the others lose some heat. A push brings the rows that it names back first; a pull reads them where they are.
+write, the others lose some heat. A request brings the rows that it names back, a pull after it has read them.
 
 Invariant: where a row lies never changes what a request returns. A record that a pull may be about to read is pinned, and
 records are freed, and the file compacted, only by ``tidy``, outside of any block's lock. The budget is soft: rows that are all
 in use stay in memory.
 """
 
+import contextlib
 import tempfile
 import threading
 from collections import deque
@@ -22,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.aim import Grouped
-from oarlock.embedding.cold_batch import list_cold, name_records, pack_cold, take_back
+from oarlock.embedding.cold_batch import list_cold, name_records, pack_cold, renumber, take_back
 from oarlock.embedding.cold_kernels import (
     choose_cold,
     decode_records,
     find_spilled,
     list_spilled,
     pack_rows,
-    renumber,
     spill_entries,
     split_records,
     unspill,
@@ -40,12 +40,12 @@ from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.index import PLACES, RECORD, SPILLED
 from oarlock.embedding.pointer import address_of
 from oarlock.embedding.spill_file import SpillFile
-from oarlock.proto.errors import OutOfMemory
+from oarlock.proto.errors import OutOfMemory, PSError
 
 if TYPE_CHECKING:
     from oarlock.embedding.store import Store
 
-INDEX_BYTES = 16  # of a row's entry in the index, about
+SLACK = 3  # dead records of the file for each live one: moving the live ones costs more than disk
 SLOTS_AT_ONCE = 64  # asked for when a row comes back and there is none
 LEAST_ROWS = 64  # of a block, whatever the budget
 TIDY_RECORDS = 1 << 14  # dead records that are worth a look at the file
@@ -62,8 +62,8 @@ class ColdRows:
         self._store = store
         self._shape = shape
         self.record_bytes = 8 + shape.weight_bytes + 4 * (shape.state_columns + shape.counters)
-        self._row_bytes = self.record_bytes + INDEX_BYTES
-        self.file = SpillFile(folder or Path(tempfile.gettempdir()), self.record_bytes)
+        self._row_bytes = self.record_bytes - 8
+        self.file = SpillFile(folder or Path(tempfile.gettempdir()), self.record_bytes, slack=SLACK)
         self._lock = threading.Lock()  # of tidy
         self._opening = threading.Lock()
         self._opened = False
@@ -83,9 +83,16 @@ class ColdRows:
         if token is not None:
             self.file.unpin(token)
 
-    def read_weights(self, where: Records, records: Records, out: NDArray[np.float32]) -> None:
-        """Write the weights of records: int64[n] to lines where: int64[n] of out: float32[.., dim]."""
-        decode_records(self._read(records), self._shape, where, address_of(out))
+    def read_weights(self, keys: Keys, where: Records, records: Records, out: NDArray[np.float32]) -> None:
+        """Write the weights of keys: uint64[n], in the file as ``records``, to lines where: int64[n] of out: float32[.., dim].
+
+        The rows come back into memory: in training, a push of the same keys follows.
+        """
+        content = self._read(records)
+        decode_records(content, self._shape, where, address_of(out))
+        # The answer is whole: no memory for its rows, or a block that has just gone, does not matter to it.
+        with contextlib.suppress(PSError):
+            self._take_back(keys, records, content)
 
     def _read(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         content = np.empty((len(records), self.record_bytes), np.uint8)
@@ -105,19 +112,22 @@ class ColdRows:
             found = list_cold(store.base, store.salt, grouped, keys, records)
             if found == 0:
                 return
-            keys, records = keys[:found], records[:found]
-            content = self._read(records)
-            done = np.zeros(found, np.uint8)
-            at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, 0, done)
-            while at < found:
-                block = np.empty(1, np.int32)
-                blocks_of(keys[at : at + 1], store.salt, store.bits, block)
-                with store.holding(int(block[0])):
-                    store.stored(int(block[0])).reserve(0, SLOTS_AT_ONCE)
-                at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, at, done)
-            self._dead.append(records[done != 0])
+            self._take_back(keys[:found], records[:found], self._read(records[:found]))
         finally:
             self.unpin(token)
+
+    def _take_back(self, keys: Keys, records: Records, content: NDArray[np.uint8]) -> None:
+        """Give rows that were read slots again, as far as they are still in the file."""
+        store, shape = self._store, self._shape
+        done = np.zeros(len(keys), np.uint8)
+        at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, 0, done)
+        while at < len(keys):
+            block = np.empty(1, np.int32)
+            blocks_of(keys[at : at + 1], store.salt, store.bits, block)
+            with store.holding(int(block[0])):
+                store.stored(int(block[0])).reserve(0, SLOTS_AT_ONCE)
+            at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, at, done)
+        self._dead.append(records[done != 0])
 
     def spill_over(self, blocks: NDArray[np.int32]) -> None:
         """Let cold rows of those of the blocks that are over their part of the budget go to the file."""
@@ -267,16 +277,8 @@ class ColdRows:
         """Let the index point to records' new numbers; one that a push took back meanwhile needs none."""
         store = self._store
         keys = np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(len(old))
-        blocks = np.empty(len(keys), np.int32)
-        blocks_of(keys, store.salt, store.bits, blocks)
         adopted: NDArray[np.uint8] = np.zeros(len(keys), np.uint8)
-        for block in np.unique(blocks).tolist():
-            where = np.flatnonzero(blocks == block)
-            with store.holding(block) as descriptor, store.shut(block):
-                if block in store.blocks:
-                    part = np.zeros(len(where), np.uint8)
-                    renumber(descriptor, store.salt, keys[where], old[where], new[where], part)
-                    adopted[where] = part
+        renumber(store.base, store.salt, store.bits, keys, old, new, adopted)
         lost = adopted == 0
         if lost.any():
             # Their old numbers are, or will be, in the queue of the dead, but compaction frees them itself.

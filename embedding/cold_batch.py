@@ -32,8 +32,10 @@ from oarlock.embedding.hashing import block_of_mix, key_mix
 from oarlock.embedding.index import PENDING, SPILLED, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, enter_mutex, leave, leave_mutex, reopen, shut
-from oarlock.embedding.pointer import Int, address_in, load_i64, load_u32, load_u64, store_i64, store_u32
+from oarlock.embedding.pointer import Int, address_in, load_i64, load_u32, load_u64, prefetch, store_i64, store_u32
 from oarlock.embedding.slab import Layout
+
+AHEAD = 16  # keys whose buckets are asked for before they are looked up
 
 
 @jit
@@ -54,7 +56,12 @@ def list_cold(
             enter(descriptor)
             buckets: Int = load_i64(descriptor, BUCKETS)
             count: Int = load_i64(descriptor, COUNT)
-            for i in range(at, end if buckets != 0 else at):
+            last = end if buckets != 0 else at
+            for i in range(at, min(at + AHEAD, last)):
+                prefetch(home(buckets, count, key_mix(salt, load_u64(grouped.keys, i))))
+            for i in range(at, last):
+                if i + AHEAD < last:
+                    prefetch(home(buckets, count, key_mix(salt, load_u64(grouped.keys, i + AHEAD))))
                 key = load_u64(grouped.keys, i)
                 entry = find(buckets, count, home(buckets, count, key_mix(salt, key)), key)
                 if entry != 0 and np.int64(load_u32(entry, 0)) >= SPILLED:
@@ -64,6 +71,17 @@ def list_cold(
             leave(descriptor)
         at = end
     return found
+
+
+@jit
+def ask_ahead(descriptor: Int, salt: np.uint64, bits: int, block: Int, keys: NDArray[np.uint64], begin: int) -> None:
+    """Ask for the buckets of the first keys of a block."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    for i in range(begin, min(begin + AHEAD, keys.shape[0])):
+        mix = key_mix(salt, keys[i])
+        if block_of_mix(mix, bits) == block:
+            prefetch(home(buckets, count, mix))
 
 
 @jit
@@ -91,12 +109,17 @@ def take_back(
         shut(descriptor)
         buckets: Int = load_i64(descriptor, BUCKETS)
         count: Int = load_i64(descriptor, COUNT)
+        ask_ahead(descriptor, salt, bits, block, keys, i)
         stopped = False
         back = 0
         while i < n and not stopped:
             mix = key_mix(salt, keys[i])
             if block_of_mix(mix, bits) != block:
                 break
+            if i + AHEAD < n:
+                later = key_mix(salt, keys[i + AHEAD])
+                if block_of_mix(later, bits) == block:
+                    prefetch(home(buckets, count, later))
             entry = find(buckets, count, home(buckets, count, mix), keys[i]) if buckets != 0 else np.int64(0)
             if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + records[i]:
                 if (
@@ -198,3 +221,28 @@ def name_records(
                 kept[i] = 1
         leave_mutex(descriptor)
         at += n
+
+
+@jit
+def renumber(
+    descriptors: Int,
+    salt: np.uint64,
+    bits: int,
+    keys: NDArray[np.uint64],
+    old: NDArray[np.int64],
+    new: NDArray[np.int64],
+    adopted: NDArray[np.uint8],
+) -> None:
+    """Where a key's word still names record old[i], let it name new[i], and set adopted[i]."""
+    for i in range(keys.shape[0]):
+        mix = key_mix(salt, keys[i])
+        descriptor = descriptors + block_of_mix(mix, bits) * DESCRIPTOR_BYTES
+        enter_mutex(descriptor)
+        buckets: Int = load_i64(descriptor, BUCKETS)
+        if buckets != 0:
+            entry = find(buckets, load_i64(descriptor, COUNT), home(buckets, load_i64(descriptor, COUNT), mix), keys[i])
+            if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + old[i]:
+                # Both records say the same, so a pull may read either.
+                store_u32(entry, 0, np.uint32(SPILLED | new[i]))
+                adopted[i] = 1
+        leave_mutex(descriptor)

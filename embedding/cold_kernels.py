@@ -23,13 +23,16 @@ from oarlock.embedding.pointer import (
     load_u8,
     load_u32,
     load_u64,
+    prefetch,
     store_i64,
     store_u8,
     store_u32,
     store_u64,
 )
 from oarlock.embedding.precision import decode_row
-from oarlock.embedding.slab import Layout, row_at
+from oarlock.embedding.slab import Layout, prefetch_bytes, row_at
+
+AHEAD = 12  # rows asked for before they are packed
 
 
 @jit
@@ -61,7 +64,12 @@ def pack_rows(descriptor: Int, shape: Layout, entries: NDArray[np.int64], out: N
     """Write the rows whose index words lie at entries: int64[n] to out: uint8[n, record bytes]."""
     chunks: Int = load_i64(descriptor, CHUNKS)
     side_bytes = 4 * (shape.state_columns + shape.counters)
-    for i in range(entries.shape[0]):
+    n = entries.shape[0]
+    for i in range(n):
+        if i + AHEAD < n:
+            row, side = row_at(chunks, np.int64(load_u32(entries[i + AHEAD], 0)), shape)
+            prefetch_bytes(row, shape.weight_bytes)
+            prefetch(side)
         slot = np.int64(load_u32(entries[i], 0))
         record = address_in(out, i * out.shape[1])
         store_u64(record, 0, load_u64(line_of(entries[i]), place_of(entries[i])))
@@ -154,22 +162,3 @@ def split_records(
         row = address_in(content, i * content.shape[1]) + 8
         out = weights + 4 * i * shape.dim
         read_row(row, row + shape.weight_bytes, shape, counters.shape[1], i, out, state, counters)
-
-
-@jit
-def renumber(
-    descriptor: Int,
-    salt: np.uint64,
-    keys: NDArray[np.uint64],
-    old: NDArray[np.int64],
-    new: NDArray[np.int64],
-    adopted: NDArray[np.uint8],
-) -> None:
-    """Where a key's word still names record old[i], let it name new[i], and set adopted[i]."""
-    buckets: Int = load_i64(descriptor, BUCKETS)
-    count: Int = load_i64(descriptor, COUNT)
-    for i in range(keys.shape[0]):
-        entry = find(buckets, count, home(buckets, count, key_mix(salt, keys[i])), keys[i])
-        if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + old[i]:
-            store_u32(entry, 0, np.uint32(SPILLED | new[i]))
-            adopted[i] = 1

@@ -68,10 +68,17 @@ class SpillFile:
 
     limit_bytes     the file never takes more disk than this
     segment_bytes   the unit in which disk space is reused
+    slack           ``compact`` has work to do when so many times as many records are dead as live
     """
 
     def __init__(
-        self, folder: Path, record_bytes: int, *, limit_bytes: int = 1 << 40, segment_bytes: int = 4 << 20
+        self,
+        folder: Path,
+        record_bytes: int,
+        *,
+        limit_bytes: int = 1 << 40,
+        segment_bytes: int = 4 << 20,
+        slack: int = 1,
     ) -> None:
         if not 1 <= record_bytes <= MAX_RECORD_BYTES:
             raise InvalidArgument(f"record_bytes = {record_bytes}: give a number in [1, {MAX_RECORD_BYTES}]")
@@ -83,7 +90,7 @@ class SpillFile:
         least, most = segment * self._stride, MAX_SEGMENTS * segment * self._stride
         if not least <= limit_bytes <= most:
             raise InvalidArgument(f"limit_bytes = {limit_bytes}: give a number in [{least}, {most}]")
-        self._space = Space(segments, segment)
+        self._space = Space(segments, segment, slack)
         self._mapped_bytes = segments * segment * self._stride
         self._lock = threading.Lock()
         self._pool = threading.Condition()
@@ -267,7 +274,7 @@ class SpillFile:
             self._space.give_back(place)
 
     def compact(self, move: Move, *, segments: int | None = None) -> int:
-        """While more than half of the file is dead, move the live records of its emptiest segment; return how many moved.
+        """While more of the file is dead than ``slack`` allows, move the live records of its emptiest segment; return how many moved.
 
         ``move(old, new, content)`` is told of each segment's records: int64[k], int64[k], uint8[k, record_bytes], and must
         see to it that nobody reads the old numbers from then on. ``segments`` bounds how many segments this call empties.

@@ -59,8 +59,9 @@ def mark_dead(bits: NDArray[np.uint8], live: Records, segment: int, records: Rec
 class Space:
     """The segments of a file of at most ``segments`` segments of ``segment`` records."""
 
-    def __init__(self, segments: int, segment: int) -> None:
+    def __init__(self, segments: int, segment: int, slack: int = 1) -> None:
         self.segment = segment
+        self._slack = slack
         self.lives: Records = np.zeros(segments, np.int64)  # read by kernels, so it never moves
         self.live_records = 0
         self.written_records = 0  # of the segments that are not free
@@ -154,12 +155,12 @@ class Space:
         heapq.heappush(self._free, place)
 
     def sparse_segment(self) -> Records | None:
-        """Return the live records of the emptiest segment if the file is more than half dead, else None.
+        """Return the live records of the emptiest segment if ``slack`` times as many are dead as live, else None.
 
         Segments that wait for a pin are left out: moving records does not make them free.
         """
         held = self.written_records - len(self._waiting) * self.segment
-        if held <= 2 * self.live_records + self.segment:
+        if held <= (1 + self._slack) * self.live_records + self.segment:
             return None
         waiting = [place for _, place in self._waiting]
         counts = np.where(self.lives[: self._end] > 0, self._live[: self._end], self.segment + 1)

@@ -11,7 +11,7 @@ Keys arrive grouped by block: ``blocks`` names the blocks, ``counts`` how many o
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +165,10 @@ class Table(Upkeep):
                 if missing >= 0:
                     self.stale(int(blocks[missing]))
                 if self._cold is not None and work.found[1]:
-                    self._cold.read_weights(work.cold[: work.found[1]], work.records[: work.found[1]], out)
+                    where, records = work.cold[: work.found[1]].copy(), work.records[: work.found[1]].copy()
+                    self._cold.read_weights(keys[where], where, records, out)
+                    with suppress(PSError):
+                        self._cold.spill_over(blocks)
             finally:
                 if self._cold is not None and pinned is not None:
                     self._cold.unpin(pinned)

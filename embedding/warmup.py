@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding.cold_kernels import renumber
+from oarlock.embedding.cold_batch import renumber
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.lookup import rows_from, rows_of
@@ -79,7 +79,7 @@ def _move_records() -> None:
     table = make_table(TableSpec("warm_up", 2, blocks=1), seed=0)
     table.adopt(0)
     none: NDArray[np.int64] = np.empty(0, np.int64)
-    renumber(address_of(table.descriptors), table.salt, none.view(np.uint64), none, none, np.empty(0, np.uint8))
+    renumber(table.base, table.salt, table.bits, none.view(np.uint64), none, none, np.empty(0, np.uint8))
 
 
 def _look(keys: NDArray[np.uint64]) -> None:
