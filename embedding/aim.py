@@ -17,7 +17,7 @@ from oarlock.embedding.index import home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import LINE, Int, address_in, load_i64, load_u32, load_u64, prefetch, store_i64
 
-STAGE = 128  # keys that are looked up together
+STAGE = 64  # keys that are looked up together
 FAR = 128  # keys that are asked for ahead
 RING = 512  # more than lie between the first key in use and the last one asked for
 _RING = RING - 1

@@ -106,7 +106,7 @@ class ColdRows:
         token = self.pin()
         if token is None:
             return
-        store, shape = self._store, self._shape
+        store = self._store
         try:
             keys, records = np.empty(grouped.n, np.uint64), np.empty(grouped.n, np.int64)
             found = list_cold(store.base, store.salt, grouped, keys, records)

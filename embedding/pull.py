@@ -2,7 +2,8 @@
 """The pull kernel: a request's rows, gathered in one pass over its keys.
 
     aim     128 keys ahead    where does the key's bucket lie? ask for it
-    look    up to 128 keys    find their words, ask for their rows; those that are not in their home bucket, last
+    look    up to 64 keys     find their words, ask for their rows
+    late    64 keys behind    the same for those that are not in their home bucket
     copy    128 keys behind   copy the rows out
 
 Invariant: a pull changes nothing but the heat of keys, waits for no block while it is inside another one, and leaves every
@@ -37,6 +38,7 @@ from oarlock.embedding.precision import FLOAT32, decode_row
 from oarlock.embedding.slab import First, Layout, draw_weights, prefetch_bytes, weights_at
 
 _RING = RING - 1
+LAG = 2 * STAGE  # keys between those that are looked up and those whose rows are copied
 
 ABSENT = 0  # in place of a row's address
 IN_FILE = -1
@@ -103,32 +105,46 @@ def copy_out(rows: Int, begin: Int, end: Int, keys: Int, shape: Layout, first: F
 
 @jit
 def look_stage(
-    descriptor: Int, shape: Layout, heated: bool, keys: Int, begin: Int, end: Int, scratch: PullScratch
-) -> None:
-    """Find the rows of keys begin to end - 1 of one block and ask for them."""
-    buckets: Int = load_i64(descriptor, BUCKETS)
-    count: Int = load_i64(descriptor, COUNT)
+    descriptor: Int, shape: Layout, heated: bool, keys: Int, begin: Int, end: Int, late: Int, scratch: PullScratch
+) -> Int:
+    """Find the rows of keys begin to end - 1 of one block and ask for them; return how many are not where most are.
+
+    Those are listed at address late: int64[STAGE], and their next buckets asked for.
+    """
     chunks: Int = load_i64(descriptor, CHUNKS)
     odd = np.int64(0)
     some = max(load_i64(descriptor, NEXT) - 1, 0)  # any slot that may be asked for
     for i in range(begin, end):
         # Without a branch: whether a key is in its home bucket cannot be predicted.
-        entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
+        line = load_i64(scratch.hints, i & _RING)
+        entry, hit = peek(line, load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
         row = weights_at(chunks, word if plain else some, shape)
         store_i64(scratch.rows, i & _RING, row)
         prefetch_bytes(row, shape.weight_bytes)
-        store_i64(scratch.late, odd, i)
+        store_i64(late, odd, i)
         odd += not plain
         if heated and plain:
             warm(entry)
     for k in range(odd):
-        prefetch(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING) + LINE)
-    present = end - begin - odd
+        prefetch(load_i64(scratch.hints, load_i64(late, k) & _RING) + LINE)
+    store_i64(scratch.found, PRESENT, load_i64(scratch.found, PRESENT) + end - begin - odd)
+    return odd
+
+
+@jit
+def look_late(
+    descriptor: Int, shape: Layout, heated: bool, keys: Int, late: Int, odd: Int, scratch: PullScratch
+) -> None:
+    """Find the rows of the ``odd`` keys listed at address ``late``, wherever they are."""
+    buckets: Int = load_i64(descriptor, BUCKETS)
+    count: Int = load_i64(descriptor, COUNT)
+    chunks: Int = load_i64(descriptor, CHUNKS)
+    present = np.int64(0)
     in_file: Int = load_i64(scratch.found, FILED)
     for k in range(odd):
-        i = load_i64(scratch.late, k)
+        i = load_i64(late, k)
         row = np.int64(ABSENT)
         entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         if entry != 0:
@@ -177,11 +193,17 @@ def pull_groups(
     at: Int = begin
     group: Int = begin_group
     missing = np.int64(-1)
+    late: Int = scratch.late  # where the next stage lists keys that are not in their home bucket
+    other = scratch.late ^ (scratch.late + 8 * STAGE)
+    odd = np.int64(0)  # how many the stage before listed
+    before: Int = descriptors  # and the block they belong to
     while group < end_group:
         descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
         size = np.int64(load_u32(grouped.counts, group))
         inside = try_enter(descriptor)
         if not inside:
+            look_late(before, shape, heated, grouped.keys, late ^ other, odd, scratch)
+            odd = np.int64(0)
             copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
             copied = at
             while oldest < group:
@@ -208,9 +230,13 @@ def pull_groups(
             stop = min(at + STAGE, end)
             aim(descriptors, salt, grouped, scratch.cursor, min(limit, stop + FAR), scratch.hints)
             renew(descriptor, salt, grouped.keys, scratch.cursor, group, at, stop, scratch.hints)
-            look_stage(descriptor, shape, heated, grouped.keys, at, stop, scratch)
+            more = look_stage(descriptor, shape, heated, grouped.keys, at, stop, late, scratch)
+            late ^= other
+            look_late(before, shape, heated, grouped.keys, late, odd, scratch)
+            odd = more
+            before = descriptor
             at = stop
-            ready = max(copied, at - STAGE)
+            ready = max(copied, at - LAG)
             copy_out(scratch.rows, copied, ready, grouped.keys, shape, first, zeros, out)
             copied = ready
             while oldest < group and copied >= oldest_end:
@@ -218,6 +244,7 @@ def pull_groups(
                 oldest += 1
                 oldest_end += np.int64(load_u32(grouped.counts, oldest))
         group += 1
+    look_late(before, shape, heated, grouped.keys, late ^ other, odd, scratch)
     copy_out(scratch.rows, copied, at, grouped.keys, shape, first, zeros, out)
     while oldest < group:
         leave(descriptors + np.int64(load_u32(grouped.blocks, oldest)) * DESCRIPTOR_BYTES)

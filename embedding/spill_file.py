@@ -274,7 +274,7 @@ class SpillFile:
             self._space.give_back(place)
 
     def compact(self, move: Move, *, segments: int | None = None) -> int:
-        """While more of the file is dead than ``slack`` allows, move the live records of its emptiest segment; return how many moved.
+        """While more of the file is dead than ``slack`` allows, empty its emptiest segments; return how many records moved.
 
         ``move(old, new, content)`` is told of each segment's records: int64[k], int64[k], uint8[k, record_bytes], and must
         see to it that nobody reads the old numbers from then on. ``segments`` bounds how many segments this call empties.
