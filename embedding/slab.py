@@ -8,9 +8,9 @@
     undo               ring of the last n values: weights and state as they were before an update
     chunks of a block: 16 rows, 16, 32, 64, ... up to about 256 KiB, then chunks of one size
 
-Weights lie apart from the rest, so that a pull touches the cache lines of weights alone; rows so short that weights and
-side fit one line together lie side by side (docs/performance.md has the measurement). Invariant: a slot's row never moves
-while its key has it. A block's chunk table holds the address of each chunk: int64[chunks].
+Weights lie apart from the rest, so that a pull touches the cache lines of weights alone (docs/performance.md has the
+measurement for dims 1 to 256). Invariant: a slot's row never moves while its key has it. A block's chunk table holds the
+address of each chunk: int64[chunks].
 """
 
 from typing import NamedTuple
@@ -34,7 +34,6 @@ from oarlock.embedding.precision import FLOAT32, encode_row, seed_of, weight_byt
 
 FIRST_BITS = 4  # the first chunk holds 2^4 rows
 CHUNK_BYTES = 256 << 10
-TOGETHER_BYTES = 16  # rows with at most so many bytes of weights have their side beside them
 
 
 class Keep(NamedTuple):
@@ -56,13 +55,8 @@ class Layout(NamedTuple):
     code: int
     state_columns: int
     counters: int
-    together: bool
     weight_bytes: int
-    weight_pitch: int
-    side_pitch: int
-    side_gap: int  # a chunk of R rows has its sides R * side_gap + side_lead behind its begin
-    side_lead: int
-    undo_gap: int  # and its undo R * undo_gap behind
+    side_bytes: int
     undo: int
     undo_pitch: int
     steady: int  # log2 of the rows of a full-size chunk
@@ -98,31 +92,8 @@ def layout(dim: int, state_columns: int, code: int = FLOAT32, keep: Keep = NOTHI
     weights = weight_bytes(code, dim)
     side = 4 * (state_columns + counters)
     undo = keep.undo * (weights + 4 * state_columns)
-    together = weights <= TOGETHER_BYTES and weights + side <= LINE
-    row = weights + side
-    if together:
-        # A row that straddles two lines costs as much as two rows: pad it where that takes a quarter more at most.
-        rounded = 1 << (row - 1).bit_length()
-        row = rounded if rounded * 4 <= row * 5 else row
-    steady = max(FIRST_BITS, (CHUNK_BYTES // (row + undo)).bit_length() - 1)
-    weight_pitch, side_pitch = (row, row) if together else (weights, side)
-    return Layout(
-        dim,
-        code,
-        state_columns,
-        counters,
-        together,
-        weights,
-        weight_pitch,
-        side_pitch,
-        0 if together else weight_pitch,
-        weights if together else 0,
-        weight_pitch if together else weight_pitch + side_pitch,
-        keep.undo,
-        undo,
-        steady,
-        *numbers,
-    )
+    steady = max(FIRST_BITS, (CHUNK_BYTES // (weights + side + undo)).bit_length() - 1)
+    return Layout(dim, code, state_columns, counters, weights, side, keep.undo, undo, steady, *numbers)
 
 
 def chunk_rows(shape: Layout, chunk: int) -> int:
@@ -134,7 +105,7 @@ def chunk_rows(shape: Layout, chunk: int) -> int:
 
 def chunk_bytes(shape: Layout, rows: int) -> int:
     """Return the bytes of a chunk of ``rows`` rows."""
-    return rows * (shape.undo_gap + shape.undo_pitch)
+    return rows * (shape.weight_bytes + shape.side_bytes + shape.undo_pitch)
 
 
 @jit
@@ -156,15 +127,15 @@ def find_chunk(chunks: Int, slot: Int, steady: Int) -> tuple[Int, Int, Int]:
 def weights_at(chunks: Int, slot: Int, shape: Layout) -> Int:
     """Return the address of a slot's weights; ``chunks`` = address of the block's chunk table."""
     base, place, _ = find_chunk(chunks, slot, shape.steady)
-    return base + place * shape.weight_pitch
+    return base + place * shape.weight_bytes
 
 
 @jit
 def row_at(chunks: Int, slot: Int, shape: Layout) -> tuple[Int, Int]:
     """Return the addresses of a slot's weights and of its side: its state, and its counters behind that."""
     base, place, bits = find_chunk(chunks, slot, shape.steady)
-    side = base + (shape.side_gap << bits) + shape.side_lead + place * shape.side_pitch
-    return base + place * shape.weight_pitch, side
+    side = base + (shape.weight_bytes << bits) + place * shape.side_bytes
+    return base + place * shape.weight_bytes, side
 
 
 @jit
@@ -178,7 +149,7 @@ def side_at(chunks: Int, slot: Int, shape: Layout) -> Int:
 def undo_at(chunks: Int, slot: Int, shape: Layout) -> Int:
     """Return the address of a slot's ring of old values."""
     base, place, bits = find_chunk(chunks, slot, shape.steady)
-    return base + (shape.undo_gap << bits) + place * shape.undo_pitch
+    return base + ((shape.weight_bytes + shape.side_bytes) << bits) + place * shape.undo_pitch
 
 
 @jit

@@ -123,8 +123,7 @@ class Store:
     def row_bytes(self) -> int:
         """Return about how many bytes of memory a row takes, its part of the index included."""
         shape = self.layout
-        side = 0 if shape.together else shape.side_pitch
-        return shape.weight_pitch + side + shape.undo_pitch + 16
+        return shape.weight_bytes + shape.side_bytes + shape.undo_pitch + 16
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,7 @@ from oarlock.embedding.pointer import address_of
 from oarlock.embedding.policy import Admission, Eviction, Guard
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, Part, TableSpec
 from oarlock.embedding.spill_file import SpillFile
+from oarlock.embedding.table import Table
 from oarlock.proto.errors import PSError
 
 # Which table a policy is on does not matter to kernels, nor how strict it is: these have each of them once.
@@ -76,7 +77,7 @@ def _move_records() -> None:
     content = np.zeros((2, 8), np.uint8)
     with SpillFile(Path(tempfile.gettempdir()), 8, limit_bytes=1 << 20, segment_bytes=1 << 16) as file:
         file.free(file.append(address_of(content), 2))
-    table = make_table(TableSpec("warm_up", 2, blocks=1), seed=0)
+    table = Table(TableSpec("warm_up", 2, blocks=1), seed=0)
     table.adopt(0)
     none: NDArray[np.int64] = np.empty(0, np.int64)
     renumber(table.base, table.salt, table.bits, none.view(np.uint64), none, none, np.empty(0, np.uint8))

@@ -73,7 +73,11 @@ def test_headers_that_do_not_belong(training: Any) -> None:
 
 def test_every_method_survives_an_empty_message(training: Any) -> None:
     for name, method in METHODS.items():
-        if name.startswith("Coordinator.") and name not in ("Coordinator.Status", "Coordinator.Describe", "Coordinator.Stop"):
+        if name.startswith("Coordinator.") and name not in (
+            "Coordinator.Status",
+            "Coordinator.Describe",
+            "Coordinator.Stop",
+        ):
             with pytest.raises(PSError) as caught:
                 dispatch(training.service, name, method.request())
             assert caught.value.code != PSError.code, name

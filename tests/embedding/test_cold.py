@@ -22,7 +22,7 @@ MANY = 1500 if reference.JIT else 250
 def test_everything_is_as_without_a_budget_and_most_rows_are_in_the_file(tmp_path, monkeypatch, dtype, admission):
     monkeypatch.setattr(cold, "LEAST_ROWS", 16)
     monkeypatch.setattr(cold, "TIDY_RECORDS", 10)
-    small = lambda folder, width: SpillFile(folder, width, limit_bytes=1 << 24, segment_bytes=1024)  # noqa: E731
+    small = lambda folder, width, slack: SpillFile(folder, width, limit_bytes=1 << 24, segment_bytes=1024, slack=slack)  # noqa: E731
     monkeypatch.setattr(cold, "SpillFile", small)
     plain = TableSpec(
         "t", 3, OptimizerSpec("adam"), blocks=2, dtype=dtype, admission=admission, usage=True, eviction=Eviction(age=6)

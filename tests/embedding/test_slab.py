@@ -9,7 +9,7 @@ import pytest
 
 from oarlock.embedding.initial import constants, origin
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import LINE, address_of
+from oarlock.embedding.pointer import address_of
 from oarlock.embedding.precision import FLOAT16, FLOAT32, INT8, decode_row
 from oarlock.embedding.slab import (
     CHUNK_BYTES,
@@ -57,14 +57,12 @@ def test_slots_fill_the_chunks_one_after_the_other_and_share_no_byte(given):
         count = chunk_rows(shape, len(table))
         size = chunk_bytes(shape, count)
         assert size <= CHUNK_BYTES or count == 1 << FIRST_BITS
-        together = (0, shape.weight_bytes, count * shape.weight_pitch)
-        apart = (0, count * shape.weight_pitch, count * (shape.weight_pitch + shape.side_pitch))
-        weights, side, undo = together if shape.together else apart
+        weights, side, undo = 0, count * shape.weight_bytes, count * (shape.weight_bytes + shape.side_bytes)
         table.append(base)
         expected += [
             (
-                base + weights + i * shape.weight_pitch,
-                base + side + i * shape.side_pitch,
+                base + weights + i * shape.weight_bytes,
+                base + side + i * shape.side_bytes,
                 base + undo + i * shape.undo_pitch,
             )
             for i in range(count)
@@ -91,24 +89,17 @@ def test_the_first_chunks_are_small_and_each_doubles_the_rows_until_they_have_th
     assert rows == sorted(rows)
 
 
-def test_rows_are_no_wider_than_their_values_but_for_short_ones_that_would_straddle_two_lines():
-    def pitches(*given):
+def test_rows_are_no_wider_than_their_values():
+    def sizes(*given):
         shape = layout(*given)
-        return shape.together, shape.weight_pitch, shape.side_pitch, shape.undo_pitch
+        return shape.weight_bytes, shape.side_bytes, shape.undo_pitch
 
-    assert pitches(16, 16) == (False, 64, 64, 0)
-    assert pitches(16, 1) == (False, 64, 4, 0)
-    assert pitches(1, 0) == (True, 4, 4, 0)
-    assert pitches(1, 1) == (True, 8, 8, 0)
-    assert pitches(1, 2) == (True, 12, 12, 0)  # 16 would be a third more
-    assert pitches(4, 3) == (True, 32, 32, 0)
-    assert pitches(4, 12) == (True, 64, 64, 0)
-    assert pitches(4, 13) == (False, 16, 52, 0)
-    assert pitches(3, 3, FLOAT32, Keep(True, True, True, 2)) == (True, 44, 44, 48)
-    assert pitches(5, 0, INT8) == (True, 12, 12, 0)
-    for given in SHAPES:
-        shape = layout(*given)
-        assert not shape.together or shape.weight_pitch <= LINE
+    assert sizes(16, 16) == (64, 64, 0)
+    assert sizes(16, 1) == (64, 4, 0)
+    assert sizes(1, 0) == (4, 0, 0)
+    assert sizes(1, 2) == (4, 8, 0)
+    assert sizes(3, 3, FLOAT32, Keep(True, True, True, 2)) == (12, 32, 48)
+    assert sizes(5, 0, INT8) == (12, 0, 0)
 
 
 def test_counters_are_numbered_in_the_order_of_the_format():

@@ -97,8 +97,8 @@ def specs(draw):
     )
 
 
-def small_segments(folder, width):
-    return SpillFile(folder, width, limit_bytes=1 << 20, segment_bytes=8 * (-(-width // 8) * 8 + 8))
+def small_segments(folder, width, slack):
+    return SpillFile(folder, width, limit_bytes=1 << 20, segment_bytes=8 * (-(-width // 8) * 8 + 8), slack=slack)
 
 
 class TableMachine(RuleBasedStateMachine):
