@@ -180,7 +180,7 @@ def test_sweeps_of_the_pushed_blocks_take_away_only_what_their_rule_says():
 def small_files(monkeypatch):
     """Let dead records pile up to so few, and segments of the file be so small, that it is compacted all the time."""
     monkeypatch.setattr(cold, "TIDY_RECORDS", 50)
-    monkeypatch.setattr(cold, "SLACK", 1)
+    monkeypatch.setattr(cold, "SLACK", 0)
     compacted, real = [], SpillFile.compact
 
     def compact(self, move, **more):
