@@ -66,7 +66,9 @@ def leaves(row: Int, counters: Int, shape: Layout, rules: Sweep, tick: int, valu
         clicks = load_f32(counters, shape.shows + 1) * np.float32(rules.decay)
         store_f32(counters, shape.shows, shows)
         store_f32(counters, shape.shows + 1, clicks)
-        if (shows - clicks) * rules.nonclick + clicks * rules.click < rules.score:
+        # In float64, uncompiled as well: newer numpy would keep float32 here.
+        score = float(shows - clicks) * rules.nonclick + float(clicks) * rules.click
+        if score < rules.score:
             return True
     return rules.norm > 0 and squared_norm(row, shape, values) < rules.norm
 

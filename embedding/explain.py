@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Explain: everything that a table knows of one key, as JSON-ready values.
 
-Invariant: looking changes nothing. Under the block's mutex, so that all of it is of one instant.
+Invariant: looking changes no value; a row that was in the spill file comes back to memory. Under the block's mutex, so that
+all of it is of one instant.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -202,13 +202,13 @@ class Table(Upkeep):
         clicks = self._aside("clicks", kernel_array("clicks", clicks, np.float32), n)
         if not np.isfinite(clicks).all() or (clicks < 0).any():
             raise InvalidArgument(f"table {self.spec.name}: clicks must be finite and >= 0")
-        tick = min(max(int(step), 0), 0xFFFFFFFF)
+        tick = min(step, 0xFFFFFFFF)
         request = Request(
             address_of(gradients),
             address_of(occurrences) if len(occurrences) else 0,
             address_of(clicks) if len(clicks) else 0,
             address_of(rates),
-            int(step),
+            step,
             tick,
         )
         with self._working(n) as work:
@@ -260,8 +260,9 @@ class Table(Upkeep):
     def _count_refused(self, progress: NDArray[np.int64], sample: Keys) -> None:
         # A ring for each push: two of them at once, or one after the other, would write over each other's.
         refused = int(progress[REFUSED])
-        self.refused += refused
-        self._sample.extend(sample[:refused].tolist())
+        with self._tally:
+            self.refused += refused
+            self._sample.extend(sample[:refused].tolist())
 
     def _part_done(self, error: Exception, groups: int, progress: NDArray[np.int64], sample: Keys) -> PSError:
         """Return the error of a push that ended early; the caller must know what of it is done, to send only the rest."""
@@ -278,6 +279,8 @@ class Table(Upkeep):
     # Inside
 
     def _rates(self, rate: float, step: int) -> NDArray[np.float64]:
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 62:
+            raise InvalidArgument(f"table {self.spec.name}: step = {step!r}: give an integer from 0 to 2^62 - 1")
         rate = float(rate)
         if not abs(rate) < RATE_LIMIT:
             raise InvalidArgument(

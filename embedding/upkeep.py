@@ -5,6 +5,7 @@ Invariant: what leaves is told by a tombstone with the version of the block that
 the lock of one block at a time, in bounded slices where it may take long. Callable from any thread.
 """
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Upkeep(Store):
     def __init__(self, spec: TableSpec, *, seed: int, spill_folder: Path | None = None) -> None:
         super().__init__(spec, seed=seed)
         self.evicted = 0
+        self._tally = threading.Lock()  # of counters that requests in different blocks share
         self._cold = ColdRows(self, spill_folder) if spec.memory_bytes else None
 
     def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> tuple[int, bool]:
@@ -73,7 +75,8 @@ class Upkeep(Store):
         if len(keys):
             self.descriptors[block, VERSION] += 1
             self.blocks[block].tombstones.record(keys.copy(), int(self.descriptors[block, VERSION]))
-            self.evicted += len(keys)
+            with self._tally:
+                self.evicted += len(keys)
 
     def tombstones(self, block: int, *, since: int = 0) -> tuple[Keys, NDArray[np.int64]] | None:
         """Return the keys that left a block after version ``since``, with versions; None: it remembers no longer so far."""
