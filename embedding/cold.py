@@ -40,7 +40,7 @@ from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.index import PLACES, RECORD, SPILLED
 from oarlock.embedding.pointer import address_of
 from oarlock.embedding.spill_file import SpillFile
-from oarlock.proto.errors import OutOfMemory, PSError
+from oarlock.proto.errors import CorruptCheckpoint, OutOfMemory, PSError
 
 if TYPE_CHECKING:
     from oarlock.embedding.store import Store
@@ -88,11 +88,23 @@ class ColdRows:
 
         The rows come back into memory: in training, a push of the same keys follows.
         """
-        content = self._read(records)
+        content = self._read_of(keys, records)
         decode_records(content, self._shape, where, address_of(out))
         # The answer is whole: no memory for its rows, or a block that has just gone, does not matter to it.
         with contextlib.suppress(PSError):
             self._take_back(keys, records, content)
+
+    def _read_of(self, keys: Keys, records: Records) -> NDArray[np.uint8]:
+        """Return the records, each of which must be that of its key."""
+        content = self._read(records)
+        wrong = np.flatnonzero(np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(len(keys)) != keys)
+        if len(wrong):
+            raise CorruptCheckpoint(
+                f"table {self._store.spec.name}: the spill file gives another row for key {int(keys[wrong[0]])}: "
+                "restore the job from its last checkpoint",
+                table=self._store.spec.name,
+            )
+        return content
 
     def _read(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         content = np.empty((len(records), self.record_bytes), np.uint8)
@@ -112,7 +124,7 @@ class ColdRows:
             found = list_cold(store.base, store.salt, grouped, keys, records)
             if found == 0:
                 return
-            self._take_back(keys[:found], records[:found], self._read(records[:found]))
+            self._take_back(keys[:found], records[:found], self._read_of(keys[:found], records[:found]))
         finally:
             self.unpin(token)
 
@@ -120,23 +132,33 @@ class ColdRows:
         """Give rows that were read slots again, as far as they are still in the file."""
         store, shape = self._store, self._shape
         done = np.zeros(len(keys), np.uint8)
-        at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, 0, done)
-        while at < len(keys):
-            block = np.empty(1, np.int32)
-            blocks_of(keys[at : at + 1], store.salt, store.bits, block)
-            with store.holding(int(block[0])):
-                store.stored(int(block[0])).reserve(0, SLOTS_AT_ONCE)
-            at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, at, done)
-        self._dead.append(records[done != 0])
+        try:
+            at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, 0, done)
+            while at < len(keys):
+                block = np.empty(1, np.int32)
+                blocks_of(keys[at : at + 1], store.salt, store.bits, block)
+                with store.holding(int(block[0])):
+                    store.stored(int(block[0])).reserve(0, SLOTS_AT_ONCE)
+                at = take_back(store.base, store.salt, store.bits, shape, keys, records, content, at, done)
+        finally:
+            self._dead.append(records[done != 0])
 
     def spill_over(self, blocks: NDArray[np.int32]) -> None:
         """Let cold rows of those of the blocks that are over their part of the budget go to the file."""
         store = self._store
         most = self._most_rows()
-        over = blocks[store.descriptors[blocks, ROWS] > most + most // 16]
-        if len(over) == 0:
+        rows = store.descriptors[blocks, ROWS]
+        over = blocks[rows > most + most // 16]
+        # Until words name them, records that were just written look dead to ``tidy``. Who cannot be alone leaves it to the next.
+        if len(over) == 0 or not self._lock.acquire(blocking=False):
             return
-        room = int((store.descriptors[over, ROWS] - most).sum())
+        try:
+            self._spill_over(over, most, int((rows[rows > most + most // 16] - most).sum()))
+        finally:
+            self._lock.release()
+
+    def _spill_over(self, over: NDArray[np.int32], most: int, room: int) -> None:
+        store = self._store
         entries = np.empty(room + PLACES, np.int64)
         content = np.empty((room + PLACES, self.record_bytes), np.uint8)
         packed = np.empty((len(over), 5), np.int64)
@@ -268,7 +290,11 @@ class ColdRows:
                     self._moved.difference_update(records[gone].tolist())
                     records = records[~gone]
                 if len(records):
-                    self.file.free(records)
+                    try:
+                        self.file.free(records)
+                    except BaseException:
+                        self._dead.append(records)
+                        raise
             self.file.compact(self._move, segments=1)
         finally:
             self._lock.release()

@@ -126,6 +126,9 @@ def reopen(lock: Int) -> None:
 @jit
 def try_enter(lock: Int) -> bool:
     """Enter as a pull; False = someone has the block to himself."""
+    # Looked at first: those who wait to be alone must not see others come and go for ever.
+    if atomic_add(lock + READERS, 0) >= WRITER:
+        return False
     if atomic_add(lock + READERS, 1) >= WRITER:
         atomic_add(lock + READERS, -1)
         return False

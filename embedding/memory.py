@@ -12,7 +12,9 @@ again. Memory that was never written costs nothing but address space. Any thread
 import ctypes
 import mmap
 import os
+import sys
 import threading
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +25,9 @@ HUGE = 2 << 20
 FIRST_SEGMENT = 256 << 10  # a small table shall not cost megabytes
 LAST_SEGMENT = 256 << 20
 PAGE = mmap.PAGESIZE
+# Not in the mmap module before Python 3.12; the same number on x86-64 and arm64.
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+MOST_HOLES = 8192  # a process may have some 65,000 mappings
 
 _FAILED = ctypes.c_void_p(-1).value
 _system = ctypes.CDLL(None, use_errno=True)
@@ -48,15 +53,20 @@ class Pages:
     back hundreds of megabytes takes milliseconds, in which no pull could begin or end.
     """
 
+    holes: ClassVar[int] = 0  # of all of them that huge pages are kept out of: each costs two of the system's mappings
+
     def __init__(self, size: int, *, huge: bool) -> None:
         huge = huge and size >= 2 * HUGE
         align = HUGE if huge else LINE
         self._length = -(-(size + align) // PAGE) * PAGE
         # Private: memory that may be shared with other processes gets no huge pages.
-        start = _map(None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        # Without a reserve: places of blocks that are stored elsewhere are never written to.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        start = _map(None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
         if start in (None, _FAILED):
             raise MemoryError(f"no {size} bytes of memory: {os.strerror(ctypes.get_errno())}")
         self._start = int(start)
+        self._holes = 0
         self.address = -(-start // align) * align
         self.size = size
         self._huge = huge and hasattr(mmap, "MADV_HUGEPAGE")
@@ -66,22 +76,29 @@ class Pages:
 
     def __del__(self) -> None:
         if getattr(self, "_start", 0):
+            Pages.holes -= self._holes
             _unmap(self._start, self._length)
 
     def release(self, address: int, size: int) -> None:
         """Give the whole pages of a part back to the system; they read as zeros afterwards."""
         begin, end = _whole(address, size)
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            _advise(begin, end - begin, mmap.MADV_DONTNEED)
-            if self._huge:
+            if _advise(begin, end - begin, mmap.MADV_DONTNEED):
+                ctypes.memset(begin, 0, end - begin)  # memory that is locked stays
+            elif self._huge and Pages.holes < MOST_HOLES:
                 # Or the system would soon fill the hole with zeros, to make huge pages of what is left around it.
                 _advise(begin, end - begin, mmap.MADV_NOHUGEPAGE)
+                self._holes += 1
+                Pages.holes += 1
 
     def restore(self, address: int, size: int) -> None:
         """Let a part that was released have huge pages again."""
         begin, end = _whole(address, size)
         if end > begin and self._huge:
             _advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+            if self._holes:
+                self._holes -= 1
+                Pages.holes -= 1
 
 
 def _whole(address: int, size: int) -> tuple[int, int]:
@@ -138,10 +155,13 @@ class IndexMemory:
             with self._lock:
                 slots = self._slots.get(size)
                 if slots is None:
-                    slots = self._slots[size] = Slots(size, self._blocks)
-                address = slots.take()
+                    try:
+                        slots = self._slots[size] = Slots(size, self._blocks)
+                    except MemoryError:
+                        slots = None  # so much address space is not to be had
+                address = slots.take() if slots is not None else 0
                 if address == 0:
-                    # A block is about to be replaced by another of the same size.
+                    # Or a block is about to be replaced by another of the same size.
                     pages = Pages(size, huge=True)
                     address = pages.address
                     self._alone[address] = pages

@@ -141,6 +141,7 @@ class Store:
     @contextmanager
     def holding(self, block: int) -> Iterator[int]:
         """Keep all others from changing a block (pulls go on); yield the address of its descriptor."""
+        self._in_range(block)
         address = self.base + block * DESCRIPTOR_BYTES
         enter_mutex(address)
         try:
@@ -151,6 +152,7 @@ class Store:
     @contextmanager
     def shut(self, block: int) -> Iterator[None]:
         """Keep pulls out as well; inside ``holding``."""
+        self._in_range(block)
         address = self.base + block * DESCRIPTOR_BYTES
         shut(address)
         try:

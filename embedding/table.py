@@ -149,30 +149,39 @@ class Table(Upkeep):
             self._check_groups(work, n, blocks, counts)
             pinned = self._cold.pin() if self._cold is not None else None
             try:
-                missing = pull_rows(
-                    self.base,
-                    self.salt,
-                    self.layout,
-                    self.first,
-                    self.spec.absent == "zeros",
-                    self._cold is not None,
-                    keys,
-                    blocks,
-                    counts,
-                    work.pull,
-                    out,
-                )
+                missing = self._pull_rows(keys, blocks, counts, work, out)
+                if self._cold is not None and pinned is None and work.found[1]:
+                    # The file came to be between the pin and the look: look again under a pin.
+                    pinned = self._cold.pin()
+                    missing = self._pull_rows(keys, blocks, counts, work, out)
                 if missing >= 0:
                     self.stale(int(blocks[missing]))
                 if self._cold is not None and work.found[1]:
                     where, records = work.cold[: work.found[1]].copy(), work.records[: work.found[1]].copy()
                     self._cold.read_weights(keys[where], where, records, out)
-                    with suppress(PSError):
+                    with suppress(PSError, MemoryError):
                         self._cold.spill_over(blocks)
             finally:
                 if self._cold is not None and pinned is not None:
                     self._cold.unpin(pinned)
             return int(work.found[0] + work.found[1])
+
+    def _pull_rows(self, keys: Keys, blocks: Groups, counts: Groups, work: Workspace, out: Values) -> int:
+        return int(
+            pull_rows(
+                self.base,
+                self.salt,
+                self.layout,
+                self.first,
+                self.spec.absent == "zeros",
+                self._cold is not None,
+                keys,
+                blocks,
+                counts,
+                work.pull,
+                out,
+            )
+        )
 
     def push(
         self,
@@ -253,7 +262,7 @@ class Table(Upkeep):
             try:
                 self._cold.spill_over(blocks)
                 self._cold.tidy()
-            except (PSError, MemoryError, OSError) as error:
+            except Exception as error:
                 raise self._part_done(error, len(blocks), np.zeros(WORDS, np.int64), sample) from None
         return PushCounts(*(int(progress[word]) for word in (APPLIED, CREATED, REFUSED, WAITING)))
 

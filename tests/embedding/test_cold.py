@@ -13,6 +13,7 @@ from oarlock.embedding.descriptor import ROWS, SPILLED_ROWS
 from oarlock.embedding.policy import DTYPES
 from oarlock.embedding.spec import Admission, Eviction, OptimizerSpec, TableSpec
 from oarlock.embedding.spill_file import SpillFile
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument
 
 MANY = 1500 if reference.JIT else 250
 
@@ -62,3 +63,48 @@ def test_everything_is_as_without_a_budget_and_most_rows_are_in_the_file(tmp_pat
     for table in tables:
         table.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def spilled_table(folder, keys):
+    table = table_reference.stored(TableSpec("t", 3, OptimizerSpec("sgd"), blocks=2, memory_bytes=1), folder=folder)
+    for _ in range(3):  # those of the first rounds are cold in the last
+        for begin in range(0, keys, 200):
+            some = list(range(begin, min(begin + 200, keys)))
+            table_reference.push(table, some, np.ones((len(some), 3), np.float32))
+    return table
+
+
+def test_a_record_of_another_key_is_an_error_that_names_the_key_and_never_a_value(tmp_path, monkeypatch):
+    table = spilled_table(tmp_path, 1000)
+    assert table.descriptors[:, SPILLED_ROWS].sum() > 300
+    real = cold.ColdRows._read
+    monkeypatch.setattr(cold.ColdRows, "_read", lambda self, records: real(self, records)[::-1])
+    keys = list(range(1000))
+    with pytest.raises(CorruptCheckpoint, match="another row for key"):
+        table_reference.pull(table, keys)
+    with pytest.raises(CorruptCheckpoint, match="another row for key"):
+        table_reference.push(table, keys, np.ones((1000, 3), np.float32))
+    monkeypatch.undo()
+    table_reference.pull(table, keys)
+    table.close()
+
+
+def test_nothing_goes_to_the_file_while_it_is_tidied(tmp_path):
+    table = spilled_table(tmp_path, 1000)
+    written = table._cold.file.counts.records_written
+    with table._cold._lock:
+        table._cold.spill_over(table.owned)
+        table_reference.pull(table, list(range(300)))
+        table._cold.spill_over(table.owned)
+    assert table._cold.file.counts.records_written == written
+    table._cold.spill_over(table.owned)
+    assert table._cold.file.counts.records_written > written
+    table.close()
+
+
+@pytest.mark.parametrize("block", [-1, 2, 1 << 40])
+def test_a_block_that_cannot_be_is_refused_before_its_lock_is_touched(tmp_path, block):
+    table = table_reference.stored(TableSpec("t", 3, blocks=2), folder=tmp_path)
+    for call in (table.tombstones, lambda b: table.sweep(b, tick=1), lambda b: table.forget_tombstones(b, until=1)):
+        with pytest.raises(InvalidArgument, match="is not in"):
+            call(block)
