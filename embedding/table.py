@@ -207,6 +207,7 @@ class Table(Upkeep):
         self._values("gradients", gradients, n)
         gradients = kernel_array("gradients", gradients, np.float32, 2)
         rates = self._rates(rate, step)
+        step = int(step)
         occurrences = self._aside("occurrences", kernel_array("occurrences", occurrences, np.uint32), n)
         clicks = self._aside("clicks", kernel_array("clicks", clicks, np.float32), n)
         if not np.isfinite(clicks).all() or (clicks < 0).any():
@@ -288,7 +289,7 @@ class Table(Upkeep):
     # Inside
 
     def _rates(self, rate: float, step: int) -> NDArray[np.float64]:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 62:
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 1 << 62:
             raise InvalidArgument(f"table {self.spec.name}: step = {step!r}: give an integer from 0 to 2^62 - 1")
         rate = float(rate)
         if not abs(rate) < RATE_LIMIT:
