@@ -2,8 +2,8 @@
 """A shard that does not care how often a push comes: what the real one is compared with. For measurements only.
 
 Left out: the check of the header, the check for repeated blocks, the limits of group and split, the closed set, the marks, the
-dense blocks' sequence, and the counts of applied and skipped blocks. Invariant: all else is the same, so a push that comes once leaves the
-same rows and dense values as it does on a Shard.
+dense blocks' sequence, and the counts of applied and skipped blocks. Invariant: all else is the same, so a push that comes once
+leaves the same rows and dense values as it does on a Shard.
 """
 
 from collections.abc import Callable
