@@ -157,7 +157,7 @@ def pack_cold(
     found = 0
     for b in range(blocks.shape[0]):
         packed[b, 0] = 0
-        descriptor = descriptors + blocks[b] * DESCRIPTOR_BYTES
+        descriptor = descriptors + np.int64(blocks[b]) * DESCRIPTOR_BYTES
         if load_i64(descriptor, ROWS) <= most or found == entries.shape[0]:
             continue
         enter_mutex(descriptor)
@@ -195,7 +195,7 @@ def name_records(
         n = packed[b, 0]
         if n == 0:
             continue
-        descriptor = descriptors + blocks[b] * DESCRIPTOR_BYTES
+        descriptor = descriptors + np.int64(blocks[b]) * DESCRIPTOR_BYTES
         enter_mutex(descriptor)
         same = (
             load_i64(descriptor, VERSION) == packed[b, 1]

@@ -52,8 +52,8 @@ def aim_both(
     """Write where each key's bucket lies in the two tables; it stays there while nothing is changed."""
     begin = 0
     for group in range(blocks.shape[0]):
-        descriptor = narrow + blocks[group] * DESCRIPTOR_BYTES
-        other = wide + blocks[group] * DESCRIPTOR_BYTES
+        descriptor = narrow + np.int64(blocks[group]) * DESCRIPTOR_BYTES
+        other = wide + np.int64(blocks[group]) * DESCRIPTOR_BYTES
         buckets: Int = load_i64(descriptor, BUCKETS)
         count: Int = load_i64(descriptor, COUNT)
         wide_buckets: Int = load_i64(other, BUCKETS)
@@ -106,7 +106,7 @@ def judge(
     at = 0
     for group in range(blocks.shape[0]):
         end = at + counts[group]
-        block = narrow + blocks[group] * DESCRIPTOR_BYTES
+        block = narrow + np.int64(blocks[group]) * DESCRIPTOR_BYTES
         buckets: Int = load_i64(block, BUCKETS)
         count: Int = load_i64(block, COUNT)
         chunks: Int = load_i64(block, CHUNKS)
@@ -122,7 +122,7 @@ def judge(
                     side = side_at(chunks, word, shape)
                     prefetch(side + 4 * (shape.state_columns + shape.shows))
             sides[i] = side
-        other = wide + blocks[group] * DESCRIPTOR_BYTES
+        other = wide + np.int64(blocks[group]) * DESCRIPTOR_BYTES
         buckets = load_i64(other, BUCKETS)
         count = load_i64(other, COUNT)
         fresh = 0
@@ -190,7 +190,7 @@ def pack(
     at = 0
     for group in range(blocks.shape[0]):
         end = at + counts[group]
-        block = narrow + blocks[group] * DESCRIPTOR_BYTES
+        block = narrow + np.int64(blocks[group]) * DESCRIPTOR_BYTES
         buckets: Int = load_i64(block, BUCKETS)
         count: Int = load_i64(block, COUNT)
         before = kept
