@@ -37,6 +37,7 @@ from oarlock.embedding.pointer import Int, load_f32, load_i64, load_u32, load_u6
 from oarlock.embedding.request import ABSENT, Request, Scratch
 from oarlock.embedding.sketch import count_key
 from oarlock.embedding.slab import First, Layout, side_at, start_row, undo_at, weights_at
+from oarlock.embedding.update_row import powers
 
 # Ids of kernels, not of files.
 ALWAYS, BY_COUNT, BY_SKETCH, BY_CHANCE, BY_SCORE = range(5)
@@ -58,18 +59,6 @@ class Rules(NamedTuple):
     click: float
     limit: np.uint32
     heated: bool
-
-
-@jit
-def power(base: float, exponent: Int) -> float:
-    """Return base^exponent for an integer exponent >= 0 by repeated squaring."""
-    result = 1.0
-    while exponent > 0:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
 
 
 @jit
@@ -126,7 +115,8 @@ def admitted(
         return count >= rules.needed, count
     if rules.kind == BY_CHANCE:
         # One draw for all of the push's occurrences, with the chance that at least one of them is lucky.
-        return draw(first, key, step) < 1.0 - power(1.0 - rules.chance, amount), amount
+        missed, _ = powers(1.0 - rules.chance, 1.0, amount)
+        return draw(first, key, step) < 1.0 - missed, amount
     score = (amount - click) * rules.nonclick + click * rules.click
     return score >= 1.0 or draw(first, key, step) < score, amount
 

@@ -64,7 +64,9 @@ class ColdRows:
         self.record_bytes = 8 + shape.weight_bytes + 4 * (shape.state_columns + shape.counters)
         self._row_bytes = self.record_bytes - 8
         self.file = SpillFile(folder or Path(tempfile.gettempdir()), self.record_bytes, slack=SLACK)
-        self._lock = threading.Lock()  # of tidy
+        self._lock = (
+            threading.Lock()
+        )  # of who writes records that no word names yet, and of who frees what no word names
         self._opening = threading.Lock()
         self._opened = False
         self._dead: deque[NDArray[np.int64]] = deque()

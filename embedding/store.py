@@ -36,7 +36,7 @@ from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
 from oarlock.embedding.memory import Arena, IndexMemory
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import LINE, address_of, kernel_array
-from oarlock.embedding.precision import INT8, PRECISIONS
+from oarlock.embedding.precision import INT8, precision_code
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import First, Keep, layout
 from oarlock.embedding.spec import TableSpec
@@ -72,7 +72,7 @@ class Store:
         self._state = np.concatenate(states)
         addresses = [address_of(array) for array in (self._ends, self._constants, self._state)]
         self.first = First(origin(seed, spec.name), len(spec.all_parts), *addresses)
-        code = PRECISIONS.index(spec.dtype)
+        code = precision_code(spec.dtype)
         self.layout = layout(spec.dim, sum(len(state) for state in states), code, keeps(spec))
         # An int8 row's scale travels as one more column.
         self.state_columns = self.layout.state_columns + (code == INT8)

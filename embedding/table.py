@@ -24,7 +24,7 @@ from oarlock.embedding.aim import addresses
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.policy import ADMISSIONS
-from oarlock.embedding.pull import pull_rows
+from oarlock.embedding.pull import FILED, PRESENT, pull_rows
 from oarlock.embedding.push import (
     APPLIED,
     COLUMN,
@@ -65,7 +65,6 @@ RATE_LIMIT = 1e15
 KEPT_KEYS = 1 << 17  # scratch for requests of so many keys is kept
 
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
-_NO_RECORDS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 class PushCounts(NamedTuple):
@@ -150,21 +149,22 @@ class Table(Upkeep):
             pinned = self._cold.pin() if self._cold is not None else None
             try:
                 missing = self._pull_rows(keys, blocks, counts, work, out)
-                if self._cold is not None and pinned is None and work.found[1]:
+                if self._cold is not None and pinned is None and work.found[FILED]:
                     # The file came to be between the pin and the look: look again under a pin.
                     pinned = self._cold.pin()
                     missing = self._pull_rows(keys, blocks, counts, work, out)
                 if missing >= 0:
                     self.stale(int(blocks[missing]))
-                if self._cold is not None and work.found[1]:
-                    where, records = work.cold[: work.found[1]].copy(), work.records[: work.found[1]].copy()
+                filed = int(work.found[FILED])
+                if self._cold is not None and filed:
+                    where, records = work.cold[:filed].copy(), work.records[:filed].copy()
                     self._cold.read_weights(keys[where], where, records, out)
                     with suppress(PSError, MemoryError):
                         self._cold.spill_over(blocks)
             finally:
                 if self._cold is not None and pinned is not None:
                     self._cold.unpin(pinned)
-            return int(work.found[0] + work.found[1])
+            return int(work.found[PRESENT]) + filed
 
     def _pull_rows(self, keys: Keys, blocks: Groups, counts: Groups, work: Workspace, out: Values) -> int:
         return int(
@@ -210,7 +210,7 @@ class Table(Upkeep):
         step = int(step)
         occurrences = self._aside("occurrences", kernel_array("occurrences", occurrences, np.uint32), n)
         clicks = self._aside("clicks", kernel_array("clicks", clicks, np.float32), n)
-        if not np.isfinite(clicks).all() or (clicks < 0).any():
+        if len(clicks) and (not np.isfinite(clicks).all() or (clicks < 0).any()):
             raise InvalidArgument(f"table {self.spec.name}: clicks must be finite and >= 0")
         tick = min(step, 0xFFFFFFFF)
         request = Request(
@@ -249,7 +249,7 @@ class Table(Upkeep):
                 block = int(blocks[group])
                 try:
                     if code == NO_ROOM:
-                        self._make_room(block, need, tick)
+                        self._make_room(block, need)
                     elif code == IN_FILE and self._cold is not None:
                         with self.holding(block):
                             self.stored(block)
@@ -278,7 +278,7 @@ class Table(Upkeep):
         """Return the error of a push that ended early; the caller must know what of it is done, to send only the rest."""
         self._count_refused(progress, sample)
         if not isinstance(error, PSError):
-            error = OutOfMemory(f"table {self.spec.name}: no room for a push: {str(error) or 'no memory'}")
+            error = OutOfMemory(f"table {self.spec.name}: a push ended early: {str(error) or type(error).__name__}")
         error.details.update(table=self.spec.name, groups=groups)
         return error
 

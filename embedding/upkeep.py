@@ -139,7 +139,7 @@ class Upkeep(Store):
             if block in self.blocks:
                 yield block, np.flatnonzero(blocks == block)
 
-    def _make_room(self, block: int, rows: int, tick: int) -> None:
+    def _make_room(self, block: int, rows: int) -> None:
         """See to it that a block can take so many more keys and rows."""
         with self.holding(block):
             found = self.stored(block)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
+from oarlock.embedding.table import RATE_LIMIT
 from oarlock.proto.arrays import unpack
 from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
@@ -19,8 +20,6 @@ from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
 MAX_PATH = 4096
 # Above it there is no step + 1 in an int64.
 STEP_LIMIT = 1 << 62
-# A rate of this size would take a row to infinity in a few steps, and such a row can be neither moved nor restored.
-RATE_LIMIT = 1e15
 
 
 @dataclass(frozen=True)
