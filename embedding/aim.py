@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Aiming: asking for the index lines of keys long before they are looked up, across the borders of blocks.
 
+Where keys belong is worked out for a stage at once, in vector code; each bucket is asked for one by one, between the
+look-ups of keys before it, so that the memory has work while the processor computes: 64 requests in a row fill all places
+that the processor has for open requests, and everything behind them waits.
 Invariant: what is asked for ahead is a hint, taken outside of any lock; what is used was checked inside the block. Hints
 are a ring of RING keys, small enough to stay in the first cache. Kernels only; they take
 addresses, because handing arrays on to a function counts references, for every stage.
@@ -49,6 +52,33 @@ def addresses(keys: NDArray[np.uint64], blocks: NDArray[np.int32], counts: NDArr
 
 
 @jit
+def in_ring(ring: Int, i: Int) -> Int:
+    """Return where item ``i`` lies in the ring at an address; those up to ``lap_end(i)`` - 1 follow it."""
+    return ring + 8 * (i & _RING)
+
+
+@jit
+def lap_end(i: Int) -> Int:
+    """Return the first item behind ``i`` that lies at a ring's begin."""
+    return (i | _RING) + 1
+
+
+@jit
+def write_hints(buckets: Int, count: Int, salt: np.uint64, keys: Int, begin: Int, end: Int, hints: Int) -> None:
+    """Write to the ring where keys begin to end - 1, all of one lap, belong. A loop that becomes vector code."""
+    window = in_ring(hints, begin)
+    first = keys + 8 * begin
+    for i in range(end - begin):
+        store_i64(window, i, home(buckets, count, key_mix(salt, load_u64(first, i))))
+
+
+@jit
+def ask(hints: Int, i: Int) -> None:
+    """Ask for the bucket of key ``i``; where it was not worked out, for one of long ago, which costs nothing."""
+    prefetch(load_i64(hints, i & _RING))
+
+
+@jit
 def aim(
     descriptors: Int,
     salt: np.uint64,
@@ -57,7 +87,7 @@ def aim(
     limit: Int,
     hints: Int,
 ) -> None:
-    """Ask for the buckets of keys up to ``limit`` - 1, and write where they lie to the ring ``hints``.
+    """Write to the ring ``hints`` where keys up to ``limit`` - 1 belong, FAR keys or more before they are looked up.
 
     cursor: address of int64[CURSOR], set by ``start_aiming``; hints: of int64[RING]. Nobody is inside the blocks, so an index
     may be exchanged for another before its hints are used; ``renew`` finds that out.
@@ -82,11 +112,8 @@ def aim(
         ):
             # Hints of one group are for two indexes: none of them counts, even if the first index comes back.
             store_i64(cursor, SEEN + 2 * (group & _RING), -1)
-        stop = min(limit, end)
-        for i in range(at, stop):
-            store_i64(hints, i & _RING, home(buckets, count, key_mix(salt, load_u64(grouped.keys, i))))
-        for i in range(at, stop):
-            prefetch(load_i64(hints, i & _RING))
+        stop = min(limit, end, lap_end(at))
+        write_hints(buckets, count, salt, grouped.keys, at, stop, hints)
         at = stop
         if at == end and group + 1 < grouped.groups:
             store_i64(cursor, AT_GROUP, group + 1)
@@ -96,8 +123,10 @@ def aim(
 
 
 @jit
-def start_aiming(cursor: Int, grouped: Grouped, group: Int, at: Int) -> None:
-    """Let ``aim`` begin with key ``at``, the first of ``group``."""
+def start_aiming(
+    descriptors: Int, salt: np.uint64, grouped: Grouped, cursor: Int, group: Int, at: Int, limit: Int, hints: Int
+) -> None:
+    """Aim at key ``at``, the first of ``group``, and the FAR - 1 behind it, and ask for their buckets."""
     store_i64(cursor, AT, at)
     store_i64(cursor, AT_GROUP, group)
     end = at
@@ -105,16 +134,19 @@ def start_aiming(cursor: Int, grouped: Grouped, group: Int, at: Int) -> None:
         end += np.int64(load_u32(grouped.counts, group))
     store_i64(cursor, GROUP_END, end)
     store_i64(cursor, FRESH, 1)
+    first = min(limit, at + FAR)
+    aim(descriptors, salt, grouped, cursor, first, hints)
+    for i in range(at, first):
+        ask(hints, i)
 
 
 @jit
 def renew(
     descriptor: Int, salt: np.uint64, keys: Int, cursor: Int, group: Int, begin: Int, end: Int, hints: Int
 ) -> None:
-    """Make the hints of keys begin to end - 1 right, inside their block."""
+    """Make the hints of keys begin to end - 1, all of one lap, right, inside their block."""
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
     seen = cursor + 8 * (SEEN + 2 * (group & _RING))
     if load_i64(seen, 0) != buckets or load_i64(seen, 1) != count:
-        for i in range(begin, end):
-            store_i64(hints, i & _RING, home(buckets, count, key_mix(salt, load_u64(keys, i))))
+        write_hints(buckets, count, salt, keys, begin, end, hints)

@@ -104,6 +104,13 @@ def _trailing_zeros(typing: Any, value: Any) -> Any:
     return types.int64(types.int64), code
 
 
+def _count_ones(typing: Any, value: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), code
+
+
 def _address_in(typing: Any, array: Any, offset: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -146,7 +153,8 @@ def _plain_match(line: Any, word: Any) -> int:
 # prefetch(address) asks for that cache line; copy(to, from, bytes) copies memory that does not overlap;
 # match_line(address, word) has bit i set where item i of the 8 uint64 of a cache line is ``word``;
 # address_in(array, offset) is the address ``offset`` bytes behind an array's first item;
-# trailing_zeros(n) is the number of the lowest bit set of n, 64 for 0; bit_length(n) counts the bits of n >= 0.
+# trailing_zeros(n) is the number of the lowest bit set of n, 64 for 0; count_ones(n) how many are set;
+# bit_length(n) counts the bits of n >= 0.
 load_f32: Callable[[Any, Any], Any]
 load_f64: Callable[[Any, Any], Any]
 load_u8: Callable[[Any, Any], Any]
@@ -164,6 +172,7 @@ prefetch: Callable[[Any], None]
 copy: Callable[[Any, Any, Any], None]
 match_line: Callable[[Any, Any], Any]
 trailing_zeros: Callable[[Any], Any]
+count_ones: Callable[[Any], Any]
 bit_length: Callable[[Any], Any]
 address_in: Callable[[Any, Any], Any]
 
@@ -185,6 +194,7 @@ if numba.config.DISABLE_JIT:
     copy = _plain_copy
     match_line = _plain_match
     trailing_zeros = lambda value: (int(value) & -int(value)).bit_length() - 1 if value else 64  # noqa: E731
+    count_ones = lambda value: int(value).bit_count()  # noqa: E731
     address_in = lambda array, offset: address_of(array) + int(offset)  # noqa: E731
     bit_length = lambda value: int(value).bit_length()  # noqa: E731
 else:
@@ -205,6 +215,7 @@ else:
     copy = intrinsic(_copy)
     match_line = intrinsic(_match_line)
     trailing_zeros = intrinsic(_trailing_zeros)
+    count_ones = intrinsic(_count_ones)
     address_in = intrinsic(_address_in)
     bit_length = intrinsic(_bit_length)
 

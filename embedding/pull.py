@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pull kernel: a request's rows, gathered in one pass over its keys.
 
-    aim     128 keys ahead    where does the key's bucket lie? ask for it
-    look    up to 64 keys     find their words, ask for their rows
+    aim     128 keys ahead    where do the keys' buckets lie?
+    look    up to 64 keys     find their words, ask for their rows, and for the buckets 128 keys ahead
     late    64 keys behind    the same for those that are not in their home bucket
     copy    128 keys behind   copy the rows out
 
@@ -17,9 +17,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, addresses, aim, renew, start_aiming
+from oarlock.embedding.aim import (
+    FAR,
+    RING,
+    STAGE,
+    Grouped,
+    addresses,
+    aim,
+    ask,
+    in_ring,
+    lap_end,
+    renew,
+    start_aiming,
+)
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES, NEXT
-from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
+from oarlock.embedding.index import PENDING, SPILLED, ask_away, find, next_line, peek, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
 from oarlock.embedding.pointer import (
@@ -67,6 +79,37 @@ def copy_row(out: Int, row: Int, size: Int) -> None:
         size -= 4
 
 
+@jit
+def copy_rows(rows: Int, n: Int, size: Int, out: Int) -> Int:
+    """Copy those of ``n`` rows of ``size`` bytes that are in memory to their lines; return how many are not.
+
+    The two loops of one copy are for the commonest widths, 16 and 32 numbers: the general one takes 2 ns a row longer.
+    """
+    left = np.int64(0)
+    if size == 64:
+        for i in range(n):
+            row = load_i64(rows, i)
+            if row > 0:
+                copy(out + i * 64, row, 64)
+            else:
+                left += 1
+    elif size == 128:
+        for i in range(n):
+            row = load_i64(rows, i)
+            if row > 0:
+                copy(out + i * 128, row, 128)
+            else:
+                left += 1
+    else:
+        for i in range(n):
+            row = load_i64(rows, i)
+            if row > 0:
+                copy_row(out + i * size, row, size)
+            else:
+                left += 1
+    return left
+
+
 class PullScratch(NamedTuple):
     """Addresses of scratch memory: cursor, hints, late as in ``embedding/aim.py``, rows: int64[RING]; and what a pull finds.
 
@@ -88,19 +131,25 @@ class PullScratch(NamedTuple):
 def copy_out(rows: Int, begin: Int, end: Int, keys: Int, shape: Layout, first: First, zeros: bool, out: Int) -> None:
     """Write the weights of keys begin to end - 1, or what an absent key reads as, to their lines of ``out``."""
     pitch = 4 * shape.dim
-    for i in range(begin, end):
-        row = load_i64(rows, i & _RING)
-        if row > 0:
-            if shape.code == FLOAT32:
-                copy_row(out + i * pitch, row, pitch)
-            else:
-                decode_row(row, shape.code, shape.dim, out + i * pitch)
-        elif row == ABSENT:
-            if zeros:
-                for column in range(shape.dim):
-                    store_f32(out + i * pitch, column, np.float32(0))
-            else:
-                draw_weights(load_u64(keys, i), shape, first, out + i * pitch)
+    while begin < end:
+        n = min(end, lap_end(begin)) - begin
+        window = in_ring(rows, begin)
+        lines = out + begin * pitch
+        left: Int = n
+        if shape.code == FLOAT32:
+            left = copy_rows(window, n, pitch, lines)
+        if left > 0:
+            for i in range(n):
+                row = load_i64(window, i)
+                if row == ABSENT:
+                    if zeros:
+                        for column in range(shape.dim):
+                            store_f32(lines + i * pitch, column, np.float32(0))
+                    else:
+                        draw_weights(load_u64(keys, begin + i), shape, first, lines + i * pitch)
+                elif row > 0 and shape.code != FLOAT32:
+                    decode_row(row, shape.code, shape.dim, lines + i * pitch)
+        begin += n
 
 
 @jit
@@ -113,22 +162,28 @@ def look_stage(
     """
     chunks: Int = load_i64(descriptor, CHUNKS)
     odd = np.int64(0)
-    some = max(load_i64(descriptor, NEXT) - 1, 0)  # any slot that may be asked for
-    for i in range(begin, end):
-        # Without a branch: whether a key is in its home bucket cannot be predicted.
-        line = load_i64(scratch.hints, i & _RING)
-        entry, hit = peek(line, load_u64(keys, i))
+    last = max(load_i64(descriptor, NEXT) - 1, 0)
+    hints = in_ring(scratch.hints, begin)
+    rows = in_ring(scratch.rows, begin)
+    first = keys + 8 * begin
+    for i in range(end - begin):
+        ask(scratch.hints, begin + FAR + i)
+        # Without a branch: whether a key is in its home bucket cannot be predicted. If it is not, the row is some other.
+        entry, hit = peek(load_i64(hints, i), load_u64(first, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
-        row = weights_at(chunks, word if plain else some, shape)
-        store_i64(scratch.rows, i & _RING, row)
-        prefetch_bytes(row, shape.weight_bytes)
-        store_i64(late, odd, i)
+        row = weights_at(chunks, min(word, last), shape)
+        store_i64(rows, i, row)
+        prefetch(row)
+        store_i64(late, odd, begin + i)
         odd += not plain
         if heated and plain:
             warm(entry)
+    if LINE % shape.weight_bytes != 0:  # or a row lies within one line
+        for i in range(end - begin):
+            prefetch_bytes(load_i64(rows, i), shape.weight_bytes)
     for k in range(odd):
-        prefetch(load_i64(scratch.hints, load_i64(late, k) & _RING) + LINE)
+        ask_away(load_i64(scratch.hints, load_i64(late, k) & _RING))
     store_i64(scratch.found, PRESENT, load_i64(scratch.found, PRESENT) + end - begin - odd)
     return odd
 
@@ -146,7 +201,11 @@ def look_late(
     for k in range(odd):
         i = load_i64(late, k)
         row = np.int64(ABSENT)
-        entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))
+        key = load_u64(keys, i)
+        home_line = load_i64(scratch.hints, i & _RING)
+        entry, hit = peek(next_line(buckets, count, home_line), key)
+        if not hit:
+            entry = find(buckets, count, home_line, key)
         if entry != 0:
             word = np.int64(load_u32(entry, 0))
             if word < PENDING:
@@ -186,7 +245,7 @@ def pull_groups(
 
     Groups whose block is taken are listed in scratch.later, unless ``wait`` says to wait for them.
     """
-    start_aiming(scratch.cursor, grouped, begin_group, begin)
+    start_aiming(descriptors, salt, grouped, scratch.cursor, begin_group, begin, limit, scratch.hints)
     copied: Int = begin  # rows before this one are out
     oldest: Int = begin_group  # the first group whose block we are in
     oldest_end = np.int64(0)
@@ -217,7 +276,7 @@ def pull_groups(
                 group += 1
                 copied = at
                 oldest = group
-                start_aiming(scratch.cursor, grouped, group, at)
+                start_aiming(descriptors, salt, grouped, scratch.cursor, group, at, limit, scratch.hints)
                 continue
         if oldest == group:
             oldest_end = at + size
@@ -227,7 +286,7 @@ def pull_groups(
             break
         end = at + size
         while at < end:
-            stop = min(at + STAGE, end)
+            stop = min(at + STAGE, end, lap_end(at))
             aim(descriptors, salt, grouped, scratch.cursor, min(limit, stop + FAR), scratch.hints)
             renew(descriptor, salt, grouped.keys, scratch.cursor, group, at, stop, scratch.hints)
             more = look_stage(descriptor, shape, heated, grouped.keys, at, stop, late, scratch)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.admission import Rules, admit
-from oarlock.embedding.aim import FAR, RING, STAGE, addresses, aim, renew, start_aiming
+from oarlock.embedding.aim import FAR, RING, STAGE, addresses, aim, ask, lap_end, renew, start_aiming
 from oarlock.embedding.descriptor import (
     BUCKETS,
     CHUNKS,
@@ -30,12 +30,11 @@ from oarlock.embedding.descriptor import (
     SLOT_ROOM,
     VERSION,
 )
-from oarlock.embedding.index import PENDING, SPILLED, find, peek, warm
+from oarlock.embedding.index import PENDING, SPILLED, ask_away, find, peek, warm
 from oarlock.embedding.initial import stream
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
 from oarlock.embedding.pointer import (
-    LINE,
     Int,
     copy,
     load_f32,
@@ -44,7 +43,6 @@ from oarlock.embedding.pointer import (
     load_u8,
     load_u32,
     load_u64,
-    prefetch,
     store_f32,
     store_i64,
     store_u8,
@@ -111,13 +109,14 @@ def look(
     side_bytes = 4 * (shape.state_columns + shape.counters)
     stride = 4 * shape.dim
     odd = np.int64(0)
-    some = max(load_i64(descriptor, NEXT) - 1, 0)  # any slot that may be asked for
+    last = max(load_i64(descriptor, NEXT) - 1, 0)
     for i in range(begin, end):
-        # Without a branch: whether a key is in its home bucket cannot be predicted.
+        ask(scratch.hints, i + FAR)
+        # Without a branch: whether a key is in its home bucket cannot be predicted. If it is not, the row is some other.
         entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
-        slot = word if plain else some
+        slot = min(word, last)
         row, side = row_at(chunks, slot, shape)
         prefetch_bytes(row, shape.weight_bytes)
         if side_bytes > 0:
@@ -132,7 +131,7 @@ def look(
         if rules.heated and plain:
             warm(entry)
     for k in range(odd):
-        prefetch(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING) + LINE)
+        ask_away(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING))
     absent = np.int64(0)
     in_file = np.int64(0)
     for k in range(odd):
@@ -334,7 +333,7 @@ def push_rows(
     grouped = addresses(keys, blocks, counts)
     at: Int = load_i64(outcome.progress, POSITION)
     start = load_i64(outcome.progress, GROUP)
-    start_aiming(scratch.cursor, grouped, start, at)
+    start_aiming(descriptors, salt, grouped, scratch.cursor, start, at, grouped.n, scratch.hints)
     for group in range(start, grouped.groups):
         descriptor = descriptors + np.int64(load_u32(grouped.blocks, group)) * DESCRIPTOR_BYTES
         end = at + np.int64(load_u32(grouped.counts, group))
@@ -348,7 +347,7 @@ def push_rows(
             in_file = np.int64(0)
             begin: Int = at
             while begin < end:
-                stop = min(begin + STAGE, end)
+                stop = min(begin + STAGE, end, lap_end(begin))
                 aim(descriptors, salt, grouped, scratch.cursor, min(grouped.n, stop + FAR), scratch.hints)
                 renew(descriptor, salt, grouped.keys, scratch.cursor, group, begin, stop, scratch.hints)
                 more, cold = look(

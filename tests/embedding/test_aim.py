@@ -34,8 +34,7 @@ def test_hints_are_renewed_unless_all_of_them_are_for_the_index_that_is_there(be
 
     descriptors[0, [BUCKETS, COUNT]] = begin + 32 * LINE, 5
     exchange(0, 7)
-    start_aiming(address_of(cursor), grouped, 0, 0)
-    aim(address_of(descriptors), SALT, grouped, address_of(cursor), 12, address_of(hints))
+    start_aiming(address_of(descriptors), SALT, grouped, address_of(cursor), 0, 0, 12, address_of(hints))
     exchange(*between)
     aim(address_of(descriptors), SALT, grouped, address_of(cursor), 20, address_of(hints))
     exchange(*after)

@@ -40,11 +40,12 @@ class Buckets:
 
 
 class Twin:
-    """The same from the written format: five places a bucket, the first free one from a key's home on."""
+    """The same from the written format: five places a bucket; from a full home on to where others of it went, or to the
+    emptiest of the next seven, or to the first with a place behind those."""
 
     def __init__(self, count):
         self.places = [[None] * 5 for _ in range(count)]
-        self.reach = [0] * count
+        self.away = [0] * count
         self.heat = {}
         self.where = {}
 
@@ -53,15 +54,25 @@ class Twin:
 
     def insert(self, key, word, heat=0):
         start = self.home(key)
-        for distance in range(len(self.places)):
-            at = (start + distance) % len(self.places)
-            if None in self.places[at]:
-                place = self.places[at].index(None)
-                self.places[at][place] = key, word
-                self.reach[start] = max(self.reach[start], min(distance, 255))
-                self.where[key], self.heat[key] = (at, place), heat
-                return
-        raise AssertionError("the twin's index is full")
+        distance = 0
+        if None not in self.places[start]:
+            distance = self.overflow(start)
+            self.away[start] |= 1 << min(distance - 1, 7)
+        at = (start + distance) % len(self.places)
+        place = self.places[at].index(None)
+        self.places[at][place] = key, word
+        self.where[key], self.heat[key] = (at, place), heat
+
+    def overflow(self, start):
+        count = len(self.places)
+        free = [self.places[(start + distance) % count].count(None) for distance in range(count)]
+        near = range(1, min(8, count))
+        known = [d for d in near if self.away[start] >> (d - 1) & 1 and free[d]]
+        if known:
+            return known[0]
+        if any(free[d] for d in near):
+            return max(near, key=lambda d: (free[d], -d))
+        return next(d for d in range(8, count) if free[d])
 
     def erase(self, key):
         at, place = self.where.pop(key)
@@ -81,8 +92,8 @@ class Twin:
         assert not buckets.watchman.any()
         for at, line in enumerate(buckets.bytes):
             keys, words = line[:40].view(np.uint64).tolist(), line[40:60].view(np.uint32).tolist()
-            used, reach, low, high = line[60:].tolist()
-            assert reach == self.reach[at]
+            used, away, low, high = line[60:].tolist()
+            assert away == self.away[at]
             for place, entry in enumerate(self.places[at]):
                 assert (used >> place & 1) == (entry is not None)
                 heat = (low >> place & 1) + 2 * (high >> place & 1)
@@ -102,6 +113,7 @@ CASES = {
     "last bucket": keys_at(15, 16, 12),
     "one before the last": keys_at(14, 16, 27),
     "key 0 and the last": [0, reference.WORD, *keys_at(3, 16, 8)],
+    "far from home": keys_at(5, 16, 60),
     "full": list(range(100, 180)),
 }
 
@@ -166,7 +178,7 @@ def test_keys_that_all_belong_to_one_bucket_are_found_however_far_they_lie():
         buckets.insert(key, word)
         twin.insert(key, word)
     twin.check(buckets)
-    assert max(twin.reach) == min(255, -(-many // 5) - 1)
+    assert twin.away[count - 2] == 255
     assert [buckets.word(buckets.find(key)) for key in keys[:many]] == list(range(many))
     assert [buckets.find(key) for key in keys[many:]] == [0] * 50
     for key in keys[:many:2]:
