@@ -46,7 +46,11 @@ class Turns:
 def take_turns(
     sides: Mapping[str, Side], requests: int, rows: int, batch: int, seconds: float, least: int = 5
 ) -> Turns:
-    """Run ``batch`` requests of ``rows`` keys by each side in turn until the time is up."""
+    """Run ``batch`` requests of ``rows`` keys by each side in turn until the time is up.
+
+    The first ten requests of a turn are up to twice as slow as those behind them, on every side: the page tables of its
+    memory have to come back into the caches. A server's requests come one after the other, so a batch is a few times ten.
+    """
     names = list(sides)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for name in names:

@@ -6,7 +6,8 @@
     word    slot of the row, or PENDING + occurrences of a key not yet admitted, or SPILLED + record of a row in the file
     used    bit i: place i holds a key, so every 64-bit key is an ordinary key
     away    bit i, 0 to 6: a key that belongs here lies in the bucket 1 + i behind this one; bit 7: one lies farther behind
-    heat    two bits for each place, for tables that spill: how often it was asked for lately
+    heat    bits 0 to 4, two for each place, for tables that spill: how often it was asked for lately
+            bits 5 to 7 of heat 0, how far those of bit 7 are: less than 16 << n buckets; 7: anywhere
 
 A key belongs to bucket (low 32 bits of its mix) * buckets >> 32, so any number of buckets will do, growth is by a small
 factor, and since the order of buckets is that of the low bits, rehashing reads and writes memory in order. A key that finds
@@ -24,6 +25,7 @@ from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import (
     LINE,
     Int,
+    bit_length,
     count_ones,
     load_u8,
     load_u32,
@@ -43,6 +45,8 @@ AWAY = 61
 HEAT = 62
 FULL = (1 << PLACES) - 1
 BEYOND = 7  # the bit of ``away`` for all buckets behind the seventh
+_REACH = 5  # the lowest of the bits that say how far those are
+_ANYWHERE = 7
 
 PENDING = 1 << 30
 SPILLED = 1 << 31
@@ -96,7 +100,8 @@ def _behind(buckets: Int, count: Int, line: Int, distance: Int) -> Int:
 
 @jit
 def _find_beyond(buckets: Int, count: Int, line: Int, key: np.uint64) -> Int:
-    for distance in range(BEYOND + 1, count):
+    reach = np.int64(load_u8(line, HEAT)) >> _REACH
+    for distance in range(BEYOND + 1, count if reach == _ANYWHERE else min(count, np.int64(16) << reach)):
         at = _behind(buckets, count, line, distance)
         found = match_line(at, key) & np.int64(load_u8(at, USED))
         if found != 0:
@@ -141,6 +146,10 @@ def insert(buckets: Int, count: Int, line: Int, key: np.uint64, word: np.uint32)
         away = np.int64(load_u8(line, AWAY))
         distance = _overflow(buckets, count, line, away)
         store_u8(line, AWAY, np.uint8(away | (np.int64(1) << min(distance - 1, BEYOND))))
+        if distance > BEYOND:
+            heat = np.int64(load_u8(line, HEAT))
+            reach = max(heat >> _REACH, min(bit_length(distance >> 4), _ANYWHERE))
+            store_u8(line, HEAT, np.uint8((heat & FULL) | (reach << _REACH)))
         at = _behind(buckets, count, line, distance)
         used = np.int64(load_u8(at, USED))
     place = trailing_zeros(~used)

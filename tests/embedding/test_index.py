@@ -46,6 +46,7 @@ class Twin:
     def __init__(self, count):
         self.places = [[None] * 5 for _ in range(count)]
         self.away = [0] * count
+        self.reach = [0] * count
         self.heat = {}
         self.where = {}
 
@@ -58,6 +59,9 @@ class Twin:
         if None not in self.places[start]:
             distance = self.overflow(start)
             self.away[start] |= 1 << min(distance - 1, 7)
+            if distance > 7:
+                fits = (n for n in range(7) if distance < 16 << n)
+                self.reach[start] = max(self.reach[start], next(fits, 7))
         at = (start + distance) % len(self.places)
         place = self.places[at].index(None)
         self.places[at][place] = key, word
@@ -93,7 +97,7 @@ class Twin:
         for at, line in enumerate(buckets.bytes):
             keys, words = line[:40].view(np.uint64).tolist(), line[40:60].view(np.uint32).tolist()
             used, away, low, high = line[60:].tolist()
-            assert away == self.away[at]
+            assert (away, low >> 5) == (self.away[at], self.reach[at])
             for place, entry in enumerate(self.places[at]):
                 assert (used >> place & 1) == (entry is not None)
                 heat = (low >> place & 1) + 2 * (high >> place & 1)
@@ -179,6 +183,7 @@ def test_keys_that_all_belong_to_one_bucket_are_found_however_far_they_lie():
         twin.insert(key, word)
     twin.check(buckets)
     assert twin.away[count - 2] == 255
+    assert twin.reach[count - 2] == (5 if reference.JIT else 0)
     assert [buckets.word(buckets.find(key)) for key in keys[:many]] == list(range(many))
     assert [buckets.find(key) for key in keys[many:]] == [0] * 50
     for key in keys[:many:2]:
