@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from oarlock.benchmarks import table_speed as speed
-from oarlock.benchmarks.table_cases import measure_cases, measure_large
+from oarlock.benchmarks.table_cases import measure_cases, measure_large, measure_usage
 from oarlock.benchmarks.table_growth import measure_growth
 from oarlock.benchmarks.table_keys import LAWS, REQUEST_KEYS, Request
 from oarlock.benchmarks.table_spill import measure_spill
@@ -66,7 +66,7 @@ FULL = Size(
     requests=240,
     batch=40,
     turn_seconds=12.0,
-    thread_batch=60,
+    thread_batch=240,
     pairs=9,
     scaling_seconds=60.0,
     growth_seconds=12.0,
@@ -83,7 +83,7 @@ QUICK = replace(
     requests=120,
     batch=24,
     turn_seconds=0.8,
-    thread_batch=20,
+    thread_batch=60,
     scaling_seconds=4.0,
     growth_seconds=2.4,
     roomy_before_seconds=9.0,
@@ -171,8 +171,9 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
         compiler, optimizer, size.case_bytes, size.case_seconds, deadline, others=size.rows > 1 << 20
     )
     small["build"] = build
+    usage = measure_usage(size.case_bytes // 64, optimizer)
     large = [
-        measure_large(count, optimizer, dtype, small, size.turn_seconds)
+        measure_large(compiler, count, optimizer, dtype, small, size.turn_seconds)
         for count, dtype in ((size.large_rows, "float32"), (2 * size.large_rows, "int8"))
         if count
     ]
@@ -180,6 +181,7 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
         **speeds,
         **threads,
         "bytes_over_payload": over,
+        "bytes_over_payload_usage": usage,
         "bytes_over_payload_by_dim": {str(c["dim"]): c["bytes_over_payload"] for c in cases if _is_plain(c, optimizer)},
         **growth,
         "huge_page_share": huge,
@@ -232,6 +234,8 @@ def _speeds(
             found[f"{verb}_mrows_per_s"][law] = turns.medians()
             if verb == "pull":
                 small[law] = turns.median(speed.OURS)
+                if law == LAWS[0] and "gather" in sides:
+                    small["gather"] = turns.median("gather")
             if not twins:
                 continue
             fastest = max((form.name for form in FORMS), key=turns.median)

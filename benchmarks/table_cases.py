@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from oarlock.benchmarks import table_speed as speed
-from oarlock.benchmarks.table_keys import LAWS
+from oarlock.benchmarks.table_keys import LAWS, REQUEST_KEYS
 from oarlock.benchmarks.table_store import DTYPES, available, fill, make, payload
 from oarlock.benchmarks.table_twin import FORMS, OPTIMIZERS, Twin, TwinCompiler, columns_of
 from oarlock.embedding.optimizers import OPTIMIZERS as EVERY
@@ -71,8 +73,37 @@ def _case(compiler: TwinCompiler, rows: int, dim: int, optimizer: str, dtype: st
     return case
 
 
-def measure_large(rows: int, optimizer: str, dtype: str, small: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Return how fast a table of ``rows`` rows of dim 16 is made and pulled, beside the headline table's figures."""
+def measure_usage(rows: int, optimizer: str) -> float | None:
+    """Return the bytes over the payload of rows of dim 16 that keep their occurrences and their last update."""
+    filled = fill("usage", rows, 16, optimizer, usage=True)
+    each = payload(16, optimizer, "float32", filled.table)
+    return each and round(filled.nbytes / rows / each, 3)
+
+
+def measure_gather(compiler: TwinCompiler, optimizer: str, rows: int, seconds: float) -> float | None:
+    """Return the raw gather's rate over ``rows`` rows of dim 16, without keys or an index: what the memory gives."""
+    library = compiler.library(16, columns_of(optimizer, 16))
+    if library is None:
+        return None
+    twin = Twin(library, FORMS[0], salt=np.uint64(0), rows=rows)
+    try:
+        twin.touch()
+        random = np.random.default_rng(7)
+        slots = [random.integers(0, rows, REQUEST_KEYS, np.uint32) for _ in range(100)]
+        out = np.empty((REQUEST_KEYS, 16), np.float32)
+        sides: dict[str, speed.Side] = {"gather": lambda number: twin.gather(slots[number], out)}
+        return speed.take_turns(sides, len(slots), REQUEST_KEYS, 40, seconds).median("gather")
+    finally:
+        twin.close()
+
+
+def measure_large(
+    compiler: TwinCompiler, rows: int, optimizer: str, dtype: str, small: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """Return how fast a table of ``rows`` rows of dim 16 is made and pulled, beside the headline table's figures.
+
+    Of float32 rows also how the raw gather does at that size.
+    """
     result: dict[str, Any] = {"rows": rows, "dim": 16, "optimizer": optimizer, "dtype": dtype, "why": None}
     try:
         each = payload(16, optimizer, dtype, make("trial", 16, optimizer, dtype)) or 16 * 4 * 2
@@ -87,11 +118,16 @@ def measure_large(rows: int, optimizer: str, dtype: str, small: dict[str, float]
     for law in LAWS:
         requests = [filled.universe.draw(law) for _ in range(100)]
         size = requests[0].keys.shape[0]
-        turns = speed.take_turns(speed.pulls(filled.table, [], requests, gather=False), 100, size, 10, seconds)
+        turns = speed.take_turns(speed.pulls(filled.table, [], requests, gather=False), 100, size, 40, seconds)
         rate = turns.median(speed.OURS)
         result[f"pull_mrows_per_s_{law}"] = round(rate, 2)
         if law in small:
             result[f"pull_time_over_small_{law}"] = round(small[law] / rate, 3)
     if "build" in small:
         result["build_time_over_small"] = round(small["build"] / result["build_mrows_per_s"], 3)
+    del filled, turns
+    gather = measure_gather(compiler, optimizer, rows, seconds) if dtype == "float32" else None
+    if gather is not None:
+        result["gather_mrows_per_s"] = round(gather, 2)
+        result["gather_time_over_small"] = round(small["gather"] / gather, 3) if "gather" in small else None
     return result

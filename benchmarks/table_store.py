@@ -41,11 +41,15 @@ def make(
     *,
     memory_bytes: int = 0,
     folder: Path | None = None,
+    usage: bool = False,
 ) -> Table:
-    """Return an empty table with all its blocks; beyond ``memory_bytes`` of rows, if not 0, it spills into ``folder``."""
+    """Return an empty table with all its blocks; beyond ``memory_bytes`` of rows, if not 0, it spills into ``folder``.
+
+    ``usage``: its rows keep their occurrences and the tick of their last update.
+    """
     # The twin's accumulators begin at zero, and so do these.
     rule = OptimizerSpec(optimizer, initial=0.0) if optimizer in ("adagrad", HEADLINE) else OptimizerSpec(optimizer)
-    spec = TableSpec(name, dim, rule, Initializer("zeros"), BLOCKS, dtype, memory_bytes=memory_bytes)
+    spec = TableSpec(name, dim, rule, Initializer("zeros"), BLOCKS, dtype, usage=usage, memory_bytes=memory_bytes)
     table = Table(spec, seed=1, spill_folder=folder)
     for block in range(BLOCKS):
         table.adopt(block)
@@ -66,11 +70,12 @@ def fill(
     deadline: float = 1e18,
     memory_bytes: int = 0,
     folder: Path | None = None,
+    usage: bool = False,
 ) -> Filled:
     """Create rows by pushes of gradient zero until all exist, or until ``deadline`` (time.monotonic()) has passed."""
     gc.collect()
     before = resident()
-    table = make(name, dim, optimizer, dtype, memory_bytes=memory_bytes, folder=folder)
+    table = make(name, dim, optimizer, dtype, memory_bytes=memory_bytes, folder=folder, usage=usage)
     universe = universe_of(table, rows)
     # Rows are spilled as others come after them, so those of a table with a budget come in ordinary requests.
     chunk = max(1, min(REQUEST_KEYS if memory_bytes else CHUNK_ROWS, rows, (64 << 20) // dim))

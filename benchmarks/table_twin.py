@@ -77,6 +77,7 @@ def _declare(library: Any) -> Any:
         ("make", address, [ctypes.c_uint64] * 2 + [ctypes.c_uint32, ctypes.c_double]),
         ("free", None, [address]),
         ("bytes", size, [address]),
+        ("touch", None, [address]),
         ("build", ctypes.c_int64, [address, address, size]),
         ("slots", None, [address, address, size, address]),
         ("pull", None, [address, address, size, address]),
@@ -105,6 +106,10 @@ class Twin:
     def build(self, keys: NDArray[np.uint64]) -> int:
         """Enter keys, all rows zero; return how many rows there are, or -1 if there is no room."""
         return int(self._library.twin_build(self._table, keys.ctypes.data, keys.shape[0]))
+
+    def touch(self) -> None:
+        """Have memory of its own behind every row that there is room for."""
+        self._library.twin_touch(self._table)
 
     def slots(self, keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
         """Return the slots of keys, 2^32 - 1 for an absent one."""

@@ -281,15 +281,18 @@ void twin_pull(const table *t, const uint64_t *keys, size_t n, float *out) {
 int64_t twin_push(table *t, const uint64_t *keys, size_t n, const float *gradients, float rate, float epsilon) {
     return t->linear ? push(t, keys, n, gradients, rate, epsilon, 1) : push(t, keys, n, gradients, rate, epsilon, 0);
 }
+/* Every page is made the table's own: a page that was only read is the zero page, which is always in the cache. */
+void twin_touch(table *t) {
+    for (size_t b = 0; b < t->weight_bytes; b += 4096) ((volatile char *)t->weights)[b] = 0;
+    for (size_t b = 0; b < t->state_bytes; b += 4096) ((volatile char *)t->state)[b] = 0;
+}
 int64_t twin_build(table *t, const uint64_t *keys, size_t n) {
     for (size_t i = 0; i < n; i++) {
         int linear = (int)t->linear;
         if (i + 16 < n) __builtin_prefetch(line(t, place(t, keys[i + 16], linear), linear), 1, 3);
         if (find(t, place(t, keys[i], linear), keys[i], linear) == NONE && enter(t, keys[i]) == NONE) return -1;
     }
-    /* Every page is made the table's own: a page that was only read is the zero page, which is always in the cache. */
-    for (size_t b = 0; b < t->weight_bytes; b += 4096) ((volatile char *)t->weights)[b] = 0;
-    for (size_t b = 0; b < t->state_bytes; b += 4096) ((volatile char *)t->state)[b] = 0;
+    twin_touch(t);
     return (int64_t)t->rows;
 }
 void twin_slots(const table *t, const uint64_t *keys, size_t n, uint32_t *out) {

@@ -226,8 +226,7 @@ class Table(Upkeep):
             progress = np.zeros(WORDS, np.int64)
             sample = np.empty(min(n, self.spec.guard.sample), np.uint64)
             outcome = Outcome(address_of(progress), address_of(sample), len(sample))
-            if self._cold is not None:
-                self._cold.bring_back_request(addresses(keys, blocks, counts))
+            looked = False
             while True:
                 code = push_rows(
                     self.base,
@@ -250,6 +249,10 @@ class Table(Upkeep):
                 try:
                     if code == NO_ROOM:
                         self._make_room(block, need)
+                    elif code == IN_FILE and self._cold is not None and not looked:
+                        # All that the request names at once. Mostly there is nothing: a pull of its keys came before.
+                        self._cold.bring_back_request(addresses(keys, blocks, counts))
+                        looked = True
                     elif code == IN_FILE and self._cold is not None:
                         with self.holding(block):
                             self.stored(block)
