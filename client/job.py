@@ -29,6 +29,7 @@ class JobSpec:
 
     ``files`` and ``evaluation_files`` are JSON forms of data files (path, size, row groups); the splits of an epoch follow
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
+    ``transforms``: how raw columns become what the model is fed, as fitted when the job was planned (JSON, empty: none).
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
     every ``checkpoint_epochs`` epochs (0: only at the end).
@@ -52,6 +53,7 @@ class JobSpec:
     workers: int
     metrics: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
+    transforms: str = ""
     mode: str = "async"
     staleness: int = 0
     checkpoint_epochs: int = 1

@@ -31,6 +31,7 @@ _FIXED = (
     "recipe",
     "seed",
     "config",
+    "transforms",
     "tables",
     "dense",
     "batch_rows",

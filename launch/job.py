@@ -37,6 +37,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         workers=run.workers,
         metrics=plan.metrics,
         config=plan.config,
+        transforms=plan.transforms,
         mode=run.mode,
         staleness=run.staleness,
         reader=run.reader,

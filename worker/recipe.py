@@ -51,7 +51,10 @@ class EvaluationBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a job of a recipe is cut and configured for the data at hand. ``metrics`` names the evaluation's means."""
+    """How a job of a recipe is cut and configured for the data at hand.
+
+    ``metrics`` names the evaluation's means; ``transforms``: the fitted transforms as JSON, for recipes that have any.
+    """
 
     config: dict[str, Any]
     files: tuple[DataFile, ...]
@@ -62,6 +65,7 @@ class Plan:
     tables: tuple[TableSpec, ...]
     model: Model
     metrics: tuple[str, ...]
+    transforms: str = ""
 
 
 class Workload(Protocol):
@@ -109,7 +113,8 @@ def recipe_name(name: str) -> str:
         return name
     import oarlock
 
-    known = [m.name for path in oarlock.__path__ for m in pkgutil.iter_modules([f"{path}/recipes"])]
+    found = [m.name for path in oarlock.__path__ for m in pkgutil.iter_modules([f"{path}/recipes"])]
+    known = [module for module in found if not module.startswith("_")]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
