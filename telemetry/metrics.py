@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric: its name, kind, labels, and what it says. docs/metrics.md is made of this table.
+
+Invariant: this table is the only list of metrics; a source that says anything else is refused. Names follow Prometheus: base
+units (seconds, bytes), `_total` at the end of what only grows. A name does not change its meaning.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. ``labels`` tell its samples apart; ``of``: the part of a job that has it."""
+
+    of: str
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+def _metrics(of: str, prefix: str, labels: tuple[str, ...], *rows: tuple[str, Kind, str]) -> tuple[Metric, ...]:
+    """Return metrics; a row's name may be followed by further labels: ``seconds_total stage``."""
+    out = []
+    for name, kind, help_text in rows:
+        first, *more = name.split()
+        out.append(Metric(of, prefix + first, kind, (*labels, *more), help_text))
+    return tuple(out)
+
+
+_COORDINATOR = _metrics(
+    "coordinator",
+    "oarlock_coordinator_",
+    (),
+    ("info job name recipe mode", "gauge", "1; the labels say which job it is."),
+    ("phase phase", "gauge", "1 for the phase that the job is in, 0 for the others."),
+    ("run", "gauge", "The job's run: 1 more after every restore."),
+    ("term", "gauge", "The coordinator's life: 1 more after every start."),
+    ("generation", "gauge", "Version of the placement."),
+    ("placed_shards", "gauge", "Shards that own their blocks under the newest placement."),
+    ("members role", "gauge", "Members that are alive."),
+    ("lost_members role", "gauge", "Members of this run that died."),
+    ("epoch", "gauge", "Epochs that are done: trained and evaluated."),
+    ("epochs", "gauge", "Epochs that the job is to do."),
+    ("splits work", "gauge", "Splits of the epoch, to train and to evaluate."),
+    ("closed_splits work", "gauge", "Splits of the epoch that are trained, or evaluated."),
+    ("open_splits work", "gauge", "Splits that are leased to workers."),
+    ("groups_total", "counter", "Groups of all closed splits: the step of the job."),
+    ("samples_total", "counter", "Samples of all closed splits."),
+    ("train_seconds_total", "counter", "Time in which there were workers and something to train."),
+    ("evaluate_seconds_total", "counter", "Time in which there were workers and something to evaluate."),
+    ("epoch_loss", "gauge", "Mean training loss of the last epoch that is done."),
+    ("epoch_result result", "gauge", "What the evaluation of the last epoch that is done came to."),
+    (
+        "orders_total order result",
+        "counter",
+        "Orders to shards (adopt, close, write): done, and failed (sent again, if a later one can do better).",
+    ),
+    ("checkpoints_total result", "counter", "Checkpoints of this process: committed, and failed."),
+    ("warnings", "gauge", "What went wrong without ending the job; `oarlock status` shows the words."),
+)
+_SHARD = _metrics(
+    "shard",
+    "oarlock_shard_",
+    ("shard",),
+    ("pulls_total", "counter", "Pulls that were answered with rows."),
+    ("pushes_total", "counter", "Pushes that changed something; a repetition changes nothing."),
+    ("pull_seconds", "histogram", "Time of a pull in the tables, without network and message."),
+    ("push_seconds", "histogram", "Time of a push in the tables, the wait for the one before it included."),
+    ("blocks", "gauge", "Blocks that the shard owns."),
+    ("generation", "gauge", "Version of the placement that the shard goes by."),
+    ("step", "gauge", "Highest step of an update so far, by which rows age."),
+    ("marks_bytes", "gauge", "Memory of marks."),
+    ("open_splits", "gauge", "Splits that marks are kept of."),
+    ("dense_bytes", "gauge", "Memory of dense parameters with their state."),
+    ("refused_dense_gradients_total", "counter", "Gradients of dense blocks refused, not finite or too large."),
+    ("not_admitted_gradients_total", "counter", "Gradients of keys that a table's admission did not let in yet."),
+    ("undone_rows_total", "counter", "Rows whose last updates were taken back on request."),
+    ("sweep_slices_total", "counter", "Slices of blocks that were looked through for rows to evict."),
+)
+_TABLE = _metrics(
+    "shard, by table",
+    "oarlock_table_",
+    ("shard", "table"),
+    ("rows", "gauge", "Rows, in memory and spilled."),
+    ("bytes", "gauge", "Memory of rows, indexes and sketches."),
+    ("pulled_rows_total", "counter", "Rows that pulls were answered with, unknown keys included."),
+    ("pushed_rows_total", "counter", "Rows that pushes brought gradients for."),
+    ("refused_gradients_total", "counter", "Gradients refused, not finite or too large."),
+    ("waiting_keys", "gauge", "Keys that are counted and have no row yet."),
+    ("spilled_rows", "gauge", "Rows in the spill file."),
+    ("expanded_rows", "gauge", "Rows that have all their parts."),
+    ("evicted_rows_total", "counter", "Rows that were evicted."),
+)
+_WORKER = _metrics(
+    "worker",
+    "oarlock_worker_",
+    ("worker",),
+    ("batches_total", "counter", "Batches that were computed."),
+    ("samples_total", "counter", "Samples of these batches."),
+    ("refused_gradients_total", "counter", "Gradients that shards refused, not finite or too large."),
+    ("open_splits", "gauge", "Splits that are read or trained."),
+    (
+        "stage_seconds_total stage",
+        "counter",
+        "Time in a stage of the work. Stages overlap only with those of another task.",
+    ),
+    ("stage_entries_total stage", "counter", "How often a stage was entered and left."),
+    ("pull_seconds", "histogram", "Time from a pull to its last answer, repetitions included."),
+    ("push_seconds", "histogram", "Time from a push to its last acknowledgement, repetitions included."),
+)
+_MEMBER = _metrics(
+    "shard and worker",
+    "oarlock_member_",
+    ("role", "member"),
+    ("lease_seconds", "gauge", "Time left of the lease by the member's own clock; below 0 it has none."),
+    ("generation", "gauge", "Version of the placement that the member sends by; 0 before the first."),
+    ("run", "gauge", "The run of the job that the member is in."),
+)
+
+
+def _rpc(side: str, *rows: tuple[str, Kind, str]) -> tuple[Metric, ...]:
+    return _metrics(f"every process, as {side}", f"oarlock_rpc_{side}_", (), *rows)
+
+
+_SERVER = _rpc(
+    "server",
+    ("requests_total method", "counter", "Requests that were answered, refusals included."),
+    ("failures_total method error", "counter", "Requests that were refused, by the error's name."),
+    ("received_bytes_total method", "counter", "Bytes of requests, without the frames of HTTP/2."),
+    ("sent_bytes_total method", "counter", "Bytes of answers, without the frames of HTTP/2."),
+    ("seconds_total method", "counter", "Time from a whole request to its whole answer, summed over threads."),
+    ("open_calls kind", "gauge", "Calls that hold a thread; a worker has two streams to each shard."),
+)
+_CLIENT = _rpc(
+    "client",
+    ("requests_total method", "counter", "Requests that were sent, repetitions and failures included."),
+    ("failures_total method error", "counter", "Requests that ended in an error, by its name."),
+    ("sent_bytes_total method", "counter", "Bytes of requests, without the frames of HTTP/2."),
+    ("received_bytes_total method", "counter", "Bytes of answers, without the frames of HTTP/2."),
+    ("seconds_total method", "counter", "Time from a request to its answer, summed over those in flight."),
+    ("connections", "gauge", "Addresses that this process has called."),
+)
+_PROCESS = (
+    Metric("every process", "oarlock_process_info", "gauge", ("role", "version"), "1; the labels say what it is."),
+    Metric(
+        "every process",
+        "oarlock_telemetry_failures_total",
+        "counter",
+        (),
+        "Sources that could not be asked; the log says why.",
+    ),
+    Metric("every process", "process_cpu_seconds_total", "counter", (), "User and system time of the process."),
+    Metric("every process", "process_resident_memory_bytes", "gauge", (), "Memory that the process has in RAM."),
+    Metric("every process", "process_virtual_memory_bytes", "gauge", (), "Addresses that the process has mapped."),
+    Metric(
+        "every process", "process_start_time_seconds", "gauge", (), "When the process began, since the epoch of Unix."
+    ),
+    Metric("every process", "process_open_fds", "gauge", (), "Open file descriptors."),
+    Metric("every process", "process_max_fds", "gauge", (), "File descriptors that the process may open."),
+    Metric("every process", "process_threads", "gauge", (), "Threads of the process."),
+)
+
+METRICS = (*_COORDINATOR, *_SHARD, *_TABLE, *_WORKER, *_MEMBER, *_SERVER, *_CLIENT, *_PROCESS)
+BY_NAME = {metric.name: metric for metric in METRICS}
