@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models as static dataflow graphs: layers called on nodes, then ``Model(...).bind(max_batch)`` to train and predict.
 
-Reading order: graph, layers, loss, model; then layout, operations, program; kernels; feeds; picture.
+Reading order: graph, layers, loss, model; then layout, operations, program; kernels, row_kernels, pairs; feeds; picture.
 """
 
 from oarlock.nn.graph import DenseInput, Linear, Lookup, Node
-from oarlock.nn.layers import add, columns, concat, dense_input, lookup, multiply, relu, sigmoid, tanh
+from oarlock.nn.layers import (
+    add,
+    columns,
+    concat,
+    dense_input,
+    field_columns,
+    interactions,
+    lookup,
+    multiply,
+    pool,
+    relu,
+    sigmoid,
+    tanh,
+)
 from oarlock.nn.loss import binary_cross_entropy
 from oarlock.nn.model import Model
 from oarlock.nn.picture import LayerCost, cost, dot, picture
@@ -26,9 +39,12 @@ __all__ = [
     "cost",
     "dense_input",
     "dot",
+    "field_columns",
+    "interactions",
     "lookup",
     "multiply",
     "picture",
+    "pool",
     "relu",
     "sigmoid",
     "tanh",

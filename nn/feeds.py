@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from oarlock.nn.graph import DenseInput, Lookup
-from oarlock.nn.kernels import count_bad_labels, count_outside
+from oarlock.nn.kernels import count_bad_labels
+from oarlock.nn.row_kernels import count_outside
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 Array = np.ndarray[Any, Any]

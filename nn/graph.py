@@ -56,6 +56,21 @@ class Range:
 
 
 @dataclass(frozen=True)
+class FieldRange:
+    """The columns ``start`` to ``stop`` (not included) of every field of a lookup."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How many equal parts of the input belong together."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class Label:
     """The feed that a loss compares with."""
 
@@ -93,7 +108,7 @@ class Linear:
         return Node("linear", (node,), self.units, self)
 
 
-Detail: TypeAlias = Lookup | DenseInput | Range | Label | Linear | None
+Detail: TypeAlias = Lookup | DenseInput | Range | FieldRange | Fields | Label | Linear | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,7 +7,7 @@ Invariant: a node that exists has checked widths; nothing is allocated here. Pur
 from collections.abc import Sequence
 
 from oarlock.embedding.spec import MAX_DIM, check_name
-from oarlock.nn.graph import DenseInput, Lookup, Node, Range, check_nodes, check_width
+from oarlock.nn.graph import DenseInput, FieldRange, Fields, Lookup, Node, Range, check_nodes, check_width
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -27,14 +27,59 @@ def dense_input(name: str, *, width: int) -> Node:
     return Node("dense_input", (), check_width(f"dense input {name}: width", width), DenseInput(name, width))
 
 
+def _check_range(operation: str, node: Node, start: object, stop: object, width: int, whose: str) -> None:
+    integers = all(isinstance(n, int) and not isinstance(n, bool) for n in (start, stop))
+    if not integers or not 0 <= start < stop <= width:  # type: ignore[operator]
+        raise InvalidArgument(
+            f"{operation}({node.name}, {start!r}, {stop!r}): give 0 <= start < stop <= {width}, the {whose}"
+        )
+
+
 def columns(node: Node, start: int, stop: int) -> Node:
     """Return the columns ``start`` to ``stop`` (not included) of ``node``."""
     check_nodes("columns", [node])
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in (start, stop)) or not 0 <= start < stop <= node.width:
-        raise InvalidArgument(
-            f"columns({node.name}, {start!r}, {stop!r}): give 0 <= start < stop <= {node.width}, the width of the node"
-        )
+    _check_range("columns", node, start, stop, node.width, "width of the node")
     return Node("columns", (node,), stop - start, Range(start, stop))
+
+
+def field_columns(node: Node, start: int, stop: int) -> Node:
+    """Return the columns ``start`` to ``stop`` (not included) of every field of a lookup, side by side by field.
+
+    So rows of [wide 1 | deep d] feed both parts of a model. The columns are gathered straight from the rows.
+    """
+    check_nodes("field_columns", [node])
+    if not isinstance(node.detail, Lookup):
+        raise InvalidArgument(f"field_columns({node.name}, ...): {node.name} is no lookup; give the lookup itself")
+    _check_range("field_columns", node, start, stop, node.detail.dim, f"dim of lookup {node.name}")
+    return Node("field_columns", (node,), node.detail.fields * (stop - start), FieldRange(start, stop))
+
+
+def pool(node: Node, fields: int) -> Node:
+    """Return the sum over ``fields`` parts of ``node``: its width is ``fields * dim``, that of the result dim."""
+    check_nodes("pool", [node])
+    check_width(f"pool({node.name}, ...): fields", fields)
+    if node.width % fields:
+        raise InvalidArgument(
+            f"pool({node.name}, {fields}): width {node.width} is not {fields} parts of one width; give the number of"
+            " fields of the lookup"
+        )
+    return Node("pool", (node,), node.width // fields, Fields(fields))
+
+
+def interactions(dense: Node, rows: Node) -> Node:
+    """Return the dot products of all pairs of vectors: ``dense``, and the parts of ``rows`` that are as wide.
+
+    With F parts, these are F + 1 vectors, dense the first, and (F + 1) F / 2 products (i, j), i > j, row by row of the
+    lower triangle: (1, 0), (2, 0), (2, 1), ... (Naumov et al., 2019, "Deep Learning Recommendation Model").
+    """
+    check_nodes("interactions", [dense, rows])
+    if rows.width % dense.width:
+        raise InvalidArgument(
+            f"interactions({dense.name}, {rows.name}): width {rows.width} is no multiple of {dense.width}; make"
+            f" {dense.name} as wide as one field of {rows.name}"
+        )
+    fields = rows.width // dense.width
+    return Node("interactions", (dense, rows), fields * (fields + 1) // 2, Fields(fields))
 
 
 def concat(nodes: Sequence[Node]) -> Node:

@@ -2,10 +2,10 @@
 """Where each node's values and gradient lie, decided once when a graph is bound.
 
 A strip is a run of columns of a buffer. What only moves columns costs nothing where it can: ``columns`` is a strip of
-its input, inputs of ``concat`` are computed in place in its buffer, and of a lookup that is only read through
-``columns`` each piece is gathered by itself (straight into a concat, if it feeds one). Invariant: two live values never
-share a column, and a Linear's input and output never share a buffer, since numpy would then copy one for BLAS. Built by
-``nn.program``; strips belong to the one thread that runs the program.
+its input, inputs of ``concat`` are computed in place in its buffer, and of a lookup what ``field_columns`` reads is
+gathered by itself (straight into a concat, if it feeds one), and so are ``columns`` if nobody reads the whole.
+Invariant: two live values never share a column, and a Linear's input and output never share a buffer, since numpy would
+then copy one for BLAS. Built by ``nn.program``; strips belong to the one thread that runs the program.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from oarlock.nn.graph import Node, Range, consumers, topological, trainable
+from oarlock.nn.graph import FieldRange, Lookup, Node, Range, consumers, topological, trainable
 
 Array = np.ndarray[Any, Any]
 
@@ -52,6 +52,16 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The columns start..stop of every field of a lookup (``each``) or of its fields side by side: ``node``'s value."""
+
+    node: Node
+    start: int
+    stop: int
+    each: bool
+
+
+@dataclass(frozen=True)
 class Route:
     """Gradient that an operation left in ``source`` and that still has to go to ``target``."""
 
@@ -64,14 +74,14 @@ class Route:
 class Layout:
     """The plan: values of all nodes, gradients of those on the way to the loss, and how gradients meet.
 
-    ``pieces``: what of a lookup is gathered, as (first column, node that it is the value of). ``moves``: inputs of a
-    concat that lie elsewhere, and where to. ``targets``: where a node's backward writes each input's gradient, None if
-    it need not. ``routes``: what is done with gradients right after it. ``zeros``: cleared before any backward.
+    ``pieces``: what of a lookup is gathered by itself. ``moves``: inputs of a concat that lie elsewhere, and where to.
+    ``targets``: where a node's backward writes each input's gradient, None if it need not. ``routes``: what is done
+    with gradients right after it. ``zeros``: cleared before any backward.
     """
 
     values: dict[Node, Strip] = field(default_factory=dict)
     gradients: dict[Node, Strip] = field(default_factory=dict)
-    pieces: dict[Node, list[tuple[int, Node]]] = field(default_factory=dict)
+    pieces: dict[Node, list[Piece]] = field(default_factory=dict)
     moves: dict[Node, list[tuple[Strip, Strip]]] = field(default_factory=dict)
     targets: dict[Node, list[Strip | None]] = field(default_factory=dict)
     routes: dict[Node, list[Route]] = field(default_factory=dict)
@@ -98,6 +108,7 @@ class _Planner:
 
     def __init__(self, loss: Node, score: Node, max_batch: int) -> None:
         self.max_batch = max_batch
+        self.score = score
         self.order = topological(loss, score)
         self.readers = consumers(self.order)
         self.loss_order = topological(loss)
@@ -114,12 +125,16 @@ class _Planner:
         for node in self.order:
             if node.operation != "lookup":
                 continue
-            readers = [reader for reader, _ in self.readers[node]]
-            if readers and all(reader.operation == "columns" for reader in readers):
-                self.layout.pieces[node] = [(_start(reader), reader) for reader in reversed(readers)]
-                self.piece_of.update(readers)
-            else:
-                self.layout.pieces[node] = [(0, node)]
+            readers = [reader for reader, _ in reversed(self.readers[node])]
+            rest = [reader for reader in readers if reader.operation != "field_columns"]
+            whole = node is self.score or any(reader.operation != "columns" for reader in rest)
+            apart = [reader for reader in readers if not (whole and reader in rest)]
+            pieces = [node, *apart] if whole else apart
+            self.layout.pieces[node] = [_piece(node, reader) for reader in pieces]
+            self.piece_of.update(apart)
+            if node in self.loss_readers:
+                # Their gradients go to the rows, not to the lookup's.
+                self.loss_readers[node] = [one for one in self.loss_readers[node] if one[0] not in self.piece_of]
 
     def is_alias(self, node: Node) -> bool:
         return node.operation == "columns" and node not in self.piece_of
@@ -150,7 +165,7 @@ class _Planner:
         return not any(reader.operation == "linear" and self.root(reader) is buffer for reader in below)
 
     def _own(self, lookup: Node) -> list[Node]:
-        return [node for _, node in self.layout.pieces[lookup]]
+        return [piece.node for piece in self.layout.pieces[lookup]]
 
     def place_values(self) -> None:
         for node in reversed(self.order):
@@ -246,6 +261,17 @@ class _Planner:
             if not source.same(own):
                 self.layout.routes[reader].append(Route(source, own, not first))
             first = False
+
+
+def _piece(lookup: Node, reader: Node) -> Piece:
+    assert isinstance(lookup.detail, Lookup)
+    dim = lookup.detail.dim
+    match reader.detail:
+        case FieldRange(start, stop):
+            return Piece(reader, start, stop, True)
+        case Range(start, stop):
+            return Piece(reader, start, stop, lookup.detail.fields == 1)
+    return Piece(reader, 0, dim, True)
 
 
 def _start(node: Node) -> int:

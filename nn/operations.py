@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from oarlock.nn import kernels
+from oarlock.nn import kernels, pairs, row_kernels
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed
-from oarlock.nn.graph import Linear, Node
-from oarlock.nn.layout import Route, Strip
+from oarlock.nn.graph import Fields, Linear, Node
+from oarlock.nn.layout import Piece, Route, Strip
 
 Array = np.ndarray[Any, Any]
 Feed = LookupFeed | DenseFeed | LabelFeed
@@ -36,25 +36,34 @@ class Step:
     feed: Feed | None = None
     parameters: tuple[Array, ...] = ()
     gradients: tuple[Array, ...] = ()
-    pieces: list[tuple[int, Strip, Strip | None]] = field(default_factory=list)
-    tile: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    pieces: list[tuple[Piece, Strip, Strip | None]] = field(default_factory=list)
+    scratch: Array = field(default_factory=lambda: np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of the table. ``multiplications``: multiply-adds (or calls of a function) per sample, forward."""
+    """A row of the table.
+
+    ``multiplications``: multiply-adds (or calls of a function) per sample, forward. ``scratch``: how many floats of
+    ``step.scratch`` it uses; what other operations left is in them.
+    """
 
     name: str
     forward: Callable[[Step], None]
     backward: Callable[[Step], None] | None
     multiplications: Callable[[Node], int] = lambda node: 0
+    scratch: Callable[[Node], int] = lambda node: 0
 
 
 def _lookup_forward(step: Step) -> None:
     feed = step.feed
     assert isinstance(feed, LookupFeed)
-    for start, output, _ in step.pieces:
-        kernels.gather(feed.rows, feed.inverse, start, output.rows, output.start, output.width)
+    rows, inverse = feed.rows, feed.inverse
+    for piece, output, _ in step.pieces:
+        if piece.each:
+            row_kernels.gather_fields(rows, inverse, piece.start, piece.stop, output.rows, output.start)
+        else:
+            row_kernels.gather(rows, inverse, piece.start, output.rows, output.start, output.width)
 
 
 def _lookup_backward(step: Step) -> None:
@@ -62,9 +71,13 @@ def _lookup_backward(step: Step) -> None:
     assert isinstance(feed, LookupFeed)
     out = feed.gradient
     kernels.zero(out, 0, out.shape[1])
-    for start, _, gradient in step.pieces:
-        if gradient is not None:
-            kernels.segment_sum(gradient.rows, gradient.start, gradient.width, feed.inverse, start, out)
+    for piece, _, g in step.pieces:
+        if g is None:
+            continue
+        if piece.each:
+            row_kernels.segment_sum_fields(g.rows, g.start, feed.inverse, piece.start, piece.stop, out)
+        else:
+            row_kernels.segment_sum(g.rows, g.start, g.width, feed.inverse, piece.start, out)
 
 
 def _dense_input_forward(step: Step) -> None:
@@ -113,12 +126,12 @@ def _linear_backward(step: Step) -> None:
     assert g is not None
     assert isinstance(layer, Linear)
     if layer.activation == "relu" and layer.bias:
-        kernels.relu_bias_gradient(out.rows, out.start, g.rows, g.start, step.tile, step.gradients[1])
+        kernels.relu_bias_gradient(out.rows, out.start, g.rows, g.start, step.scratch, step.gradients[1])
     else:
         if layer.activation is not None:
             _IN_PLACE[layer.activation](out.rows, out.start, g.rows, g.start, g.rows, g.start, g.width)
         if layer.bias:
-            kernels.bias_gradient(g.rows, g.start, step.tile, step.gradients[1])
+            kernels.bias_gradient(g.rows, g.start, step.scratch, step.gradients[1])
     np.matmul(step.inputs[0].matrix.T, g.matrix, out=step.gradients[0])
     target = step.targets[0]
     if target is None:
@@ -150,6 +163,37 @@ def _add_forward(step: Step) -> None:
     a, b = step.inputs
     assert out is not None
     kernels.add(a.rows, a.start, b.rows, b.start, out.rows, out.start, out.width)
+
+
+def _fields(node: Node) -> int:
+    assert isinstance(node.detail, Fields)
+    return node.detail.count
+
+
+def _pool_forward(step: Step) -> None:
+    source, out = step.inputs[0], step.output
+    assert out is not None
+    row_kernels.pool(source.rows, source.start, _fields(step.node), out.rows, out.start, out.width)
+
+
+def _pool_backward(step: Step) -> None:
+    g, target = step.gradient, step.targets[0]
+    assert g is not None
+    if target is not None:
+        row_kernels.pool_gradient(g.rows, g.start, _fields(step.node), target.rows, target.start, g.width)
+
+
+def _interactions_forward(step: Step) -> None:
+    dense, rows = step.inputs
+    assert step.output is not None
+    pairs.forward(dense, rows, step.output, step.scratch)
+
+
+def _interactions_backward(step: Step) -> None:
+    dense, rows = step.inputs
+    to_dense, to_rows = step.targets
+    assert step.gradient is not None
+    pairs.backward(dense, rows, step.gradient, step.scratch, to_dense, to_rows)
 
 
 def _elementwise(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Operation:
@@ -188,7 +232,22 @@ OPERATIONS: dict[str, Operation] = {
         Operation("dense_input", _dense_input_forward, None),
         Operation("columns", _nothing, None),
         Operation("concat", _concat_forward, None),
-        Operation("linear", _linear_forward, _linear_backward, lambda node: node.inputs[0].width * node.width),
+        Operation("field_columns", _nothing, None),
+        Operation(
+            "linear",
+            _linear_forward,
+            _linear_backward,
+            lambda node: node.inputs[0].width * node.width,
+            lambda node: node.width,
+        ),
+        Operation("pool", _pool_forward, _pool_backward, lambda node: node.inputs[0].width),
+        Operation(
+            "interactions",
+            _interactions_forward,
+            _interactions_backward,
+            lambda node: node.inputs[0].width * node.width,
+            lambda node: pairs.scratch_size(node.inputs[0].width, _fields(node)),
+        ),
         Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
         Operation("add", _add_forward, None, lambda node: node.width),
         _elementwise("relu", kernels.relu, kernels.relu_gradient),

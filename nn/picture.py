@@ -7,7 +7,7 @@ and floats moved between samples and rows. Pure functions: any thread may call t
 
 from dataclasses import dataclass
 
-from oarlock.nn.graph import Label, Linear, Lookup, Node, Range, topological
+from oarlock.nn.graph import FieldRange, Fields, Label, Linear, Lookup, Node, Range, topological
 from oarlock.nn.model import Model, linear_parameters
 from oarlock.nn.operations import OPERATIONS
 
@@ -32,6 +32,8 @@ def _names(order: tuple[Node, ...]) -> dict[Node, str]:
         base = node.name
         if isinstance(node.detail, Range):
             base = f"{out[node.inputs[0]]}[{node.detail.start}:{node.detail.stop}]"
+        elif isinstance(node.detail, FieldRange):
+            base = f"{out[node.inputs[0]]}[each {node.detail.start}:{node.detail.stop}]"
         name, number = base, 2
         while name in taken:
             name, number = f"{base}.{number}", number + 1
@@ -72,6 +74,8 @@ def _kind(node: Node) -> str:
             return f"linear, {layer.activation}"
         case Lookup() as lookup:
             return f"lookup of {lookup.table}" + (f", {lookup.fields} fields" if lookup.fields > 1 else "")
+        case Fields(count):
+            return f"{node.operation}, {count} fields"
         case Label(name):
             return f"{node.operation} with {name}"
     return node.operation

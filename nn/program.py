@@ -14,7 +14,7 @@ import numpy as np
 from oarlock.nn import kernels
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
 from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, trainable
-from oarlock.nn.layout import Layout, Route, plan
+from oarlock.nn.layout import Layout, Route, aligned, plan
 from oarlock.nn.operations import OPERATIONS, Feed, Step
 from oarlock.proto.errors import InvalidArgument
 
@@ -46,8 +46,9 @@ class Program:
         self._layout = plan(model.loss, model.score, self.max_batch)
         self._batch = self.max_batch
         self._feeds: dict[str, Feed] = {}
-        self._tile: Array = np.empty(max((node.width for node in model.loss_nodes), default=1), np.float32)
-        steps = {node: self._step(node) for node in dict.fromkeys((*model.loss_nodes, *model.score_nodes))}
+        nodes = dict.fromkeys((*model.loss_nodes, *model.score_nodes))
+        self._scratch: Array = aligned(1, max(OPERATIONS[node.operation].scratch(node) for node in nodes))[0]
+        steps = {node: self._step(node) for node in nodes}
         self._lookups = [feed for feed in self._feeds.values() if isinstance(feed, LookupFeed)]
         self._train = [steps[node] for node in model.loss_nodes]
         self._predict = [steps[node] for node in model.score_nodes]
@@ -90,10 +91,12 @@ class Program:
             routes=layout.routes.get(node, []),
             moves=layout.moves.get(node, []),
             feed=self._feed(node),
-            tile=self._tile,
+            scratch=self._scratch,
         )
         if node.operation == "lookup":
-            step.pieces = [(start, values[piece], layout.gradients.get(piece)) for start, piece in layout.pieces[node]]
+            step.pieces = [
+                (piece, values[piece.node], layout.gradients.get(piece.node)) for piece in layout.pieces[node]
+            ]
         elif isinstance(node.detail, Linear):
             names = [f"{node.detail.name}.{part}" for part in (("weight", "bias") if node.detail.bias else ("weight",))]
             step.parameters = tuple(self.parameters[name] for name in names)

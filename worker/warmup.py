@@ -18,8 +18,11 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    field_columns,
+    interactions,
     lookup,
     multiply,
+    pool,
     relu,
     sigmoid,
     tanh,
@@ -29,15 +32,20 @@ from oarlock.nn import (
 def warm_up() -> None:
     """Train a step of a graph that has every layer, and call the data kernels once."""
     row, other, x = lookup("a", table="a", dim=4), lookup("b", table="b", dim=4), dense_input("x", width=4)
+    pair = lookup("c", table="a", dim=4, fields=2)
     product = multiply(columns(row, 0, 2), columns(other, 0, 2))
     hidden = Linear(4, activation="relu", name="h")(concat([columns(row, 2, 4), columns(other, 2, 4), x]))
     deep = tanh(sigmoid(relu(Linear(4, name="i")(add(hidden, x)))))
-    score = Linear(1, name="o")(concat([product, deep]))
+    many = pool(
+        concat([field_columns(row, 1, 3), columns(pair, 3, 5), interactions(deep, row), columns(other, 1, 2)]), 2
+    )
+    score = Linear(1, name="o")(concat([product, deep, many]))
     program = Model(score=score, loss=binary_cross_entropy(score, label="label")).bind(8)
     keys = np.arange(8, dtype=np.uint64)
     found = KeySorter().build(keys, np.uint64(1), 1, np.arange(2, dtype=np.int32))
     rows = np.ones((8, 4), np.float32)
     feeds = {"a": (rows, found.inverse), "b": (rows, found.inverse), "x": rows, "label": np.ones(8, np.float32)}
+    feeds["c"] = (rows, np.stack([found.inverse, found.inverse], axis=1))
     program.train(feeds, 8)
     program.predict(feeds, 8)
     permutation(8, 0, 1)

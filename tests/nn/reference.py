@@ -17,13 +17,16 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    field_columns,
+    interactions,
     lookup,
     multiply,
+    pool,
     relu,
     sigmoid,
     tanh,
 )
-from oarlock.nn.graph import Lookup, Range, topological
+from oarlock.nn.graph import FieldRange, Fields, Lookup, Range, topological
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +54,13 @@ def tiled_sum(gradient: Array, tile: int) -> Array:
             part = part + line
         out = out + part
     return out
+
+
+def lower_pairs(vectors: Array) -> Array:
+    """Dot products of ``float32[batch, V, dim]`` in the order (1, 0), (2, 0), (2, 1), ..."""
+    count = vectors.shape[1]
+    places = [(i, j) for i in range(count) for j in range(i)]
+    return np.stack([(vectors[:, i] * vectors[:, j]).sum(axis=1) for i, j in places], axis=1)
 
 
 def logistic(z: Array) -> Array:
@@ -133,6 +143,19 @@ def evaluate(model: Model, math: Any, parameters: Any, rows: Any, feeds: dict[st
             values[node] = getattr(math, detail.activation)(out) if detail.activation else out
         elif isinstance(detail, Range):
             values[node] = inputs[0][:, detail.start : detail.stop]
+        elif isinstance(detail, FieldRange):
+            source = node.inputs[0].detail
+            assert isinstance(source, Lookup)
+            starts = [field * source.dim for field in range(source.fields)]
+            values[node] = math.concat([inputs[0][:, s + detail.start : s + detail.stop] for s in starts])
+        elif node.operation == "pool":
+            assert isinstance(detail, Fields)
+            values[node] = inputs[0].reshape(len(inputs[0]), detail.count, -1).sum(1)
+        elif node.operation == "interactions":
+            dim = node.inputs[0].width
+            vectors = [inputs[0], *(inputs[1][:, s : s + dim] for s in range(0, node.inputs[1].width, dim))]
+            places = [(i, j) for i in range(len(vectors)) for j in range(i)]
+            values[node] = math.concat([(vectors[i] * vectors[j]).sum(1)[:, None] for i, j in places])
         elif node.operation == "concat":
             values[node] = math.concat(inputs)
         elif node.operation == "multiply":
@@ -161,7 +184,7 @@ def neumf() -> Model:
 def random_model(seed: int) -> Model:
     """Return a graph that mixes everything: fields, reuse, slices of slices, nested concats, shared layers."""
     rng = np.random.default_rng(seed)
-    pool = [
+    made = [
         lookup("a", table="t", dim=6),
         lookup("b", table="t", dim=6, fields=3),
         lookup("c", table="u", dim=5),
@@ -173,7 +196,7 @@ def random_model(seed: int) -> Model:
     activations = (None, "relu", "sigmoid", "tanh")
 
     def pick() -> Node:
-        node = pool[int(rng.integers(len(pool)))]
+        node = made[int(rng.integers(len(made)))]
         used.add(node)
         return node
 
@@ -181,31 +204,45 @@ def random_model(seed: int) -> Model:
         start = int(rng.integers(node.width - width + 1))
         return columns(node, start, start + width)
 
-    for number in range(int(rng.integers(6, 16))):
-        kind = int(rng.integers(7))
+    for number in range(int(rng.integers(6, 18))):
+        kind = int(rng.integers(10))
         node = pick()
         if kind == 0:
-            pool.append(cut(node, int(rng.integers(1, node.width + 1))))
+            made.append(cut(node, int(rng.integers(1, node.width + 1))))
         elif kind == 1:
-            pool.append(concat([pick() for _ in range(int(rng.integers(1, 4)))]))
+            made.append(concat([pick() for _ in range(int(rng.integers(1, 4)))]))
         elif kind in (2, 3):
             other = pick()
             width = min(node.width, other.width)
             a = node if node.width == width else cut(node, width)
             b = other if other.width == width else cut(other, width)
-            pool.append((multiply if kind == 2 else add)(a, b))
+            made.append((multiply if kind == 2 else add)(a, b))
         elif kind == 4:
-            pool.append((relu, sigmoid, tanh)[int(rng.integers(3))](node))
+            made.append((relu, sigmoid, tanh)[int(rng.integers(3))](node))
         elif kind == 5:
             units = int(rng.integers(1, 9))
             activation = activations[int(rng.integers(4))]
-            pool.append(Linear(units, activation=activation, bias=bool(rng.integers(4)), name=f"fc{number}")(node))
+            made.append(Linear(units, activation=activation, bias=bool(rng.integers(4)), name=f"fc{number}")(node))
+        elif kind == 7:
+            source = made[int(rng.integers(3))]
+            used.add(source)
+            assert isinstance(source.detail, Lookup)
+            start = int(rng.integers(source.detail.dim))
+            made.append(field_columns(source, start, int(rng.integers(start + 1, source.detail.dim + 1))))
+        elif kind == 8:
+            made.append(pool(node, max(n for n in (1, 2, 3, 7) if node.width % n == 0)))
+        elif kind == 9:
+            dim = max(n for n in (1, 2, 3, 5, 6) if node.width % n == 0)
+            other = next((one for one in reversed(made) if one.width >= dim), None)
+            if other is not None and node.width <= 8 * dim:
+                used.add(other)
+                made.append(interactions(other if other.width == dim else cut(other, dim), node))
         elif not shared_width or node.width >= shared_width:
             shared_width = shared_width or node.width
-            pool.append(shared(node if node.width == shared_width else cut(node, shared_width)))
-    loose = [node for node in pool if node not in used]
-    logit = Linear(1, name="out")(concat(loose or [pool[-1]]))
-    rest = [node for node in pool[:4] if node not in topological(logit)]
+            made.append(shared(node if node.width == shared_width else cut(node, shared_width)))
+    loose = [node for node in made if node not in used]
+    logit = Linear(1, name="out")(concat(loose or [made[-1]]))
+    rest = [node for node in made[:4] if node not in topological(logit)]
     if rest:
         logit = add(logit, Linear(1, bias=False, name="rest")(concat(rest)))
     score = sigmoid(logit) if rng.integers(2) else logit

@@ -12,8 +12,11 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    field_columns,
+    interactions,
     lookup,
     multiply,
+    pool,
     relu,
     sigmoid,
     tanh,
@@ -53,6 +56,23 @@ def layer_models():
     yield "columns-of-columns", close(concat([columns(columns(h, 1, 6), 2, 4), columns(h, 0, 2)]))
     yield "pieces-overlapping", close(concat([columns(a, 0, 4), columns(a, 2, 6)]))
     yield "piece-unused", close(columns(a, 2, 3))
+    yield "field-columns", close(field_columns(many, 1, 4))
+    yield "field-columns-and-whole", close(concat([field_columns(many, 1, 4), relu(many)]))
+    yield "field-columns-and-columns", close(concat([columns(many, 3, 14), field_columns(many, 0, 5)]))
+    yield "field-columns-twice", close(concat([field_columns(many, 0, 3), relu(field_columns(many, 2, 6))]))
+    yield "field-columns-of-one-field", close(concat([field_columns(a, 2, 5), columns(a, 0, 3), a]))
+    yield "field-columns-whole-and-columns", close(concat([field_columns(a, 2, 5), columns(a, 0, 3), tanh(a)]))
+    yield "wide-and-deep", close(concat([pool(field_columns(many, 0, 1), 4), tanh(field_columns(many, 1, 6))]))
+    yield "pool", close(pool(many, 4))
+    yield "pool-of-linear", close(concat([pool(h, 3), h, pool(h, 6)]))
+    yield "pool-of-dense-and-one", close(concat([pool(x, 5), pool(a, 1)]))
+    yield "interactions", close(interactions(Linear(6, name="bottom")(x), many))
+    yield "interactions-of-a-piece", close(interactions(Linear(5, name="bottom")(x), field_columns(many, 1, 6)))
+    yield "interactions-with-dense", close(interactions(x, Linear(15, activation="tanh", name="fc")(a)))
+    yield "interactions-of-dense-rows", close(interactions(Linear(1, name="bottom")(a), x))
+    yield "interactions-with-itself", close(concat([interactions(h, h), h]))
+    bottom = Linear(6, activation="relu", name="bottom")(x)
+    yield "dlrm", close(concat([bottom, interactions(bottom, many)]))
     shared = Linear(4, activation="relu", name="shared")
     yield "shared", close(multiply(shared(a), shared(b)))
     yield "shared-three-times", close(concat([shared(a), shared(b), shared(h)]))

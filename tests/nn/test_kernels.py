@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from oarlock.nn import kernels
+from oarlock.nn import kernels, pairs, row_kernels
+from oarlock.nn.layout import Strip
 
 SIZES = [(1, 1), (1, 17), (3, 8), (64, 5), (65, 32), (257, 33)]
 GUARD = np.float32(123.5)
@@ -138,20 +139,96 @@ def test_gather_and_segment_sum(dim, fields, unique, reference):
             values = out[:, part].copy()
             summed = rng.standard_normal((unique, dim), dtype=np.float32)
             expected = reference.segment_sum(values, inverse, start, summed)
-            kernels.segment_sum(out, t0, width, inverse, start, summed)
+            row_kernels.segment_sum(out, t0, width, inverse, start, summed)
             np.testing.assert_array_equal(summed, expected)
-            kernels.gather(rows, inverse, start, out, t0, width)
+            row_kernels.gather(rows, inverse, start, out, t0, width)
             check(out, part, reference.gather(rows, inverse, start, width))
+
+
+@pytest.mark.parametrize("dim", [1, 6, 17, 40])
+@pytest.mark.parametrize("fields", [1, 3])
+@pytest.mark.parametrize("unique", [1, 50])
+def test_gather_and_segment_sum_of_parts_of_fields(dim, fields, unique, reference):
+    rng = np.random.default_rng(7)
+    for start, stop in sorted({(0, dim), (dim - 1, dim), (dim // 3, dim - dim // 3), (0, 1)}):
+        kept = np.concatenate([np.arange(f * dim + start, f * dim + stop) for f in range(fields)])
+        for batch in (1, 2, 131):
+            rows = rng.standard_normal((unique, dim), dtype=np.float32)
+            inverse = rng.integers(0, unique, (batch, fields)).astype(np.int32)
+            out, t0, part = buffer(rng, batch, len(kept))
+            values = np.zeros((batch, dim * fields), np.float32)
+            values[:, kept] = out[:, part]
+            summed = rng.standard_normal((unique, dim), dtype=np.float32)
+            expected = reference.segment_sum(values, inverse, 0, summed)
+            row_kernels.segment_sum_fields(out, t0, inverse, start, stop, summed)
+            np.testing.assert_array_equal(summed, expected)
+            row_kernels.gather_fields(rows, inverse, start, stop, out, t0)
+            check(out, part, reference.gather(rows, inverse, 0, dim * fields)[:, kept])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 17])
+@pytest.mark.parametrize("fields", [1, 5])
+def test_pool(dim, fields):
+    rng = np.random.default_rng(8)
+    for batch in (1, 67):
+        source, s0, inside = buffer(rng, batch, dim * fields)
+        parts = source[:, inside].reshape(batch, fields, dim)
+        expected = np.zeros((batch, dim), np.float32)
+        for f in range(fields):
+            expected += parts[:, f]
+        out, t0, part = buffer(rng, batch, dim, begin=1)
+        row_kernels.pool(source, s0, fields, out, t0, dim)
+        check(out, part, expected)
+        row_kernels.pool_gradient(out, t0, fields, source, s0, dim)
+        check(source, inside, np.tile(expected, (1, fields)))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16])
+@pytest.mark.parametrize("fields", [1, 2, 9])
+@pytest.mark.parametrize("batch", [1, pairs.BLOCK, 2 * pairs.BLOCK + 1])
+def test_pairs(dim, fields, batch, reference):
+    rng = np.random.default_rng(9)
+
+    def strip(width):
+        array, begin, part = buffer(rng, batch, width)
+        return Strip(array, begin, width), part
+
+    count = fields * (fields + 1) // 2
+    (dense, in_dense), (rows, in_rows), (out, part) = strip(dim), strip(fields * dim), strip(count)
+    scratch = np.full(pairs.scratch_size(dim, fields), np.nan, np.float32)
+    vectors = np.concatenate([dense.matrix, rows.matrix], axis=1).reshape(batch, fields + 1, dim)
+    pairs.forward(dense, rows, out, scratch)
+    products = reference.lower_pairs(vectors.astype(np.float64))
+    np.testing.assert_allclose(out.matrix, products, rtol=2e-5, atol=1e-5)
+    check(out.buffer, part, out.matrix)
+
+    expected = np.zeros(vectors.shape)
+    places = [(i, j) for i in range(fields + 1) for j in range(i)]
+    for column, (i, j) in enumerate(places):
+        g = out.matrix[:, column : column + 1].astype(np.float64)
+        expected[:, i] += g * vectors[:, j]
+        expected[:, j] += g * vectors[:, i]
+    expected = expected.reshape(batch, -1)
+    (to_dense, _), (to_rows, _) = strip(dim), strip(fields * dim)
+    scratch[:] = np.nan
+    pairs.backward(dense, rows, out, scratch, to_dense, to_rows)
+    np.testing.assert_allclose(to_dense.matrix, expected[:, :dim], rtol=2e-5, atol=1e-4)
+    np.testing.assert_allclose(to_rows.matrix, expected[:, dim:], rtol=2e-5, atol=1e-4)
+    check(to_dense.buffer, in_dense, to_dense.matrix)
+    check(to_rows.buffer, in_rows, to_rows.matrix)
+    kept = to_rows.matrix.copy()
+    pairs.backward(dense, rows, out, scratch, None, to_rows)
+    np.testing.assert_array_equal(to_rows.matrix, kept)
 
 
 def test_range_checks():
     inverse = np.array([[0, 5], [4, 1], [2, 3]], np.int32)
-    assert kernels.count_outside(inverse, 6) == 0
-    assert kernels.count_outside(inverse, 5) == 1
-    assert kernels.count_outside(inverse, 0) == 6
+    assert row_kernels.count_outside(inverse, 6) == 0
+    assert row_kernels.count_outside(inverse, 5) == 1
+    assert row_kernels.count_outside(inverse, 0) == 6
     inverse[1, 1] = -1
     inverse[2, 0] = np.iinfo(np.int32).min
-    assert kernels.count_outside(inverse, 6) == 2
+    assert row_kernels.count_outside(inverse, 6) == 2
     labels = np.array([0, 1, 0.5, -0.0, np.nan, 1.0001, -1e-9, np.inf, -np.inf], np.float32)
     assert kernels.count_bad_labels(labels[:4]) == 0
     assert kernels.count_bad_labels(labels) == 5

@@ -18,9 +18,12 @@ from oarlock.nn import (
     cost,
     dense_input,
     dot,
+    field_columns,
+    interactions,
     lookup,
     multiply,
     picture,
+    pool,
     relu,
     sigmoid,
 )
@@ -85,6 +88,10 @@ def a(dim=4, name="a", table="t"):
     return lookup(name, table=table, dim=dim)
 
 
+def many():
+    return lookup("many", table="t", dim=4, fields=3)
+
+
 def both(node):
     return Model(score=node, loss=binary_cross_entropy(node, label="label"))
 
@@ -108,6 +115,17 @@ REFUSED = {
     "columns beyond": (lambda: columns(a(), 2, 5), "give 0 <= start < stop <= 4"),
     "columns empty": (lambda: columns(a(), 2, 2), "give 0 <= start"),
     "columns reversed": (lambda: columns(a(), -1, 2), "give 0 <= start"),
+    "field columns beyond": (lambda: field_columns(a(), 2, 5), "give 0 <= start < stop <= 4, the dim of lookup a"),
+    "field columns empty": (lambda: field_columns(many(), 3, 3), "give 0 <= start < stop <= 4"),
+    "field columns of text": (lambda: field_columns(many(), "0", 3), "give 0 <= start < stop <= 4"),
+    "field columns of a layer": (lambda: field_columns(relu(a()), 0, 1), "relu is no lookup"),
+    "field columns of no node": (lambda: field_columns(3, 0, 1), "expected a node, got int"),
+    "pool of uneven parts": (lambda: pool(many(), 5), r"pool\(many, 5\): width 12 is not 5 parts"),
+    "pool of no fields": (lambda: pool(many(), 0), "fields = 0"),
+    "pool of no node": (lambda: pool(None, 1), "expected a node"),
+    "interactions of another dim": (lambda: interactions(a(5, "b", "u"), many()), "12 is no multiple of 5; make b as"),
+    "interactions with wide dense": (lambda: interactions(many(), a()), "width 4 is no multiple of 12"),
+    "interactions of no node": (lambda: interactions(a(), np.ones(4)), "expected a node, got ndarray"),
     "concat of nothing": (lambda: concat([]), "at least one node"),
     "concat of a node": (lambda: concat(a()), "give a list"),
     "widths": (lambda: multiply(a(), a(5)), "widths 4, 5 differ"),
@@ -162,6 +180,33 @@ def test_cost_and_pictures(reference):
     assert '"user[8:40]" -> "concat"' in drawn
 
 
+def test_cost_and_pictures_of_fields():
+    rows, x = many(), dense_input("x", width=2)
+    bottom = Linear(3, name="bottom")(x)
+    products = interactions(bottom, field_columns(rows, 1, 4))
+    model = close(concat([pool(field_columns(rows, 0, 1), 3), bottom, products]))
+    lines = {line.name: line for line in cost(model)}
+    assert lines["many[each 1:4]"].width == 9
+    assert lines["many[each 1:4]"].multiplications == 0
+    assert (lines["interactions"].width, lines["interactions"].multiplications) == (6, 18)
+    assert (lines["pool"].width, lines["pool"].multiplications) == (1, 3)
+    assert sum(line.row_floats for line in lines.values()) == 12
+    found = next(line for line in picture(model).splitlines() if line.startswith("interactions "))
+    assert found.split() == [
+        "interactions",
+        "interactions,",
+        "3",
+        "fields",
+        "6",
+        "0",
+        "18",
+        "bottom,",
+        "many[each",
+        "1:4]",
+    ]
+    assert '"many" -> "many[each 0:1]"' in dot(model)
+
+
 def test_shared_parameters_are_counted_once():
     shared = Linear(3, name="fc")
     model = close(add(shared(a()), shared(a(name="b"))))
@@ -181,6 +226,30 @@ def test_neumf_moves_no_columns(reference):
     assert not any(node.operation == "lookup" for node in layout.values)
 
 
+def test_parts_of_every_field_are_gathered_to_where_they_are_read():
+    rows, x = many(), dense_input("x", width=2)
+    deep = field_columns(rows, 1, 4)
+    hidden = concat([deep, x])
+    model = close(concat([pool(field_columns(rows, 0, 1), 3), Linear(4, activation="relu", name="fc")(hidden)]))
+    layout = plan(model.loss, model.score, 16)
+    assert not layout.moves[hidden]
+    assert not layout.zeros
+    assert not any(layout.routes.values())
+    assert rows not in layout.values
+    assert layout.values[deep].buffer is layout.values[hidden].buffer
+    assert layout.gradients[deep].buffer is layout.gradients[hidden].buffer
+
+
+def test_a_lookup_may_be_the_score_and_read_in_pieces():
+    row = a(1)
+    model = Model(score=row, loss=binary_cross_entropy(columns(row, 0, 1), label="y"))
+    program = model.bind(2)
+    feeds = {"a": (np.array([[2], [3]], np.float32), np.array([1, 0], np.int32)), "y": np.zeros(2, np.float32)}
+    program.train(feeds, 2)
+    np.testing.assert_array_equal(program.predict(feeds, 2), [3, 2])
+    assert (program.row_gradients["a"] > 0).all()
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_blas_never_reads_what_it_writes(seed, reference):
     model = reference.random_model(seed)
@@ -198,7 +267,7 @@ def test_blas_never_reads_what_it_writes(seed, reference):
 def test_no_two_values_share_a_column(seed, reference):
     model = reference.random_model(seed)
     layout = plan(model.loss, model.score, 8)
-    pieces = {node for row in layout.pieces.values() for _, node in row}
+    pieces = {piece.node for row in layout.pieces.values() for piece in row}
     seen: dict[tuple[int, int], object] = {}
     for node, strip in layout.values.items():
         if node.operation == "concat" or (node.operation == "columns" and node not in pieces):

@@ -13,10 +13,15 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    field_columns,
+    interactions,
     kernels,
     lookup,
     multiply,
+    pairs,
+    pool,
     relu,
+    row_kernels,
     sigmoid,
 )
 from oarlock.proto.errors import InvalidArgument, Malformed
@@ -32,6 +37,13 @@ def model():
     return Model(score=sigmoid(logit), loss=binary_cross_entropy(logit, label="label"))
 
 
+def all_kernels():
+    modules = (kernels, row_kernels, pairs)
+    return {
+        name: kernel for module in modules for name, kernel in vars(module).items() if hasattr(kernel, "signatures")
+    }
+
+
 def outcome(program, feeds, batch):
     loss = program.train(feeds, batch)
     parts = [program.flat_gradients.tobytes()]
@@ -39,9 +51,10 @@ def outcome(program, feeds, batch):
     return loss, b"".join(parts), program.predict(feeds, batch).tobytes()
 
 
-@pytest.mark.parametrize("kind", ["neumf", 0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["neumf", "fields", 0, 1, 2, 3])
 def test_bits_depend_on_nothing_but_the_feeds(kind, reference):
-    model = reference.neumf() if kind == "neumf" else reference.random_model(kind)
+    models = {"neumf": reference.neumf, "fields": wide_deep_and_crossed}
+    model = models[kind]() if kind in models else reference.random_model(kind)
     programs = [model.bind(bound) for bound in (513, 513, 1024, 700)]
     for program in programs:
         reference.fill(program, 5)
@@ -86,8 +99,19 @@ def test_rows_are_summed_in_order_of_position(reference):
     assert (forward != backward).any()
 
 
-def test_a_step_allocates_nothing(reference):
-    model = reference.neumf()
+def wide_deep_and_crossed():
+    """Return a model that reads one lookup of [wide 1 | deep 5] in three ways."""
+    rows, x = lookup("rows", table="t", dim=6, fields=4), dense_input("x", width=3)
+    deep = field_columns(rows, 1, 6)
+    bottom = Linear(5, activation="relu", name="bottom")(x)
+    hidden = Linear(8, activation="relu", name="fc")(concat([deep, interactions(bottom, deep), bottom]))
+    logit = Linear(1, name="out")(concat([pool(field_columns(rows, 0, 1), 4), hidden]))
+    return Model(score=sigmoid(logit), loss=binary_cross_entropy(logit, label="label"))
+
+
+@pytest.mark.parametrize("kind", ["neumf", "fields"])
+def test_a_step_allocates_nothing(kind, reference):
+    model = reference.neumf() if kind == "neumf" else wide_deep_and_crossed()
     batch = 2048
     program = model.bind(batch)
     reference.fill(program, 1)
@@ -146,7 +170,7 @@ def test_every_layout_of_a_feed_gives_the_same_and_compiles_nothing(model, refer
     reference.fill(program, 1)
     feeds = reference.make_feeds(model, batch, 1)
     expected = outcome(program, feeds, batch)
-    compiled = [kernel for kernel in vars(kernels).values() if hasattr(kernel, "signatures")]
+    compiled = list(all_kernels().values())
     before = [len(kernel.signatures) for kernel in compiled]
 
     def read_only(array):
@@ -169,6 +193,12 @@ def test_every_layout_of_a_feed_gives_the_same_and_compiles_nothing(model, refer
     assert [len(kernel.signatures) for kernel in compiled] == before
 
 
+def outcome_of_fields(reference):
+    program = wide_deep_and_crossed().bind(65)
+    for batch in (1, 65):
+        outcome(program, reference.make_feeds(program.model, batch, batch), batch)
+
+
 def test_one_signature_per_kernel(reference):
     """Whatever graphs and batches this process has run."""
     for seed in (0, 1, 2, 3, 4):
@@ -177,10 +207,11 @@ def test_one_signature_per_kernel(reference):
         for batch in (1, 9):
             program.train(reference.make_feeds(model, batch, seed), batch)
             program.predict(reference.make_feeds(model, batch, seed), batch)
-    compiled = {name: kernel for name, kernel in vars(kernels).items() if hasattr(kernel, "signatures")}
+    outcome_of_fields(reference)
+    compiled = all_kernels()
     if not compiled:
         pytest.skip("kernels run as plain Python here")
-    assert len(compiled) > 15
+    assert len(compiled) > 20
     assert {name: len(kernel.signatures) for name, kernel in compiled.items() if len(kernel.signatures) > 1} == {}
 
 
