@@ -56,12 +56,14 @@ def _use(spec: TableSpec) -> None:
     try:
         for block in range(spec.blocks):
             table.adopt(block)
-        for begin in (0, 200, 0):  # new rows, then others that make them cold, then the first ones again
+        # New rows, then others that make them cold, then the first ones again, and the others without a pull before.
+        for begin, pulled in ((0, True), (200, True), (0, True), (200, False)):
             keys = np.arange(begin, begin + 200, dtype=np.uint64)
             found = KeySorter().build(keys, table.salt, table.bits, np.arange(spec.blocks, dtype=np.int32))
             rows = np.empty((len(found.keys), spec.dim), np.float32)
             table.check(found.keys, found.blocks, found.counts, unique=True)
-            table.pull(found.keys, found.blocks, found.counts, rows)
+            if pulled:
+                table.pull(found.keys, found.blocks, found.counts, rows)
             table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
         for key in (*range(0, 400, 40), 1 << 63):  # some of them are in a file
             table.explain(key)
