@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from oarlock.client.telemetry import LOOPBACK, port
 from oarlock.proto.errors import InvalidArgument, LeaseLost, NotFound, PSError, WrongRun
 from oarlock.telemetry.log import to_stream
 
@@ -28,6 +29,12 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every process has."""
     made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    made.add_argument(
+        "--metrics-port", type=port, metavar="N", help="serve metrics for Prometheus at this port (0: any free one)"
+    )
+    made.add_argument(
+        "--metrics-host", default=LOOPBACK, metavar="HOST", help="where to serve them (default: this host alone)"
+    )
     made.add_argument(
         "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"
     )

@@ -111,6 +111,10 @@ class Membership:
         """Whether the lease runs by this process's own clock, counted from the sending of the last answered heartbeat."""
         return self._clock() < self._lease_ends
 
+    def lease_left(self) -> float:
+        """Return the seconds for which the lease still runs, negative if it has ended."""
+        return self._lease_ends - self._clock()
+
     async def join(self) -> JobSpec:
         """Join and return the job's spec."""
         request = JoinRequest(

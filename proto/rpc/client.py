@@ -5,6 +5,7 @@ Invariant: every failure leaves as a PSError. One event loop, from the first cal
 """
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from grpc import aio
 from oarlock.proto.arrays import encoded
 from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable
 from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.lane import Lane
 from oarlock.proto.rpc.options import CLIENT_OPTIONS
 from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
@@ -30,6 +32,12 @@ class GrpcTransport:
         self._calls: dict[tuple[str, str], Any] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._closed = False
+        self.counts = Counts()
+
+    @property
+    def connections(self) -> int:
+        """How many addresses were called."""
+        return len(self._channels)
 
     def _channel(self, address: str) -> aio.Channel:
         if self._closed:
@@ -45,15 +53,33 @@ class GrpcTransport:
         if found is None:
             raise NotFound(f"there is no method {method}", method=method)
         data = encoded(request, f"{method} to {address}: the request")
-        if found.streamed:
-            reply = await self._lane(address, found).call(data, timeout_seconds)
-        else:
-            reply = await self._single(address, found, data, timeout_seconds)
+        begun = time.perf_counter()
+        count = self.counts.of(method)
+        received = 0
         try:
-            answer: Any = found.reply.FromString(reply)
+            reply = await self._sent(address, found, data, timeout_seconds)
+            received = len(reply)
+            answer = self._read(address, found, reply)
+        except PSError as error:
+            count.add(received, len(data), time.perf_counter() - begun, error)
+            raise
+        count.add(received, len(data), time.perf_counter() - begun)
+        return answer
+
+    async def _sent(self, address: str, method: Method, data: bytes, timeout_seconds: float) -> bytes:
+        if method.streamed:
+            return await self._lane(address, method).call(data, timeout_seconds)
+        return await self._single(address, method, data, timeout_seconds)
+
+    @staticmethod
+    def _read(address: str, method: Method, reply: bytes) -> Any:
+        try:
+            answer: Any = method.reply.FromString(reply)
         except DecodeError as error:
-            raise Malformed(f"{address} answered {method} with {len(reply)} bytes that are no such message") from error
-        if found.streamed and answer.HasField("failure"):
+            raise Malformed(
+                f"{address} answered {method.name} with {len(reply)} bytes that are no such message"
+            ) from error
+        if method.streamed and answer.HasField("failure"):
             raise from_failure(answer.failure)
         return answer
 

@@ -9,6 +9,7 @@ reads does not pile up.
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,7 @@ from google.protobuf.message import DecodeError
 from oarlock.proto.arrays import encoded
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
 from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
@@ -54,6 +56,11 @@ class GrpcServer:
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
+        self.counts = Counts()
+
+    def open_calls(self) -> dict[str, int]:
+        """Return how many calls hold a thread: streams, and single ones."""
+        return {"stream": len(self._streams), "single": len(self._singles)}
 
     def start(self) -> str:
         """Listen; return the address with the port that was given. InvalidArgument if nobody can listen there."""
@@ -84,6 +91,17 @@ class GrpcServer:
         return self.address
 
     def _reply(self, method: Method, data: bytes) -> bytes:
+        begun = time.perf_counter()
+        count = self.counts.of(method.name)
+        try:
+            reply = self._answered(method, data)
+        except PSError as error:
+            count.add(len(data), 0, time.perf_counter() - begun, error)
+            raise
+        count.add(len(data), len(reply), time.perf_counter() - begun)
+        return reply
+
+    def _answered(self, method: Method, data: bytes) -> bytes:
         try:
             request = method.request.FromString(data)
         except DecodeError as error:

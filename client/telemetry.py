@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process lets be observed: the registry of its metrics, and their page if it was asked for one.
+
+Invariant: without ``--metrics-port`` nobody listens and nothing is asked; with it, the page is there from before the process
+joins its job until after it left. The registry may be added to from any thread.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from oarlock import __version__
+from oarlock.client.membership import Membership
+from oarlock.proto.coordinator_pb2 import WORKER
+from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.telemetry.exposition import exposition
+from oarlock.telemetry.prometheus import MetricsServer
+from oarlock.telemetry.registry import Registry, Source
+from oarlock.telemetry.system import system_source
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass
+class Telemetry:
+    """A process's registry, and where its page is (empty: nowhere)."""
+
+    registry: Registry = field(default_factory=Registry)
+    address: str = ""
+
+    def told(self, stats: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        """Return ``stats`` with the page's address, if there is one, as heartbeats tell them."""
+        return (lambda: {**stats(), "metrics": self.address}) if self.address else stats
+
+    @contextmanager
+    def of_member(self, member: Membership, source: Source) -> Iterator[None]:
+        """Ask ``source``, and for the membership, while the body runs. ``member`` has joined."""
+        role = "worker" if member.role == WORKER else "shard"
+        number = str(member.id)
+        with (
+            self.registry.added(source, **{role: number}),
+            self.registry.added(_membership(member), role=role, member=number),
+        ):
+            yield
+
+
+def port(text: str) -> int:
+    """Return a port that a user gave; for argparse."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a port from 0 (any free one) to 65535")
+    return int(text)
+
+
+@contextmanager
+def observed(role: str, metrics_port: int | None, metrics_host: str = LOOPBACK) -> Iterator[Telemetry]:
+    """Serve the metrics of this process while the body runs; ``metrics_port`` None: nowhere."""
+    telemetry = Telemetry()
+    telemetry.registry.add(lambda: {"oarlock_process_info": 1}, role=role, version=__version__)
+    telemetry.registry.add(system_source())
+    if metrics_port is None:
+        yield telemetry
+        return
+    server = MetricsServer(lambda: exposition(telemetry.registry.collect()), host=metrics_host, port=metrics_port)
+    try:
+        telemetry.address = server.start()
+    except OSError as error:
+        raise InvalidArgument(
+            f"metrics cannot be served at {metrics_host}:{metrics_port} ({error.strerror or error}): give another "
+            "--metrics-port, 0 for any free one, or none"
+        ) from None
+    logger.info("event=metrics address=http://%s/metrics", telemetry.address)
+    try:
+        yield telemetry
+    finally:
+        server.stop()
+
+
+def server_source(server: GrpcServer) -> Source:
+    """Return the source of what a server was asked."""
+
+    def source() -> dict[str, Any]:
+        return {**_calls("server", server), "oarlock_rpc_server_open_calls": server.open_calls()}
+
+    return source
+
+
+def client_source(transport: GrpcTransport) -> Source:
+    """Return the source of what a process asked others."""
+
+    def source() -> dict[str, Any]:
+        return {**_calls("client", transport), "oarlock_rpc_client_connections": transport.connections}
+
+    return source
+
+
+def _calls(side: str, counted: GrpcServer | GrpcTransport) -> dict[str, Any]:
+    found = counted.counts.all()
+    return {
+        f"oarlock_rpc_{side}_requests_total": {method: c.requests for method, c in found.items()},
+        f"oarlock_rpc_{side}_received_bytes_total": {method: c.received for method, c in found.items()},
+        f"oarlock_rpc_{side}_sent_bytes_total": {method: c.sent for method, c in found.items()},
+        f"oarlock_rpc_{side}_seconds_total": {method: c.seconds for method, c in found.items()},
+        f"oarlock_rpc_{side}_failures_total": {
+            (method, error): n for method, c in found.items() for error, n in c.failures.copy().items()
+        },
+    }
+
+
+def _membership(member: Membership) -> Source:
+    def source() -> dict[str, Any]:
+        routes = member.routes
+        return {
+            "oarlock_member_lease_seconds": member.lease_left(),
+            "oarlock_member_generation": routes.generation if routes else 0,
+            "oarlock_member_run": member.run,
+        }
+
+    return source
