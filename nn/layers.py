@@ -66,12 +66,21 @@ def pool(node: Node, fields: int) -> Node:
     return Node("pool", (node,), node.width // fields, Fields(fields))
 
 
-def interactions(dense: Node, rows: Node) -> Node:
+def interactions(dense: Node | None, rows: Node) -> Node:
     """Return the dot products of all pairs of vectors: ``dense``, and the parts of ``rows`` that are as wide.
 
-    With F parts, these are F + 1 vectors, dense the first, and (F + 1) F / 2 products (i, j), i > j, row by row of the
-    lower triangle: (1, 0), (2, 0), (2, 1), ... (Naumov et al., 2019, "Deep Learning Recommendation Model").
+    With F parts, these are V = F + 1 vectors, dense the first, and V (V - 1) / 2 products (i, j), i > j, row by row of
+    the lower triangle: (1, 0), (2, 0), (2, 1), ... (Naumov et al., 2019, "Deep Learning Recommendation Model"). Without
+    ``dense``, for data without numbers, ``rows`` is a lookup or field_columns of one, and V = F.
     """
+    if dense is None:
+        check_nodes("interactions", [rows])
+        source = rows.inputs[0].detail if isinstance(rows.detail, FieldRange) else rows.detail
+        if not isinstance(source, Lookup) or source.fields == 1:
+            raise InvalidArgument(
+                f"interactions(None, {rows.name}): give a lookup, or field_columns of one, of at least two fields"
+            )
+        return Node("interactions", (rows,), source.fields * (source.fields - 1) // 2, Fields(source.fields))
     check_nodes("interactions", [dense, rows])
     if rows.width % dense.width:
         raise InvalidArgument(

@@ -170,6 +170,10 @@ def _fields(node: Node) -> int:
     return node.detail.count
 
 
+def _vectors(node: Node) -> int:
+    return _fields(node) + len(node.inputs) - 1
+
+
 def _pool_forward(step: Step) -> None:
     source, out = step.inputs[0], step.output
     assert out is not None
@@ -184,16 +188,15 @@ def _pool_backward(step: Step) -> None:
 
 
 def _interactions_forward(step: Step) -> None:
-    dense, rows = step.inputs
+    *dense, rows = step.inputs
     assert step.output is not None
-    pairs.forward(dense, rows, step.output, step.scratch)
+    pairs.forward(dense, rows, _fields(step.node), step.output, step.scratch)
 
 
 def _interactions_backward(step: Step) -> None:
-    dense, rows = step.inputs
-    to_dense, to_rows = step.targets
+    *dense, rows = step.inputs
     assert step.gradient is not None
-    pairs.backward(dense, rows, step.gradient, step.scratch, to_dense, to_rows)
+    pairs.backward(dense, rows, _fields(step.node), step.gradient, step.scratch, step.targets)
 
 
 def _elementwise(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Operation:
@@ -245,8 +248,8 @@ OPERATIONS: dict[str, Operation] = {
             "interactions",
             _interactions_forward,
             _interactions_backward,
-            lambda node: node.inputs[0].width * node.width,
-            lambda node: pairs.scratch_size(node.inputs[0].width, _fields(node)),
+            lambda node: node.inputs[-1].width // _fields(node) * node.width,
+            lambda node: pairs.scratch_size(sum(child.width for child in node.inputs), _vectors(node)),
         ),
         Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
         Operation("add", _add_forward, None, lambda node: node.width),

@@ -6,6 +6,7 @@ multiplies them, and a kernel takes the lower triangle out. Invariant: a sample'
 alone, whatever block it is in. ``nn.operations`` calls these with the buffers of a step; the rules of ``nn.kernels`` hold.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ ZERO = np.float32(0)
 
 
 @jit
-def lower_triangle(square: Array, fields: int, target: Array, t0: int) -> None:
-    """Write the products on and below the diagonal of ``square: float32[batch, F * F]``, row by row."""
+def lower_triangle(square: Array, size: int, target: Array, t0: int) -> None:
+    """Write the products on and below the diagonal of ``square: float32[batch, size * size]``, row by row."""
     for s in range(target.shape[0]):
         at = t0
-        for i in range(fields):
-            value = square[s, i * fields : i * fields + i + 1]
+        for i in range(size):
+            value = square[s, i * size : i * size + i + 1]
             out = target[s, at : at + i + 1]
             for j in range(i + 1):
                 out[j] = value[j]
@@ -50,58 +51,68 @@ def symmetric(gradient: Array, g0: int, vectors: int, square: Array) -> None:
             at += i
 
 
-def scratch_size(dim: int, fields: int) -> int:
-    """Return how many floats of scratch a block needs."""
-    vectors = fields + 1
-    return BLOCK * vectors * (2 * dim + vectors)
+def scratch_size(width: int, vectors: int) -> int:
+    """Return how many floats of scratch a block needs, for ``vectors`` vectors of ``width`` columns in all."""
+    return BLOCK * (2 * width + vectors * vectors)
 
 
-def _parts(scratch: Array, dim: int, fields: int) -> tuple[Array, Array, Array]:
-    """Return from scratch: vectors and their gradients float32[BLOCK, (F + 1) * dim], squares float32[BLOCK, (F + 1)^2]."""
-    vectors = fields + 1
-    size, square = BLOCK * vectors * dim, BLOCK * vectors * vectors
-    return (
-        scratch[:size].reshape(BLOCK, vectors * dim),
-        scratch[size : 2 * size].reshape(BLOCK, vectors * dim),
-        scratch[2 * size : 2 * size + square].reshape(BLOCK, vectors * vectors),
-    )
+def _take(scratch: Array, begin: int, width: int) -> Array:
+    return scratch[begin : begin + BLOCK * width].reshape(BLOCK, width)
 
 
-def forward(dense: Strip, rows: Strip, out: Strip, scratch: Array) -> None:
-    """Write the products of all pairs of ``dense`` and the parts of ``rows``."""
-    dim, fields = dense.width, rows.width // dense.width
-    flat, _, squares = _parts(scratch, dim, fields)
-    vectors = flat.reshape(BLOCK, fields + 1, dim)
+def _collect(inputs: Sequence[Strip], begin: int, end: int, flat: Array) -> None:
+    """Put the columns of all inputs side by side, for the samples begin..end."""
+    at = 0
+    for strip in inputs:
+        copy(strip.rows[begin:end], strip.start, flat, at, strip.width)
+        at += strip.width
+
+
+def forward(dense: Sequence[Strip], rows: Strip, fields: int, out: Strip, scratch: Array) -> None:
+    """Write the products of all pairs of ``dense``, of which there is at most one, and the ``fields`` parts of ``rows``."""
+    dim, vectors = rows.width // fields, fields + len(dense)
+    inputs = (*dense, rows)
+    flat = _take(scratch, 0, vectors * dim)
+    each = flat.reshape(BLOCK, vectors, dim)
     # All but the first times all but the last: every pair once, and BLAS does not take it for the product of a matrix
-    # with itself, for which numpy would call a routine that is three times slower at these sizes.
-    left, right = vectors[:, 1:], vectors[:, :-1].transpose(0, 2, 1)
-    products = squares.reshape(-1)[: BLOCK * fields * fields].reshape(BLOCK, fields * fields)
-    square = products.reshape(BLOCK, fields, fields)
-    for begin in range(0, len(out.rows), BLOCK):
-        target = out.rows[begin : begin + BLOCK]
-        n = len(target)
-        copy(dense.rows[begin : begin + n], dense.start, flat, 0, dim)
-        copy(rows.rows[begin : begin + n], rows.start, flat, dim, rows.width)
+    # with itself, for which numpy would call a routine that takes three times as long at these sizes.
+    left, right = each[:, 1:], each[:, :-1].transpose(0, 2, 1)
+    products = _take(scratch, flat.size, (vectors - 1) ** 2)
+    square = products.reshape(BLOCK, vectors - 1, vectors - 1)
+    batch = len(out.rows)
+    for begin in range(0, batch, BLOCK):
+        end = min(begin + BLOCK, batch)
+        n = end - begin
+        _collect(inputs, begin, end, flat)
         np.matmul(left[:n], right[:n], out=square[:n])
-        lower_triangle(products, fields, target, out.start)
+        lower_triangle(products, vectors - 1, out.rows[begin:end], out.start)
 
 
 def backward(
-    dense: Strip, rows: Strip, gradient: Strip, scratch: Array, to_dense: Strip | None, to_rows: Strip | None
+    dense: Sequence[Strip],
+    rows: Strip,
+    fields: int,
+    gradient: Strip,
+    scratch: Array,
+    targets: Sequence[Strip | None],
 ) -> None:
-    """Write the gradient of each input that has somewhere to write it: for vector i, the sum of g(i, j) * vector j."""
-    dim, fields = dense.width, rows.width // dense.width
-    flat, out, squares = _parts(scratch, dim, fields)
-    shape = (BLOCK, fields + 1, dim)
-    square = squares.reshape(BLOCK, fields + 1, fields + 1)
-    for begin in range(0, len(gradient.rows), BLOCK):
-        source = gradient.rows[begin : begin + BLOCK]
-        n = len(source)
-        copy(dense.rows[begin : begin + n], dense.start, flat, 0, dim)
-        copy(rows.rows[begin : begin + n], rows.start, flat, dim, rows.width)
-        symmetric(source, gradient.start, fields + 1, squares)
-        np.matmul(square[:n], flat.reshape(shape)[:n], out=out.reshape(shape)[:n])
-        if to_dense is not None:
-            copy(out[:n], 0, to_dense.rows[begin : begin + n], to_dense.start, dim)
-        if to_rows is not None:
-            copy(out[:n], dim, to_rows.rows[begin : begin + n], to_rows.start, rows.width)
+    """Write the gradient of each input that has a target: for vector i, the sum over j of g(i, j) * vector j."""
+    dim, vectors = rows.width // fields, fields + len(dense)
+    inputs = (*dense, rows)
+    flat = _take(scratch, 0, vectors * dim)
+    sums = _take(scratch, flat.size, vectors * dim)
+    weights = _take(scratch, 2 * flat.size, vectors * vectors)
+    each, out = flat.reshape(BLOCK, vectors, dim), sums.reshape(BLOCK, vectors, dim)
+    square = weights.reshape(BLOCK, vectors, vectors)
+    batch = len(gradient.rows)
+    for begin in range(0, batch, BLOCK):
+        end = min(begin + BLOCK, batch)
+        n = end - begin
+        _collect(inputs, begin, end, flat)
+        symmetric(gradient.rows[begin:end], gradient.start, vectors, weights)
+        np.matmul(square[:n], each[:n], out=out[:n])
+        at = 0
+        for strip, target in zip(inputs, targets, strict=True):
+            if target is not None:
+                copy(sums[:n], at, target.rows[begin:end], target.start, strip.width)
+            at += strip.width

@@ -152,8 +152,10 @@ def evaluate(model: Model, math: Any, parameters: Any, rows: Any, feeds: dict[st
             assert isinstance(detail, Fields)
             values[node] = inputs[0].reshape(len(inputs[0]), detail.count, -1).sum(1)
         elif node.operation == "interactions":
-            dim = node.inputs[0].width
-            vectors = [inputs[0], *(inputs[1][:, s : s + dim] for s in range(0, node.inputs[1].width, dim))]
+            assert isinstance(detail, Fields)
+            dim = node.inputs[-1].width // detail.count
+            whole = math.concat(inputs)
+            vectors = [whole[:, s : s + dim] for s in range(0, whole.shape[1], dim)]
             places = [(i, j) for i in range(len(vectors)) for j in range(i)]
             values[node] = math.concat([(vectors[i] * vectors[j]).sum(1)[:, None] for i, j in places])
         elif node.operation == "concat":

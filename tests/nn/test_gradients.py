@@ -70,6 +70,8 @@ def layer_models():
     yield "interactions-of-a-piece", close(interactions(Linear(5, name="bottom")(x), field_columns(many, 1, 6)))
     yield "interactions-with-dense", close(interactions(x, Linear(15, activation="tanh", name="fc")(a)))
     yield "interactions-of-dense-rows", close(interactions(Linear(1, name="bottom")(a), x))
+    yield "interactions-without-dense", close(interactions(None, many))
+    yield "interactions-of-a-piece-without-dense", close(concat([interactions(None, field_columns(many, 2, 5)), many]))
     yield "interactions-with-itself", close(concat([interactions(h, h), h]))
     bottom = Linear(6, activation="relu", name="bottom")(x)
     yield "dlrm", close(concat([bottom, interactions(bottom, many)]))

@@ -195,9 +195,9 @@ def test_pairs(dim, fields, batch, reference):
 
     count = fields * (fields + 1) // 2
     (dense, in_dense), (rows, in_rows), (out, part) = strip(dim), strip(fields * dim), strip(count)
-    scratch = np.full(pairs.scratch_size(dim, fields), np.nan, np.float32)
     vectors = np.concatenate([dense.matrix, rows.matrix], axis=1).reshape(batch, fields + 1, dim)
-    pairs.forward(dense, rows, out, scratch)
+    scratch = np.full(pairs.scratch_size(vectors.shape[1] * dim, fields + 1), np.nan, np.float32)
+    pairs.forward([dense], rows, fields, out, scratch)
     products = reference.lower_pairs(vectors.astype(np.float64))
     np.testing.assert_allclose(out.matrix, products, rtol=2e-5, atol=1e-5)
     check(out.buffer, part, out.matrix)
@@ -211,13 +211,13 @@ def test_pairs(dim, fields, batch, reference):
     expected = expected.reshape(batch, -1)
     (to_dense, _), (to_rows, _) = strip(dim), strip(fields * dim)
     scratch[:] = np.nan
-    pairs.backward(dense, rows, out, scratch, to_dense, to_rows)
+    pairs.backward([dense], rows, fields, out, scratch, [to_dense, to_rows])
     np.testing.assert_allclose(to_dense.matrix, expected[:, :dim], rtol=2e-5, atol=1e-4)
     np.testing.assert_allclose(to_rows.matrix, expected[:, dim:], rtol=2e-5, atol=1e-4)
     check(to_dense.buffer, in_dense, to_dense.matrix)
     check(to_rows.buffer, in_rows, to_rows.matrix)
     kept = to_rows.matrix.copy()
-    pairs.backward(dense, rows, out, scratch, None, to_rows)
+    pairs.backward([dense], rows, fields, out, scratch, [None, to_rows])
     np.testing.assert_array_equal(to_rows.matrix, kept)
 
 

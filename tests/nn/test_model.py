@@ -125,6 +125,12 @@ REFUSED = {
     "pool of no node": (lambda: pool(None, 1), "expected a node"),
     "interactions of another dim": (lambda: interactions(a(5, "b", "u"), many()), "12 is no multiple of 5; make b as"),
     "interactions with wide dense": (lambda: interactions(many(), a()), "width 4 is no multiple of 12"),
+    "interactions of one field": (
+        lambda: interactions(None, a()),
+        r"interactions\(None, a\): give a lookup.*two fields",
+    ),
+    "interactions of a layer": (lambda: interactions(None, relu(many())), "give a lookup"),
+    "interactions of nothing": (lambda: interactions(None, None), "expected a node, got NoneType"),
     "interactions of no node": (lambda: interactions(a(), np.ones(4)), "expected a node, got ndarray"),
     "concat of nothing": (lambda: concat([]), "at least one node"),
     "concat of a node": (lambda: concat(a()), "give a list"),
