@@ -11,9 +11,12 @@ a bad one ends in an error that names the file, the row's position in it and the
     label      as float                 float32[rows]; as float
     key_list   lists of integers        values: uint64[n] under the column's name and offsets: int64[rows + 1] under
                                         ``offsets_of(name)``; row r holds values[offsets[r]:offsets[r + 1]]
+    number     as float, or text        float32[rows]; null and missing are NaN, none infinite
+    category   text, integers, bool,    uint64[rows] under ``codes_of(name)``, so that one column can be read as a number
+               dictionaries of these    too: a hash of the value (``data/categories.py``), null is NULL_CATEGORY
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from oarlock.data.categories import hash_array, is_category
 from oarlock.proto.errors import InvalidArgument
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -30,12 +34,14 @@ KINDS = {
     "float": "a number type (float, integer or bool)",
     "label": "a number type (float, integer or bool)",
     "key_list": "a list of an integer type",
+    "number": "a number type (float, integer or bool), or strings that hold numbers",
+    "category": "strings, binary, an integer type, bool, or a dictionary of these",
 }
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """A column by name and what it is: ``key``, ``float``, ``label`` or ``key_list``."""
+    """A column by name and what it is: a name of ``KINDS``."""
 
     name: str
     kind: str
@@ -50,6 +56,11 @@ class ColumnSpec:
 def offsets_of(name: str) -> str:
     """Return the name under which the offsets of a list column are found."""
     return f"{name}:offsets"
+
+
+def codes_of(name: str) -> str:
+    """Return the name under which the codes of a categorical column are found."""
+    return f"{name}:codes"
 
 
 def check_schema(path: str, schema: Any, columns: Sequence[ColumnSpec]) -> None:
@@ -79,6 +90,10 @@ def decode(path: str, first_row: int, table: Any, columns: Sequence[ColumnSpec])
             arrays[column.name] = _keys(place, chunk)
         elif column.kind == "key_list":
             arrays[column.name], arrays[offsets_of(column.name)] = _key_list(place, chunk)
+        elif column.kind == "category":
+            arrays[codes_of(column.name)] = hash_array(chunk)
+        elif column.kind == "number":
+            arrays[column.name] = _numbers(place, chunk)
         else:
             arrays[column.name] = _floats(place, chunk)
     return arrays
@@ -98,7 +113,15 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _fits(kind: str, found: Any) -> bool:
+    if kind == "category":
+        return is_category(found)
+    if kind == "number" and (_is_text(found) or pa.types.is_null(found)):
+        return True
     if kind == "key":
         return bool(pa.types.is_integer(found))
     if kind == "key_list":
@@ -165,3 +188,39 @@ def _floats(place: _Place, chunk: Any) -> npt.NDArray[np.float32]:
         row = int(np.argmin(finite))
         raise place.bad(row, f"{values[row]} is not a finite float32; fill it or leave the row out")
     return floats
+
+
+def _numbers(place: _Place, chunk: Any) -> npt.NDArray[np.float32]:
+    if _is_text(chunk.type):
+        chunk = parse_numbers(chunk, place.bad)
+    elif not pa.types.is_floating(chunk.type):
+        chunk = (chunk.cast(pa.uint8()) if pa.types.is_boolean(chunk.type) else chunk).cast(pa.float64(), safe=False)
+    values = chunk.to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):
+        floats: npt.NDArray[np.float32] = _owned(values.astype(np.float32, copy=False))
+    infinite = np.isinf(floats)
+    if infinite.any():
+        row = int(np.argmax(infinite))
+        raise place.bad(
+            row, f"{values[row]} is not a finite float32; correct it, or leave it empty where it is unknown"
+        )
+    return floats
+
+
+def parse_numbers(texts: Any, bad: Callable[[int, str], InvalidArgument]) -> Any:
+    """Return the doubles of an Arrow array of strings; what is none raises ``bad(row, what)`` for the first one."""
+    try:
+        return texts.cast(pa.float64())
+    except pa.ArrowInvalid:
+        # The first bad value by bisection: all rows before ``low`` are good, not all before ``high``.
+        low, high = 0, len(texts)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            try:
+                texts.slice(low, middle - low).cast(pa.float64())
+                low = middle
+            except pa.ArrowInvalid:
+                high = middle
+        value = texts[low].as_py()
+        text = value if len(value) <= 40 else f"{value[:40]}..."
+        raise bad(low, f"{text!r} is not a number; correct it, or list it as missing in the schema") from None

@@ -21,6 +21,7 @@ ROW_ORDER = (1 << 63) + 2
 NEGATIVES = (1 << 63) + 3
 IMPORT_ORDER = (1 << 63) + 4
 PLANTED = (1 << 63) + 5
+QUANTILES = (1 << 63) + 6
 
 _LOW = np.uint64(0xFFFFFFFF)
 _ONE = np.uint64(1)

@@ -47,7 +47,7 @@ class SplitReader:
         """Return the arrays of all rows of a split; the errors name file, row and column."""
         check_schema(plan.file.path, read_schema(plan.file.path), columns)
         try:
-            table = self._source.table(plan, [column.name for column in columns])
+            table = self._source.table(plan, list(dict.fromkeys(column.name for column in columns)))
         except FileNotFoundError:
             raise NotFound(f"{plan.file.path}: the data file is gone; restore it") from None
         except (OSError, pa.ArrowException, ValueError, RuntimeError) as error:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The identity of a categorical value: a 64-bit hash of its text, the same in every file format.
+
+Invariant: the hash of a value never changes, on any machine, since rows in checkpoints are found by it; tests pin it. An
+integer is hashed as its decimal digits, so 17 in Parquet and "17" in a text file are one value. No value has a hash below
+``FIRST_HASH``: codes below it mean what no value is. Callable from any thread.
+
+    start = mix64(length);  for every 8 bytes, little-endian, the last ones filled up with zeros:  h = mix64(h ^ word)
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oarlock.embedding.hashing import mix64
+from oarlock.embedding.jit import jit
+
+NULL_CATEGORY = np.uint64(0)
+OTHER_CATEGORY = np.uint64(1)
+FIRST_HASH = np.uint64(16)
+
+Hashes = npt.NDArray[np.uint64]
+
+_ZERO = np.uint64(0)
+_TEN = np.uint64(10)
+_BYTE = np.uint64(8)
+_NOUGHT = np.uint64(ord("0"))
+_MINUS = np.uint64(ord("-"))
+
+
+@jit
+def hash_bytes(data: npt.NDArray[np.uint8], start: int, stop: int) -> np.uint64:
+    """Return the hash of ``data[start:stop]``."""
+    h = mix64(np.uint64(stop - start))
+    position = start
+    while position < stop:
+        word = np.uint64(0)
+        count = min(8, stop - position)
+        for i in range(count):
+            word |= np.uint64(data[position + i]) << np.uint64(8 * i)
+        h = mix64(h ^ word)
+        position += 8
+    return h + FIRST_HASH if h < FIRST_HASH else h
+
+
+@jit
+def hash_texts(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], out: Hashes) -> None:
+    """Write the hash of each ``data[offsets[i]:offsets[i + 1]]`` to ``out: uint64[n]``."""
+    for i in range(out.shape[0]):
+        out[i] = hash_bytes(data, offsets[i], offsets[i + 1])
+
+
+@jit
+def hash_digits(magnitude: np.uint64, negative: bool) -> np.uint64:
+    """Return ``hash_bytes`` of an integer's decimal digits, of which there are at most 20 with the sign."""
+    length = 2 if negative else 1
+    rest = magnitude // _TEN
+    while rest != _ZERO:
+        length += 1
+        rest = rest // _TEN
+    first = second = third = word = _ZERO
+    rest = magnitude
+    for back in range(length):
+        position = length - 1 - back
+        left = rest // _TEN
+        sign = _MINUS if position == 0 and negative else _NOUGHT + (rest - left * _TEN)
+        rest = left
+        # From the last character to the first, so that each word fills from its high end.
+        word = (word << _BYTE) | sign
+        if position & 7 == 0:
+            if position == 16:
+                third = word
+            elif position == 8:
+                second = word
+            else:
+                first = word
+            word = _ZERO
+    h = mix64(mix64(np.uint64(length)) ^ first)
+    if length > 8:
+        h = mix64(h ^ second)
+    if length > 16:
+        h = mix64(h ^ third)
+    return h + FIRST_HASH if h < FIRST_HASH else h
+
+
+@jit
+def hash_integers(magnitudes: Hashes, negative: npt.NDArray[np.bool_], out: Hashes) -> None:
+    """Write the hash of each integer's decimal digits to ``out: uint64[n]``."""
+    for i in range(out.shape[0]):
+        out[i] = hash_digits(magnitudes[i], negative[i])
+
+
+@jit
+def replace_codes(codes: Hashes, replaced: Hashes, by: np.uint64, out: Hashes) -> None:
+    """Write codes: uint64[n] to ``out``, with ``by`` in place of those among ``replaced``, a few."""
+    for i in range(codes.shape[0]):
+        code = codes[i]
+        for j in range(replaced.shape[0]):
+            if code == replaced[j]:
+                code = by
+        out[i] = code
+
+
+def is_category(kind: Any) -> bool:
+    """Tell whether an Arrow type can hold categorical values."""
+    if pa.types.is_dictionary(kind):
+        return is_category(kind.value_type)
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def hash_text(text: str) -> int:
+    """Return the hash of one value, given as text."""
+    return int(hash_array(pa.array([text], pa.string()))[0])
+
+
+def hash_array(chunk: Any) -> Hashes:
+    """Return the hashes of an Arrow array whose type ``is_category``; null becomes NULL_CATEGORY."""
+    if pa.types.is_dictionary(chunk.type):
+        # The place after the last value stands for null.
+        values = np.append(hash_array(chunk.dictionary), NULL_CATEGORY)
+        codes = pc.fill_null(chunk.indices.cast(pa.int64()), values.size - 1).to_numpy(zero_copy_only=False)
+        picked: Hashes = values[codes]
+        return picked
+    if pa.types.is_null(chunk.type):
+        return np.full(len(chunk), NULL_CATEGORY)
+    out = np.empty(len(chunk), np.uint64)
+    if pa.types.is_integer(chunk.type) or pa.types.is_boolean(chunk.type):
+        _hash_integers(chunk, out)
+    else:
+        _hash_texts(chunk, out)
+    if chunk.null_count:
+        out[chunk.is_null().to_numpy(zero_copy_only=False)] = NULL_CATEGORY
+    return out
+
+
+def _hash_texts(chunk: Any, out: Hashes) -> None:
+    wide = pa.types.is_large_string(chunk.type) or pa.types.is_large_binary(chunk.type)
+    _, offsets, data = chunk.buffers()
+    if offsets is None or not len(chunk):
+        out[:] = NULL_CATEGORY
+        return
+    begins = np.frombuffer(offsets, np.int64 if wide else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    octets = np.frombuffer(data if data is not None and data.size else b"\0", np.uint8)
+    # Some of Arrow's buffers are read-only: all are, so that there is one compiled kernel.
+    octets.flags.writeable = False
+    hash_texts(octets, begins.astype(np.int64), out)
+
+
+def _hash_integers(chunk: Any, out: Hashes) -> None:
+    if pa.types.is_boolean(chunk.type):
+        chunk = chunk.cast(pa.uint8())
+    values = pc.fill_null(chunk, 0).to_numpy(zero_copy_only=False)
+    negative = np.zeros(values.size, np.bool_) if values.dtype.kind == "u" else values < 0
+    # Two's complement, so that -2^63 has a magnitude too.
+    words = values.astype(np.uint64) if values.dtype.kind == "u" else values.astype(np.int64).view(np.uint64)
+    magnitudes = np.where(negative, ~words + np.uint64(1), words)
+    hash_integers(magnitudes, negative, out)
