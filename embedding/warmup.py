@@ -56,8 +56,8 @@ def _use(spec: TableSpec) -> None:
     try:
         for block in range(spec.blocks):
             table.adopt(block)
-        # New rows, then others that make them cold, then the first ones again, and the others without a pull before.
-        for begin, pulled in ((0, True), (200, True), (0, True), (200, False)):
+        # New rows, then others that make them cold, then the first ones again without a pull before, and the others.
+        for begin, pulled in ((0, True), (200, True), (0, False), (200, True)):
             keys = np.arange(begin, begin + 200, dtype=np.uint64)
             found = KeySorter().build(keys, table.salt, table.bits, np.arange(spec.blocks, dtype=np.int32))
             rows = np.empty((len(found.keys), spec.dim), np.float32)
