@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from oarlock.client.entry import parser, run
+from oarlock.client.telemetry import client_source, observed, server_source
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.ps.process import run_shard
@@ -36,12 +37,17 @@ def main() -> int:
     server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
 
     async def body() -> None:
-        warm_up()
-        address = advertised(server.start(), given.advertise)
-        try:
-            await run_shard(transport, given.coordinator, service, address, rng=random.SystemRandom())
-        finally:
-            await transport.close()
+        with observed("shard", given.metrics_port, given.metrics_host) as telemetry:
+            telemetry.registry.add(server_source(server))
+            telemetry.registry.add(client_source(transport))
+            warm_up()
+            address = advertised(server.start(), given.advertise)
+            try:
+                await run_shard(
+                    transport, given.coordinator, service, address, rng=random.SystemRandom(), telemetry=telemetry
+                )
+            finally:
+                await transport.close()
 
     try:
         return run(body, given)

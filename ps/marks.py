@@ -58,5 +58,10 @@ class Marks:
             del self._marks[split]
 
     @property
+    def splits(self) -> int:
+        return len(self._marks)
+
+    @property
     def nbytes(self) -> int:
-        return sum(m.nbytes for m in self._marks.values())
+        # Asked for by threads without the lock, while pushes open splits: a dict must not grow while it is gone through.
+        return sum(m.nbytes for m in list(self._marks.values()))

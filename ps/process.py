@@ -10,11 +10,13 @@ import logging
 import random
 
 from oarlock.client.membership import Membership
+from oarlock.client.telemetry import Telemetry
 from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
+from oarlock.ps.telemetry import shard_source
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +26,27 @@ IDLE_SECONDS = 0.1
 
 
 async def run_shard(
-    transport: Transport, coordinator: str, service: ShardService, address: str, *, rng: random.Random
+    transport: Transport,
+    coordinator: str,
+    service: ShardService,
+    address: str,
+    *,
+    rng: random.Random,
+    telemetry: Telemetry | None = None,
 ) -> None:
     """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already."""
     member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
     spec = await member.join()
     identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
     shard = service.configure(spec, identity, holds_lease=member.holds_lease)
-    async with member.kept(shard.stats):
-        sweeping = asyncio.ensure_future(_sweep(shard))
-        try:
-            await member.over.wait()
-        finally:
-            sweeping.cancel()
+    telemetry = telemetry or Telemetry()
+    with telemetry.of_member(member, shard_source(service, shard)):
+        async with member.kept(telemetry.told(shard.stats)):
+            sweeping = asyncio.ensure_future(_sweep(shard))
+            try:
+                await member.over.wait()
+            finally:
+                sweeping.cancel()
     logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
     await member.leave()
 

@@ -6,6 +6,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from oarlock.ps.identity import Identity
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
+from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
 MAX_SPLITS = 1024
@@ -55,6 +57,10 @@ class ShardService:
         self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
+        self._timing = Lock()
+        # Of those that were answered. Taken here: an update itself asks for no time.
+        self.pull_seconds = Histogram()
+        self.push_seconds = Histogram()
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
@@ -102,10 +108,20 @@ class ShardService:
         return hello(request, "shard", __version__)
 
     def pull(self, request: PullRequest) -> PullReply:
-        return self._leased(request.header).pull(request)
+        begun = time.perf_counter()
+        reply = self._leased(request.header).pull(request)
+        self._took(self.pull_seconds, begun)
+        return reply
 
     def push(self, request: PushRequest) -> PushReply:
-        return self._leased(request.header).push(request)
+        begun = time.perf_counter()
+        reply = self._leased(request.header).push(request)
+        self._took(self.push_seconds, begun)
+        return reply
+
+    def _took(self, seconds: Histogram, begun: float) -> None:
+        with self._timing:
+            seconds.observe(time.perf_counter() - begun)
 
     def marks(self, request: MarksRequest) -> MarksReply:
         shard = self._leased(request.header)

@@ -78,6 +78,9 @@ class Shard:
         self.generation = 0
         self.step = 0
         self.tables = [make_table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
+        # By table; pulls count under their own lock, pushes under theirs.
+        self.rows_pulled = [0] * len(self.tables)
+        self.rows_pushed = [0] * len(self.tables)
         self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
@@ -134,6 +137,8 @@ class Shard:
         with self._counting:
             self.counters["rows_pulled"] += sum(len(keys.keys) for keys in parts)
             self.counters["pulls"] += 1
+            for keys in parts:
+                self.rows_pulled[keys.table] += len(keys.keys)
         return reply
 
     def _dense_length(self, numbers: NDArray[np.int32]) -> int:
@@ -228,6 +233,7 @@ class Shard:
         self.marks.record(split, group, keys.numbers)
         reply.refused += done.refused
         self.counters["rows_pushed"] += len(keys.keys)
+        self.rows_pushed[keys.table] += len(keys.keys)
         self.counters["rows_refused"] += done.refused
         self.counters["rows_not_admitted"] += done.waiting
 
