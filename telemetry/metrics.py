@@ -106,7 +106,7 @@ _WORKER = _metrics(
     (
         "stage_seconds_total stage",
         "counter",
-        "Time in a stage of the work. Stages overlap only with those of another task.",
+        "Time in a stage of the work; reading and computing overlap.",
     ),
     ("stage_entries_total stage", "counter", "How often a stage was entered and left."),
     ("pull_seconds", "histogram", "Time from a pull to its last answer, repetitions included."),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threadpoolctl import threadpool_limits
 
 from oarlock.client.entry import parser, run
+from oarlock.client.telemetry import client_source, observed
 from oarlock.data.reader import KINDS, open_reader
 from oarlock.proto.rpc import GrpcTransport
 from oarlock.worker.process import run_worker
@@ -28,15 +29,23 @@ def main() -> int:
     async def body() -> None:
         leaving = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
-        warm_up()
-        reader = open_reader(given.reader)
         with (
+            observed("worker", given.metrics_port, given.metrics_host) as telemetry,
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
             threadpool_limits(given.blas_threads),
         ):
+            telemetry.registry.add(client_source(transport))
+            warm_up()
+            reader = open_reader(given.reader)
             try:
                 await run_worker(
-                    transport, given.coordinator, reader, executor, rng=random.SystemRandom(), leaving=leaving
+                    transport,
+                    given.coordinator,
+                    reader,
+                    executor,
+                    rng=random.SystemRandom(),
+                    leaving=leaving,
+                    telemetry=telemetry,
                 )
             finally:
                 await transport.close()

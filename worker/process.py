@@ -18,6 +18,7 @@ from typing import Any
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
 from oarlock.client.membership import Membership
+from oarlock.client.telemetry import Telemetry
 from oarlock.data.files import check_files, files_from_json
 from oarlock.data.reader import Reader
 from oarlock.proto.common_pb2 import HelloRequest
@@ -27,6 +28,7 @@ from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
 from oarlock.worker.recipe import Workload, load_recipe
 from oarlock.worker.session import Session
+from oarlock.worker.telemetry import worker_source
 from oarlock.worker.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,13 @@ async def run_worker(
     *,
     rng: random.Random,
     leaving: asyncio.Event | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Trainer | None:
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
     """
-    leaving = leaving or asyncio.Event()
+    leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
     # A Join that is under way is heard out, or the coordinator would count on a member that went.
     if not await _done_before(leaving, JOIN_SECONDS, member.join()):
@@ -62,7 +65,7 @@ async def run_worker(
 
     async def train() -> None:
         nonlocal trainer
-        async with member.kept(lambda: trainer.stats() if trainer else {}):
+        async with member.kept(telemetry.told(lambda: trainer.stats() if trainer else {})):
             # Not on the loop: footers of many files and a recipe's imports take longer than a lease.
             workload = await asyncio.get_running_loop().run_in_executor(executor, _load, spec)
             program = workload.model.bind(workload.max_samples)
@@ -72,8 +75,9 @@ async def run_worker(
 
     stopping = asyncio.ensure_future(_pass_on(leaving, member))
     try:
-        if not await _done_before(leaving, LEAVE_SECONDS, train()):
-            logger.warning("event=worker_left_early waited_seconds=%g", LEAVE_SECONDS)
+        with telemetry.of_member(member, worker_source(lambda: trainer)):
+            if not await _done_before(leaving, LEAVE_SECONDS, train()):
+                logger.warning("event=worker_left_early waited_seconds=%g", LEAVE_SECONDS)
     except Exception as error:
         cause = _first(error)
         # Whatever it is: the coordinator counts who failed on a split, and does not wait for a lease to end.

@@ -9,6 +9,7 @@ thread of ``executor``.
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ from oarlock.proto.coordinator_pb2 import (
     ReleaseRequest,
 )
 from oarlock.proto.errors import PSError
+from oarlock.telemetry.histogram import Histogram
 from oarlock.telemetry.stages import Stages
 from oarlock.worker.blame import Blame
 from oarlock.worker.clock import WorkerClock
@@ -73,6 +75,8 @@ class Trainer:
         self._questions = 0
         self._asking = False
         self.stages = Stages()
+        self.pull_seconds = Histogram()
+        self.push_seconds = Histogram()
         self.batches = 0
         self.samples = 0
         self.refused = 0
@@ -86,6 +90,15 @@ class Trainer:
             "open_splits": sorted(self._open),
             "stages": {**self.stages.rounded(), **self._evaluator.stages.rounded()},
         }
+
+    @property
+    def evaluation_stages(self) -> Stages:
+        return self._evaluator.stages
+
+    @property
+    def held_splits(self) -> int:
+        """How many splits are being read or trained."""
+        return len(self._opening) + len(self._open)
 
     async def run(self) -> None:
         """Work until the job needs no more, or is to stop; give back what is unfinished then."""
@@ -225,7 +238,10 @@ class Trainer:
         prepared = await self._session.encode(encode)
         await self._pulled.acquire()
         await self._clock.may_pull(turn)
-        return await self._session.pull(prepared, self._clock.on_wire(turn))
+        begun = time.perf_counter()
+        await self._session.pull(prepared, self._clock.on_wire(turn))
+        self.pull_seconds.observe(time.perf_counter() - begun)
+        return prepared
 
     # Second half: batches are computed and their gradients pushed
 
@@ -246,7 +262,7 @@ class Trainer:
                 await self._in_flight.acquire()
             with self.stages.time("encode_push"):
                 split.pushing = group.create_task(self._push(split, number, turn, prepared))
-            split.pushing.add_done_callback(partial(self._pushed, split.id, turn))
+            split.pushing.add_done_callback(partial(self._pushed, split.id, turn, time.perf_counter()))
             self._depth.release()
             self._pulled.release()
             if number == split.groups - 1:
@@ -254,7 +270,7 @@ class Trainer:
             # Everything above may have been at hand: let the push leave before the next batch computes.
             await asyncio.sleep(0)
 
-    def _pushed(self, split: int, turn: int, push: "asyncio.Task[PushCounts]") -> None:
+    def _pushed(self, split: int, turn: int, begun: float, push: "asyncio.Task[PushCounts]") -> None:
         self._in_flight.release()
         if push.cancelled():
             return
@@ -262,6 +278,7 @@ class Trainer:
         if error is not None:
             self._blame.note(TRAIN, split, error)
             return
+        self.push_seconds.observe(time.perf_counter() - begun)
         self.refused += push.result().refused
         self._ahead[split] += 1
         self._clock.acknowledged(turn)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker lets be observed: what it trained, and where its time went, read off its own counters.
+
+Invariant: nothing is changed and nobody waited for: the worker's thread goes on. Called from the thread of the page.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from oarlock.telemetry.registry import Source
+from oarlock.worker.trainer import Trainer
+
+
+def worker_source(trainer: Callable[[], Trainer | None]) -> Source:
+    """Return the source of a worker's metrics; ``trainer()`` is None as long as there is nothing to train."""
+
+    def source() -> dict[str, Any]:
+        found = trainer()
+        if found is None:
+            return {}
+        stages = (found.stages, found.evaluation_stages)
+        # Copied first: the worker may enter a stage for the first time. Both have stages of their own.
+        seconds = {name: value for s in stages for name, value in s.seconds.copy().items()}
+        entries = {name: value for s in stages for name, value in s.entries.copy().items()}
+        return {
+            "oarlock_worker_batches_total": found.batches,
+            "oarlock_worker_samples_total": found.samples,
+            "oarlock_worker_refused_gradients_total": found.refused,
+            "oarlock_worker_open_splits": found.held_splits,
+            "oarlock_worker_stage_seconds_total": seconds,
+            "oarlock_worker_stage_entries_total": entries,
+            "oarlock_worker_pull_seconds": found.pull_seconds,
+            "oarlock_worker_push_seconds": found.push_seconds,
+        }
+
+    return source
