@@ -56,8 +56,9 @@ def _use(spec: TableSpec) -> None:
     try:
         for block in range(spec.blocks):
             table.adopt(block)
-        # New rows, then others that make them cold, then the first ones again without a pull before, and the others.
-        for begin, pulled in ((0, True), (200, True), (0, False), (200, True)):
+        # New rows; others that make them cold; the first ones again; the others without a pull before, until the first are
+        # cold once more.
+        for begin, pulled in ((0, True), (200, True), (0, True), (200, False), *[(200, True)] * 3):
             keys = np.arange(begin, begin + 200, dtype=np.uint64)
             found = KeySorter().build(keys, table.salt, table.bits, np.arange(spec.blocks, dtype=np.int32))
             rows = np.empty((len(found.keys), spec.dim), np.float32)
