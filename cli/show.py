@@ -102,13 +102,20 @@ class RunView:
             self._safely(lambda: self._console.print(epochs_table(status)))
 
 
+def metric(value: float | None) -> str:
+    """Return how a metric is shown; one that the evaluated samples leave without a meaning as a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _line(result: dict[str, Any], epochs: int) -> str:
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    metrics = "  ".join(f"{name} {metric(value)}" for name, value in result["metrics"].items())
+    # How many samples a recipe's own sums are of only the recipe knows.
+    of = f" on {result['evaluated']:,}" if result.get("evaluated") else ""
     speed = result["samples"] / result["train_seconds"] if result["train_seconds"] else 0.0
     return (
         f"epoch {result['epoch'] + 1}/{epochs}  loss {result['loss']:.4f}  {metrics}  "
         f"{result['samples']:,} samples in {result['train_seconds']:.1f} s ({speed:,.0f}/s), "
-        f"evaluated in {result['evaluate_seconds']:.1f} s"
+        f"evaluated{of} in {result['evaluate_seconds']:.1f} s"
     )
 
 
@@ -123,7 +130,7 @@ def epochs_table(status: dict[str, Any]) -> Table:
         table.add_row(
             f"{r['epoch'] + 1}{' *' if r['epoch'] == best else ''}",
             f"{r['loss']:.4f}",
-            *(f"{r['metrics'][n]:.4f}" for n in names),
+            *(metric(r["metrics"].get(n)) for n in names),
             f"{r['samples']:,}",
             f"{r['train_seconds']:.1f}",
             f"{r['evaluate_seconds']:.1f}",

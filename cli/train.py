@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oarlock.cli.show import RunView
+from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
@@ -207,7 +207,10 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
 
 def _sentence(result: dict[str, Any]) -> str:
     shown = ("best_epoch", "samples_per_s", "samples_trained", "seconds", "reader", "checkpoint")
-    metrics = [n for n in result if "@" in n and not n.startswith("last_")]
+    metrics = result["history"][-1]["metrics"] if result["history"] else ()
     return "  ".join(
-        [*(f"{n} {result[n]:.4f}" for n in metrics), *(f"{n} {result[n]}" for n in shown if result.get(n) is not None)]
+        [
+            *(f"{n} {metric(result[n])}" for n in metrics),
+            *(f"{n} {result[n]}" for n in shown if result.get(n) is not None),
+        ]
     )

@@ -21,6 +21,7 @@ from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING,
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.clocks import Clocks
+from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.recovery import go_back, take_up
@@ -37,8 +38,6 @@ STOP_SECONDS = 30.0
 MAX_WARNINGS = 1000
 # More samples than this in one split are no count but a mistake.
 MAX_SAMPLES = 1 << 53
-# Sums beyond it could add up, or their means come out, as infinity, which no checkpoint can hold.
-MAX_SUM = 1e100
 
 
 class Coordinator:
@@ -52,6 +51,7 @@ class Coordinator:
         self.layout = Layout(spec.tables, spec.dense)
         self.clock = clock
         self.rng = rng
+        self.metrics_address = ""
         self.lock = RLock()
         self.members = Members(spec.lease_seconds)
         self.work = Work(spec.splits, spec.evaluation_splits, spec.epochs, spec.metrics)
@@ -221,20 +221,14 @@ class Coordinator:
                 with self.store as store:
                     self.record_work(store)
 
-    def evaluated(self, worker: int, split: int, sums: list[float]) -> None:
-        """Keep an evaluation split's sums; the last one of an epoch ends it."""
-        if len(sums) != 1 + len(self.spec.metrics) or not all(abs(s) <= MAX_SUM for s in sums):
-            raise InvalidArgument(
-                f"evaluation split {split}: {len(sums)} sums came, wanted {1 + len(self.spec.metrics)} finite ones"
-            )
-        if not (sums[0] == 0 or sums[0] >= 1 / MAX_SUM):
-            raise InvalidArgument(f"evaluation split {split}: its weight is {sums[0]}: give 0 or a positive number")
+    def evaluated(self, worker: int, split: int, found: Found) -> None:
+        """Keep what an evaluation split found, as ``evaluation.check`` let it pass; the last one of an epoch ends it."""
         with self.lock:
             self.store.check()
-            if not self.work.evaluate(worker, split, sums):
+            if not self.work.evaluate(worker, split, found):
                 return
             with self.store as store:
-                store.set_evaluation(split, sums)
+                store.set_evaluation(split, found)
                 self.end_epoch_if_done(store)
 
     def end_epoch_if_done(self, store: Store) -> None:
@@ -248,6 +242,9 @@ class Coordinator:
         store.clear_evaluations()
         self.record_work(store)
         every = self.spec.checkpoint_epochs
+        if without := ", ".join(name for name, value in result.metrics.items() if value is None):
+            what = f"the {result.evaluated} evaluated samples lack a class of labels that it takes"
+            self.warn(f"epoch {result.epoch + 1} has no {without}: {what}")
         due = work.finished or (every > 0 and work.epoch % every == 0)
         if due:
             self.phase = WRITING

@@ -8,9 +8,11 @@ loop beside the service's threads.
 import asyncio
 import json
 import logging
+from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
@@ -44,6 +46,9 @@ class Orders:
         self._told_generation = 0
         self._told_floor = 0
         self._tell_again = 0.0
+        # (order, "done" or "failed"), and checkpoints "committed" or "failed", of this process.
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.checkpoints: Counter[str] = Counter()
 
     def _header(self, shard: ShardAddress) -> Header:
         c = self._coordinator
@@ -55,6 +60,15 @@ class Orders:
             generation=c.generation,
             term=c.term,
         )
+
+    async def _send(self, shard: ShardAddress, order: str, request: Any, seconds: float) -> Any:
+        try:
+            reply = await self._transport.call(shard.address, f"Shard.{order}", request, timeout_seconds=seconds)
+        except PSError:
+            self.counts[order.lower(), "failed"] += 1
+            raise
+        self.counts[order.lower(), "done"] += 1
+        return reply
 
     async def step(self) -> None:
         """Do what is to be done now; errors that a later step may mend are logged."""
@@ -81,7 +95,7 @@ class Orders:
 
         async def one(shard: ShardAddress) -> None:
             request = AdoptRequest(header=self._header(shard), placement=placement, closed=closed, restore=c.restore)
-            await self._transport.call(shard.address, "Shard.Adopt", request, timeout_seconds=WRITE_SECONDS)
+            await self._send(shard, "Adopt", request, WRITE_SECONDS)
             c.has_adopted(shard.id, generation)
 
         for shard, result in zip(
@@ -112,7 +126,7 @@ class Orders:
 
         async def one(shard: ShardAddress) -> None:
             request = CloseRequest(header=self._header(shard), closed=now.pack())
-            await self._transport.call(shard.address, "Shard.Close", request, timeout_seconds=ORDER_SECONDS)
+            await self._send(shard, "Close", request, ORDER_SECONDS)
             self._told[shard.id] = now
 
         for result in await asyncio.gather(*map(one, behind), return_exceptions=True):
@@ -127,7 +141,7 @@ class Orders:
 
         async def one(shard: ShardAddress) -> list[BlockEntry]:
             request = WriteRequest(header=self._header(shard), cut=cut, root=str(self._checkpoints))
-            reply = await self._transport.call(shard.address, "Shard.Write", request, timeout_seconds=WRITE_SECONDS)
+            reply = await self._send(shard, "Write", request, WRITE_SECONDS)
             return [BlockEntry(**e) for e in json.loads(reply.entries)]
 
         try:
@@ -135,12 +149,14 @@ class Orders:
             manifest = self._manifest(cut, entries)
             store.commit(manifest)
         except (PSError, OSError) as error:
+            self.checkpoints["failed"] += 1
             if isinstance(error, PSError) and error.retryable:
                 # The next look begins a new cut; a shard that stays away loses its lease.
                 logger.info("event=order_failed order=write cut=%d error=%s", cut, error)
             else:
                 c.not_committed(cut, str(error))
             return
+        self.checkpoints["committed"] += 1
         c.committed(manifest, str(self._checkpoints / cut_folder(cut)))
         try:
             store.keep_last(c.spec.checkpoints_kept)
@@ -169,7 +185,8 @@ class Orders:
                 step=work.steps,
                 metrics={
                     "history": [asdict(r) for r in work.history],
-                    "evaluations": {str(s): v for s, v in work.results.items()},
+                    # Scores are much for a manifest, and its blocks give them again: those splits are evaluated anew.
+                    "evaluations": {str(s): v for s, v in work.results.items() if isinstance(v, list)},
                     "counted": c.counted(),
                 },
                 best=asdict(best) if best else {},

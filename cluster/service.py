@@ -9,6 +9,7 @@ from typing import Any
 from oarlock import __version__
 from oarlock.client.job import OVER, STOPPING, TRAINING
 from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
 from oarlock.proto.coordinator_pb2 import (
@@ -228,7 +229,8 @@ class CoordinatorService:
         if request.work == TRAIN:
             c.close_split(member.incarnation, request.split, request.samples, request.loss_sum, request.groups)
         elif request.work == EVALUATE:
-            c.evaluated(member.incarnation, request.split, list(request.sums))
+            found = check(request.split, request.sums, request.scores, c.spec.metrics)
+            c.evaluated(member.incarnation, request.split, found)
         else:
             raise Malformed("a split that is closed is one of TRAIN or EVALUATE")
         return Empty()

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from oarlock.cluster.evaluation import Found
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS members (incarnation INTEGER PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS evaluations (split INTEGER PRIMARY KEY, sums TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS evaluations (split INTEGER PRIMARY KEY, sums TEXT NOT NULL, scores BLOB);
 CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS placements (generation INTEGER PRIMARY KEY, owners BLOB NOT NULL, shards TEXT NOT NULL);
 """
@@ -28,7 +29,7 @@ _TAKEN = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Store:
-    """Facts by name, members, evaluation sums, epoch results and placements. Use as ``with store: ...`` for one transaction."""
+    """Facts by name, members, findings of evaluations, epoch results, placements. ``with store: ...`` is one transaction."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,6 +50,9 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             for statement in SCHEMA.strip().split(";\n"):
                 db.execute(statement)
+            if "scores" not in [column[1] for column in db.execute("PRAGMA table_info(evaluations)")]:
+                # A file of before there were any.
+                db.execute("ALTER TABLE evaluations ADD COLUMN scores BLOB")
             db.execute("INSERT OR REPLACE INTO facts VALUES ('opened', '1')")
             db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -115,11 +119,13 @@ class Store:
     def delete_member(self, incarnation: int) -> None:
         self._execute("DELETE FROM members WHERE incarnation = ?", (incarnation,))
 
-    def evaluations(self) -> dict[int, list[float]]:
-        return {s: json.loads(v) for s, v in self._execute("SELECT split, sums FROM evaluations")}
+    def evaluations(self) -> dict[int, Found]:
+        found = self._execute("SELECT split, sums, scores FROM evaluations")
+        return {s: json.loads(sums) if scores is None else scores for s, sums, scores in found}
 
-    def set_evaluation(self, split: int, sums: list[float]) -> None:
-        self._execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?)", (split, json.dumps(sums)))
+    def set_evaluation(self, split: int, found: Found) -> None:
+        sums, scores = ("[]", found) if isinstance(found, bytes) else (json.dumps(found), None)
+        self._execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?)", (split, sums, scores))
 
     def clear_evaluations(self) -> None:
         self._execute("DELETE FROM evaluations")

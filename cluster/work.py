@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.cluster.evaluation import Found, Metrics, check_alike, merge
+from oarlock.data.scores import merit
 from oarlock.proto.errors import LeaseLost, NotFound
 
 # After this many workers met an error on one split the job stops: the split, not the workers, is at fault.
@@ -26,14 +28,18 @@ class Grant:
 
 @dataclass
 class EpochResult:
-    """What became of one epoch: samples trained and the mean loss; evaluation's means; seconds of both parts."""
+    """What became of one epoch: samples trained and the mean loss; evaluation's metrics; seconds of both parts.
+
+    ``evaluated``: samples that the metrics were taken of; 0: only the recipe knows.
+    """
 
     epoch: int
     samples: int
     loss: float
-    metrics: dict[str, float]
+    metrics: Metrics
     train_seconds: float
     evaluate_seconds: float
+    evaluated: int = 0
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Work:
     metrics: tuple[str, ...]
     closed: ClosedSet = field(default_factory=ClosedSet)
     epoch: int = 0
-    results: dict[int, list[float]] = field(default_factory=dict)
+    results: dict[int, Found] = field(default_factory=dict)
     samples: int = 0
     loss_sum: float = 0.0
     # Groups of all splits that were ever closed.
@@ -117,8 +123,8 @@ class Work:
         self._forget("train", split)
         return True
 
-    def evaluate(self, worker: int, split: int, sums: list[float]) -> bool:
-        """Keep the sums of an evaluation split; return False if they were there already."""
+    def evaluate(self, worker: int, split: int, found: Found) -> bool:
+        """Keep what an evaluation split found; return False if that was there already."""
         if not 0 <= split < self.epochs * self.evaluation_splits:
             raise NotFound(
                 f"there is no evaluation split {split}: the job has {self.epochs * self.evaluation_splits}", split=split
@@ -128,7 +134,8 @@ class Work:
         if not self.trained:
             raise LeaseLost(f"evaluation split {split} is not due: epoch {self.epoch} is still trained", split=split)
         self._may_end("evaluate", worker, split)
-        self.results[split] = sums
+        check_alike(split, found, self.results.values())
+        self.results[split] = found
         self._forget("evaluate", split)
         return True
 
@@ -187,12 +194,11 @@ class Work:
 
     def finish_epoch(self) -> EpochResult:
         """Merge the evaluation in order of split and begin the next epoch. Only when trained and evaluated."""
-        totals = [0.0] * (1 + len(self.metrics))
-        for split in sorted(self.results):
-            totals = [a + b for a, b in zip(totals, self.results[split], strict=True)]
-        means = {m: (t / totals[0] if totals[0] else 0.0) for m, t in zip(self.metrics, totals[1:], strict=True)}
+        metrics, evaluated = merge([self.results[split] for split in sorted(self.results)], self.metrics)
         loss = self.loss_sum / self.samples if self.samples else 0.0
-        result = EpochResult(self.epoch, self.samples, loss, means, self.train_seconds, self.evaluate_seconds)
+        result = EpochResult(
+            self.epoch, self.samples, loss, metrics, self.train_seconds, self.evaluate_seconds, evaluated
+        )
         self.history.append(result)
         self.epoch += 1
         self.results, self.samples, self.loss_sum = {}, 0, 0.0
@@ -200,10 +206,11 @@ class Work:
         return result
 
     def best(self) -> EpochResult | None:
-        """Return the epoch with the highest first metric, the earliest of equals."""
+        """Return the epoch that the first metric says is best, the earliest of equals."""
         if not self.history or not self.metrics:
             return None
-        return max(self.history, key=lambda r: (r.metrics[self.metrics[0]], -r.epoch))
+        first = self.metrics[0]
+        return max(self.history, key=lambda r: (merit(first, r.metrics[first]), -r.epoch))
 
     def progress(self) -> dict[str, Any]:
         done = min(max(self.closed.floor - self.epoch * self.splits, 0) + len(self.closed.above), self.splits)

@@ -18,6 +18,7 @@ from oarlock.checkpoint.store import LocalStore
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
 from oarlock.cluster.store import Store
+from oarlock.data.scores import merit
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, Unavailable
@@ -202,7 +203,10 @@ def stored_status(folder: Path) -> dict[str, Any]:
     finally:
         store.close()
     phase = facts["phase"] or "never begun"
-    best = max(history, key=lambda r: (r["metrics"].get(spec.metrics[0], 0.0), -r["epoch"])) if history else None
+    best = None
+    if history and spec.metrics:
+        first = spec.metrics[0]
+        best = max(history, key=lambda r: (merit(first, r["metrics"].get(first)), -r["epoch"]))
     closed = facts["closed"] or {"floor": 0, "above": []}
     return {
         "job": spec.job,

@@ -147,7 +147,7 @@ class LeaseReply(_message.Message):
     def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ...) -> None: ...
 
 class CloseSplitRequest(_message.Message):
-    __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums", "groups")
+    __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums", "groups", "scores")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class CloseSplitRequest(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     work: Work
     split: int
@@ -162,7 +163,8 @@ class CloseSplitRequest(_message.Message):
     loss_sum: float
     sums: _containers.RepeatedScalarFieldContainer[float]
     groups: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., work: _Optional[_Union[Work, str]] = ..., split: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Iterable[float]] = ..., groups: _Optional[int] = ...) -> None: ...
+    scores: bytes
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., work: _Optional[_Union[Work, str]] = ..., split: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Iterable[float]] = ..., groups: _Optional[int] = ..., scores: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("header", "splits", "evaluations", "reason")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oarlock.cluster.evaluation import Found
 from oarlock.cluster.store import Store
 from oarlock.simulation.wire import Killed
 
@@ -19,7 +20,7 @@ class Committed:
 
     facts: dict[str, Any] = field(default_factory=dict)
     members: dict[int, Any] = field(default_factory=dict)
-    evaluations: dict[int, list[float]] = field(default_factory=dict)
+    evaluations: dict[int, Found] = field(default_factory=dict)
     placements: dict[int, bytes] = field(default_factory=dict)
     epochs: dict[int, Any] = field(default_factory=dict)
 
@@ -78,9 +79,9 @@ class WatchedStore(Store):
         super().set_member(incarnation, value)
         self._pending.append((self._committed.members, incarnation, value))
 
-    def set_evaluation(self, split: int, sums: list[float]) -> None:
-        super().set_evaluation(split, sums)
-        self._pending.append((self._committed.evaluations, split, sums))
+    def set_evaluation(self, split: int, found: Found) -> None:
+        super().set_evaluation(split, found)
+        self._pending.append((self._committed.evaluations, split, found))
 
     def clear_evaluations(self) -> None:
         super().clear_evaluations()

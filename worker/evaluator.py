@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluator: scores the rows of evaluation splits by pulls alone.
 
-Invariant: an evaluation changes nothing on a shard, and a split's sums do not depend on who computes them. One event loop.
+Invariant: an evaluation changes nothing on a shard, and what a split gives does not depend on who computes it. One event loop.
 """
 
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.data.files import files_from_json
+from oarlock.data.scores import Scores
 from oarlock.data.splits import plan_splits
 from oarlock.proto.coordinator_pb2 import EVALUATE, CloseSplitRequest
+from oarlock.proto.errors import InvalidArgument
 from oarlock.telemetry.stages import Stages
 from oarlock.worker.prepare import Prepared
-from oarlock.worker.recipe import EvaluationBatch
+from oarlock.worker.recipe import EvaluationBatch, Labelled, Summed
 from oarlock.worker.session import Session
 
 
@@ -33,17 +37,32 @@ class Evaluator:
         self.stages = Stages()
 
     async def evaluate(self, split: int) -> None:
-        """Score one evaluation split and report its sums."""
+        """Score one evaluation split and report what it found: its scores with labels, or the recipe's sums."""
         with self.stages.time("evaluate"):
-            sums = await self._sums(split)
-        request = CloseSplitRequest(work=EVALUATE, split=split, sums=sums.tolist())
+            request = await self._found(split)
         await self._member.call("Coordinator.CloseSplit", request)
 
-    async def _sums(self, split: int) -> NDArray[np.float64]:
+    async def _found(self, split: int) -> CloseSplitRequest:
+        workload = self._workload
+        request = CloseSplitRequest(work=EVALUATE, split=split)
+        if isinstance(workload, Labelled):
+            labels, found = workload.labels, Scores()
+            await self._score(split, lambda batch, scores: found.add(scores, labels(batch)))
+            # A million scores take a while to sort, and heartbeats go on.
+            request.scores = await self._session.in_thread(found.to_bytes)
+        elif isinstance(workload, Summed):
+            sums, total = workload.sums, np.zeros(1 + len(self._member.spec.metrics))
+            await self._score(split, lambda batch, scores: np.add(total, sums(batch, scores), out=total))
+            request.sums.extend(total.tolist())
+        else:
+            raise InvalidArgument("the recipe's workload has no labels() and no sums(): it cannot be evaluated")
+        return request
+
+    async def _score(self, split: int, take: Callable[[EvaluationBatch, NDArray[np.float32]], Any]) -> None:
+        """Give every batch of a split to ``take`` with its scores, in order; these are valid until the next batch."""
         plan = self._plan[split % len(self._plan)]
         rows = await self._session.in_thread(self._session.reader.read, plan, list(self._workload.evaluation_columns))
         batches = self._workload.evaluation(rows)
-        total = np.zeros(1 + len(self._member.spec.metrics))
         ahead: deque[asyncio.Task[tuple[EvaluationBatch, Prepared]]] = deque()
         async with asyncio.TaskGroup() as group:
 
@@ -56,9 +75,7 @@ class Evaluator:
                 fetch(1)
                 # What was just begun leaves before the batch at hand computes.
                 await asyncio.sleep(0)
-                scores = self._session.program.predict(self._session.load(prepared), prepared.samples)
-                total += self._workload.sums(batch, scores)
-        return total
+                take(batch, self._session.program.predict(self._session.load(prepared), prepared.samples))
 
     async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
         return batch, await self._session.pull(await self._session.encode(lambda: batch.example))

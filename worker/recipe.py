@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Samples to score, and what ``Workload.sums`` needs beside the scores."""
+    """Samples to score, and what ``labels`` or ``sums`` of the workload needs beside the scores."""
 
     example: Example
     context: Any
@@ -53,7 +53,8 @@ class EvaluationBatch:
 class Plan:
     """How a job of a recipe is cut and configured for the data at hand.
 
-    ``metrics`` names the evaluation's means; ``transforms``: the fitted transforms as JSON, for recipes that have any.
+    ``metrics`` names what an evaluation gives; the first one decides which epoch was best. ``transforms``: the fitted
+    transforms as JSON, for recipes that have any.
     """
 
     config: dict[str, Any]
@@ -69,7 +70,7 @@ class Plan:
 
 
 class Workload(Protocol):
-    """A recipe at work in one worker."""
+    """A recipe at work in one worker. It is evaluated by ``labels`` (see Labelled), or else by ``sums`` (see Summed)."""
 
     model: Model
     columns: Sequence[ColumnSpec]
@@ -90,6 +91,22 @@ class Workload(Protocol):
 
     def evaluation(self, rows: Arrays) -> Iterator[EvaluationBatch]:
         """Cut an evaluation split's rows into batches of at most ``max_samples`` samples."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A workload whose model predicts a probability that a label tells: evaluated by the metrics of ``data.scores``.
+
+    The plan's ``metrics`` are some of those then, and ``sums`` is not called.
+    """
+
+    def labels(self, batch: EvaluationBatch) -> NDArray[np.float32]:
+        """Return the samples' labels: float32[samples] in [0, 1]."""
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """A workload that makes its own metrics."""
 
     def sums(self, batch: EvaluationBatch, scores: NDArray[np.float32]) -> list[float]:
         """Return [weight, metric sums...]: the job's metrics are these, added over all splits, divided by the weight."""

@@ -197,7 +197,14 @@ MESSAGES: dict[str, Message] = {
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK),
         LeaseReply(work=TRAIN, splits=[302, 304], fresh=[True, False], retry_seconds=0.05, minimum=190),
         CloseSplitRequest(
-            header=FULL, work=EVALUATE, split=300, samples=10000, loss_sum=0.75, sums=[100.0, 62.5], groups=5
+            header=FULL,
+            work=EVALUATE,
+            split=300,
+            samples=10000,
+            loss_sum=0.75,
+            sums=[100.0, 62.5],
+            groups=5,
+            scores=b"SCOR\1",
         ),
         ReleaseRequest(header=FULL, splits=[300, 301], evaluations=[40], reason="bad file"),
         LeaveRequest(header=FULL, error="out of disk"),
