@@ -12,11 +12,13 @@ from pathlib import Path
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
+from oarlock.client.telemetry import Telemetry, client_source, observed, server_source
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
+from oarlock.cluster.telemetry import coordinator_source
 from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 
@@ -38,6 +40,10 @@ def main() -> int:
     folder: Path = given.dir.absolute()
 
     async def body() -> None:
+        with observed("coordinator", given.metrics_port, given.metrics_host) as telemetry:
+            await coordinate(telemetry)
+
+    async def coordinate(telemetry: Telemetry) -> None:
         try:
             spec = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
         except OSError as error:
@@ -52,12 +58,17 @@ def main() -> int:
             coordinator.open()
             if given.restore:
                 coordinator.begin_run(open_checkpoint(given.restore)[1], given.restore)
+            orders = Orders(coordinator, transport, folder / "checkpoints")
             server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
+            coordinator.metrics_address = telemetry.address
+            telemetry.registry.add(coordinator_source(coordinator, orders))
+            telemetry.registry.add(server_source(server))
+            telemetry.registry.add(client_source(transport))
             write_address(folder, await started(server, given.listen_seconds))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, coordinator.stop, True, signal.Signals(number).name)
-            await run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints"))
+            await run_coordinator(coordinator, orders)
         finally:
             if server is not None:
                 server.stop()

@@ -26,6 +26,8 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "generation": c.generation,
         "servers": c.spec.servers,
         "workers": c.spec.workers,
+        # Where the coordinator's page of metrics is, if it has one; members tell theirs among their counters.
+        "metrics": c.metrics_address,
         **c.work.progress(),
         "best": asdict(best) if best else None,
         "history": [asdict(r) for r in c.work.history],
