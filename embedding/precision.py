@@ -204,6 +204,16 @@ def _encode8(row: Int, dim: int, source: Int, scale: np.float32, nearest: bool, 
 
 
 @jit
+def scale_for(scratch: Int, largest: np.uint32) -> np.float32:
+    """Return the scale of an int8 row from the bits of its largest magnitude; 4 bytes at ``scratch`` are overwritten."""
+    store_u32(scratch, 0, largest)
+    scale: np.float32 = load_f32(scratch, 0)
+    if scale != np.float32(0):
+        scale = min(max(scale / _Q_MAX, _SCALE_MIN), _SCALE_MAX)
+    return scale
+
+
+@jit
 def encode_row(row: Int, code: int, dim: int, source: Int, seed: np.uint64) -> None:
     """Store float32[dim] at address ``source`` as the row at address ``row``, rounded stochastically under ``seed``.
 
@@ -218,12 +228,7 @@ def encode_row(row: Int, code: int, dim: int, source: Int, seed: np.uint64) -> N
         largest = np.uint32(0)
         for column in range(dim):  # as integers, whose maximum takes vector instructions
             largest = max(largest, load_u32(source, column) & np.uint32(_MAGNITUDE))
-        scale_at = row + scale_offset(dim)
-        store_u32(scale_at, 0, largest)
-        scale = load_f32(scale_at, 0)
-        if scale != np.float32(0):
-            scale = min(max(scale / _Q_MAX, _SCALE_MIN), _SCALE_MAX)
-        _encode8(row, dim, source, scale, False, seed)
+        _encode8(row, dim, source, scale_for(row + scale_offset(dim), largest), False, seed)
     else:
         _encode16(row, code, dim, source, False, seed)
 

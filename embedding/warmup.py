@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.cold_batch import renumber
+from oarlock.embedding.compress import Compression, Draw, RowCodec
+from oarlock.embedding.compress_residuals import Residuals
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.lookup import rows_from, rows_of
@@ -49,6 +51,7 @@ def warm_up() -> None:
         _use(TableSpec("warm_up", 2, blocks=2, memory_bytes=1))
         _move_records()
     _look(np.arange(64, dtype=np.uint64))
+    warm_up_compression()
 
 
 def _use(spec: TableSpec) -> None:
@@ -97,3 +100,16 @@ def _look(keys: NDArray[np.uint64]) -> None:
     rows_of(table, 0, keys)
     rows_from(table, 0, 0, 1)
     table.undo(keys)
+
+
+def warm_up_compression() -> None:
+    """Send a row, with what an earlier one left out, and read it; which codec it is of does not matter to kernels."""
+    key, row = np.zeros(1, np.uint64), np.ones((1, 2), np.float32)
+    codec = RowCodec(Compression("int8", rounding="stochastic"), dim=2)
+    out = np.empty(codec.size(1), np.uint8)
+    draw = Draw(key, np.uint64(0), 0)
+    codec.encode(row, out, draw)
+    codec.decode(out, np.empty_like(row))
+    residuals = Residuals(codec, max_bytes=1 << 10)
+    residuals.encode(key, row, out, draw)
+    residuals.drain()

@@ -12,6 +12,7 @@ for _name, _file in (
     ("optimizer_reference", "optimizer_reference.py"),
     ("table_reference", "table_reference.py"),
     ("expanding_rig", "expanding_rig.py"),
+    ("compress_reference", "compress_reference.py"),
 ):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
     assert _spec is not None
