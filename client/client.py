@@ -25,8 +25,6 @@ class Client:
 
     def __init__(self, membership: Membership) -> None:
         self._member = membership
-        # Pushes that each shard had applied at the last pull: the measure of staleness.
-        self.pushes_seen: dict[int, int] = {}
 
     @property
     def routes(self) -> Routes:
@@ -42,12 +40,13 @@ class Client:
         *,
         dense: NDArray[np.float32] | None = None,
         number: int = 0,
-    ) -> Awaitable[None]:
+    ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
-        ``number``: under ssp, 1 + the number of the group that the rows are for.
+        ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
+        it: pushes that each shard had applied.
         """
-        return pull(self._member, self.routes, keys, rows, dense, self.pushes_seen, number)
+        return pull(self._member, self.routes, keys, rows, dense, number)
 
     def push(
         self,
@@ -59,13 +58,15 @@ class Client:
         dense_rate: float = 0.0,
         step: int = 0,
         number: int = 0,
+        seen: Mapping[int, int] | None = None,
     ) -> Awaitable[PushCounts]:
         """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
 
-        ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``. The messages are made
-        before this returns: the arrays may be reused at once, also before the awaitable is done.
+        ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``; ``seen``: what the pull
+        returned that fed the group, from which shards count staleness. The messages are made before this returns: the
+        arrays may be reused at once, also before the awaitable is done.
         """
-        identity = PushIdentity(split, group, step, number)
+        identity = PushIdentity(split, group, step, number, seen or {})
         return push(self._member, cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate))
 
     async def next_group(self, split: int) -> int:

@@ -108,10 +108,13 @@ async def pull(
     keys: Mapping[str, KeySet],
     rows: Mapping[str, NDArray[np.float32]],
     dense: NDArray[np.float32] | None,
-    pushes_seen: dict[int, int],
     number: int = 0,
-) -> None:
-    """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given."""
+) -> dict[int, int]:
+    """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given.
+
+    Return how many pushes each shard had applied, by its number: when the oldest of its answers was made.
+    """
+    seen: dict[int, int] = {}
     layout = member.layout
     numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32) if dense is not None else _NONE
 
@@ -136,7 +139,7 @@ async def pull(
             rows[name][piece.rows] = found
         if dense is not None:
             _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values"), dense)
-        pushes_seen[message.shard.id] = reply.pushes
+        seen[message.shard.id] = min(seen.get(message.shard.id, reply.pushes), reply.pushes)
         return _NONE
 
     def recut(newer: Routes, left: list[tuple[PullMessage, NDArray[np.int32]]]) -> list[PullMessage]:
@@ -146,6 +149,7 @@ async def pull(
         return cut_pull(layout, newer, keys, numbers, wanted)
 
     await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
+    return seen
 
 
 def _scatter(

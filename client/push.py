@@ -6,7 +6,7 @@ bytes out of the message that was refused. So a retry never sees a buffer that w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,16 @@ def reads_occurrences(spec: TableSpec) -> bool:
 
 @dataclass(frozen=True)
 class PushIdentity:
-    """What a push is known by, (split, group), and what an update may use of the time it was made: ``step``, ssp's ``number``."""
+    """What a push is known by, (split, group), and what an update may use of the time it was made: ``step``, ssp's ``number``.
+
+    ``seen``: pushes that each shard had applied when it answered the pull that fed the group.
+    """
 
     split: int
     group: int
     step: int = 0
     number: int = 0
+    seen: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,6 +122,8 @@ class _Packer:
         if found is None:
             known = self._identity
             request = PushRequest(split=known.split, group=known.group, step=known.step, number=known.number)
+            if shard in known.seen:
+                request.seen = 1 + known.seen[shard]
             found = self._filling[shard] = _Filling(request, [])
         found.volume += volume
         return found

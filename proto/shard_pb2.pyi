@@ -84,7 +84,7 @@ class DenseGradients(_message.Message):
     def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "split", "group", "tables", "dense", "step", "number")
+    __slots__ = ("header", "split", "group", "tables", "dense", "step", "number", "seen")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class PushRequest(_message.Message):
     DENSE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     split: int
     group: int
@@ -99,7 +100,8 @@ class PushRequest(_message.Message):
     dense: _containers.RepeatedCompositeFieldContainer[DenseGradients]
     step: int
     number: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    seen: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("applied", "skipped", "moved", "refused", "failure")

@@ -36,6 +36,7 @@ from oarlock.ps.request import (
     refuse_parts,
     refuse_repeated,
 )
+from oarlock.ps.staleness import Staleness
 from oarlock.ps.sweep import Sweeper
 
 # A push takes milliseconds, an order of the coordinator may take seconds: those who sweep have other things to do meanwhile.
@@ -74,6 +75,7 @@ class Shard:
         self.push_lock = Lock()
         self._counting = Lock()
         self.counters: Counter[str] = Counter()
+        self.staleness = Staleness()
         self.closed = ClosedSet()
         self.generation = 0
         self.step = 0
@@ -200,6 +202,8 @@ class Shard:
                     self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply)
                     at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
+                if request.seen:
+                    self.staleness.note(self.counters["pushes"] - (request.seen - 1))
                 self.counters["pushes"] += 1
         return reply
 
@@ -278,6 +282,7 @@ class Shard:
         """Return what this shard holds and has done."""
         return {
             **dict(self.counters),
+            "staleness": self.staleness.summary(),
             "rows": sum(t.rows for t in self.tables),
             "bytes": sum(t.nbytes for t in self.tables) + sum(d.nbytes for d in self.dense),
             "marks_bytes": self.marks.nbytes,

@@ -4,7 +4,7 @@
 Invariant: lookups that share a table share one KeySet, so a key is pulled and pushed once per batch. One thread.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class Prepared:
     feeds: dict[str, NDArray[np.float32]]
     rows: dict[str, NDArray[np.float32]]
     dense: NDArray[np.float32]
+    # Pushes that each shard had applied when the rows were pulled.
+    seen: dict[int, int] = field(default_factory=dict)
 
 
 class Preparer:

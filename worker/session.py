@@ -51,7 +51,7 @@ class Session:
 
     async def pull(self, prepared: Prepared, number: int = 0) -> Prepared:
         """Fill the batch with its rows and dense values. ``number``: of the group on the wire, under ssp."""
-        await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense, number=number)
+        prepared.seen = await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense, number=number)
         return prepared
 
     def load(self, prepared: Prepared) -> dict[str, Any]:

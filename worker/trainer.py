@@ -303,6 +303,7 @@ class Trainer:
             dense_rate=rates.dense,
             step=self._member.step + self._ahead.total(),
             number=self._clock.on_wire(turn),
+            seen=prepared.seen,
         )
 
     async def _close(self, split: OpenSplit) -> None:

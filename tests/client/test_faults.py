@@ -174,7 +174,6 @@ def test_a_pull_sees_every_group_that_was_acknowledged(seed):
         client = Client(job.member(wire, retry=PATIENT, seed=seed))
         await train(job, client, 0, 40, check=check)
         await wire.drain()
-        assert set(client.pushes_seen) == {0, 1, 2}
 
     rig.run(body())
     assert len(pulled) == 40

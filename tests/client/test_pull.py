@@ -6,6 +6,7 @@ import pytest
 import rig
 
 from oarlock.client.client import Client
+from oarlock.client.push import RowGradients
 from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import MarksReply, PullReply
 from oarlock.proto.transport import InProcess
@@ -129,3 +130,29 @@ def test_a_client_without_a_placement_says_so():
     job = rig.Job(rig.spec_of())
     with pytest.raises(Unavailable, match="no placement yet"):
         _ = Client(job.member(InProcess())).routes
+
+
+def test_shards_count_the_pushes_between_a_pull_and_the_push_that_it_fed(job, spy):
+    async def body():
+        client = Client(job.member(spy))
+        keys = {"user": rig.group_keys(job.layout, client.routes, "user", range(1, 65))}
+        rows = {"user": np.empty((64, 2), np.float32)}
+        seen = [await client.pull(keys, rows) for _ in range(1)]
+        gradients = {"user": RowGradients(keys["user"], np.ones((64, 2), np.float32), 1.0)}
+        for group in range(4):
+            # The first two were fed by the first pull, the others by the one before the third.
+            if group == 2:
+                seen.append(await client.pull(keys, rows))
+            await client.push(0, group, gradients, seen=seen[-1])
+        # Sent again, and of unknown age: neither counts.
+        await client.push(0, 3, gradients, seen=seen[0])
+        await client.push(0, 4, gradients)
+        return seen
+
+    seen, _ = rig.run(body())
+    assert seen == [{0: 0, 1: 0, 2: 0}, {0: 2, 1: 2, 2: 2}]
+    for shard in job.shards.values():
+        assert shard.stats()["staleness"] == {"count": 4, "mean": 0.5, "most": 1, "p99_at_most": 1}
+        # A shard that began anew counts from zero: nothing is known of what was pulled before.
+        shard.staleness.note(-2)
+        assert shard.stats()["staleness"]["count"] == 4

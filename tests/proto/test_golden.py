@@ -147,7 +147,14 @@ MESSAGES: dict[str, Message] = {
         full_gradients(),
         dense(),
         PushRequest(
-            header=FULL, split=300, group=5, tables=[full_gradients()], dense=[dense()], step=70000, number=301
+            header=FULL,
+            split=300,
+            group=5,
+            tables=[full_gradients()],
+            dense=[dense()],
+            step=70000,
+            number=301,
+            seen=40_001,
         ),
         PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure()),
         MarksRequest(header=FULL, splits=[300, 1 << 40]),
