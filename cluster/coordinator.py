@@ -241,10 +241,11 @@ class Coordinator:
         store.set_epoch(result.epoch, asdict(result))
         store.clear_evaluations()
         self.record_work(store)
-        every = self.spec.checkpoint_epochs
-        if without := ", ".join(name for name, value in result.metrics.items() if value is None):
+        without = ", ".join(name for name, value in result.metrics.items() if value is None)
+        if without and work.evaluation_splits:
             what = f"the {result.evaluated} evaluated samples lack a class of labels that it takes"
             self.warn(f"epoch {result.epoch + 1} has no {without}: {what}")
+        every = self.spec.checkpoint_epochs
         due = work.finished or (every > 0 and work.epoch % every == 0)
         if due:
             self.phase = WRITING

@@ -59,8 +59,10 @@ def check_alike(split: int, found: Found, others: Iterable[Found]) -> None:
 
 
 def merge(found: Sequence[Found], names: tuple[str, ...]) -> Evaluation:
-    """Return the metrics of all that was found, given in order of split."""
-    if found and isinstance(found[0], bytes):
+    """Return the metrics of all that was found, given in order of split; None where nothing was."""
+    if not found:
+        return Evaluation(dict.fromkeys(names), 0)
+    if isinstance(found[0], bytes):
         scores = Scores.merge([Scores.from_bytes(one) for one in found if isinstance(one, bytes)])
         metrics = scores.metrics()
         return Evaluation({name: metrics[name] for name in names}, scores.samples)

@@ -129,6 +129,12 @@ class Cluster:
             pb.CloseSplitRequest(header=self.header(sender), work=pb.EVALUATE, split=split, sums=sums)
         )
 
+    def scored(self, sender: int, split: int, scores: bytes, sums: tuple[float, ...] = ()) -> None:
+        header = self.header(sender)
+        self.service.close_split(
+            pb.CloseSplitRequest(header=header, work=pb.EVALUATE, split=split, scores=scores, sums=sums)
+        )
+
     def release(self, sender: int, split: int, reason: str = "") -> None:
         self.service.release(pb.ReleaseRequest(header=self.header(sender), splits=[split], reason=reason))
 
@@ -192,7 +198,7 @@ class Cluster:
             "step": work.closed.floor,
             "metrics": {
                 "history": [vars(r) for r in work.history],
-                "evaluations": {str(s): v for s, v in work.results.items()},
+                "evaluations": {str(s): v for s, v in work.results.items() if isinstance(v, list)},
                 "counted": c.counted(),
             },
             "best": {},
