@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models as static dataflow graphs: layers called on nodes, then ``Model(...).bind(max_batch)`` to train and predict.
 
-Reading order: graph, layers, loss, model; then layout, operations, program; kernels, row_kernels, pairs; feeds; picture.
+Reading order: graph, layers, loss, model; then layout, operations, program; kernels, row_kernels, mask_kernels, pairs;
+feeds; picture.
 """
 
 from oarlock.nn.graph import DenseInput, Linear, Lookup, Node
@@ -10,6 +11,7 @@ from oarlock.nn.layers import (
     columns,
     concat,
     dense_input,
+    dropout,
     field_columns,
     interactions,
     lookup,
@@ -39,6 +41,7 @@ __all__ = [
     "cost",
     "dense_input",
     "dot",
+    "dropout",
     "field_columns",
     "interactions",
     "lookup",

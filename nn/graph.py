@@ -71,6 +71,13 @@ class Fields:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """The share of values that a training step drops."""
+
+    rate: float
+
+
+@dataclass(frozen=True)
 class Label:
     """The feed that a loss compares with."""
 
@@ -108,7 +115,7 @@ class Linear:
         return Node("linear", (node,), self.units, self)
 
 
-Detail: TypeAlias = Lookup | DenseInput | Range | FieldRange | Fields | Label | Linear | None
+Detail: TypeAlias = Lookup | DenseInput | Range | FieldRange | Fields | Dropout | Label | Linear | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

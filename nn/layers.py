@@ -7,7 +7,7 @@ Invariant: a node that exists has checked widths; nothing is allocated here. Pur
 from collections.abc import Sequence
 
 from oarlock.embedding.spec import MAX_DIM, check_name
-from oarlock.nn.graph import DenseInput, FieldRange, Fields, Lookup, Node, Range, check_nodes, check_width
+from oarlock.nn.graph import DenseInput, Dropout, FieldRange, Fields, Lookup, Node, Range, check_nodes, check_width
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -114,6 +114,18 @@ def multiply(a: Node, b: Node) -> Node:
 def add(a: Node, b: Node) -> Node:
     """Return the sums of two nodes of one width, column by column."""
     return _pair("add", a, b)
+
+
+def dropout(node: Node, rate: float) -> Node:
+    """Return ``node`` with each value dropped with probability ``rate``, the others divided by 1 - rate; only in training.
+
+    What is dropped is a pure function of the (seed, step) that ``Program.train`` is given, the position in the graph,
+    the sample's position in the batch and the column. ``Program.predict`` passes all values through.
+    """
+    check_nodes("dropout", [node])
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise InvalidArgument(f"dropout({node.name}, {rate!r}): give a rate with 0 <= rate < 1")
+    return Node("dropout", (node,), node.width, Dropout(float(rate)))
 
 
 def _activation(operation: str, node: Node) -> Node:

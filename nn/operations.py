@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from oarlock.nn import kernels, pairs, row_kernels
+from oarlock.nn import kernels, mask_kernels, pairs, row_kernels
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed
-from oarlock.nn.graph import Fields, Linear, Node
+from oarlock.nn.graph import Dropout, Fields, Linear, Node
 from oarlock.nn.layout import Piece, Route, Strip
 
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,10 @@ Feed = LookupFeed | DenseFeed | LabelFeed
 
 @dataclass
 class Step:
-    """One node, bound: where it reads and writes. Of ``targets``, ``routes`` and ``moves`` see ``nn.layout.Layout``."""
+    """One node, bound: where it reads and writes. Of ``targets``, ``routes`` and ``moves`` see ``nn.layout.Layout``.
+
+    ``mask_key``: where a dropout's draws of this step begin; None while predicting, when nothing is dropped.
+    """
 
     node: Node
     inputs: list[Strip]
@@ -37,6 +40,7 @@ class Step:
     parameters: tuple[Array, ...] = ()
     gradients: tuple[Array, ...] = ()
     pieces: list[tuple[Piece, Strip, Strip | None]] = field(default_factory=list)
+    mask_key: np.uint64 | None = None
     scratch: Array = field(default_factory=lambda: np.empty(0, np.float32))
 
 
@@ -199,6 +203,30 @@ def _interactions_backward(step: Step) -> None:
     pairs.backward(dense, rows, _fields(step.node), step.gradient, step.scratch, step.targets)
 
 
+def _dropout(step: Step, source: Strip, target: Strip) -> None:
+    assert isinstance(step.node.detail, Dropout)
+    if step.mask_key is None:
+        kernels.copy(source.rows, source.start, target.rows, target.start, source.width)
+        return
+    rate = step.node.detail.rate
+    below, scale = np.uint64(round(rate * 2**32)), np.float32(1 / (1 - rate))
+    mask_kernels.dropout(
+        source.rows, source.start, target.rows, target.start, source.width, step.mask_key, below, scale
+    )
+
+
+def _dropout_forward(step: Step) -> None:
+    assert step.output is not None
+    _dropout(step, step.inputs[0], step.output)
+
+
+def _dropout_backward(step: Step) -> None:
+    g, target = step.gradient, step.targets[0]
+    assert g is not None
+    if target is not None:
+        _dropout(step, g, target)
+
+
 def _elementwise(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Operation:
     def run_forward(step: Step) -> None:
         source, out = step.inputs[0], step.output
@@ -253,6 +281,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
         Operation("add", _add_forward, None, lambda node: node.width),
+        Operation("dropout", _dropout_forward, _dropout_backward, lambda node: node.width),
         _elementwise("relu", kernels.relu, kernels.relu_gradient),
         _elementwise("sigmoid", kernels.sigmoid, kernels.sigmoid_gradient),
         _elementwise("tanh", kernels.tanh, kernels.tanh_gradient),

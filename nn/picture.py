@@ -7,7 +7,7 @@ and floats moved between samples and rows. Pure functions: any thread may call t
 
 from dataclasses import dataclass
 
-from oarlock.nn.graph import FieldRange, Fields, Label, Linear, Lookup, Node, Range, topological
+from oarlock.nn.graph import Dropout, FieldRange, Fields, Label, Linear, Lookup, Node, Range, topological
 from oarlock.nn.model import Model, linear_parameters
 from oarlock.nn.operations import OPERATIONS
 
@@ -76,6 +76,8 @@ def _kind(node: Node) -> str:
             return f"lookup of {lookup.table}" + (f", {lookup.fields} fields" if lookup.fields > 1 else "")
         case Fields(count):
             return f"{node.operation}, {count} fields"
+        case Dropout(rate):
+            return f"dropout, {rate:g}"
         case Label(name):
             return f"{node.operation} with {name}"
     return node.operation

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A graph bound to memory: runs forward, backward and prediction for batches of up to ``max_batch`` samples.
 
-Invariant: results depend only on the feeds, the parameters and the batch, to the bit: not on ``max_batch``, earlier
-steps or where memory lies. After the first steps nothing is allocated but array headers. One thread at a time; the
-arrays that it gives out are views that the next call overwrites. How many threads BLAS uses is the process's business.
+Invariant: results depend only on the feeds, the parameters, the batch and, with dropout, (seed, step), to the bit: not
+on ``max_batch``, earlier steps or where memory lies. After the first steps nothing is allocated but array headers. One
+thread at a time; the arrays that it gives out are views that the next call overwrites. How many threads BLAS uses is the
+process's business.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from oarlock.nn import kernels
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
 from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, trainable
 from oarlock.nn.layout import Layout, Route, aligned, plan
+from oarlock.nn.mask_kernels import mask_key
 from oarlock.nn.operations import OPERATIONS, Feed, Step
 from oarlock.proto.errors import InvalidArgument
 
@@ -58,6 +60,7 @@ class Program:
         self._backward = [
             (OPERATIONS[step.node.operation].backward, step) for step in reversed(self._train) if step.node in learning
         ]
+        self._dropouts = [step for step in self._train if step.node.operation == "dropout"]
         self._score = self._layout.values[model.score]
         self._known = set(self._feeds)
         self._needed = {node.name for node in model.score_nodes if isinstance(node.detail, Lookup | DenseInput)}
@@ -132,28 +135,42 @@ class Program:
             self._feeds[name].take(feeds[name], int(batch))
         self._resize(int(batch))
 
-    def train(self, feeds: Mapping[str, Any], batch: int) -> float:
+    def _draw(self, seed: object, step: object) -> None:
+        """Choose what this step drops."""
+        if step is None:
+            raise InvalidArgument("this model has dropout: give step=, a number that no other batch of the run has")
+        for name, value in (("seed", seed), ("step", step)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+                raise InvalidArgument(f"{name} = {value!r}: give an integer from 0 to 2**64 - 1")
+        for layer, dropout in enumerate(self._dropouts):
+            key = mask_key(np.uint64(seed), np.uint64(step), np.uint64(layer))  # type: ignore[arg-type]
+            dropout.mask_key = np.uint64(key)
+
+    def train(self, feeds: Mapping[str, Any], batch: int, *, seed: int = 0, step: int | None = None) -> float:
         """Run forward and backward; return the mean loss over ``batch`` samples.
 
         Fills ``gradients`` with d(mean loss)/d(parameter) and ``row_gradients`` with d(mean loss)/d(row), summed per
         unique row in ascending order of position. ``feeds``: for a lookup (rows: float32[u, dim], inverse: int32[batch]
         or int32[batch, fields]), for a dense input float32[batch, width], for the label float32[batch] in [0, 1]. A
-        wrong feed raises InvalidArgument or Malformed before anything is computed.
+        wrong feed raises InvalidArgument or Malformed before anything is computed. A model with dropout needs ``step``,
+        and drops the same for the same (seed, step).
         """
+        if self._dropouts:
+            self._draw(seed, step)
         self._take(feeds, batch, self._known)
-        for forward, step in self._forward:
-            forward(step)
+        for forward, one in self._forward:
+            forward(one)
         for strip in self._layout.zeros:
             kernels.zero(strip.rows, strip.start, strip.width)
         for lookup in self._lookups:
             lookup.make_gradient()
-        for backward, step in self._backward:
+        for backward, one in self._backward:
             if backward is not None:
-                backward(step)
-            for route in step.routes:
+                backward(one)
+            for route in one.routes:
                 _run(route)
             if self._shared:
-                for own, total in self._shared.get(id(step), ()):
+                for own, total in self._shared.get(id(one), ()):
                     kernels.accumulate(own, 0, total, 0, own.shape[1])
         for lookup in self._lookups:
             self.row_gradients[lookup.spec.name] = lookup.gradient
@@ -167,6 +184,8 @@ class Program:
         ``feeds`` as for ``train``; the label may be absent and is not read.
         """
         self._take(feeds, batch, self._needed)
+        for dropout in self._dropouts:
+            dropout.mask_key = None
         for step in self._predict:
             OPERATIONS[step.node.operation].forward(step)
         return self._score.matrix[:, 0]

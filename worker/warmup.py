@@ -18,6 +18,7 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    dropout,
     field_columns,
     interactions,
     lookup,
@@ -39,14 +40,14 @@ def warm_up() -> None:
     many = pool(
         concat([field_columns(row, 1, 3), columns(pair, 3, 5), interactions(deep, row), columns(other, 1, 2)]), 2
     )
-    score = Linear(1, name="o")(concat([product, deep, many]))
+    score = Linear(1, name="o")(concat([product, dropout(deep, 0.5), many]))
     program = Model(score=score, loss=binary_cross_entropy(score, label="label")).bind(8)
     keys = np.arange(8, dtype=np.uint64)
     found = KeySorter().build(keys, np.uint64(1), 1, np.arange(2, dtype=np.int32))
     rows = np.ones((8, 4), np.float32)
     feeds = {"a": (rows, found.inverse), "b": (rows, found.inverse), "x": rows, "label": np.ones(8, np.float32)}
     feeds["c"] = (rows, np.stack([found.inverse, found.inverse], axis=1))
-    program.train(feeds, 8)
+    program.train(feeds, 8, step=0)
     program.predict(feeds, 8)
     permutation(8, 0, 1)
     positives = group_positives(keys, keys)

@@ -26,7 +26,7 @@ from oarlock.nn import (
     sigmoid,
     tanh,
 )
-from oarlock.nn.graph import FieldRange, Fields, Lookup, Range, topological
+from oarlock.nn.graph import Dropout, FieldRange, Fields, Lookup, Range, topological
 
 Array = np.ndarray[Any, Any]
 
@@ -61,6 +61,22 @@ def lower_pairs(vectors: Array) -> Array:
     count = vectors.shape[1]
     places = [(i, j) for i in range(count) for j in range(i)]
     return np.stack([(vectors[:, i] * vectors[:, j]).sum(axis=1) for i, j in places], axis=1)
+
+
+def mix64(x: int) -> int:
+    word = 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & word
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & word
+    return x ^ x >> 31
+
+
+def dropout_factors(shape: tuple[int, int], rate: float, seed: int, step: int, layer: int) -> Array:
+    """Return what a dropout multiplies with, value by value: 0 or 1 / (1 - rate)."""
+    word = 2**64 - 1
+    key = mix64(mix64(mix64(seed ^ 0x3243F6A8885A308D) + step & word) + layer & word)
+    draws = [mix64(key + n * 0x9E3779B97F4A7C15 & word) >> 32 for n in range(shape[0] * shape[1])]
+    kept = np.array(draws, np.uint64).reshape(shape) >= round(rate * 2**32)
+    return kept / (1 - rate)
 
 
 def logistic(z: Array) -> Array:
@@ -126,9 +142,15 @@ class TorchMath:
         return self.torch.nn.functional.binary_cross_entropy_with_logits(z[:, 0], y)
 
 
-def evaluate(model: Model, math: Any, parameters: Any, rows: Any, feeds: dict[str, Any]) -> tuple[Any, Any]:
-    """Return (loss, score) of the whole graph; ``parameters`` and ``rows`` are arrays of ``math``."""
+def evaluate(
+    model: Model, math: Any, parameters: Any, rows: Any, feeds: dict[str, Any], draw: tuple[int, int] | None = None
+) -> tuple[Any, Any]:
+    """Return (loss, score) of the whole graph; ``parameters`` and ``rows`` are arrays of ``math``.
+
+    ``draw``: the (seed, step) of what dropout drops; without it nothing is dropped.
+    """
     values: dict[Node, Any] = {}
+    dropouts = [node for node in topological(model.loss) if node.operation == "dropout"]
     for node in topological(model.loss, model.score):
         inputs = [values[child] for child in node.inputs]
         detail = node.detail
@@ -143,6 +165,11 @@ def evaluate(model: Model, math: Any, parameters: Any, rows: Any, feeds: dict[st
             values[node] = getattr(math, detail.activation)(out) if detail.activation else out
         elif isinstance(detail, Range):
             values[node] = inputs[0][:, detail.start : detail.stop]
+        elif isinstance(detail, Dropout):
+            values[node] = inputs[0]
+            if draw is not None:
+                shape = (len(inputs[0]), node.width)
+                values[node] = inputs[0] * math.array(dropout_factors(shape, detail.rate, *draw, dropouts.index(node)))
         elif isinstance(detail, FieldRange):
             source = node.inputs[0].detail
             assert isinstance(source, Lookup)

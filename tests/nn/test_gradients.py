@@ -12,6 +12,7 @@ from oarlock.nn import (
     columns,
     concat,
     dense_input,
+    dropout,
     field_columns,
     interactions,
     lookup,
@@ -72,6 +73,9 @@ def layer_models():
     yield "interactions-of-dense-rows", close(interactions(Linear(1, name="bottom")(a), x))
     yield "interactions-without-dense", close(interactions(None, many))
     yield "interactions-of-a-piece-without-dense", close(concat([interactions(None, field_columns(many, 2, 5)), many]))
+    yield "dropout", close(dropout(a, 0.5))
+    yield "dropout-twice", close(concat([dropout(relu(dropout(h, 0.3)), 0.6), dropout(h, 0.3), dropout(x, 0.2)]))
+    yield "dropout-of-nothing", close(dropout(a, 0))
     yield "interactions-with-itself", close(concat([interactions(h, h), h]))
     bottom = Linear(6, activation="relu", name="bottom")(x)
     yield "dlrm", close(concat([bottom, interactions(bottom, many)]))
@@ -96,10 +100,11 @@ def check_torch(reference, model, batch, seed):
     reference.fill(program, seed)
     feeds = reference.make_feeds(model, batch, seed)
     for _ in range(2):  # the second step must not see what the first left behind
-        loss = program.train(feeds, batch)
+        loss = program.train(feeds, batch, seed=17, step=seed)
     parameters = {name: math.array(value).requires_grad_() for name, value in program.parameters.items()}
     rows = {spec.name: math.array(feeds[spec.name][0]).requires_grad_() for spec in model.lookups}
-    expected, score = reference.evaluate(model, math, parameters, rows, feeds)
+    expected, _ = reference.evaluate(model, math, parameters, rows, feeds, (17, seed))
+    _, score = reference.evaluate(model, math, parameters, rows, feeds)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     for name, parameter in parameters.items():
@@ -135,7 +140,8 @@ def check_differences(reference, model, batch, seed):
     program = model.bind(batch)
     reference.fill(program, seed)
     feeds = reference.make_feeds(model, batch, seed, rows=4)
-    program.train(feeds, batch)
+    program.train(feeds, batch, seed=2**64 - 1, step=seed)
+    draw = (2**64 - 1, seed)
     parameters = {name: math.array(value).copy() for name, value in program.parameters.items()}
     rows = {spec.name: math.array(feeds[spec.name][0]).copy() for spec in model.lookups}
     rng = np.random.default_rng(seed)
@@ -148,7 +154,7 @@ def check_differences(reference, model, batch, seed):
                 losses = []
                 for sign in (1, -1):
                     array[spot] = kept + sign * step
-                    losses.append(reference.evaluate(model, math, parameters, rows, feeds)[0])
+                    losses.append(reference.evaluate(model, math, parameters, rows, feeds, draw)[0])
                 array[spot] = kept
                 slope = (losses[0] - losses[1]) / (2 * step)
                 assert gradients[name][spot] == pytest.approx(slope, rel=2e-3, abs=5e-6), (name, spot)

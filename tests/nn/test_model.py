@@ -18,6 +18,7 @@ from oarlock.nn import (
     cost,
     dense_input,
     dot,
+    dropout,
     field_columns,
     interactions,
     lookup,
@@ -125,6 +126,10 @@ REFUSED = {
     "pool of no node": (lambda: pool(None, 1), "expected a node"),
     "interactions of another dim": (lambda: interactions(a(5, "b", "u"), many()), "12 is no multiple of 5; make b as"),
     "interactions with wide dense": (lambda: interactions(many(), a()), "width 4 is no multiple of 12"),
+    "dropout of everything": (lambda: dropout(a(), 1), "give a rate with 0 <= rate < 1"),
+    "dropout of NaN": (lambda: dropout(a(), math.nan), "give a rate"),
+    "dropout of text": (lambda: dropout(a(), "0.5"), "give a rate"),
+    "dropout of no node": (lambda: dropout(0.5, 0.5), "expected a node, got float"),
     "interactions of one field": (
         lambda: interactions(None, a()),
         r"interactions\(None, a\): give a lookup.*two fields",
@@ -189,7 +194,7 @@ def test_cost_and_pictures(reference):
 def test_cost_and_pictures_of_fields():
     rows, x = many(), dense_input("x", width=2)
     bottom = Linear(3, name="bottom")(x)
-    products = interactions(bottom, field_columns(rows, 1, 4))
+    products = dropout(interactions(bottom, field_columns(rows, 1, 4)), 0.25)
     model = close(concat([pool(field_columns(rows, 0, 1), 3), bottom, products]))
     lines = {line.name: line for line in cost(model)}
     assert lines["many[each 1:4]"].width == 9
@@ -210,6 +215,9 @@ def test_cost_and_pictures_of_fields():
         "many[each",
         "1:4]",
     ]
+    assert next(line for line in picture(model).splitlines() if line.startswith("dropout ")).split() == [
+        "dropout", "dropout,", "0.25", "6", "0", "6", "interactions",
+    ]  # fmt: skip
     assert '"many" -> "many[each 0:1]"' in dot(model)
 
 

@@ -17,6 +17,7 @@ from oarlock.nn import (
     interactions,
     kernels,
     lookup,
+    mask_kernels,
     multiply,
     pairs,
     pool,
@@ -38,7 +39,7 @@ def model():
 
 
 def all_kernels():
-    modules = (kernels, row_kernels, pairs)
+    modules = (kernels, row_kernels, pairs, mask_kernels)
     return {
         name: kernel for module in modules for name, kernel in vars(module).items() if hasattr(kernel, "signatures")
     }
