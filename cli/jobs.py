@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from oarlock.cli.show import epochs_table
@@ -63,6 +64,8 @@ def status(options: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
+    if found.get("metrics"):
+        console.print(f"metrics at http://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True)
     for warning in found.get("warnings", []):
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if found["members"]:
@@ -74,11 +77,13 @@ def status(options: argparse.Namespace) -> int:
 
 def _members(found: dict[str, Any]) -> Table:
     table = Table(title="members", title_justify="left")
-    for name in ("role", "id", "address", "pid", "blocks", "rows", "MB", "pushes", "samples", "open splits"):
-        table.add_column(name, justify="right" if name not in ("role", "address") else "left")
+    observed = any("metrics" in m["stats"] for m in found["members"])
+    names = ("role", "id", "address", "pid", "blocks", "rows", "MB", "pushes", "samples", "open splits")
+    for name in (*names, "metrics") if observed else names:
+        table.add_column(name, justify="right" if name not in ("role", "address", "metrics") else "left")
     for m in sorted(found["members"], key=lambda m: (m["role"], m["id"])):
         s = m["stats"]
-        table.add_row(
+        cells = (
             m["role"],
             str(m["id"]),
             m["address"] or m["host"],
@@ -89,7 +94,10 @@ def _members(found: dict[str, Any]) -> Table:
             str(s.get("pushes", "")),
             str(s.get("samples", "")),
             " ".join(map(str, s["open_splits"])) if isinstance(s.get("open_splits"), list) else "",
+            *([str(s.get("metrics", ""))] if observed else []),
         )
+        # Members say what they like; brackets are no style of ours.
+        table.add_row(*map(escape, cells))
     return table
 
 

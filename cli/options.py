@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from oarlock import __version__
 from oarlock.cli.rows_options import add_rows
+from oarlock.telemetry.prometheus import read_port
 
 _EXAMPLES = """\
 examples:
@@ -76,6 +77,13 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 def _add_show_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--in-process", action="store_true", help="run shards and workers inside this process")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line")
+    command.add_argument(
+        "--metrics-port",
+        type=read_port,
+        metavar="N",
+        help="serve metrics for Prometheus on this host: the coordinator at port N, the shards and workers at those after it "
+        "(0: any free ones, which `oarlock status` tells)",
+    )
     command.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="of the job's log files"
     )

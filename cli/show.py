@@ -32,6 +32,7 @@ class RunView:
         self._epochs = 0
         self._warnings = 0
         self._phase = ""
+        self._metrics = ""
         self._samples = 0
         self._since = time.monotonic()
         self._speed = 0.0
@@ -62,6 +63,9 @@ class RunView:
         if status["phase"] != self._phase and status["phase"] in ("gathering", "stopping"):
             self.say(f"{status['phase']}{': ' + status['reason'] if status['reason'] else ''}")
         self._phase = status["phase"]
+        if status.get("metrics", self._metrics) not in ("", self._metrics):
+            self._metrics = status["metrics"]
+            self.say(f"metrics at http://{self._metrics}/metrics")
         for result in status["history"][self._epochs :]:
             self.say(_line(result, status["epochs"]))
         self._epochs = max(self._epochs, len(status["history"]))

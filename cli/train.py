@@ -118,11 +118,18 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
 
         if options.in_process:
             to_file(folder / "logs" / "job.log", options.log_level)
-            status = run_in_process(spec, folder, restore=restore, watch=watch)
+            status = run_in_process(spec, folder, restore=restore, watch=watch, metrics_port=options.metrics_port)
         else:
             to_file(folder / "logs" / "launcher.log", options.log_level)
             restarts = read_run(folder).restarts
-            launched = LocalProcesses(spec, folder, restore=restore, log_level=options.log_level, restarts=restarts)
+            launched = LocalProcesses(
+                spec,
+                folder,
+                restore=restore,
+                log_level=options.log_level,
+                restarts=restarts,
+                metrics_port=options.metrics_port,
+            )
             status = asyncio.run(launched.run(watch))
         view.show(status)
         if status["phase"] == "failed":

@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from oarlock.client.telemetry import LOOPBACK, port
 from oarlock.proto.errors import InvalidArgument, LeaseLost, NotFound, PSError, WrongRun
 from oarlock.telemetry.log import to_stream
+from oarlock.telemetry.prometheus import LOOPBACK, read_port
 
 # Where a job's folder keeps the address of its coordinator.
 ADDRESS_FILE = "coordinator.json"
@@ -30,10 +30,18 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     made.add_argument(
-        "--metrics-port", type=port, metavar="N", help="serve metrics for Prometheus at this port (0: any free one)"
+        "--metrics-port",
+        type=read_port,
+        metavar="N",
+        help="serve metrics for Prometheus at this port (0: any free one)",
     )
     made.add_argument(
         "--metrics-host", default=LOOPBACK, metavar="HOST", help="where to serve them (default: this host alone)"
+    )
+    made.add_argument(
+        "--metrics-if-free",
+        action="store_true",
+        help="go on without them if the port is taken (set by a parent that starts a process again)",
     )
     made.add_argument(
         "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"

@@ -8,7 +8,7 @@ joins its job until after it left. The registry may be added to from any thread.
 import argparse
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,11 @@ from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.telemetry.exposition import exposition
-from oarlock.telemetry.prometheus import MetricsServer
+from oarlock.telemetry.prometheus import LOOPBACK, MetricsServer
 from oarlock.telemetry.registry import Registry, Source
 from oarlock.telemetry.system import system_source
 
 logger = logging.getLogger(__name__)
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass
@@ -50,30 +48,30 @@ class Telemetry:
             yield
 
 
-def port(text: str) -> int:
-    """Return a port that a user gave; for argparse."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a port from 0 (any free one) to 65535")
-    return int(text)
+def observed_as(role: str, options: argparse.Namespace) -> AbstractContextManager[Telemetry]:
+    """Serve the metrics of a process of its own, by the options of ``entry.parser``."""
+    return observed(role, options.metrics_port, options.metrics_host, needed=not options.metrics_if_free)
 
 
 @contextmanager
-def observed(role: str, metrics_port: int | None, metrics_host: str = LOOPBACK) -> Iterator[Telemetry]:
-    """Serve the metrics of this process while the body runs; ``metrics_port`` None: nowhere."""
+def observed(role: str, port: int | None, host: str = LOOPBACK, *, needed: bool = True) -> Iterator[Telemetry]:
+    """Serve the metrics of this process while the body runs. ``port`` None: nowhere; not ``needed``: if it is free."""
     telemetry = Telemetry()
     telemetry.registry.add(lambda: {"oarlock_process_info": 1}, role=role, version=__version__)
     telemetry.registry.add(system_source())
-    if metrics_port is None:
+    if port is None:
         yield telemetry
         return
-    server = MetricsServer(lambda: exposition(telemetry.registry.collect()), host=metrics_host, port=metrics_port)
+    server = MetricsServer(lambda: exposition(telemetry.registry.collect()), host=host, port=port)
     try:
         telemetry.address = server.start()
     except OSError as error:
-        raise InvalidArgument(
-            f"metrics cannot be served at {metrics_host}:{metrics_port} ({error.strerror or error}): give another "
-            "--metrics-port, 0 for any free one, or none"
-        ) from None
+        words = f"metrics cannot be served at {host}:{port} ({error.strerror or error})"
+        if needed:
+            raise InvalidArgument(f"{words}: give another --metrics-port, 0 for any free one, or none") from None
+        logger.warning("event=no_metrics error=%s", words)
+        yield telemetry
+        return
     logger.info("event=metrics address=http://%s/metrics", telemetry.address)
     try:
         yield telemetry

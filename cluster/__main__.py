@@ -12,7 +12,7 @@ from pathlib import Path
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
-from oarlock.client.telemetry import Telemetry, client_source, observed, server_source
+from oarlock.client.telemetry import Telemetry, client_source, observed_as, server_source
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -40,7 +40,7 @@ def main() -> int:
     folder: Path = given.dir.absolute()
 
     async def body() -> None:
-        with observed("coordinator", given.metrics_port, given.metrics_host) as telemetry:
+        with observed_as("coordinator", given) as telemetry:
             await coordinate(telemetry)
 
     async def coordinate(telemetry: Telemetry) -> None:

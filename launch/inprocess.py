@@ -17,11 +17,13 @@ from typing import Any
 
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.job import OVER, JobSpec
+from oarlock.client.telemetry import Telemetry, observed
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
+from oarlock.cluster.telemetry import coordinator_source
 from oarlock.data.reader import open_reader
 from oarlock.launch.folder import STATE_FILE
 from oarlock.launch.kernels import compile_or_load
@@ -43,6 +45,7 @@ def run_in_process(
     restore: str = "",
     watch: Callable[[dict[str, Any]], bool],
     watch_seconds: float = 0.2,
+    metrics_port: int | None = None,
 ) -> dict[str, Any]:
     """Run the job to its end; return the coordinator's last status.
 
@@ -60,7 +63,9 @@ def run_in_process(
             coordinator.begin_run(open_checkpoint(restore)[1], restore)
         transport = InProcess()
         transport.serve(CoordinatorService(coordinator), COORDINATOR)
-        return asyncio.run(_run(coordinator, transport, folder, watch, watch_seconds))
+        with observed("job", metrics_port) as telemetry:
+            coordinator.metrics_address = telemetry.address
+            return asyncio.run(_run(coordinator, transport, folder, telemetry, watch, watch_seconds))
     finally:
         store.close()
 
@@ -69,6 +74,7 @@ async def _run(
     coordinator: Coordinator,
     transport: InProcess,
     folder: Path,
+    telemetry: Telemetry,
     watch: Callable[[dict[str, Any]], bool],
     watch_seconds: float,
 ) -> dict[str, Any]:
@@ -80,7 +86,8 @@ async def _run(
         with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
             try:
                 reader = open_reader(spec.reader)
-                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=random.SystemRandom()))
+                rng = random.SystemRandom()
+                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=rng, telemetry=telemetry))
             except PSError as error:
                 failures.append(str(error))
             except BaseException as error:
@@ -89,7 +96,8 @@ async def _run(
 
     async def shard(service: ShardService, address: str) -> None:
         try:
-            await run_shard(transport, COORDINATOR, service, address, rng=random.SystemRandom())
+            rng = random.SystemRandom()
+            await run_shard(transport, COORDINATOR, service, address, rng=rng, telemetry=telemetry)
         except PSError:
             # A job that was stopped before it began takes nobody in.
             if coordinator.phase not in OVER:
@@ -103,7 +111,9 @@ async def _run(
                 services.append(service)
                 transport.serve(service, address)
                 group.create_task(shard(service, address))
-            group.create_task(run_coordinator(coordinator, Orders(coordinator, transport, folder / "checkpoints")))
+            orders = Orders(coordinator, transport, folder / "checkpoints")
+            telemetry.registry.add(coordinator_source(coordinator, orders))
+            group.create_task(run_coordinator(coordinator, orders))
             for thread in threads:
                 thread.start()
             while coordinator.phase not in OVER:

@@ -22,7 +22,7 @@ from oarlock.launch.folder import record_failure, stored_run, stored_status
 from oarlock.launch.restarts import Notices, Restarts
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import LeaveRequest, StatusReply, StatusRequest, StopRequest
-from oarlock.proto.errors import NotFound, PSError, Unavailable
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import GrpcTransport
 
@@ -39,10 +39,14 @@ END_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
 # The same, after the coordinator has ended.
 ALONE_SECONDS = 1.0
+MAX_PORT = 65535
 
 
 class LocalProcesses:
-    """Starts, watches, starts again and ends the processes of one job; ``restarts`` is how often, all in all."""
+    """Starts, watches, starts again and ends the processes of one job; ``restarts`` is how often, all in all.
+
+    ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class LocalProcesses:
         restore: str = "",
         log_level: str = "info",
         restarts: int = RunConfig.restarts,
+        metrics_port: int | None = None,
     ) -> None:
         self._spec = spec
         self._folder = folder
@@ -64,6 +69,12 @@ class LocalProcesses:
         # The run that the state was in before the first coordinator was started.
         self._run_before = 0
         self._address = ""
+        self._metrics_port = metrics_port
+        if metrics_port and metrics_port + spec.servers + spec.workers > MAX_PORT:
+            raise InvalidArgument(
+                f"--metrics-port {metrics_port} and one more for each of {spec.servers} shards and {spec.workers} workers "
+                f"goes beyond {MAX_PORT}: give a lower one, or 0"
+            )
         # Processes that ended, and what the coordinator is still to be told of it.
         self._unreported: list[tuple[Child, str]] = []
 
@@ -86,6 +97,7 @@ class LocalProcesses:
             module = "oarlock.ps" if role == "shard" else "oarlock.worker"
             arguments = ["--coordinator", self._address]
             arguments += ["--reader", self._spec.reader] if role == "worker" else ["--spill-folder", str(self._folder)]
+        arguments += self._metrics(role, number)
         child = start_child(role, number, module, arguments, logs=self._folder / "logs", log_level=self._log_level)
         for place, old in enumerate(self._children):
             if (old.role, old.number) == (role, number):
@@ -94,6 +106,16 @@ class LocalProcesses:
                 self._children[place] = child
                 return
         self._children.append(child)
+
+    def _metrics(self, role: str, number: int) -> list[str]:
+        """Return the options of a process's metrics."""
+        if self._metrics_port is None:
+            return []
+        place = {"coordinator": 0, "shard": 1, "worker": 1 + self._spec.servers}[role] + number
+        arguments = ["--metrics-port", str(self._metrics_port and self._metrics_port + place)]
+        # Its port may have been taken in between, which is no reason for the job to fail after all.
+        again = any((child.role, child.number) == (role, number) for child in self._children)
+        return [*arguments, "--metrics-if-free"] if again else arguments
 
     async def run(self, watch: Callable[[dict[str, Any]], bool], watch_seconds: float = 0.25) -> dict[str, Any]:
         """Run the job to its end; return the coordinator's last status.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from oarlock.client.entry import parser, run
-from oarlock.client.telemetry import client_source, observed, server_source
+from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.ps.process import run_shard
@@ -37,7 +37,7 @@ def main() -> int:
     server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
 
     async def body() -> None:
-        with observed("shard", given.metrics_port, given.metrics_host) as telemetry:
+        with observed_as("shard", given) as telemetry:
             telemetry.registry.add(server_source(server))
             telemetry.registry.add(client_source(transport))
             warm_up()

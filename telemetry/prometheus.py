@@ -6,6 +6,7 @@ Invariant: one thread serves everybody and waits for nobody: a connection has ``
 reads nothing or a crowd costs no thread, little memory, and no other's scrape. The thread is a daemon: it ends with the process.
 """
 
+import argparse
 import contextlib
 import logging
 import selectors
@@ -22,6 +23,7 @@ from oarlock.telemetry.exposition import CONTENT_TYPE
 logger = logging.getLogger(__name__)
 
 PATH = "/metrics"
+LOOPBACK = "127.0.0.1"
 HEAD_BYTES = 16 << 10
 MAX_CONNECTIONS = 32
 # Those who are not let in yet: where there is no room for them either, a scraper comes again after a second.
@@ -32,6 +34,13 @@ LEFTOVER_BYTES = 256 << 10
 # After a failed accept (no file descriptors left) there is nothing to do for so long.
 PAUSE_SECONDS = 0.25
 _CHUNK = 16 << 10
+
+
+def read_port(text: str) -> int:
+    """Return a port that a user gave; for argparse."""
+    if not (text.isascii() and text.isdecimal()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a port from 0 (any free one) to 65535")
+    return int(text)
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -126,7 +135,7 @@ class MetricsServer:
     """Serves ``page()`` at ``host``:``port`` (0: any free port), from ``start()`` to ``stop()``."""
 
     def __init__(
-        self, page: Callable[[], str], *, host: str = "127.0.0.1", port: int = 0, seconds: float = SECONDS
+        self, page: Callable[[], str], *, host: str = LOOPBACK, port: int = 0, seconds: float = SECONDS
     ) -> None:
         self._page = page
         self._host = host

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threadpoolctl import threadpool_limits
 
 from oarlock.client.entry import parser, run
-from oarlock.client.telemetry import client_source, observed
+from oarlock.client.telemetry import client_source, observed_as
 from oarlock.data.reader import KINDS, open_reader
 from oarlock.proto.rpc import GrpcTransport
 from oarlock.worker.process import run_worker
@@ -30,7 +30,7 @@ def main() -> int:
         leaving = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
         with (
-            observed("worker", given.metrics_port, given.metrics_host) as telemetry,
+            observed_as("worker", given) as telemetry,
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
             threadpool_limits(given.blas_threads),
         ):
