@@ -8,7 +8,7 @@ do not depend on who evaluated what, or when.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from oarlock.data.scores import METRICS, Scores
+from oarlock.data.scores import MAX_SAMPLES, METRICS, Scores
 from oarlock.proto.errors import InvalidArgument
 
 # The recipe's sums, [weight, metric sums...], or scores with labels as Scores.to_bytes gives them.
@@ -27,8 +27,8 @@ class Evaluation(NamedTuple):
     samples: int
 
 
-def check(split: int, sums: Sequence[float], scores: bytes, names: tuple[str, ...]) -> Found:
-    """Return what a split is said to have found; raise unless it can be merged into the metrics ``names``."""
+def check(split: int, sums: Sequence[float], scores: bytes, names: tuple[str, ...], splits: int) -> Found:
+    """Return what a split is said to have found; raise unless ``splits`` of its kind merge into the metrics ``names``."""
     where = f"evaluation split {split}"
     if scores:
         if sums:
@@ -38,7 +38,11 @@ def check(split: int, sums: Sequence[float], scores: bytes, names: tuple[str, ..
                 f"{where}: scores came, and no metric {unknown[0]!r} is made of these: a recipe whose workload has labels() "
                 f"plans metrics among {', '.join(METRICS)}"
             )
-        Scores.from_bytes(scores)
+        samples, most = Scores.from_bytes(scores).samples, MAX_SAMPLES // splits
+        if samples > most:
+            raise InvalidArgument(
+                f"{where}: scores of {samples} samples came; {splits} splits have at most {most} each"
+            )
         return scores
     if len(sums) != 1 + len(names) or not all(abs(s) <= MAX_SUM for s in sums):
         raise InvalidArgument(f"{where}: {len(sums)} sums came, wanted {1 + len(names)} finite ones")

@@ -229,7 +229,7 @@ class CoordinatorService:
         if request.work == TRAIN:
             c.close_split(member.incarnation, request.split, request.samples, request.loss_sum, request.groups)
         elif request.work == EVALUATE:
-            found = check(request.split, request.sums, request.scores, c.spec.metrics)
+            found = check(request.split, request.sums, request.scores, c.spec.metrics, max(1, c.spec.evaluation_splits))
             c.evaluated(member.incarnation, request.split, found)
         else:
             raise Malformed("a split that is closed is one of TRAIN or EVALUATE")

@@ -3,6 +3,7 @@
 
 import itertools
 import sqlite3
+import struct
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from oarlock.cluster.evaluation import check, check_alike, merge
 from oarlock.cluster.store import Store
 from oarlock.cluster.work import EpochResult, Work
-from oarlock.data.scores import MAX_BYTES, METRICS, Scores
+from oarlock.data.scores import MAX_BYTES, MAX_SAMPLES, METRICS, Scores
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.errors import InvalidArgument, Malformed
 
@@ -25,6 +26,11 @@ def scores(score: list[float], label: list[float]) -> bytes:
     found = Scores()
     found.add(np.array(score, np.float32), np.array(label, np.float32))
     return found.to_bytes()
+
+
+def claim_of(samples: int) -> bytes:
+    """Bytes of one score that say there were so many samples, one of them positive."""
+    return struct.pack("<4sHBBB3xIfQB", b"SCOR", 1, 0, 8, 1, 1, 0.5, samples - 1, 1)
 
 
 # The one negative of the second split is scored above a positive of the first: no mean of splits' AUCs gives 5/6.
@@ -136,6 +142,22 @@ def test_hostile_scores_are_refused_and_change_nothing(trained: Any, data: bytes
     trained.scored(trained.one, 0, FIRST)
 
 
+def test_what_may_come_can_be_merged(trained: Any) -> None:
+    """Few bytes may stand for many samples: so many of each split that all of them together are still counted exactly."""
+
+    evaluate(trained)
+    half = MAX_SAMPLES // 2
+    for samples in (half + 1, MAX_SAMPLES):
+        with pytest.raises(
+            InvalidArgument, match=f"scores of {samples} samples came; 2 splits have at most {half} each"
+        ):
+            trained.scored(trained.one, 0, claim_of(samples))
+    trained.scored(trained.one, 0, claim_of(half))
+    trained.scored(trained.two, 1, claim_of(half))
+    (result,) = trained.status()["history"]
+    assert (result["evaluated"], result["metrics"]["auc"]) == (MAX_SAMPLES, 0.5)
+
+
 def test_scores_and_sums_do_not_mix(trained: Any) -> None:
     evaluate(trained)
     with pytest.raises(InvalidArgument, match="scores and 2 sums came: give one"):
@@ -162,8 +184,8 @@ def test_metrics_that_scores_do_not_give(cluster: Any) -> None:
 
 
 def test_check_gives_back_what_is_stored() -> None:
-    assert check(0, [], FIRST, ("logloss",)) == FIRST
-    assert check(0, [4.0, 1.0], b"", ("hr",)) == [4.0, 1.0]
+    assert check(0, [], FIRST, ("logloss",), 1) == FIRST
+    assert check(0, [4.0, 1.0], b"", ("hr",), 1) == [4.0, 1.0]
 
 
 def test_only_the_planned_metrics_come_in_their_order() -> None:
