@@ -112,6 +112,7 @@ numbers = st.one_of(
             ),
             st.builds(pb.CloseSplitRequest, work=few, split=few, samples=anywhere, loss_sum=numbers, groups=anywhere),
             st.builds(pb.CloseSplitRequest, work=st.just(2), split=few, sums=st.lists(numbers, min_size=2, max_size=2)),
+            st.builds(pb.CloseSplitRequest, work=st.just(2), split=few, scores=st.binary(max_size=32)),
             st.builds(
                 pb.ReleaseRequest, splits=st.lists(few), evaluations=st.lists(few), reason=st.sampled_from(["", "x"])
             ),
