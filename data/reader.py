@@ -66,7 +66,9 @@ class SplitReader:
 def read_schema(path: str) -> Any:
     """Return the Arrow schema of a Parquet file, from its footer."""
     try:
-        return pq.read_schema(path)
+        # Not pq.read_schema: pyarrow 14 keeps a copy of the whole footer of every file that it was asked for.
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow
     except FileNotFoundError:
         raise NotFound(f"{path}: the data file is gone; restore it") from None
     except (OSError, pa.ArrowException) as error:
