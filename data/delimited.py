@@ -27,7 +27,7 @@ from oarlock.data.schema_parts import Schema, check_known
 from oarlock.proto.errors import InvalidArgument, NotFound
 
 ROWS_PER_GROUP = 16_384
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -107,7 +107,10 @@ class _Source:
         if self.schema.columns:
             return {name: name for name in self.schema.columns}
         with self._open(stack, csv.ConvertOptions()) as stream:
-            there = list(stream.schema.names)
+            try:
+                there = list(stream.schema.names)
+            except UnicodeDecodeError:
+                raise pa.ArrowInvalid("the names are not UTF-8") from None
         names = [name.strip() for name in there] if self.schema.trim else there
         check_known(str(self.path), self.schema.kinds, names)
         for name in self.schema.kinds:
@@ -131,7 +134,7 @@ class _Source:
         if "Empty CSV" in text:
             return InvalidArgument(f"{self.path}: the file is empty; give one with rows, or remove it")
         if "straddl" in text:
-            return InvalidArgument(f"{self.path}: a line is longer than {BLOCK_BYTES >> 20} MiB; is this a text file?")
+            return InvalidArgument(f"{self.path}: a line is longer than {BLOCK_BYTES:,} bytes; is this a text file?")
         if "UTF8" in text or "UTF-8" in text:
             return InvalidArgument(f"{self.path}{self._first_not_utf8()}: not UTF-8 text; convert the file")
         return InvalidArgument(f"{self.path}: not readable as {self.schema.format} ({text[:200]}); correct the file")
@@ -226,7 +229,7 @@ def _numbers(texts: Any, bad: Callable[[int, str], InvalidArgument]) -> Any:
     if outside.any():
         row = int(np.argmax(outside))
         raise bad(
-            row, f"{texts[row].as_py()!r} is not a finite float32; correct it, or list it as missing in the schema"
+            row, f"{texts[row].as_py()[:40]!r} is not a finite float32; correct it, or list it as missing in the schema"
         )
     return doubles.cast(pa.float32())
 

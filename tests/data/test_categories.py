@@ -22,7 +22,6 @@ from oarlock.data.categories import (
 from oarlock.data.columns import ColumnSpec, check_schema, codes_of, decode
 from oarlock.proto.errors import InvalidArgument
 
-
 TEXTS = ["", "a", "17", "-5", "abcdefg", "abcdefgh", "abcdefghi", "ü" * 20, "x" * 1000, "a\0", "\0", None, "017", " 17"]
 INTEGERS = [0, 1, 9, 10, 17, -5, 99_999_999, 100_000_000, -(2**63), 2**63 - 1, 10**15, 10**16, -(10**15), None]
 
@@ -139,7 +138,7 @@ def test_types_that_do_not_fit() -> None:
     schema = pa.schema({"x": pa.float64(), "l": pa.list_(pa.int64())})
     with pytest.raises(InvalidArgument, match="'x' has type double, but a category column needs strings"):
         check_schema("file", schema, [ColumnSpec("x", "category")])
-    with pytest.raises(InvalidArgument, match="'l' has type list.*, but a number column needs a number type"):
+    with pytest.raises(InvalidArgument, match=r"'l' has type list.*, but a number column needs a number type"):
         check_schema("file", schema, [ColumnSpec("l", "number")])
     assert not is_category(pa.timestamp("s"))
     assert is_category(pa.dictionary(pa.int8(), pa.int64()))
