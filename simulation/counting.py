@@ -93,7 +93,7 @@ class CountingProgram:
         self.flat_gradients[0] = -1
         self.row_gradients: dict[str, NDArray[np.float32]] = {}
 
-    def train(self, feeds: dict[str, Any], samples: int) -> float:
+    def train(self, feeds: dict[str, Any], samples: int, *, seed: int, step: int) -> float:
         for name in self._lookups:
             rows, inverse = feeds[name]
             self.row_gradients[name] = -np.bincount(inverse, minlength=len(rows)).astype(np.float32)[:, None]

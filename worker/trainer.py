@@ -251,7 +251,10 @@ class Trainer:
             with self.stages.time("wait_for_pull"):
                 prepared = await task
             with self.stages.time("compute"):
-                loss = self._session.program.train(self._session.load(prepared), prepared.samples)
+                feeds = self._session.load(prepared)
+                # A number of this batch alone, the same when another worker trains it again.
+                draw = split.id << 32 | number
+                loss = self._session.program.train(feeds, prepared.samples, seed=self._spec.seed, step=draw)
             split.loss_sum += loss * prepared.samples
             split.losses += prepared.samples
             self.batches += 1

@@ -25,6 +25,8 @@ COLUMNS = (ColumnSpec("a", "key"), ColumnSpec("b", "key"))
 EVALUATION_BATCH = 5
 
 seen: list[tuple[str, int, int]] = []
+# (seed, step) of every batch that was trained.
+draws: list[tuple[int, int]] = []
 # A key whose gradient is not a number, and one that encode() cannot bear.
 poison: set[int] = set()
 bomb: set[int] = set()
@@ -36,7 +38,8 @@ class CountingProgram:
         self.flat_gradients = np.full(1, -1, np.float32)
         self.row_gradients: dict[str, Any] = {}
 
-    def train(self, feeds: dict[str, Any], samples: int) -> float:
+    def train(self, feeds: dict[str, Any], samples: int, *, seed: int, step: int) -> float:
+        draws.append((seed, step))
         bad = feeds["bad"]
         for name in ("a", "b"):
             rows, inverse = feeds[name]

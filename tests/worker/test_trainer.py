@@ -32,6 +32,15 @@ def test_every_sample_is_trained_once(make_job: Make, workers: int, open_splits:
     assert [r.loss for r in job.coordinator.work.history] == [0.25] * job.spec.epochs
 
 
+def test_every_batch_has_a_draw_of_its_own(make_job: Make, counting: Any) -> None:
+    job = make_job(workers=2, open_splits=2)
+    job.run(lambda job: job.to_the_end())
+    encoded = {(split, batch) for what, split, batch in counting.seen if what == "encode"}
+    assert len(counting.draws) == len(encoded) == job.groups()
+    assert {seed for seed, _ in counting.draws} == {job.spec.seed}
+    assert {(step >> 32, step & 0xFFFFFFFF) for _, step in counting.draws} == encoded
+
+
 def test_a_dead_workers_splits_are_finished_by_others(make_job: Make) -> None:
     job = make_job(workers=2, epochs=2, rows=300)
     job.wire.doubled = 0.2
