@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.hashing import mix64
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int
+from oarlock.embedding.pointer import Int, address_in, prefetch
 
 COUNT = 0  # slots in use, which are the first ones
 OLDEST = 1
@@ -41,6 +41,32 @@ def _place_of(index: NDArray[np.int32], known: NDArray[np.uint64], key: np.uint6
     while index[place] != 0 and known[index[place] - 1] != key:
         place = (place + np.uint64(1)) & mask
     return np.int64(place)
+
+
+@jit
+def ask_for_place(index: NDArray[np.int32], key: np.uint64) -> None:
+    """Have the cache line fetched in which a key's search begins; nothing else happens, as in the two below."""
+    prefetch(address_in(index, np.int64(mix64(key) & np.uint64(index.shape[0] - 1)) * 4))
+
+
+@jit
+def ask_for_slot(index: NDArray[np.int32], known: NDArray[np.uint64], links: NDArray[np.int32], key: np.uint64) -> Int:
+    """Have the lines of a key's slot fetched, and return it; -1 or another's where its search does not end at once."""
+    slot = np.int64(index[mix64(key) & np.uint64(index.shape[0] - 1)]) - 1
+    if slot >= 0:
+        prefetch(address_in(known, slot * 8))
+        prefetch(address_in(links, slot * 8))
+    return slot
+
+
+@jit
+def ask_for_neighbours(index: NDArray[np.int32], links: NDArray[np.int32], key: np.uint64) -> None:
+    """Have the lines fetched that change as a key is used."""
+    slot = np.int64(index[mix64(key) & np.uint64(index.shape[0] - 1)]) - 1
+    if slot >= 0:
+        for side in range(2):
+            if links[slot, side] >= 0:
+                prefetch(address_in(links, np.int64(links[slot, side]) * 8))
 
 
 @jit

@@ -15,16 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.compress import Draw, RowCodec
-from oarlock.embedding.compress_lru import COUNT, LOST, STATES, from_oldest, reset, use
+from oarlock.embedding.compress_lru import (
+    COUNT,
+    LOST,
+    STATES,
+    ask_for_neighbours,
+    ask_for_place,
+    ask_for_slot,
+    from_oldest,
+    reset,
+    use,
+)
 from oarlock.embedding.compress_rows import decode_one, encode_one, rounding_seed
 from oarlock.embedding.jit import jit
-from oarlock.embedding.pointer import Int, address_in, kernel_array
+from oarlock.embedding.pointer import LINE, Int, address_in, kernel_array, prefetch
 from oarlock.embedding.refusal import poisonous
 from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory
 
 REFUSED = STATES  # more of what compress_lru.py calls state
 DROPPED = STATES + 1
 _SLOT_BYTES = 8 + 8 + 16  # beside its row: a key, two links, and up to four places of the index
+_AHEAD = 8
 _MOST_SLOTS = (1 << 30) - 1
 
 
@@ -53,7 +64,18 @@ def encode_with_residuals(
     """
     dim = gradients.shape[1]
     total, sent = address_in(work, 0), address_in(work, 4 * dim)
-    for i in range(keys.shape[0]):
+    n = keys.shape[0]
+    for i in range(n):
+        # Every key is somewhere else in memory: each step of its way there is asked for while others are worked on.
+        if i + 3 * _AHEAD < n:
+            ask_for_place(index, keys[i + 3 * _AHEAD])
+        if i + 2 * _AHEAD < n:
+            slot = ask_for_slot(index, known, links, keys[i + 2 * _AHEAD])
+            if slot >= 0:
+                for line in range(0, 4 * dim, LINE):
+                    prefetch(address_in(kept, 4 * dim * slot + line))
+        if i + _AHEAD < n:
+            ask_for_neighbours(index, links, keys[i + _AHEAD])
         row = rows + i * stride
         seed = rounding_seed(start, keys[i], step)
         gradient = address_in(gradients, 4 * dim * i)

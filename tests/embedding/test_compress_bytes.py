@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from oarlock.embedding.compress import CODECS, Compression, RowCodec
+from oarlock.embedding.pointer import address_of
 from oarlock.proto.errors import Malformed
 
 EXAMPLES = settings(max_examples=80 if reference.JIT else 10)
@@ -120,6 +121,18 @@ def test_payloads_may_lie_at_any_address_and_be_read_only(compression):
         assert out[offset : offset + size].tobytes() == data
         assert (out[:offset] == 0xA5).all()
         assert (out[offset + codec.size(4) :] == 0xA5).all()
+
+
+@each
+def test_kernels_see_aligned_memory_only(compression):
+    """Some processors read and write floats nowhere else."""
+    codec = RowCodec(compression, 5)
+    data = payload(codec, normal(4, 5))
+    for offset in range(4):
+        seen = []
+        codec.write(4, np.empty(offset + codec.size(4), np.uint8)[offset:], seen.append)
+        seen.append(address_of(codec.rows(memoryview(b"\0" * offset + data)[offset:], 4)))
+        assert [address % 4 for address in seen] == [0, 0]
 
 
 @each
