@@ -2,6 +2,7 @@
 """Schemas: what the text form means, that it survives saving, and that every mistake is named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,19 @@ def test_json_that_is_none() -> None:
     for text in ("", "[]", "{", "[" * 100_000, json.dumps({**values, "more": 1})):
         with pytest.raises(InvalidArgument):
             from_json(text)
+
+
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "schema.toml").write_text(example)
+    schema = load_schema(tmp_path / "schema.toml")
+    assert [field.name for field in schema.fields] == [
+        "job",
+        "town",
+        "education",
+        "age",
+        "age by tenths",
+        "age x job x education",
+    ]
+    assert schema.kinds["age"] == ("number",)
