@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What recipes that predict clicks have in common: tabular data with a schema, one table of rows, four metrics.
+
+A recipe brings its Config and its graph. The graph has a lookup ``fields`` (a row of every categorical field), a label ``label``
+and, if the schema has numbers, a dense input ``numbers``. Invariant: what training and evaluation see of a raw row is
+``Fitted.apply`` of it and nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.job import JobSpec
+from oarlock.data.columns import Arrays
+from oarlock.data.tabular import tabular_files
+from oarlock.data.transforms import Fitted, fit
+from oarlock.embedding.spec import TableSpec
+from oarlock.nn import Model
+from oarlock.proto.errors import InvalidArgument
+from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
+
+METRICS = ("auc", "logloss", "accuracy", "calibration")
+SPLITS_PER_EPOCH = 16
+EVALUATION_ROWS = 65_536
+MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 128
+
+
+@dataclass(frozen=True)
+class ClickConfig:
+    """Settings of every such recipe. batch_samples = 0: chosen by the size of the data."""
+
+    dim: int = 16
+    batch_samples: int = 0
+    row_rate: float = 0.002
+    dense_rate: float = 0.001
+    final_rate: float = 1.0
+    row_scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, low in (("dim", 1), ("batch_samples", 0)):
+            if getattr(self, name) < low:
+                raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer >= {low}")
+        for name in ("row_rate", "dense_rate", "final_rate", "row_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidArgument(f"{name} = {getattr(self, name)}: give a finite number >= 0")
+
+
+def check_widths(owner: str, widths: tuple[int, ...]) -> None:
+    """Raise InvalidArgument unless these can be the widths of layers."""
+    if not widths or any(width < 1 for width in widths):
+        raise InvalidArgument(f"{owner} = {list(widths)}: give one width or more, each >= 1")
+
+
+Config = TypeVar("Config", bound=ClickConfig)
+
+
+def plan_click(
+    config: Config,
+    data: Path,
+    table: Callable[[Config, int], TableSpec],
+    model: Callable[[Config, Fitted], Model],
+) -> Plan:
+    """Plan a job on a folder of tabular data: fit the schema's transforms, choose the batch, make the table and the graph.
+
+    ``table``: makes the spec of the rows, from the config and a number of blocks.
+    """
+    schema, train, evaluation = tabular_files(data)
+    fitted = fit(schema, train)
+    rows = sum(file.rows for file in train)
+    config = replace(config, batch_samples=config.batch_samples or _batch(rows))
+    return Plan(
+        config=asdict(config),
+        files=train,
+        evaluation_files=evaluation,
+        rows_per_split=max(1, min(8 * config.batch_samples, rows // SPLITS_PER_EPOCH)),
+        evaluation_rows_per_split=EVALUATION_ROWS,
+        batch_rows=config.batch_samples,
+        tables=(table(config, 64),),
+        model=model(config, fitted),
+        metrics=METRICS,
+        transforms=fitted.to_json(),
+    )
+
+
+def _batch(rows: int) -> int:
+    """Return a power of two that gives an epoch ``BATCHES_PER_EPOCH`` batches or more, within bounds."""
+    wanted = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES_PER_EPOCH))
+    return 1 << (wanted.bit_length() - 1)
+
+
+class ClickWorkload:
+    """One worker's side: raw rows to keys, numbers and labels."""
+
+    def __init__(self, spec: JobSpec, config: ClickConfig, model: Callable[[Any, Fitted], Model]) -> None:
+        self._config = config
+        self._fitted = Fitted.from_json(spec.transforms)
+        self.model = model(config, self._fitted)
+        self.columns = self.evaluation_columns = self._fitted.columns
+        self.max_samples = max(spec.batch_rows, 8192)
+
+    def start(self) -> None:
+        """Nothing beside the splits is needed."""
+
+    def samples(self, rows: int) -> int:
+        return rows
+
+    def encode(self, rows: Arrays, *, epoch: int, split: int, batch: int) -> Example:
+        features = self._fitted.apply(rows)
+        feeds = {"label": features.label}
+        if self._fitted.width:
+            feeds["numbers"] = features.dense
+        return Example(len(features.label), {"fields": features.keys}, feeds)
+
+    def rates(self, done: float) -> Rates:
+        """Go in a straight line to ``final_rate`` times the first rates."""
+        factor = 1.0 + (self._config.final_rate - 1.0) * min(1.0, done)
+        return Rates(self._config.row_rate * factor, self._config.dense_rate * factor)
+
+    def evaluation(self, rows: Arrays) -> Iterator[EvaluationBatch]:
+        n = len(next(iter(rows.values())))
+        for begin in range(0, n, self.max_samples):
+            part = {name: values[begin : begin + self.max_samples] for name, values in rows.items()}
+            example = self.encode(part, epoch=0, split=0, batch=0)
+            yield EvaluationBatch(example, example.feeds["label"])
+
+    def labels(self, batch: EvaluationBatch) -> NDArray[np.float32]:
+        """Return the labels of a batch, float32[samples], for the exact metrics."""
+        labels: NDArray[np.float32] = batch.context
+        return labels
+
+    def sums(self, batch: EvaluationBatch, scores: NDArray[np.float32]) -> list[float]:
+        raise NotImplementedError("a workload with labels is evaluated by its scores")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wide & Deep (Cheng et al., Wide & Deep Learning for Recommender Systems, DLRS 2016).
+
+The wide part is a linear model over every field, every cross that the schema names, and the numbers; the deep part is an MLP over
+the fields' vectors and the numbers. Both add up to one logit. A field's row holds its weight in the wide part first, trained
+with FTRL as in the paper, then its vector, trained with Adam without momentum: one key, one pull and one push for both.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oarlock.client.job import JobSpec
+from oarlock.data.transforms import Fitted
+from oarlock.embedding.spec import Initializer, OptimizerSpec, Part, TableSpec
+from oarlock.nn import (
+    Linear,
+    Model,
+    Node,
+    add,
+    binary_cross_entropy,
+    concat,
+    dense_input,
+    field_columns,
+    lookup,
+    pool,
+    sigmoid,
+)
+from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, plan_click
+from oarlock.worker.recipe import Plan
+
+# 1. What a user may set
+
+
+@dataclass(frozen=True)
+class WideDeepConfig(ClickConfig):
+    """``layers``: widths of the deep part. ``wide_l1``: of the wide weights, which makes those of rare keys exactly zero."""
+
+    layers: tuple[int, ...] = (400, 400, 400)
+    wide_l1: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple(self.layers))
+        check_widths("layers", self.layers)
+
+
+# 2. The model
+
+
+def table(config: WideDeepConfig, blocks: int) -> TableSpec:
+    """Return the rows: a wide weight, then a vector, each with its optimizer."""
+    wide = Part(1, OptimizerSpec("ftrl", l1=config.wide_l1), Initializer("zeros"))
+    deep = Part(config.dim, OptimizerSpec("adam", beta1=0.0), Initializer("normal", scale=config.row_scale))
+    return TableSpec("fields", 1 + config.dim, parts=(wide, deep), blocks=blocks)
+
+
+def model(config: WideDeepConfig, fitted: Fitted) -> Model:
+    """Return the graph for the schema's numbers and fields."""
+    fields = len(fitted.fields)
+    rows = lookup("fields", table="fields", dim=1 + config.dim, fields=fields)
+    wide = pool(field_columns(rows, 0, 1), fields)
+    vectors = field_columns(rows, 1, 1 + config.dim)
+    hidden: Node = vectors
+    if fitted.width:
+        numbers = dense_input("numbers", width=fitted.width)
+        wide = add(wide, Linear(1, bias=False, name="wide_numbers")(numbers))
+        hidden = concat([numbers, vectors])
+    for i, width in enumerate(config.layers, 1):
+        hidden = Linear(width, activation="relu", name=f"deep{i}")(hidden)
+    logit = add(wide, Linear(1, name="score")(hidden))
+    loss = binary_cross_entropy(logit, label="label")
+    return Model(score=sigmoid(logit), loss=loss, optimizer=OptimizerSpec("adam"))
+
+
+# 3. The job
+
+
+class WideDeepRecipe:
+    """Plans jobs on a folder of tabular data with a schema (docs/data.md)."""
+
+    Config = WideDeepConfig
+
+    def plan(self, config: WideDeepConfig, data: Path, *, epochs: int) -> Plan:
+        return plan_click(config, data, table, model)
+
+    def workload(self, spec: JobSpec) -> ClickWorkload:
+        return ClickWorkload(spec, WideDeepConfig(**spec.config), model)
+
+
+recipe = WideDeepRecipe()
