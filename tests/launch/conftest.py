@@ -2,9 +2,11 @@
 """A small data set, and jobs of it that end within seconds; and a stage for the launcher, on which nothing costs any time."""
 
 import asyncio
+import importlib.util
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,14 @@ from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.coordinator_pb2 import StatusReply
 from oarlock.proto.errors import LeaseLost, Unavailable
+
+# The reader of metrics that the tests of telemetry have.
+if "scrape" not in sys.modules:
+    _SPEC = importlib.util.spec_from_file_location("scrape", Path(__file__).parent.parent / "telemetry" / "scrape.py")
+    assert _SPEC is not None
+    assert _SPEC.loader is not None
+    sys.modules["scrape"] = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(sys.modules["scrape"])
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]
