@@ -12,7 +12,11 @@ from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
+from oarlock.ps.staleness import Staleness
+from oarlock.telemetry.histogram import Histogram
 from oarlock.telemetry.registry import Source
+
+STALENESS_BOUNDS = 16
 
 
 def shard_source(service: ShardService, shard: Shard) -> Source:
@@ -25,6 +29,7 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
             "oarlock_shard_pushes_total": counters["pushes"],
             "oarlock_shard_pull_seconds": service.pull_seconds,
             "oarlock_shard_push_seconds": service.push_seconds,
+            "oarlock_shard_push_staleness": _staleness(shard.staleness),
             "oarlock_shard_blocks": int(shard.owned.sum()),
             "oarlock_shard_generation": shard.generation,
             "oarlock_shard_step": shard.step,
@@ -39,6 +44,15 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
         }
 
     return source
+
+
+def _staleness(found: Staleness) -> Histogram:
+    """Return a histogram by powers of two; those that are beyond its last bound are nobody's wish to tell apart."""
+    counts = found.counts.copy()
+    out = Histogram([(1 << i) - 1 for i in range(STALENESS_BOUNDS)])
+    out.counts = [*counts[:STALENESS_BOUNDS], sum(counts[STALENESS_BOUNDS:])]
+    out.sum = found.total
+    return out
 
 
 def _tables(shard: Shard) -> dict[str, dict[str, int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference part of docs/metrics.md, made of the table of metrics. Pure."""
+"""The reference part of docs/metrics.md: made of the table of metrics, by a pure function, so that a test can hold it."""
 
 from itertools import groupby
 

@@ -53,7 +53,7 @@ def test_a_job_in_one_process_tells_all_there_is_to_tell(start: Any) -> None:
         assert page["oarlock_telemetry_failures_total"].at() == 0
         phases = page["oarlock_coordinator_phase"].samples
         assert sorted(phases.values()) == [0] * 6 + [1]
-        assert page["oarlock_coordinator_info"].at(job=spec.job, name="job", recipe=spec.recipe, mode="async") == 1
+        assert page["oarlock_coordinator_info"].at(id=spec.job, name="job", recipe=spec.recipe, mode="async") == 1
     whole = [p for p in pages if "oarlock_worker_samples_total" in p]
     assert len(whole) > 1
     for page in whole:

@@ -72,6 +72,24 @@ def test_refusals_and_waiting_keys_are_counted_by_table():
     assert found["oarlock_table_rows"]["item"] == 0
 
 
+def test_staleness_is_told_by_powers_of_two():
+    job = rig.Job(rig.spec_of(), shards=1).place()
+    for pushes in (0, 0, 1, 2, 3, 4, 7, 8, 1 << 15, 1 << 20):
+        job.shards[0].staleness.note(pushes)
+    found = said(job)["oarlock_shard_push_staleness"]
+    below = {bound: sum(found.counts[: i + 1]) for i, bound in enumerate(found.bounds)}
+    assert {bound: below[bound] for bound in (0, 1, 3, 7, 15, (1 << 15) - 1)} == {
+        0: 2,
+        1: 3,
+        3: 5,
+        7: 7,
+        15: 8,
+        32767: 8,
+    }
+    assert found.counts[-1] == 2
+    assert found.sum == 25 + (1 << 15) + (1 << 20)
+
+
 def test_the_memory_of_marks_may_be_asked_for_while_a_split_is_opened():
     marks = Marks(4)
 
