@@ -212,7 +212,7 @@ class Checker:
                 f"epoch {epoch} counted {result.samples} of {rows_of_epoch} samples",
             )
             require(abs(result.loss - LOSS) < 1e-9, "E1", f"epoch {epoch} has the mean loss {result.loss}")
-            wanted, measured = data.expected_metric(epoch), result.metrics["count"]
+            wanted, measured = data.expected_metric(epoch), result.metrics[spec.metrics[0]]
             require(
                 measured is not None and abs(measured - wanted) < 1e-9,
                 "E1",
