@@ -112,11 +112,10 @@ def _calls(side: str, counted: GrpcServer | GrpcTransport) -> dict[str, Any]:
 
 def _membership(member: Membership) -> Source:
     def source() -> dict[str, Any]:
-        routes = member.routes
-        return {
-            "oarlock_member_lease_seconds": member.lease_left(),
-            "oarlock_member_generation": routes.generation if routes else 0,
-            "oarlock_member_run": member.run,
-        }
+        found = {"oarlock_member_lease_seconds": member.lease_left(), "oarlock_member_run": member.run}
+        if member.role == WORKER:
+            # Nobody tells a shard's membership of placements: the order to adopt one goes to its service.
+            found["oarlock_member_generation"] = member.routes.generation if member.routes else 0
+        return found
 
     return source

@@ -118,7 +118,7 @@ _MEMBER = _metrics(
     "oarlock_member_",
     ("role", "member"),
     ("lease_seconds", "gauge", "Time left of the lease by the member's own clock; below 0 it has none."),
-    ("generation", "gauge", "Version of the placement that the member sends by; 0 before the first."),
+    ("generation", "gauge", "Version of the placement that a worker goes by, 0 before the first; a shard has its own."),
     ("run", "gauge", "The run of the job that the member is in."),
 )
 
