@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import address_in
+from oarlock.embedding.slab import prefetch_bytes
 
 Array = np.ndarray[Any, Any]
 
 ZERO = np.float32(0)
+# Up to so many floats, rows are near enough to be read without asking for the next sample's: that would take longer.
+NEAR = 1 << 16
 
 
 @jit
@@ -65,7 +69,14 @@ def segment_sum(gradient: Array, g0: int, width: int, inverse: Array, start: int
 def gather_fields(rows: Array, inverse: Array, start: int, stop: int, target: Array, t0: int) -> None:
     """Write columns start..stop of every field's row, side by side by field."""
     width = stop - start
+    pitch = 4 * rows.shape[1]
+    first = address_in(rows, 0) + 4 * start
+    ahead = rows.size > NEAR
     for i in range(target.shape[0]):
+        if ahead and i + 1 < target.shape[0]:
+            following = inverse[i + 1]
+            for f in range(following.shape[0]):
+                prefetch_bytes(first + pitch * following[f], 4 * width)
         line = inverse[i]
         at = t0
         for f in range(line.shape[0]):

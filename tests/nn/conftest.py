@@ -2,10 +2,19 @@
 """Gives the tests of nn their twins."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def words_may_overflow() -> Iterator[None]:
+    """In interpreted kernels, where numpy warns of it."""
+    with np.errstate(over="ignore"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,18 @@ def test_gather_and_segment_sum_of_parts_of_fields(dim, fields, unique, referenc
             check(out, part, reference.gather(rows, inverse, 0, dim * fields)[:, kept])
 
 
+@pytest.mark.parametrize("batch", [1, 40])
+def test_gather_of_rows_that_are_asked_for_ahead(batch):
+    rng = np.random.default_rng(10)
+    rows = rng.standard_normal((row_kernels.NEAR // 17 + 1, 17), dtype=np.float32)
+    inverse = rng.integers(0, len(rows), (batch, 3)).astype(np.int32)
+    inverse[-1] = len(rows) - 1
+    for start, stop in ((0, 17), (16, 17), (1, 17)):
+        out, t0, part = buffer(rng, batch, 3 * (stop - start))
+        row_kernels.gather_fields(rows, inverse, start, stop, out, t0)
+        check(out, part, rows[inverse][:, :, start:stop].reshape(batch, -1))
+
+
 @pytest.mark.parametrize("dim", [1, 2, 17])
 @pytest.mark.parametrize("fields", [1, 5])
 def test_pool(dim, fields):
