@@ -26,9 +26,21 @@ Hashes = npt.NDArray[np.uint64]
 
 _ZERO = np.uint64(0)
 _TEN = np.uint64(10)
-_BYTE = np.uint64(8)
-_NOUGHT = np.uint64(ord("0"))
-_MINUS = np.uint64(ord("-"))
+_100 = np.uint64(100)
+_10_4 = np.uint64(10**4)
+_10_8 = np.uint64(10**8)
+_8 = np.uint64(8)
+_10 = np.uint64(10)
+_16 = np.uint64(16)
+_20 = np.uint64(20)
+_32 = np.uint64(32)
+_64 = np.uint64(64)
+_BY_10 = np.uint64(103)
+_BY_100 = np.uint64(10486)
+_LANES_OF_32 = np.uint64(0x0000007F0000007F)
+_LANES_OF_16 = np.uint64(0x000F000F000F000F)
+_NOUGHTS = np.uint64(0x3030303030303030)
+_NOUGHT_TO_MINUS = np.uint64(ord("0") ^ ord("-"))
 
 
 @jit
@@ -54,35 +66,67 @@ def hash_texts(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], out:
 
 
 @jit
+def _eight_digits(value: np.uint64) -> np.uint64:
+    """Return the characters of a value below 10^8 with leading noughts, the first one in the lowest byte."""
+    high = value // _10_4
+    x = high | ((value - high * _10_4) << _32)
+    # Two lanes below 10^4, then four below 100: n * 10486 >> 20 is n / 100 and n * 103 >> 10 is n / 10 there.
+    high = ((x * _BY_100) >> _20) & _LANES_OF_32
+    x = high | ((x - high * _100) << _16)
+    high = ((x * _BY_10) >> _10) & _LANES_OF_16
+    x = high | ((x - high * _TEN) << _8)
+    return x + _NOUGHTS
+
+
+@jit
+def _count_digits(value: np.uint64) -> int:
+    """Return how many digits a value below 10^8 has; 1 for 0."""
+    count = 1
+    power = _TEN
+    for _ in range(7):
+        count += 1 if value >= power else 0
+        power *= _TEN
+    return count
+
+
+@jit
 def hash_digits(magnitude: np.uint64, negative: bool) -> np.uint64:
-    """Return ``hash_bytes`` of an integer's decimal digits, of which there are at most 20 with the sign."""
-    length = 2 if negative else 1
-    rest = magnitude // _TEN
-    while rest != _ZERO:
-        length += 1
-        rest = rest // _TEN
-    first = second = third = word = _ZERO
-    rest = magnitude
-    for back in range(length):
-        position = length - 1 - back
-        left = rest // _TEN
-        sign = _MINUS if position == 0 and negative else _NOUGHT + (rest - left * _TEN)
-        rest = left
-        # From the last character to the first, so that each word fills from its high end.
-        word = (word << _BYTE) | sign
-        if position & 7 == 0:
-            if position == 16:
-                third = word
-            elif position == 8:
-                second = word
-            else:
-                first = word
-            word = _ZERO
-    h = mix64(mix64(np.uint64(length)) ^ first)
-    if length > 8:
-        h = mix64(h ^ second)
+    """Return ``hash_bytes`` of an integer's decimal digits, of which there are at most 20, and of its sign."""
+    upper = magnitude // _10_8
+    low = magnitude - upper * _10_8
+    top = upper // _10_8
+    middle = upper - top * _10_8
+    # The text stands at the end of three words of 8 characters.
+    third = _eight_digits(low)
+    first = _ZERO
+    if top != _ZERO:
+        length = 16 + _count_digits(top)
+    elif middle != _ZERO:
+        length = 8 + _count_digits(middle)
+    else:
+        length = _count_digits(low)
+    length += 1 if negative else 0
+    gap = np.uint64(8 * (-length & 7))
+    minus = _NOUGHT_TO_MINUS << gap if negative else _ZERO
+    if length <= 8:
+        third ^= minus
+        h = mix64(mix64(np.uint64(length)) ^ (third >> gap))
+        return h + FIRST_HASH if h < FIRST_HASH else h
+    second = _eight_digits(middle)
+    rest = _64 - gap
+    if length <= 16:
+        second ^= minus
+    else:
+        first = _eight_digits(top) ^ minus
+    if gap != _ZERO:
+        # A shift by 64 has no defined result.
+        first = (first >> gap) | (second << rest)
+        second = (second >> gap) | (third << rest)
+        third = third >> gap
+    h = mix64(np.uint64(length))
     if length > 16:
-        h = mix64(h ^ third)
+        h = mix64(h ^ first)
+    h = mix64(mix64(h ^ second) ^ third)
     return h + FIRST_HASH if h < FIRST_HASH else h
 
 

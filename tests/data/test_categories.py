@@ -63,6 +63,8 @@ def test_random_values_against_the_twin(rng: np.random.Generator, expected: Expe
     assert np.array_equal(hash_array(pa.array(octets, pa.binary())), expected(octets))
     whole = (rng.integers(-(2**63), 2**63, 500) >> rng.integers(0, 63, 500)).tolist()
     assert np.array_equal(hash_array(pa.array(whole)), expected(whole))
+    edges = [sign * (10**k + d) for k in range(19) for d in (-1, 0, 1) for sign in (1, -1)]
+    assert np.array_equal(hash_array(pa.array(edges)), expected(edges))
 
 
 def test_nothing_but_null(reference: ModuleType) -> None:
