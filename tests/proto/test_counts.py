@@ -81,3 +81,18 @@ def test_no_count_is_lost_between_threads() -> None:
     found = counts.all()["Shard.Pull"]
     assert (found.requests, found.received, found.sent, found.seconds) == (16000, 32000, 48000, 8000.0)
     assert found.failures == {"Unavailable": 16000}
+
+
+def test_a_request_is_counted_under_the_lock() -> None:
+    count = Counts().of("Shard.Pull")
+
+    class Watched(int):
+        """A number that sees whether it is added while others are kept out."""
+
+        def __radd__(self, other: int) -> int:
+            assert count.lock.locked()
+            return other + int(self)
+
+    count.add(Watched(2), Watched(3), 0.5)
+    assert (count.received, count.sent) == (2, 3)
+    assert not count.lock.locked()
