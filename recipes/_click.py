@@ -26,7 +26,7 @@ from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
 METRICS = ("auc", "logloss", "accuracy", "calibration")
 SPLITS_PER_EPOCH = 16
 EVALUATION_ROWS = 65_536
-MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 128
+MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 256
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class ClickConfig:
 
     dim: int = 16
     batch_samples: int = 0
-    row_rate: float = 0.002
+    row_rate: float = 0.01
     dense_rate: float = 0.001
     final_rate: float = 1.0
-    row_scale: float = 0.01
+    row_scale: float = 0.05
 
     def __post_init__(self) -> None:
         for name, low in (("dim", 1), ("batch_samples", 0)):

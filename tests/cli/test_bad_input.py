@@ -102,7 +102,7 @@ def test_data_that_is_no_parquet(oarlock: Oarlock, data: Path, tmp_path: Path) -
     ("arguments", "words"),
     [
         (["nfc"], "no recipe 'nfc'; did you mean 'ncf'?"),
-        (["zzz"], "There are: ncf"),
+        (["zzz"], "There are: dlrm, ncf, wide_deep"),
         (["no_such_module:recipe"], "no module 'no_such_module'"),
         (["oarlock.recipes.ncf:nothing"], "has no 'nothing'"),
         (["job.toml"], "job.toml: no such file"),
