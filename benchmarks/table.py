@@ -91,7 +91,7 @@ QUICK = replace(
     case_seconds=0.05,
     most_seconds=41.0,
     large_rows=0,
-    spill_rows=300_000,
+    spill_rows=1_500_000,
 )
 TINY = replace(
     QUICK,
@@ -171,7 +171,7 @@ def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, A
         compiler, optimizer, size.case_bytes, size.case_seconds, deadline, others=size.rows > 1 << 20
     )
     small["build"] = build
-    usage = measure_usage(size.case_bytes // 64, optimizer)
+    usage = measure_usage(size.rows * 2 // 5, optimizer)
     large = [
         measure_large(compiler, count, optimizer, dtype, small, size.turn_seconds)
         for count, dtype in ((size.large_rows, "float32"), (2 * size.large_rows, "int8"))

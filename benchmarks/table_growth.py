@@ -2,9 +2,11 @@
 """How long a pull takes while the table grows under it.
 
 Invariant: the pulls are of the same requests in three conditions: alone, beside pushes of rows that exist, and beside pushes of
-new rows; nothing but the pushes of another thread differs. That thread is ended when ``measure_growth`` returns.
+new rows; nothing but the pushes of another thread differs. That thread is ended when ``measure_growth`` returns. Threads hand
+on the interpreter as soon as a shard's do.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.table_keys import REQUEST_KEYS, Request, Universe
 from oarlock.embedding.table import Table
+from oarlock.ps.process import SWITCH_SECONDS
 
 
 class Pusher:
@@ -64,9 +67,14 @@ def measure_growth(
     # As many again as there are, so that every block outgrows its index, if the time suffices.
     new = [universe.span(at, at + size) for at in range(universe.rows, universe.rows + rows, size)]
     out = np.empty((max(r.keys.shape[0] for r in requests), table.spec.dim), np.float32)
-    still = _pull_times(table, requests, out, part, None)
-    pushed = _pull_times(table, requests, out, part, Pusher(table, requests, again=True))
-    growing = _pull_times(table, requests, out, 2 * seconds, Pusher(table, new, again=False))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        still = _pull_times(table, requests, out, part, None)
+        pushed = _pull_times(table, requests, out, part, Pusher(table, requests, again=True))
+        growing = _pull_times(table, requests, out, 2 * seconds, Pusher(table, new, again=False))
+    finally:
+        sys.setswitchinterval(before)
     median = float(np.median(still))
     return {
         "growth_p999_over_p50": round(float(np.quantile(growing, 0.999)) / median, 2),

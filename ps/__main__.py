@@ -10,7 +10,7 @@ from oarlock.client.entry import parser, run
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
-from oarlock.ps.process import run_shard
+from oarlock.ps.process import SWITCH_SECONDS, run_shard
 from oarlock.ps.service import ShardService
 
 
@@ -35,6 +35,8 @@ def main() -> int:
     transport = GrpcTransport()
     service = ShardService(spill_folder=given.spill_folder)
     server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
+
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     async def body() -> None:
         with observed_as("shard", given) as telemetry:
