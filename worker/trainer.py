@@ -69,8 +69,10 @@ class Trainer:
         # Splits that were leased and are being read, and those that are trained.
         self._opening: set[int] = set()
         self._open: dict[int, OpenSplit] = {}
-        # Groups of open splits that were acknowledged.
+        # Groups of open splits that were acknowledged, and of all; the job's step when this worker came.
         self._ahead: Counter[int] = Counter()
+        self._acknowledged = 0
+        self._joined_at = session.member.step
         self._evaluations: list[int] = []
         self._questions = 0
         self._asking = False
@@ -284,6 +286,7 @@ class Trainer:
         self.push_seconds.observe(time.perf_counter() - begun)
         self.refused += push.result().refused
         self._ahead[split] += 1
+        self._acknowledged += 1
         self._clock.acknowledged(turn)
 
     def _push(self, split: OpenSplit, number: int, turn: int, prepared: Prepared) -> Any:
@@ -304,18 +307,27 @@ class Trainer:
             gradients,
             dense=program.flat_gradients,
             dense_rate=rates.dense,
-            step=self._member.step + self._ahead.total(),
+            step=self._step(),
             number=self._clock.on_wire(turn),
             seen=prepared.seen,
         )
 
+    def _step(self) -> int:
+        """Return the groups that all workers have trained, as far as known here.
+
+        The coordinator tells it with a heartbeat, now and then. What this worker did itself it knows at once: a worker that is
+        alone always knows the step, so that its results do not depend on when heartbeats come.
+        """
+        return max(self._member.step + self._ahead.total(), self._joined_at + self._acknowledged)
+
     async def _close(self, split: OpenSplit) -> None:
         if split.pushing is not None:
             await split.pushing
+        # From here on the coordinator may count them: no group is counted twice.
+        del self._ahead[split.id]
         samples = self._workload.samples(split.size)
         # A successor saw only a part of the batches: their mean stands for all.
         loss = split.loss_sum / split.losses * samples
         request = CloseSplitRequest(work=TRAIN, split=split.id, samples=samples, loss_sum=loss, groups=split.groups)
         await self._blame.of(TRAIN, split.id, self._member.call("Coordinator.CloseSplit", request))
         del self._open[split.id]
-        del self._ahead[split.id]
