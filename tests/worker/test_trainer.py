@@ -14,6 +14,8 @@ from oarlock.client.job import DONE, FAILED, STOPPED
 from oarlock.proto.arrays import unpack
 from oarlock.proto.errors import InvalidArgument
 
+COORDINATOR = "in-process:coordinator"
+
 Make = Callable[..., Any]
 
 
@@ -340,6 +342,30 @@ def test_every_push_says_how_many_groups_were_trained_before(make_job: Make) -> 
     assert max(steps) > job.groups() / 2, "it follows what all have done"
     # Known from the last heartbeat, and so never ahead of the truth.
     assert all(step <= sent for sent, step in enumerate(steps))
+
+
+def test_no_group_counts_twice_while_its_split_is_being_closed(make_job: Make) -> None:
+    """The coordinator counts a split's groups when it hears of the close, and tells so before the close is answered."""
+    job = make_job(workers=1, epochs=2, open_splits=2, servers=1)
+
+    async def close_late(method: str, request: Any) -> None:
+        if method == "Coordinator.CloseSplit":
+            await job.wire.inner.call(COORDINATOR, method, request, timeout_seconds=1)
+            await asyncio.sleep(3 * job.spec.heartbeat_seconds)
+
+    job.wire.bend = close_late
+    job.run(lambda job: job.to_the_end())
+    acknowledged = 0
+    behind = []
+    for event, method, request in job.wire.log:
+        if method == "Shard.Push" and event == "answered":
+            acknowledged += 1
+        elif method == "Shard.Push":
+            behind.append(acknowledged - request.step)
+    assert len(behind) == job.groups()
+    assert min(behind) >= 0, "a push was said to follow groups that nobody had trained"
+    # What this worker did it knows at once, whenever heartbeats come; answers of the same moment may still be on their way.
+    assert max(behind) <= job.spec.open_splits
 
 
 @pytest.mark.parametrize("usage", [True, False])
