@@ -11,10 +11,10 @@
 
 A key belongs to bucket (low 32 bits of its mix) * buckets >> 32, so any number of buckets will do, growth is by a small
 factor, and since the order of buckets is that of the low bits, rehashing reads and writes memory in order. A key that finds
-its home full goes to the next bucket with a place, and ``away`` tells which that was, so a search reads hardly any bucket
-for nothing, and all that it will read can be asked for at once. Invariant: a key is in one place, at home or where ``away``
-of its home says; erasing leaves away as it is, until the next rehash. Kernels only: the caller is inside the block
-(``embedding/lock.py``).
+its home full goes to one of the next seven buckets if they have a place, and ``away`` tells which, so a search reads hardly any
+bucket for nothing, and those that it will most likely read can be asked for at once.
+Invariant: a key is in one place, at home or where ``away`` of its home says; erasing leaves away as it is, until the next
+rehash. Kernels only: the caller is inside the block (``embedding/lock.py``).
 """
 
 import numpy as np

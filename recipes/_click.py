@@ -61,13 +61,10 @@ Config = TypeVar("Config", bound=ClickConfig)
 def plan_click(
     config: Config,
     data: Path,
-    table: Callable[[Config, int], TableSpec],
+    table: Callable[[Config], TableSpec],
     model: Callable[[Config, Fitted], Model],
 ) -> Plan:
-    """Plan a job on a folder of tabular data: fit the schema's transforms, choose the batch, make the table and the graph.
-
-    ``table``: makes the spec of the rows, from the config and a number of blocks.
-    """
+    """Plan a job on a folder of tabular data: fit the schema's transforms, choose the batch, make the table and the graph."""
     schema, train, evaluation = tabular_files(data)
     fitted = fit(schema, train)
     rows = sum(file.rows for file in train)
@@ -79,7 +76,7 @@ def plan_click(
         rows_per_split=max(1, min(8 * config.batch_samples, rows // SPLITS_PER_EPOCH)),
         evaluation_rows_per_split=EVALUATION_ROWS,
         batch_rows=config.batch_samples,
-        tables=(table(config, 64),),
+        tables=(table(config),),
         model=model(config, fitted),
         metrics=METRICS,
         transforms=fitted.to_json(),
@@ -131,6 +128,3 @@ class ClickWorkload:
         """Return the labels of a batch, float32[samples], for the exact metrics."""
         labels: NDArray[np.float32] = batch.context
         return labels
-
-    def sums(self, batch: EvaluationBatch, scores: NDArray[np.float32]) -> list[float]:
-        raise NotImplementedError("a workload with labels is evaluated by its scores")

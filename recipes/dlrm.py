@@ -45,10 +45,10 @@ class DlrmConfig(ClickConfig):
 # 2. The model
 
 
-def table(config: DlrmConfig, blocks: int) -> TableSpec:
+def table(config: DlrmConfig) -> TableSpec:
     """Return the rows: a vector of each field's value."""
     rows = Initializer("normal", scale=config.row_scale)
-    return TableSpec("fields", config.dim, OptimizerSpec("adam", beta1=0.0), rows, blocks)
+    return TableSpec("fields", config.dim, OptimizerSpec("adam", beta1=0.0), rows)
 
 
 def model(config: DlrmConfig, fitted: Fitted) -> Model:

@@ -47,11 +47,11 @@ class WideDeepConfig(ClickConfig):
 # 2. The model
 
 
-def table(config: WideDeepConfig, blocks: int) -> TableSpec:
+def table(config: WideDeepConfig) -> TableSpec:
     """Return the rows: a wide weight, then a vector, each with its optimizer."""
     wide = Part(1, OptimizerSpec("ftrl", l1=config.wide_l1), Initializer("zeros"))
     deep = Part(config.dim, OptimizerSpec("adam", beta1=0.0), Initializer("normal", scale=config.row_scale))
-    return TableSpec("fields", 1 + config.dim, parts=(wide, deep), blocks=blocks)
+    return TableSpec("fields", 1 + config.dim, parts=(wide, deep))
 
 
 def model(config: WideDeepConfig, fitted: Fitted) -> Model:

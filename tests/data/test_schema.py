@@ -205,6 +205,13 @@ def test_json_that_is_none() -> None:
             from_json(text)
 
 
+@pytest.mark.parametrize("name", ["adult", "criteo", "frappe"])
+def test_the_schemas_of_the_docs_are_read(name: str) -> None:
+    found = load_schema(Path(__file__).resolve().parents[2] / "docs" / "schemas" / f"{name}.toml")
+    assert len(found.fields) == {"adult": 13, "criteo": 26, "frappe": 10}[name]
+    assert len(found.numbers) == {"adult": 5, "criteo": 13, "frappe": 0}[name]
+
+
 def test_the_example_of_the_docs(tmp_path: Path) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "data.md"
     (example,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
