@@ -27,6 +27,7 @@ from oarlock.cluster.placement import balanced
 from oarlock.data.files import files_from_json
 from oarlock.data.interactions import load_positives
 from oarlock.nn import Program
+from oarlock.proto.bulk import inlined
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.rpc import GrpcTransport
@@ -214,7 +215,7 @@ def requests_for_shard(spec: JobSpec, routes: Routes, batches: list[Prepared], r
         }
         dense = rng.normal(0, 0.01, layout.dense_size).astype(np.float32)
         messages = cut_push(layout, routes, PushIdentity(0, 0), gradients, dense, rates.dense)
-        found += [m.request for m in messages if m.shard.id == 0]
+        found += [inlined(m.bulk) for m in messages if m.shard.id == 0]
     return found
 
 

@@ -49,7 +49,7 @@ def single_calls() -> Iterator[None]:
     """Have pulls and pushes travel call by call, not on streams, within the body."""
     names = ("Shard.Pull", "Shard.Push")
     before = {name: METHODS[name] for name in names}
-    METHODS.update({name: replace(before[name], streamed=False) for name in names})
+    METHODS.update({name: replace(before[name], frame=0) for name in names})
     try:
         yield
     finally:
@@ -165,7 +165,7 @@ async def measure(turns: int, calls: int, most_seconds: float) -> dict[str, Any]
     """Return the figures by payload, verb and way."""
     peer = Peer()
     peer.start()
-    transport = GrpcTransport()
+    transport = GrpcTransport(frames=False)
     found: dict[str, dict[tuple[str, str], Figures]] = {payload: {} for payload in PAYLOADS}
     begun = time.monotonic()
     try:

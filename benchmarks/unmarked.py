@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.job import JobSpec
 from oarlock.proto.arrays import pack
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.shard_pb2 import PushReply, PushRequest
 from oarlock.ps.identity import Identity
@@ -25,11 +26,12 @@ from oarlock.ps.shard import Shard
 class UnmarkedShard(Shard):
     """Applies whatever comes, as often as it comes."""
 
-    def push(self, request: PushRequest) -> PushReply:
+    def push(self, sent: PushRequest | Bulk) -> PushReply:
         layout = self.layout
+        request, parts = opened(sent)
         refuse_parts(layout, len(request.tables) + len(request.dense))
-        rows = [read_rows(layout, message) for message in request.tables]
-        dense = [read_dense(layout, message) for message in request.dense]
+        rows = [read_rows(layout, message, parts) for message in request.tables]
+        dense = [read_dense(layout, message, parts) for message in request.dense]
         with self.push_lock:
             moved: list[NDArray[np.int32]] = []
             for part in rows:

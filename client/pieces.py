@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
-from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
 from oarlock.proto.errors import OutOfMemory
 from oarlock.proto.shard_pb2 import TableKeys
 
@@ -37,9 +37,13 @@ class Piece:
     def size(self) -> int:
         return int(self.counts.sum())
 
-    def keys(self, keys: NDArray[np.uint64]) -> TableKeys:
+    def keys(self, keys: NDArray[np.uint64], parts: list[Part] | None = None) -> TableKeys:
+        """Return the message of the piece's keys; larger arrays go to ``parts``, as views of ``keys`` where they can."""
         return TableKeys(
-            table=self.table, keys=pack(keys[self.rows]), blocks=pack(self.blocks), counts=pack(self.counts)
+            table=self.table,
+            keys=pack(keys[self.rows], parts),
+            blocks=pack(self.blocks, parts),
+            counts=pack(self.counts, parts),
         )
 
 

@@ -16,9 +16,10 @@ from oarlock.client.membership import Membership
 from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
-from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.arrays import Part, pack, unpack
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Malformed, UnknownTable
-from oarlock.proto.shard_pb2 import PullReply, PullRequest
+from oarlock.proto.shard_pb2 import PullRequest
 
 _NONE = np.empty(0, np.int32)
 
@@ -119,26 +120,30 @@ async def pull(
     numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32) if dense is not None else _NONE
 
     async def send(message: PullMessage, timeout: float) -> NDArray[np.int32]:
+        beside: list[Part] = []
         request = PullRequest(
             header=member.header(message.shard.incarnation),
-            tables=[piece.keys(keys[name].keys) for name, piece in message.pieces],
-            dense=pack(message.dense),
+            tables=[piece.keys(keys[name].keys, beside) for name, piece in message.pieces],
+            dense=pack(message.dense, beside),
             number=number,
         )
-        reply: PullReply = await member.transport.call(
-            message.shard.address, "Shard.Pull", request, timeout_seconds=timeout
+        answered = await member.transport.call(
+            message.shard.address, "Shard.Pull", Bulk(request, beside), timeout_seconds=timeout
         )
+        reply, parts = opened(answered)
         if len(reply.rows) != len(message.pieces):
             raise Malformed(f"shard {message.shard.id} answered {len(reply.rows)} tables of {len(message.pieces)}")
         for (name, piece), answer in zip(message.pieces, reply.rows, strict=True):
-            found = unpack(answer, np.float32, f"rows of {name}", dims=2, columns=layout.tables[piece.table].dim)
+            found = unpack(
+                answer, np.float32, f"rows of {name}", dims=2, columns=layout.tables[piece.table].dim, parts=parts
+            )
             if len(found) != piece.size:
                 raise Malformed(
                     f"shard {message.shard.id} answered {len(found)} rows of {name}, asked for {piece.size}"
                 )
             rows[name][piece.rows] = found
         if dense is not None:
-            _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values"), dense)
+            _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values", parts=parts), dense)
         seen[message.shard.id] = min(seen.get(message.shard.id, reply.pushes), reply.pushes)
         return _NONE
 

@@ -20,9 +20,10 @@ from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.store import keeps
-from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.arrays import Part, pack, unpack
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Malformed
-from oarlock.proto.shard_pb2 import DenseGradients, PushReply, PushRequest, TableGradients
+from oarlock.proto.shard_pb2 import DenseGradients, PushRequest, TableGradients
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ class PushMessage:
 
     shard: ShardAddress
     request: PushRequest
+    parts: list[Part]
     numbers: NDArray[np.int32]
+
+    @property
+    def bulk(self) -> Bulk:
+        """What travels."""
+        return Bulk(self.request, self.parts)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ class _DensePart:
 @dataclass
 class _Filling:
     request: PushRequest
-    numbers: list[NDArray[np.int32]]
+    parts: list[Part] = field(default_factory=list)
+    numbers: list[NDArray[np.int32]] = field(default_factory=list)
     volume: int = 0
 
 
@@ -124,13 +132,14 @@ class _Packer:
             request = PushRequest(split=known.split, group=known.group, step=known.step, number=known.number)
             if shard in known.seen:
                 request.seen = 1 + known.seen[shard]
-            found = self._filling[shard] = _Filling(request, [])
+            found = self._filling[shard] = _Filling(request)
         found.volume += volume
         return found
 
     def _close(self, shard: int) -> None:
         done = self._filling.pop(shard)
-        self._full.append(PushMessage(shard_of(self._routes, shard), done.request, np.concatenate(done.numbers)))
+        numbers = np.concatenate(done.numbers)
+        self._full.append(PushMessage(shard_of(self._routes, shard), done.request, done.parts, numbers))
 
     def rows(self, part: _RowPart, wanted: NDArray[np.bool_] | None) -> None:
         numbers = self._layout.table_base[part.table] + part.blocks
@@ -147,13 +156,14 @@ class _Packer:
         )
         for shard, piece in pieces:
             message = self._message(shard, piece.volume)
+            parts = message.parts
             message.request.tables.append(
                 TableGradients(
-                    keys=piece.keys(part.keys),
-                    gradients=pack(part.gradients[piece.rows]),
+                    keys=piece.keys(part.keys, parts),
+                    gradients=pack(part.gradients[piece.rows].copy(), parts),
                     rate=part.rate,
-                    occurrences=None if part.occurrences is None else pack(part.occurrences[piece.rows]),
-                    clicks=None if part.clicks is None else pack(part.clicks[piece.rows]),
+                    occurrences=None if part.occurrences is None else pack(part.occurrences[piece.rows].copy(), parts),
+                    clicks=None if part.clicks is None else pack(part.clicks[piece.rows].copy(), parts),
                 )
             )
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
@@ -171,7 +181,9 @@ class _Packer:
             values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
             message = self._message(shard, volume)
             numbers = part.numbers[mine]
-            message.request.dense.append(DenseGradients(blocks=pack(numbers), gradients=pack(values), rate=part.rate))
+            message.request.dense.append(
+                DenseGradients(blocks=pack(numbers), gradients=pack(values, message.parts), rate=part.rate)
+            )
             message.numbers.append(numbers)
 
     def messages(self) -> list[PushMessage]:
@@ -222,25 +234,28 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
     for message, blocks in left:
         wanted = np.zeros(layout.blocks, np.bool_)
         wanted[blocks] = True
-        known = message.request
+        known, parts = message.request, message.parts
         packer = _Packer(
             layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES
         )
         for sent in message.request.tables:
             part = _RowPart(
                 sent.keys.table,
-                unpack(sent.keys.keys, np.uint64, "keys"),
-                unpack(sent.keys.blocks, np.int32, "blocks"),
-                unpack(sent.keys.counts, np.int32, "counts"),
-                unpack(sent.gradients, np.float32, "gradients", dims=2),
+                unpack(sent.keys.keys, np.uint64, "keys", parts=parts),
+                unpack(sent.keys.blocks, np.int32, "blocks", parts=parts),
+                unpack(sent.keys.counts, np.int32, "counts", parts=parts),
+                unpack(sent.gradients, np.float32, "gradients", dims=2, parts=parts),
                 sent.rate,
-                unpack(sent.occurrences, np.uint32, "occurrences") if sent.HasField("occurrences") else None,
-                unpack(sent.clicks, np.float32, "clicks") if sent.HasField("clicks") else None,
+                unpack(sent.occurrences, np.uint32, "occurrences", parts=parts)
+                if sent.HasField("occurrences")
+                else None,
+                unpack(sent.clicks, np.float32, "clicks", parts=parts) if sent.HasField("clicks") else None,
             )
             packer.rows(part, wanted)
         for each in message.request.dense:
             numbers = unpack(each.blocks, np.int32, "dense blocks")
-            packer.dense(_DensePart(numbers, unpack(each.gradients, np.float32, "dense gradients"), each.rate), wanted)
+            values = unpack(each.gradients, np.float32, "dense gradients", parts=parts)
+            packer.dense(_DensePart(numbers, values, each.rate), wanted)
         out.extend(packer.messages())
     return out
 
@@ -252,13 +267,14 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
     async def send(message: PushMessage, timeout: float) -> NDArray[np.int32]:
         request = message.request
         request.header.CopyFrom(member.header(message.shard.incarnation))
-        reply: PushReply = await member.transport.call(
-            message.shard.address, "Shard.Push", request, timeout_seconds=timeout
+        answered = await member.transport.call(
+            message.shard.address, "Shard.Push", message.bulk, timeout_seconds=timeout
         )
+        reply, parts = opened(answered)
         counts.applied += reply.applied
         counts.skipped += reply.skipped
         counts.refused += reply.refused
-        moved = unpack(reply.moved, np.int32, "moved blocks").astype(np.int32)
+        moved = unpack(reply.moved, np.int32, "moved blocks", parts=parts).astype(np.int32)
         if not np.isin(moved, message.numbers).all():
             raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
         return moved

@@ -6,6 +6,7 @@ message's memory. Any thread.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ from oarlock.proto.errors import Malformed, OutOfMemory
 # One message may hold this many bytes; gRPC refuses larger ones before they are read (rpc.py).
 MAX_MESSAGE_BYTES = 128 << 20
 MAX_DIMENSIONS = 4
+
+# Arrays from here on travel beside their message, if it has a place for that: a small one is sooner copied.
+PART_BYTES = 1024
+
+# What an array's data may be when it travels beside its message.
+Part = NDArray[Any] | memoryview | bytes | bytearray
 
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.UINT64: np.dtype("<u8"),
@@ -40,26 +47,40 @@ def encoded(message: Message, what: str) -> bytes:
     return data
 
 
-def pack(array: NDArray[Any]) -> pb.Array:
-    """Return ``array`` (uint64, int32, uint32 or float32, up to 4 dimensions) as a message; the data is copied."""
+def pack(array: NDArray[Any], parts: list[Part] | None = None) -> pb.Array:
+    """Return ``array`` (uint64, int32, uint32 or float32, up to 4 dimensions) as a message.
+
+    The data is copied into it; or, if it is not small, put into ``parts`` as it is: it must not change any more then.
+    """
     if array.ndim > MAX_DIMENSIONS:
         raise Malformed(f"an array of {array.ndim} dimensions cannot travel; at most {MAX_DIMENSIONS} can")
     dtype = array.dtype.newbyteorder("<")
     code = _CODES.get(dtype)
     if code is None:
         raise Malformed(f"an array of {array.dtype} cannot travel; use one of {', '.join(d.name for d in _CODES)}")
-    return pb.Array(data=array.astype(dtype, copy=False).tobytes(), dtype=code, shape=array.shape)  # type: ignore[arg-type]
+    values = array.astype(dtype, copy=False)
+    if parts is None or array.nbytes < PART_BYTES:
+        return pb.Array(data=values.tobytes(), dtype=code, shape=array.shape)  # type: ignore[arg-type]
+    parts.append(np.ascontiguousarray(values))
+    return pb.Array(dtype=code, shape=array.shape, part=len(parts))  # type: ignore[arg-type]
 
 
 def unpack(
-    message: pb.Array, dtype: type[np.generic], what: str, *, dims: int = 1, columns: int | None = None
+    message: pb.Array,
+    dtype: type[np.generic],
+    what: str,
+    *,
+    dims: int = 1,
+    columns: int | None = None,
+    parts: Sequence[Part] = (),
 ) -> NDArray[Any]:
     """Return the message's array, which must have ``dtype`` and ``dims`` dimensions (and ``columns`` in the last one).
 
-    An absent array is an empty one. Malformed names ``what`` and the two things that disagree.
+    ``parts``: what came beside the message that the array is from. An absent array is an empty one. Malformed names ``what``
+    and the two things that disagree.
     """
     wanted: np.dtype[Any] = np.dtype(dtype)
-    if not message.data and not message.shape and message.dtype == pb.DTYPE_UNSPECIFIED:
+    if not message.part and not message.data and not message.shape and message.dtype == pb.DTYPE_UNSPECIFIED:
         return np.empty((0,) * (dims - 1) + (columns or 0,) if dims > 1 else (0,), dtype=wanted)
     found = _DTYPES.get(message.dtype)
     if found is None or found != wanted.newbyteorder("<"):
@@ -71,8 +92,26 @@ def unpack(
     size = math.prod(shape)
     if size * wanted.itemsize > MAX_MESSAGE_BYTES:
         raise OutOfMemory(f"{what}: {size} values are over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
-    if size * wanted.itemsize != len(message.data):
-        raise Malformed(f"{what}: {len(message.data)} bytes for shape {shape} of {wanted.name}")
+    data = _data(message, what, parts)
+    if size * wanted.itemsize != data.nbytes:
+        raise Malformed(f"{what}: {data.nbytes} bytes for shape {shape} of {wanted.name}")
     if columns is not None and shape[-1] != columns:
         raise Malformed(f"{what}: {shape[-1]} columns, wanted {columns}")
-    return np.frombuffer(message.data, dtype=found).reshape(shape)
+    array = np.frombuffer(data, dtype=found).reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def _data(message: pb.Array, what: str, parts: Sequence[Part]) -> memoryview:
+    if not message.part:
+        return memoryview(message.data)
+    if message.data or message.part > len(parts):
+        raise Malformed(
+            f"{what}: the data is said to be part {message.part} of {len(parts)}, and {len(message.data)} bytes"
+        )
+    return view_of(parts[message.part - 1])
+
+
+def view_of(part: Part) -> memoryview:
+    """Return a part's bytes, without a copy."""
+    return memoryview(part).cast("B")  # type: ignore[arg-type]

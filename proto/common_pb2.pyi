@@ -21,14 +21,16 @@ FLOAT32: DType
 UINT32: DType
 
 class Array(_message.Message):
-    __slots__ = ("data", "dtype", "shape")
+    __slots__ = ("data", "dtype", "shape", "part")
     DATA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    part: int
+    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., part: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
     __slots__ = ("protocol", "job", "run", "sender", "target", "generation", "term", "cut")
@@ -105,6 +107,20 @@ class ClosedSplits(_message.Message):
     floor: int
     bitmap: bytes
     def __init__(self, floor: _Optional[int] = ..., bitmap: _Optional[bytes] = ...) -> None: ...
+
+class SocketsRequest(_message.Message):
+    __slots__ = ("protocol",)
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    def __init__(self, protocol: _Optional[int] = ...) -> None: ...
+
+class SocketsReply(_message.Message):
+    __slots__ = ("addresses", "token")
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    token: bytes
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class Empty(_message.Message):
     __slots__ = ()

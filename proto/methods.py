@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
 from oarlock.proto import shard_pb2 as shard
+from oarlock.proto.frames import PULL, PUSH
 
 # Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
 PROTOCOL = 1
@@ -23,8 +24,13 @@ class Method:
     name: str
     request: type[Message]
     reply: type[Message]
-    # Travels on a long-lived stream of its own; the reply then has a field `failure`.
-    streamed: bool = False
+    # Travels as frames on sockets where both sides can (proto/frames.py), as this kind of frame; else on a long-lived stream of
+    # its own. The reply has a field `failure`. 0: call by call.
+    frame: int = 0
+
+    @property
+    def streamed(self) -> bool:
+        return bool(self.frame)
 
     @property
     def path(self) -> str:
@@ -40,9 +46,11 @@ class Method:
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
+        # Answered by the server of any service that has bulk methods.
+        Method("Wire.Sockets", common.SocketsRequest, common.SocketsReply),
         Method("Shard.Hello", common.HelloRequest, common.HelloReply),
-        Method("Shard.Pull", shard.PullRequest, shard.PullReply, streamed=True),
-        Method("Shard.Push", shard.PushRequest, shard.PushReply, streamed=True),
+        Method("Shard.Pull", shard.PullRequest, shard.PullReply, frame=PULL),
+        Method("Shard.Push", shard.PushRequest, shard.PushReply, frame=PUSH),
         Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
         Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply),
         Method("Shard.Close", shard.CloseRequest, common.Empty),

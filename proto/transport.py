@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from google.protobuf.message import Message
 
+from oarlock.proto.bulk import Bulk
 from oarlock.proto.errors import Internal, NotFound, OutOfMemory, PSError, Unavailable
 from oarlock.proto.methods import METHODS
 
@@ -17,20 +18,20 @@ from oarlock.proto.methods import METHODS
 class Transport(Protocol):
     """How a request reaches the process at an address."""
 
-    async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
+    async def call(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> Any:
         """Return the reply, or raise the PSError that the handler raised; DeadlineExceeded after the timeout."""
 
     async def close(self) -> None:
         """Give back connections; idempotent."""
 
 
-def dispatch(handler: object, method: str, request: Message) -> Message:
+def dispatch(handler: object, method: str, request: Message | Bulk) -> Message | Bulk:
     """Answer ``request`` by the handler's function of the method's name; any other exception becomes Internal."""
     answer = getattr(handler, METHODS[method].attribute, None) if method in METHODS else None
     if answer is None:
         raise NotFound(f"this process does not answer {method}", method=method)
     try:
-        reply: Message = answer(request)
+        reply: Message | Bulk = answer(request)
     except PSError:
         raise
     except MemoryError as error:
@@ -59,7 +60,7 @@ class InProcess:
         with self._lock:
             self._handlers.pop(address, None)
 
-    async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
+    async def call(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> Any:
         handler = self._handlers.get(address)
         if handler is None:
             raise Unavailable(f"nothing answers at {address}", address=address)

@@ -4,6 +4,7 @@
 Invariant: what these functions return agrees with the specs; whether keys belong to their blocks is the table's to check.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
 from oarlock.embedding.table import RATE_LIMIT
-from oarlock.proto.arrays import unpack
+from oarlock.proto.arrays import Part, unpack
 from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
@@ -67,15 +68,15 @@ class DensePush:
     rate: float
 
 
-def read_keys(layout: Layout, message: TableKeys) -> Keys:
+def read_keys(layout: Layout, message: TableKeys, parts: Sequence[Part] = ()) -> Keys:
     if message.table >= len(layout.tables):
         raise UnknownTable(
             f"the message names table {message.table}, this job has {len(layout.tables)}", table=message.table
         )
     spec = layout.tables[message.table]
-    keys = unpack(message.keys, np.uint64, f"keys of {spec.name}")
-    blocks = unpack(message.blocks, np.int32, f"blocks of {spec.name}")
-    counts = unpack(message.counts, np.int32, f"counts of {spec.name}")
+    keys = unpack(message.keys, np.uint64, f"keys of {spec.name}", parts=parts)
+    blocks = unpack(message.blocks, np.int32, f"blocks of {spec.name}", parts=parts)
+    counts = unpack(message.counts, np.int32, f"counts of {spec.name}", parts=parts)
     if len(blocks) != len(counts):
         raise Malformed(f"table {spec.name}: {len(blocks)} blocks but {len(counts)} counts")
     if len(blocks) and not (blocks.min() >= 0 and blocks.max() < spec.blocks):
@@ -119,14 +120,16 @@ def refuse_repeated(numbers: NDArray[np.int32]) -> None:
         )
 
 
-def read_rows(layout: Layout, message: TableGradients) -> RowPush:
-    keys = read_keys(layout, message.keys)
+def read_rows(layout: Layout, message: TableGradients, parts: Sequence[Part] = ()) -> RowPush:
+    keys = read_keys(layout, message.keys, parts)
     spec = layout.tables[keys.table]
-    gradients = unpack(message.gradients, np.float32, f"gradients of {spec.name}", dims=2, columns=spec.dim)
+    gradients = unpack(
+        message.gradients, np.float32, f"gradients of {spec.name}", dims=2, columns=spec.dim, parts=parts
+    )
     if len(gradients) != len(keys.keys):
         raise Malformed(f"table {spec.name}: {len(gradients)} gradients for {len(keys.keys)} keys")
-    occurrences = unpack(message.occurrences, np.uint32, f"occurrences of {spec.name}")
-    clicks = unpack(message.clicks, np.float32, f"clicks of {spec.name}")
+    occurrences = unpack(message.occurrences, np.uint32, f"occurrences of {spec.name}", parts=parts)
+    clicks = unpack(message.clicks, np.float32, f"clicks of {spec.name}", parts=parts)
     for what, beside in (("occurrences", occurrences), ("clicks", clicks)):
         if len(beside) not in (0, len(keys.keys)):
             raise Malformed(f"table {spec.name}: {len(beside)} {what} for {len(keys.keys)} keys")
@@ -142,8 +145,8 @@ def read_step(told: int) -> int:
     return told + 1
 
 
-def read_dense_numbers(layout: Layout, message: Array) -> NDArray[np.int32]:
-    numbers = unpack(message, np.int32, "dense blocks")
+def read_dense_numbers(layout: Layout, message: Array, parts: Sequence[Part] = ()) -> NDArray[np.int32]:
+    numbers = unpack(message, np.int32, "dense blocks", parts=parts)
     if len(numbers) and not (layout.dense_base <= numbers.min() and numbers.max() < layout.blocks):
         raise Malformed(f"a dense block's number is outside {layout.dense_base} to {layout.blocks - 1}")
     if len(np.unique(numbers)) != len(numbers):
@@ -151,11 +154,11 @@ def read_dense_numbers(layout: Layout, message: Array) -> NDArray[np.int32]:
     return numbers
 
 
-def read_dense(layout: Layout, message: DenseGradients) -> DensePush:
-    numbers = read_dense_numbers(layout, message.blocks)
-    values = unpack(message.gradients, np.float32, "dense gradients")
+def read_dense(layout: Layout, message: DenseGradients, parts: Sequence[Part] = ()) -> DensePush:
+    numbers = read_dense_numbers(layout, message.blocks, parts)
+    values = unpack(message.gradients, np.float32, "dense gradients", parts=parts)
     lengths = [layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()]
     if sum(lengths) != len(values):
         raise Malformed(f"{len(values)} dense gradients came for blocks of {sum(lengths)} values")
-    parts = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
-    return DensePush(numbers, parts, read_rate(message.rate, "dense parameters"))
+    gradients = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
+    return DensePush(numbers, gradients, read_rate(message.rate, "dense parameters"))

@@ -16,6 +16,7 @@ from oarlock import __version__
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_placement
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 from oarlock.proto.shard_pb2 import (
@@ -107,15 +108,15 @@ class ShardService:
     def hello(self, request: HelloRequest) -> HelloReply:
         return hello(request, "shard", __version__)
 
-    def pull(self, request: PullRequest) -> PullReply:
+    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk:
         begun = time.perf_counter()
-        reply = self._leased(request.header).pull(request)
+        reply = self._leased(opened(request)[0].header).pull(request)
         self._took(self.pull_seconds, begun)
         return reply
 
-    def push(self, request: PushRequest) -> PushReply:
+    def push(self, request: PushRequest | Bulk) -> PushReply:
         begun = time.perf_counter()
-        reply = self._leased(request.header).push(request)
+        reply = self._leased(opened(request)[0].header).push(request)
         self._took(self.push_seconds, begun)
         return reply
 

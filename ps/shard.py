@@ -21,7 +21,8 @@ from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable, make_table
-from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.ps.marks import Marks
@@ -113,35 +114,37 @@ class Shard:
         for table in self.tables:
             table.close()
 
-    def pull(self, request: PullRequest) -> PullReply:
-        """Answer with the rows and dense values asked for; creates nothing."""
+    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
+        """Answer with the rows and dense values asked for, as a Bulk if that is what asks; creates nothing."""
         layout = self.layout
+        request, parts = opened(sent)
+        beside: list[Part] | None = [] if isinstance(sent, Bulk) else None
         reply = PullReply(pushes=self.counters["pushes"])
         refuse_parts(layout, len(request.tables))
-        parts = [read_keys(layout, message) for message in request.tables]
-        numbers = read_dense_numbers(layout, request.dense)
+        asked = [read_keys(layout, message, parts) for message in request.tables]
+        numbers = read_dense_numbers(layout, request.dense, parts)
         # Known before any of it is allocated: a small request may ask for an enormous answer.
-        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in parts) + self._dense_length(numbers)
+        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked) + self._dense_length(numbers)
         if values * 4 > MAX_MESSAGE_BYTES:
             raise OutOfMemory(
                 f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
                 "ask for fewer at once"
             )
-        for keys in parts:
+        for keys in asked:
             self._owns(keys.numbers)
             table = self.tables[keys.table]
             rows = np.empty((len(keys.keys), table.spec.dim), np.float32)
             table.check(keys.keys, keys.blocks, keys.counts)
             table.pull(keys.keys, keys.blocks, keys.counts, rows)
-            reply.rows.append(pack(rows))
+            reply.rows.append(pack(rows, beside))
         self._owns(numbers)
-        reply.dense.CopyFrom(pack(self._dense_values(numbers)))
+        reply.dense.CopyFrom(pack(self._dense_values(numbers), beside))
         with self._counting:
-            self.counters["rows_pulled"] += sum(len(keys.keys) for keys in parts)
+            self.counters["rows_pulled"] += sum(len(keys.keys) for keys in asked)
             self.counters["pulls"] += 1
-            for keys in parts:
+            for keys in asked:
                 self.rows_pulled[keys.table] += len(keys.keys)
-        return reply
+        return reply if beside is None else Bulk(reply, beside)
 
     def _dense_length(self, numbers: NDArray[np.int32]) -> int:
         layout = self.layout
@@ -164,14 +167,15 @@ class Shard:
             at += block.length
         return out
 
-    def push(self, request: PushRequest) -> PushReply:
+    def push(self, sent: PushRequest | Bulk) -> PushReply:
         """Apply the group to the blocks that have not got it; say which blocks live elsewhere."""
         layout = self.layout
+        request, parts = opened(sent)
         if request.group >= 1 << 31:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
         refuse_parts(layout, len(request.tables) + len(request.dense))
-        rows = [read_rows(layout, message) for message in request.tables]
-        dense = [read_dense(layout, message) for message in request.dense]
+        rows = [read_rows(layout, message, parts) for message in request.tables]
+        dense = [read_dense(layout, message, parts) for message in request.dense]
         split, group, step = request.split, request.group, read_step(request.step)
         numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
         refuse_repeated(numbers)

@@ -1,33 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gRPC transport: one channel per address, pulls and pushes on long-lived streams, everything else call by call.
+"""The gRPC transport: one channel per address. Pulls and pushes travel as frames on sockets of their own if the other side offers
+any, else on long-lived streams; everything else call by call.
 
 Invariant: every failure leaves as a PSError. One event loop, from the first call to close().
 """
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
-from oarlock.proto.arrays import encoded
-from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable
-from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.arrays import encoded, view_of
+from oarlock.proto.bulk import Bulk, inlined, opened
+from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
+from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, VersionMismatch
+from oarlock.proto.frames import BESIDE, encode
+from oarlock.proto.methods import METHODS, PROTOCOL, Method
 from oarlock.proto.rpc.counts import Counts
+from oarlock.proto.rpc.frame_client import FramePeer
 from oarlock.proto.rpc.lane import Lane
 from oarlock.proto.rpc.options import CLIENT_OPTIONS
 from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 
 # What grpc.aio says, in place of the status that came, of a write to a stream that the other side had ended just before.
 WRITE_FAILED = "Internal error from Core"
+# Exchanges of frames at a time, over all addresses.
+MAX_EXCHANGES = 256
+
+
+# How long a process may take to say on which sockets it takes frames.
+OFFER_SECONDS = 5.0
+
+
+@dataclass
+class Moved:
+    """Bytes of one call, as far as it came."""
+
+    received: int = 0
+    sent: int = 0
 
 
 class GrpcTransport:
-    """Calls processes by address: ``host:port`` or ``unix:PATH``."""
+    """Calls processes by address: ``host:port`` or ``unix:PATH``. ``frames`` = False: by gRPC alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, frames: bool = True) -> None:
+        self._frames = frames
+        self._peers: dict[str, FramePeer] = {}
+        self._exchanges: ThreadPoolExecutor | None = None
         self._channels: dict[str, aio.Channel] = {}
         self._calls: dict[tuple[str, str], Any] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
@@ -47,29 +71,77 @@ class GrpcTransport:
             found = self._channels[address] = aio.insecure_channel(address, options=CLIENT_OPTIONS)
         return found
 
-    async def call(self, address: str, method: str, request: Message, *, timeout_seconds: float) -> Any:
-        """Return the reply, or raise the error that the other side raised; DeadlineExceeded after the timeout."""
+    async def call(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> Any:
+        """Return the reply, or raise the error that the other side raised; DeadlineExceeded after the timeout.
+
+        The reply to a Bulk is a Bulk. Its parts are good until the last of them is given up.
+        """
         found = METHODS.get(method)
         if found is None:
             raise NotFound(f"there is no method {method}", method=method)
-        data = encoded(request, f"{method} to {address}: the request")
         begun = time.perf_counter()
         count = self.counts.of(method)
-        received = 0
+        moved = Moved()
         try:
-            reply = await self._sent(address, found, data, timeout_seconds)
-            received = len(reply)
-            answer = self._read(address, found, reply)
+            answer = await self._answered(address, found, request, timeout_seconds, moved)
         except PSError as error:
-            count.add(received, len(data), time.perf_counter() - begun, error)
+            count.add(moved.received, moved.sent, time.perf_counter() - begun, error)
             raise
-        count.add(received, len(data), time.perf_counter() - begun)
+        count.add(moved.received, moved.sent, time.perf_counter() - begun)
         return answer
 
-    async def _sent(self, address: str, method: Method, data: bytes, timeout_seconds: float) -> bytes:
+    async def _answered(
+        self, address: str, method: Method, request: Message | Bulk, timeout_seconds: float, moved: Moved
+    ) -> Any:
+        if method.frame and self._frames:
+            answer = await self._framed(address, method, request, timeout_seconds, moved)
+            if answer is not None:
+                return answer
+        data = encoded(inlined(request), f"{method.name} to {address}: the request")
+        moved.sent = len(data)
         if method.streamed:
-            return await self._lane(address, method).call(data, timeout_seconds)
-        return await self._single(address, method, data, timeout_seconds)
+            reply = await self._lane(address, method).call(data, timeout_seconds)
+        else:
+            reply = await self._single(address, method, data, timeout_seconds)
+        moved.received = len(reply)
+        message = self._read(address, method, reply)
+        return Bulk(message, ()) if isinstance(request, Bulk) else message
+
+    async def _framed(
+        self, address: str, method: Method, request: Message | Bulk, timeout_seconds: float, moved: Moved
+    ) -> Any:
+        """Return the answer, or None if the other side has no sockets for frames."""
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = self._peer(address)
+        if peer.absent:
+            return None
+        message, parts = opened(request)
+        kind = method.frame | (BESIDE if isinstance(request, Bulk) else 0)
+        data = encoded(message, f"{method.name} to {address}: the request")
+        buffers = encode(kind, data, parts)
+        frame = await peer.call(buffers, method.name, timeout_seconds)
+        if frame is None:
+            return None
+        moved.sent = len(data) + sum(view_of(part).nbytes for part in parts)
+        moved.received = len(frame.message) + sum(part.nbytes for part in frame.parts)
+        reply = Bulk(self._read(address, method, frame.message), frame.parts)
+        return reply if isinstance(request, Bulk) else inlined(reply)
+
+    def _peer(self, address: str) -> FramePeer:
+        self._channel(address)
+        if self._exchanges is None:
+            self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="oarlock-exchange")
+
+        async def offer() -> SocketsReply | None:
+            try:
+                request = SocketsRequest(protocol=PROTOCOL)
+                answer: SocketsReply = await self.call(address, "Wire.Sockets", request, timeout_seconds=OFFER_SECONDS)
+                return answer
+            except (NotFound, VersionMismatch, Malformed):
+                return None
+
+        return FramePeer(address, self._exchanges, offer)
 
     @staticmethod
     def _read(address: str, method: Method, reply: bytes) -> Any:
@@ -111,10 +183,16 @@ class GrpcTransport:
     async def close(self) -> None:
         """Give back connections and end the streams; idempotent."""
         self._closed = True
+        for peer in self._peers.values():
+            peer.close()
+        if self._exchanges is not None:
+            # Their connections are closed: they end at once.
+            self._exchanges.shutdown(wait=True)
         for lane in self._lanes.values():
             await lane.close()
         for channel in self._channels.values():
             await channel.close()
+        self._peers.clear()
         self._lanes.clear()
         self._channels.clear()
         self._calls.clear()

@@ -74,6 +74,13 @@ class Places:
             self._held.discard(place)
             self._changed.notify()
 
+    def end_all(self) -> None:
+        """End all calls that hold a place."""
+        with self._changed:
+            held = list(self._held)
+        for place in held:
+            place.cancel()
+
     def close(self) -> None:
         """Let nobody in any more, nor wait."""
         with self._changed:

@@ -18,15 +18,23 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from oarlock.proto.arrays import encoded
+from oarlock.proto.bulk import Bulk, inlined, opened
+from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
+from oarlock.proto.frames import BESIDE, Frame
 from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.rpc.counts import Counts
+from oarlock.proto.rpc.frame_server import FrameServer
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
 from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
 from oarlock.proto.transport import dispatch
+from oarlock.proto.version import check_protocol
 
 logger = logging.getLogger(__name__)
+
+# The service that every server answers by itself.
+WIRE = "Wire"
 
 # Fewer could not be shared out.
 MIN_THREADS = 16
@@ -43,6 +51,7 @@ class GrpcServer:
         listen: str,
         threads: int = 256,
         stall_seconds: float = STALL_SECONDS,
+        frames: bool = True,
     ) -> None:
         self._handler = handler
         self._service = service
@@ -53,6 +62,14 @@ class GrpcServer:
         streams = self._threads * 3 // 4 if any(m.streamed for m in self._methods()) else 0
         self._streams = Places(streams, stall_seconds=stall_seconds)
         self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
+        # A connection of frames has a thread of its own; nobody has both such connections and streams.
+        bulk = {m.frame: m for m in self._methods() if m.frame} if frames else {}
+        host = "" if listen.startswith("unix:") else listen.rpartition(":")[0]
+        self._frames = (
+            FrameServer(bulk, self._framed, host=host, connections=streams, stall_seconds=stall_seconds)
+            if bulk
+            else None
+        )
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
@@ -60,7 +77,8 @@ class GrpcServer:
 
     def open_calls(self) -> dict[str, int]:
         """Return how many calls hold a thread: streams, and single ones."""
-        return {"stream": len(self._streams), "single": len(self._singles)}
+        frames = len(self._frames) if self._frames is not None else 0
+        return {"stream": len(self._streams), "single": len(self._singles), "frames": frames}
 
     def start(self) -> str:
         """Listen; return the address with the port that was given. InvalidArgument if nobody can listen there."""
@@ -68,15 +86,12 @@ class GrpcServer:
         # Threads are made as they are needed; each worker's stream holds one.
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
         server = grpc.server(self._pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
-        methods = {}
-        for method in self._methods():
-            name = method.name.split(".")[1]
-            # Single calls are served as streams of one message, which look the same on the wire: for those the thread waits
-            # until the answer has gone out, where gRPC would keep any number of answers that nobody reads.
-            methods[name] = grpc.stream_stream_rpc_method_handler(self._answer(method))
-            if method.streamed:
-                methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"oarlock.{self._service}", methods),))
+        server.add_generic_rpc_handlers(
+            tuple(
+                grpc.method_handlers_generic_handler(f"oarlock.{service}", self._handlers(service))
+                for service in (self._service, WIRE)
+            )
+        )
         try:
             port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
@@ -84,29 +99,72 @@ class GrpcServer:
             raise InvalidArgument(
                 f"cannot listen on {self._listen}: taken, not an address of this machine, or malformed"
             ) from error
+        if self._frames is not None:
+            self._frames.start()
         server.start()
         self._server = server
         if not self._listen.startswith("unix:"):
             self.address = f"{self._listen.rsplit(':', 1)[0]}:{port}"
         return self.address
 
+    def _handlers(self, service: str) -> dict[str, grpc.RpcMethodHandler]:
+        methods = {}
+        for method in METHODS.values():
+            of, name = method.name.split(".")
+            if of != service:
+                continue
+            # Single calls are served as streams of one message, which look the same on the wire: for those the thread waits
+            # until the answer has gone out, where gRPC would keep any number of answers that nobody reads.
+            methods[name] = grpc.stream_stream_rpc_method_handler(self._answer(method))
+            if method.streamed:
+                methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
+        return methods
+
     def _reply(self, method: Method, data: bytes) -> bytes:
         begun = time.perf_counter()
         count = self.counts.of(method.name)
         try:
-            reply = self._answered(method, data)
+            reply = encoded(inlined(self._answered(method, data)), f"{method.name}: the reply")
         except PSError as error:
             count.add(len(data), 0, time.perf_counter() - begun, error)
             raise
         count.add(len(data), len(reply), time.perf_counter() - begun)
         return reply
 
-    def _answered(self, method: Method, data: bytes) -> bytes:
+    def _framed(self, method: Method, frame: Frame) -> Bulk:
+        """Answer a frame, a failure included; the reply's message is bytes already."""
+        begun = time.perf_counter()
+        count = self.counts.of(method.name)
+        received = len(frame.message) + sum(part.nbytes for part in frame.parts)
+        try:
+            message, parts = opened(self._answered(method, frame))
+            reply = Bulk(encoded(message, f"{method.name}: the reply"), parts)
+        except PSError as error:
+            _log_defect(method, error)
+            count.add(received, 0, time.perf_counter() - begun, error)
+            return Bulk(method.reply(failure=failure_of(error)).SerializeToString(), ())
+        count.add(received, len(reply.message) + reply.nbytes, time.perf_counter() - begun)
+        return reply
+
+    def _answered(self, method: Method, sent: bytes | Frame) -> Any:
+        """Return the handler's reply."""
+        data = sent.message if isinstance(sent, Frame) else sent
         try:
             request = method.request.FromString(data)
         except DecodeError as error:
             raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
-        return encoded(dispatch(self._handler, method.name, request), f"{method.name}: the reply")
+        if method.name.startswith(WIRE + "."):
+            return self._sockets(request)
+        if isinstance(sent, Frame):
+            whole = Bulk(request, sent.parts)
+            request = whole if sent.kind & BESIDE else inlined(whole)
+        return dispatch(self._handler, method.name, request)
+
+    def _sockets(self, request: Any) -> SocketsReply:
+        check_protocol(request.protocol)
+        if self._frames is None:
+            return SocketsReply()
+        return SocketsReply(addresses=self._frames.addresses, token=self._frames.token)
 
     def _methods(self) -> list[Method]:
         return [m for m in METHODS.values() if m.name.split(".")[0] == self._service]
@@ -158,6 +216,8 @@ class GrpcServer:
 
     def stop(self, grace_seconds: float = 0.5) -> None:
         """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
+        if self._frames is not None:
+            self._frames.stop()
         if self._server is not None and self._pool is not None:
             self._singles.close()
             self._streams.close()

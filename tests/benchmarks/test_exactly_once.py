@@ -26,6 +26,7 @@ from oarlock.client.router import Routes, ShardAddress, make_routes
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.proto.bulk import inlined
 from oarlock.proto.shard_pb2 import PushRequest
 from oarlock.ps.blocks import _image
 
@@ -75,7 +76,7 @@ def requests_of(count: int, routes: Routes = EVERYTHING) -> list[PushRequest]:
         dense = rng.normal(size=LAYOUT.dense_size).astype(np.float32)
         dense[0] = np.nan if group == 1 else dense[0]
         cut = cut_push(LAYOUT, routes, PushIdentity(0, group), gradients, dense, 0.1)
-        found += [m.request for m in cut if m.shard.id == 0]
+        found += [inlined(m.bulk) for m in cut if m.shard.id == 0]
     return found
 
 

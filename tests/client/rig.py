@@ -21,6 +21,7 @@ from oarlock.cluster.placement import balanced
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.proto.bulk import inlined
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
@@ -190,7 +191,7 @@ def request_of(job, split, group, *, tables=("user", "item"), raw=tuple(range(40
     values = None if dense is None else np.full(job.layout.dense_size, dense, np.float32)
     (message,) = cut_push(job.layout, job.routes(), PushIdentity(split, group), gradients, values, 1.0)
     message.request.header.CopyFrom(job.header(0))
-    return message.request
+    return inlined(message.bulk)
 
 
 def state(job):

@@ -11,6 +11,7 @@ from oarlock.client.client import Client
 from oarlock.client.push import RowGradients
 from oarlock.client.retry import Retry
 from oarlock.proto.arrays import unpack
+from oarlock.proto.bulk import inlined
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import (
     DeadlineExceeded,
@@ -154,7 +155,7 @@ def test_an_exchange_ends_at_the_deadline_with_the_last_error(job, spy):
 
 def test_blocks_that_keep_moving_are_given_up_with_a_retryable_error(job, spy):
     def moved(address, method, request):
-        return PushReply(moved=request.tables[0].keys.blocks) if method == "Shard.Push" else None
+        return PushReply(moved=inlined(request).tables[0].keys.blocks) if method == "Shard.Push" else None
 
     spy.answers.append(moved)
 

@@ -18,6 +18,7 @@ from oarlock.client.router import ShardAddress, make_routes
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.proto.arrays import unpack
+from oarlock.proto.bulk import inlined
 from oarlock.proto.errors import Malformed, OutOfMemory, UnknownTable
 
 LAYOUT = Layout(rig.spec_of().tables, rig.spec_of().dense)
@@ -173,7 +174,7 @@ def test_occurrences_and_clicks_go_with_their_keys(limit, rng):
     routes = routes_of(rng.integers(0, 3, 17))
     gradients = counted(gradients_of(routes, rng), rng)
     messages = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, None, 0.25, limit=limit)
-    assert all(m.request.ByteSize() < limit + 100 for m in messages)
+    assert all(inlined(m.bulk).ByteSize() < limit + 100 for m in messages)
     wanted = {}
     for number, table in enumerate(LAYOUT.tables):
         part = gradients[table.name]
@@ -218,7 +219,7 @@ def test_a_push_is_cut_by_owner_within_the_limit(limit, rng):
     dense = rng.random(14, np.float32)
     messages = cut_push(LAYOUT, routes, PushIdentity(7, 3), gradients, dense, 0.25, limit=limit)
     # The header and the lengths of fields are what the megabyte beside the limit is for.
-    assert all(m.request.ByteSize() < limit + 100 for m in messages)
+    assert all(inlined(m.bulk).ByteSize() < limit + 100 for m in messages)
     assert all((m.request.split, m.request.group) == (7, 3) for m in messages)
     assert len(messages) == 3 or limit < 1 << 20
     found = contents(messages)

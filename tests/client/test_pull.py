@@ -79,7 +79,7 @@ def test_dense_values_that_do_not_fit_are_malformed(job, spy):
         async def call(self, address, method, request, *, timeout_seconds):
             reply = await super().call(address, method, request, timeout_seconds=timeout_seconds)
             if method == "Shard.Pull":
-                reply.dense.Clear()
+                reply.message.dense.Clear()
             return reply
 
     async def body():

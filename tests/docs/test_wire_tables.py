@@ -139,7 +139,7 @@ def test_every_method_is_in_the_table_with_its_messages() -> None:
         if method.streamed:
             assert f"`{method.path}Stream`" in TEXT, name
     bare = {n.split(".")[1] for n, m in METHODS.items() if "header" not in m.request.DESCRIPTOR.fields_by_name}
-    assert bare == set(quoted(re.search(r"except (`Hello`.*?)\. It is", TEXT, re.DOTALL)[1]))  # type: ignore[index]
+    assert bare == set(quoted(re.search(r"except (`Sockets`.*?)\. It is", TEXT, re.DOTALL)[1]))  # type: ignore[index]
 
 
 def test_the_header_is_the_one_of_the_table() -> None:
@@ -185,7 +185,7 @@ def test_the_first_wrong_field_names_the_error(shard: ShardService) -> None:
 def test_dtypes_are_those_of_the_table() -> None:
     row = next(row for row in re.findall(r"^\| 2 \| `dtype` \|(.*)\|$", TEXT, re.MULTILINE))
     assert re.findall(r"(\d) `(\w+)`", row) == [(str(number), name) for name, number in DType.items() if number]
-    assert [f.name for f in common_pb2.Array.DESCRIPTOR.fields] == ["data", "dtype", "shape"]
+    assert [f.name for f in common_pb2.Array.DESCRIPTOR.fields] == ["data", "dtype", "shape", "part"]
     assert pack(np.array([1, 2], "<u4")).data == b"\1\0\0\0\2\0\0\0"
 
 

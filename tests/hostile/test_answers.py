@@ -12,6 +12,7 @@ import rig
 from oarlock.client.client import Client
 from oarlock.client.retry import Retry
 from oarlock.proto.arrays import pack
+from oarlock.proto.bulk import Bulk, inlined
 from oarlock.proto.errors import Internal, Malformed, PSError
 from oarlock.proto.shard_pb2 import PushReply
 
@@ -29,10 +30,12 @@ class Liar(rig.Spy):
     async def call(self, address, method, request, *, timeout_seconds):
         reply = await self.inner.call(address, method, request, timeout_seconds=timeout_seconds)
         if method == self.method:
+            beside = isinstance(reply, Bulk)
+            reply = inlined(reply)
             changed = type(reply)()
             changed.CopyFrom(reply)
             mutate.message_of(self.rng, changed)
-            return changed
+            return Bulk(changed, ()) if beside else changed
         return reply
 
 

@@ -238,7 +238,7 @@ def test_a_stream_too_many_is_unavailable_and_orders_get_through():
     address = server.start()
 
     async def body():
-        held = [GrpcTransport() for _ in range(13)]
+        held = [GrpcTransport(frames=False) for _ in range(13)]
 
         def pull(number):
             request = PullRequest(number=number)

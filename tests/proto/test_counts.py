@@ -47,12 +47,12 @@ def test_both_sides_count_the_same_bytes() -> None:
             await transport.close()
 
     try:
-        assert asyncio.run(body())["stream"] == 1
+        assert asyncio.run(body())["frames"] == 1
     finally:
         server.stop()
-    assert server.open_calls() == {"stream": 0, "single": 0}
+    assert server.open_calls() == {"stream": 0, "single": 0, "frames": 0}
     served, called = server.counts.all(), transport.counts.all()
-    assert sorted(served) == sorted(called) == ["Shard.Hello", "Shard.Pull"]
+    assert sorted(served) == sorted(called) == ["Shard.Hello", "Shard.Pull", "Wire.Sockets"]
     pulls, asked = served["Shard.Pull"], called["Shard.Pull"]
     assert (pulls.requests, asked.requests) == (3, 3)
     assert pulls.failures == asked.failures == {"Malformed": 1}

@@ -27,6 +27,8 @@ from oarlock.proto.common_pb2 import (
     HelloRequest,
     Member,
     Placement,
+    SocketsReply,
+    SocketsRequest,
 )
 from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
@@ -132,9 +134,11 @@ CLOCK = Clock(active=True, acknowledged=200, heard=190)
 MESSAGES: dict[str, Message] = {
     type(message).__name__: message
     for message in (
-        pack(GRADIENTS),
+        Array(data=GRADIENTS.tobytes(), dtype=3, shape=GRADIENTS.shape, part=5),
         FULL,
         HelloRequest(protocol=1, version="0.1.0"),
+        SocketsRequest(protocol=1),
+        SocketsReply(addresses=[":99", "a"], token=bytes([1, 2, 3, 4])),
         HelloReply(protocol=1, version="0.1.0", role="shard"),
         failure(),
         placement(),

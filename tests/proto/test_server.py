@@ -62,9 +62,9 @@ def server(handler):
     made.stop(0)
 
 
-def call(address, body):
+def call(address, body, *, frames=True):
     async def inside():
-        transport = GrpcTransport()
+        transport = GrpcTransport(frames=frames)
         try:
             return await body(transport)
         finally:
@@ -249,7 +249,7 @@ def test_who_waits_behind_a_late_answer_is_told_to_come_again(server, handler):
         again = await asyncio.gather(*(pull(transport, server.address, r) for r in (2, 3)))
         return errors, [a.pushes for a in again]
 
-    errors, again = call(server.address, body)
+    errors, again = call(server.address, body, frames=False)
     assert [type(e) for e in errors] == [DeadlineExceeded, Unavailable, Unavailable]
     assert again == [2, 3]
 
@@ -272,7 +272,7 @@ def test_a_caller_that_gives_up_does_not_shift_the_answers(server, handler):
             await given_up
         return [a.pushes for a in answers]
 
-    assert call(server.address, body) == [1, 3]
+    assert call(server.address, body, frames=False) == [1, 3]
 
 
 def test_calls_in_flight_end_when_the_transport_is_closed(server, handler):

@@ -56,7 +56,7 @@ def train(job, rng, groups, *, keys=600, count=250):
             job.layout, job.routes(), PushIdentity(3, group, step=group), {"user": part}, None, 0.1
         ):
             message.request.header.CopyFrom(job.header(message.shard.id))
-            job.services[message.shard.id].push(message.request)
+            job.services[message.shard.id].push(message.bulk)
 
 
 def checkpoint(job, root, table):

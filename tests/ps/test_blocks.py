@@ -36,7 +36,7 @@ def train(job, rng, *, splits=(0, 3), groups=3):
             flat = rng.standard_normal(job.layout.dense_size).astype(np.float32)
             for message in cut_push(job.layout, job.routes(), PushIdentity(split, group), gradients, flat, 0.1):
                 message.request.header.CopyFrom(job.header(message.shard.id))
-                job.services[message.shard.id].push(message.request)
+                job.services[message.shard.id].push(message.bulk)
 
 
 def checkpoint(job, root, *, cut=1, tables=TABLES, dense=DENSE):

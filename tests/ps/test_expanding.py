@@ -24,7 +24,7 @@ def test_the_third_push_of_a_job_expands_and_a_repetition_counts_for_nothing():
         part = RowGradients(keyset, np.full((n, 3), -1, np.float32), 1.0, np.ones(n, np.uint32), clicked)
         (made,) = cut_push(job.layout, job.routes(), PushIdentity(3, group, group), {"user": part}, None, 1.0)
         made.request.header.CopyFrom(job.header(0))
-        return job.services[0].push(made.request)
+        return job.services[0].push(made.bulk)
 
     for group in (0, 1, 1, 1):
         push(group, range(40))

@@ -10,6 +10,7 @@ from oarlock.embedding.content import BlockRows
 from oarlock.embedding.schedule import Schedule
 from oarlock.embedding.spec import Admission, DenseSpec, Eviction, OptimizerSpec, TableSpec
 from oarlock.proto.arrays import pack
+from oarlock.proto.bulk import inlined
 from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, StalePlacement
 
 RAW = tuple(range(40))
@@ -30,7 +31,7 @@ def message(job, group, *, split=3, raw=RAW, step=0, value=1.0, occurrences=None
     flat = None if dense is None else np.full(job.layout.dense_size, dense, np.float32)
     (made,) = cut_push(job.layout, job.routes(), PushIdentity(split, group, step), {"user": part}, flat, 1.0)
     made.request.header.CopyFrom(job.header(0))
-    return made.request
+    return inlined(made.bulk)
 
 
 def push(job, *arguments, **named):

@@ -16,6 +16,7 @@ import rig
 from oarlock.client.push import PushIdentity, PushMessage, RowGradients, cut_push, recut_push
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto.arrays import unpack
+from oarlock.proto.bulk import inlined
 from oarlock.proto.shard_pb2 import PushRequest
 from oarlock.ps import blocks
 
@@ -42,7 +43,7 @@ def message_of(job, split, group, table, keys, value):
     identity = PushIdentity(split, group, step=17 * group)
     (made,) = cut_push(job.layout, job.routes(), identity, {table: RowGradients(keyset, gradients, 0.1)}, dense, 0.05)
     made.request.header.CopyFrom(job.header(0))
-    return made.request.SerializeToString()
+    return made.bulk.SerializeToString()
 
 
 def user_blocks(job):
@@ -111,6 +112,6 @@ def test_rate_and_step_travel_in_the_push_wherever_it_goes():
     job = job_of(OPTIMIZERS[0])
     push = PushRequest.FromString(message_of(job, 4, 2, "user", range(9), 1.0))
     numbers = np.concatenate([unpack(push.tables[0].keys.blocks, np.int32, "blocks"), [job.layout.dense_base]])
-    sent = PushMessage(job.addresses[0], push, numbers.astype(np.int32))
-    for message in (push, *(m.request for m in recut_push(job.layout, job.routes(), [(sent, sent.numbers)]))):
+    sent = PushMessage(job.addresses[0], push, [], numbers.astype(np.int32))
+    for message in (push, *(inlined(m.bulk) for m in recut_push(job.layout, job.routes(), [(sent, sent.numbers)]))):
         assert (message.step, message.tables[0].rate, message.dense[0].rate) == (34, 0.1, 0.05)

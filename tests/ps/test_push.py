@@ -247,7 +247,7 @@ def test_any_order_of_pushes_and_repetitions_gives_the_exact_sums(schedule, numb
     for split, group in schedule:
         for message in messages[split, group]:
             message.request.header.CopyFrom(job.header(message.shard.id))
-            job.services[message.shard.id].push(message.request)
+            job.services[message.shard.id].push(message.bulk)
     assert np.array_equal(job.rows("user", range(60)), rows)
     assert np.array_equal(job.dense(), total)
 

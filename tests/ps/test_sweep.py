@@ -38,7 +38,7 @@ def push(job, group, raw, *, step, name="user"):
     part = RowGradients(keyset, np.ones((len(keyset.keys), 2), np.float32), 1.0)
     for made in cut_push(job.layout, job.routes(), PushIdentity(3, group, step), {name: part}, None, 1.0):
         made.request.header.CopyFrom(job.header(made.shard.id))
-        job.services[made.shard.id].push(made.request)
+        job.services[made.shard.id].push(made.bulk)
 
 
 def sweep_all(shard):
@@ -316,7 +316,7 @@ def test_a_shard_gives_its_spill_files_back(tmp_path):
         part = RowGradients(keyset, np.ones((1000, 8), np.float32), 1.0)
         (made,) = cut_push(job.layout, job.routes(), PushIdentity(0, group), {"user": part}, None, 1.0)
         made.request.header.CopyFrom(job.header(0))
-        service.push(made.request)
+        service.push(made.bulk)
     assert job.shards[0].stats()["spilled"]["user"] > 1000
     links = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
     assert any(Path(link).parent == tmp_path for link in links)

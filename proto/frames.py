@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames: bulk messages on a bare socket. A head, a table of lengths, a message, and its parts as they lie in memory.
+
+    head      magic, version, kind, number of parts, length of the message, length of all that follows the head
+    lengths   uint32 little-endian for each part
+    message   a protobuf message, as over gRPC but for the data of its larger arrays
+    parts     those data, each from a multiple of 64 bytes on (counted from the end of the head)
+
+Invariant: `receive` believes no number before it is checked, takes memory only within the limit of a message, and returns whole
+frames or raises; after an error the connection is of no use. Sockets are blocking; an exchange of megabytes then costs two
+calls of the system, without the interpreter's lock. Any thread, one at a time for each socket and direction.
+"""
+
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, view_of
+from oarlock.proto.errors import Malformed, OutOfMemory
+
+VERSION = 1
+# Kinds of frames. What a reply answers is the frame before it on the same connection.
+HELLO, REPLY, PULL, PUSH = 0, 1, 2, 3
+# Added to the kind of a request whose answer may have parts.
+BESIDE = 0x80
+
+_MAGIC = b"OARF"
+_HEAD = struct.Struct("<4sBBHIQ")
+ALIGNMENT = 64
+# More arrays than any message has: tables times arrays of a table.
+MAX_PARTS = 1 << 14
+# What a connection keeps for the next frames: one that was needed once for a large frame is not kept.
+KEEP_BYTES, MOST_KEPT, LEAST_BYTES = 16 << 20, 4, 1 << 16
+# Parts given to the system in one call; it takes 1024.
+_VECTOR = 512
+_PADDING = bytes(ALIGNMENT)
+
+
+class Frame(NamedTuple):
+    """A frame that came: its kind, the bytes of its message, and its parts, which lie in the receiver's buffer."""
+
+    kind: int
+    message: bytes
+    parts: list[memoryview]
+
+
+class Closed(Exception):
+    """The other side has closed the connection, between two frames."""
+
+
+def encode(kind: int, message: bytes, parts: Sequence[Part] = ()) -> list[memoryview]:
+    """Return the buffers of a frame, which share the memory of ``parts``."""
+    views = [view_of(part) for part in parts]
+    if len(views) > MAX_PARTS:
+        raise Malformed(f"{len(views)} parts in one frame, at most {MAX_PARTS} can be")
+    lengths = struct.pack(f"<{len(views)}I", *(view.nbytes for view in views))
+    at = len(lengths) + len(message)
+    out = [memoryview(lengths), memoryview(message)]
+    for view in views:
+        if at % ALIGNMENT:
+            out.append(memoryview(_PADDING)[: -at % ALIGNMENT])
+            at += -at % ALIGNMENT
+        out.append(view)
+        at += view.nbytes
+    if at > _most(len(views)):
+        raise OutOfMemory(f"a frame of {at} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
+    head = _HEAD.pack(_MAGIC, VERSION, kind, len(views), len(message), at)
+    return [memoryview(head), *out]
+
+
+def _most(parts: int) -> int:
+    return MAX_MESSAGE_BYTES + parts * (4 + ALIGNMENT)
+
+
+def send(connection: socket.socket, buffers: list[memoryview]) -> None:
+    """Send all of it; OSError if that cannot be."""
+    waiting = [b for b in buffers if b.nbytes]
+    at = 0
+    while at < len(waiting):
+        sent = connection.sendmsg(waiting[at : at + _VECTOR])
+        while at < len(waiting) and sent >= waiting[at].nbytes:
+            sent -= waiting[at].nbytes
+            at += 1
+        if sent:
+            waiting[at] = waiting[at][sent:]
+
+
+class Receiver:
+    """The receiving end of one connection: frames come into buffers that are used again once nobody looks at them.
+
+    Fresh memory costs more than the bytes that are received into it, since the system hands it out page by page.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._kept: list[NDArray[np.uint8]] = []
+
+    def receive(self, most: int | None = None) -> Frame:
+        """Wait for a frame, of at most ``most`` bytes after its head, and return it.
+
+        Raises Closed at its end, OSError (also where a connection ends inside a frame), Malformed, OutOfMemory.
+        """
+        head = bytearray(_HEAD.size)
+        if not self._fill(memoryview(head), first=True):
+            raise Closed
+        magic, version, kind, parts, size, length = _HEAD.unpack(head)
+        if magic != _MAGIC or version != VERSION:
+            raise Malformed(f"no frame of version {VERSION}: it begins with {bytes(head[:5])!r}")
+        if parts > MAX_PARTS or 4 * parts + size > length:
+            raise Malformed(f"a frame of {length} bytes with {parts} parts and a message of {size} bytes cannot be")
+        if length > (_most(parts) if most is None else most):
+            raise OutOfMemory(
+                f"a frame of {length} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes in one message"
+            )
+        body = view_of(self._buffer(length))
+        self._fill(body)
+        lengths = struct.unpack_from(f"<{parts}I", body)
+        at = 4 * parts + size
+        message = bytes(body[4 * parts : at])
+        found = []
+        for each in lengths:
+            at += -at % ALIGNMENT
+            found.append(body[at : at + each])
+            at += each
+        if at != length:
+            raise Malformed(f"a frame of {length} bytes whose parts end at {at}")
+        return Frame(kind, message, found)
+
+    def _fill(self, view: memoryview, *, first: bool = False) -> bool:
+        at = 0
+        while at < view.nbytes:
+            got = self._connection.recv_into(view[at:], view.nbytes - at, socket.MSG_WAITALL)
+            if not got:
+                if first and not at:
+                    return False
+                raise ConnectionResetError("the connection ended inside a frame")
+            at += got
+        return True
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        """Return ``size`` bytes, from a multiple of 64 on, that nobody looks at any more."""
+        for i in range(len(self._kept)):
+            # Every view of a buffer holds a reference to it: beside the list's and the argument's there is none left.
+            if sys.getrefcount(self._kept[i]) == 2:
+                if self._kept[i].nbytes >= size + ALIGNMENT:
+                    return _aligned(self._kept[i], size)
+                del self._kept[i]
+                break
+        array = np.empty(size + size // 4 + LEAST_BYTES, np.uint8)
+        if array.nbytes <= KEEP_BYTES and len(self._kept) < MOST_KEPT:
+            self._kept.append(array)
+        return _aligned(array, size)
+
+
+def _aligned(array: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    begin = -array.ctypes.data % ALIGNMENT
+    return array[begin : begin + size]
