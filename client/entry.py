@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from oarlock.client.processors import allowed_cores, pin, usable_cores
 from oarlock.proto.errors import InvalidArgument, LeaseLost, NotFound, PSError, WrongRun
 from oarlock.telemetry.log import to_stream
 from oarlock.telemetry.prometheus import LOOPBACK, read_port
@@ -46,6 +47,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"
     )
+    made.add_argument("--pin-cores", default="", metavar="LIST", help="run on these cores alone, like 0-3,8")
     return made
 
 
@@ -55,6 +57,8 @@ def run(main: Callable[[], Awaitable[Any]], options: argparse.Namespace) -> int:
     if options.until_stdin_closes:
         threading.Thread(target=_end_with_parent, name="oarlock-parent", daemon=True).start()
     try:
+        if options.pin_cores:
+            pin(usable_cores(options.pin_cores, "--pin-cores", allowed_cores()))
         asyncio.run(_body(main))
     except PSError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
