@@ -54,6 +54,19 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--servers", type=int, metavar="N", help="shards, which hold the model (default 2)")
     command.add_argument("--workers", type=int, metavar="N", help="processes that train it (default 2)")
     command.add_argument(
+        "--compute-threads", type=int, metavar="N", help="batches that a worker computes at once (default 1)"
+    )
+    command.add_argument("--blas-threads", type=int, metavar="N", help="threads of a matrix product (default 1)")
+    command.add_argument(
+        "--network-threads", type=int, metavar="N", help="requests that a shard serves at once (default 512)"
+    )
+    command.add_argument(
+        "--server-pin-cores",
+        metavar="LIST",
+        help="cores of the shards, like 0-3,8; auto: share out all cores (default: anywhere)",
+    )
+    command.add_argument("--worker-pin-cores", metavar="LIST", help="the same for the workers")
+    command.add_argument(
         "--reader",
         choices=("petastorm", "arrow", "auto"),
         help="how Parquet is read (default auto: petastorm if installed)",

@@ -15,6 +15,8 @@ MODES = ("async", "ssp")
 
 # A lease that outlasts this is as good as none.
 MAX_LEASE_SECONDS = 1e9
+# Of a worker, each kind: beyond it more processes serve better.
+MAX_THREADS = 256
 
 # What a job is doing. "gathering": shards join; "training"; "writing": a checkpoint, nobody trains; "stopping": workers
 # finish their groups and leave; then one of the three ends.
@@ -32,7 +34,8 @@ class JobSpec:
     ``transforms``: how raw columns become what the model is fed, as fitted when the job was planned (JSON, empty: none).
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
-    every ``checkpoint_epochs`` epochs (0: only at the end).
+    every ``checkpoint_epochs`` epochs (0: only at the end). ``compute_threads``: batches that a worker computes at once;
+    ``blas_threads``: threads of each matrix product.
     """
 
     job: str
@@ -61,6 +64,8 @@ class JobSpec:
     reader: str = "auto"
     open_splits: int = 2
     prefetch: int = 2
+    compute_threads: int = 1
+    blas_threads: int = 1
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
 
@@ -91,6 +96,10 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 0")
+        for name in ("compute_threads", "blas_threads"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_THREADS:
+                raise InvalidArgument(f"{name} = {value!r}: give an integer from 1 to {MAX_THREADS}")
         if self.staleness and self.mode != "ssp":
             raise InvalidArgument(
                 f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from oarlock.client.job import MODES
+from oarlock.client.job import MAX_THREADS, MODES
+from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
 from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.worker.recipe import Recipe
 
 READERS = ("petastorm", "arrow", "auto")
+# Cores are shared out among the processes of this machine.
+AUTO = "auto"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -42,6 +45,11 @@ class RunConfig:
     workers: int = 2
     open_splits: int = 2
     prefetch: int = 2
+    compute_threads: int = 1
+    blas_threads: int = 1
+    network_threads: int = NETWORK_THREADS
+    server_pin_cores: str = ""
+    worker_pin_cores: str = ""
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
     restarts: int = 1000
@@ -50,15 +58,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.reader not in READERS:
             raise InvalidArgument(f"reader = {self.reader!r}: choose one of {', '.join(READERS)}")
-        for name, most in (
-            ("servers", 4096),
-            ("workers", 4096),
-            ("epochs", 1 << 20),
-            ("open_splits", 64),
-            ("prefetch", 64),
+        for name, least, most in (
+            ("servers", 1, 4096),
+            ("workers", 1, 4096),
+            ("epochs", 1, 1 << 20),
+            ("open_splits", 1, 64),
+            ("prefetch", 1, 64),
+            ("compute_threads", 1, MAX_THREADS),
+            ("blas_threads", 1, MAX_THREADS),
+            ("network_threads", *NETWORK_THREADS_RANGE),
         ):
-            if not 1 <= getattr(self, name) <= most:
-                raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from 1 to {most}")
+            if not least <= getattr(self, name) <= most:
+                raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from {least} to {most}")
+        for name in ("server_pin_cores", "worker_pin_cores"):
+            # Whether this machine has them is asked when the job is run, perhaps on another one.
+            if getattr(self, name) not in ("", AUTO):
+                parse_cores(getattr(self, name), name)
         if not 0 <= self.seed < 1 << 63:
             raise InvalidArgument(f"seed = {self.seed}: give an integer from 0 to 2^63 - 1")
         if self.mode not in MODES:

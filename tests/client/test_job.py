@@ -11,7 +11,9 @@ from oarlock.proto.errors import InvalidArgument
 
 
 def test_a_job_travels_whole_as_text():
-    spec = rig.spec_of(config={"factors": [1, 2]}, seed=(1 << 64) - 1, files=({"path": "ä"},))
+    spec = rig.spec_of(
+        config={"factors": [1, 2]}, seed=(1 << 64) - 1, files=({"path": "ä"},), compute_threads=256, blas_threads=3
+    )
     again = JobSpec.from_json(spec.to_json())
     assert again == spec
     assert again.job_bytes == bytes.fromhex(rig.JOB)
@@ -31,6 +33,10 @@ def test_a_job_travels_whole_as_text():
         ({"checkpoints_kept": 0}, "checkpoints_kept = 0: give an integer >= 1"),
         ({"checkpoint_epochs": -1}, "checkpoint_epochs = -1: give an integer >= 0"),
         ({"evaluation_splits": None}, "evaluation_splits = None: give an integer >= 0"),
+        ({"compute_threads": 0}, "compute_threads = 0: give an integer from 1 to 256"),
+        ({"blas_threads": 257}, "blas_threads = 257: give an integer from 1 to 256"),
+        ({"blas_threads": True}, "blas_threads = True: give an integer from 1"),
+        ({"compute_threads": 2.0}, "compute_threads = 2.0: give an integer from 1"),
         ({"seed": -1}, "seed = -1: give an integer from 0"),
         ({"seed": 1 << 64}, "give an integer from 0 to 2\\^64 - 1"),
         ({"seed": "1"}, "seed = '1': give an integer"),
