@@ -16,16 +16,31 @@ from typing import Any
 
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
+from oarlock.client.processors import forced_kernels, loaded_blas
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
 from oarlock.launch.folder import create, job_folder, read_run, resume
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.kernels import make_ready
 from oarlock.launch.processes import LocalProcesses
+from oarlock.launch.processors import processors_of
 from oarlock.proto.errors import InvalidArgument, Unavailable
 from oarlock.telemetry.log import to_file
 
-_OPTIONS = ("epochs", "seed", "servers", "workers", "reader", "restarts", "data")
+_OPTIONS = (
+    "epochs",
+    "seed",
+    "servers",
+    "workers",
+    "compute_threads",
+    "blas_threads",
+    "network_threads",
+    "server_pin_cores",
+    "worker_pin_cores",
+    "reader",
+    "restarts",
+    "data",
+)
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +78,10 @@ def train(options: argparse.Namespace) -> int:
         # A job file may change what may be changed; a recipe's name says again which it is.
         spec, restore = resume(folder, _merged(_base(options), _changes(options)))
     else:
-        spec = create(folder, name, run_config(_values(options)))
+        run_as = run_config(_values(options))
+        # Before there is a folder that another try would find taken.
+        processors_of(run_as)
+        spec = create(folder, name, run_as)
     return run(spec, folder, restore, options)
 
 
@@ -99,13 +117,13 @@ def demo(options: argparse.Namespace) -> int:
 def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) -> int:
     """Run a planned job; print its result; return the exit code."""
     begun = time.monotonic()
+    settled = read_run(folder)
+    processors = processors_of(settled)
     with RunView() as view, _interrupts() as interrupts:
         view.say(f"job {spec.name} in {folder}: {_described(spec, options.in_process)}")
-        if os.environ.get("OPENBLAS_CORETYPE"):
-            view.say(
-                f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} ties matrix products to one CPU type's kernels; "
-                "unset it for full speed"
-            )
+        view.say(processors.described(spec, loaded_blas()))
+        for words in (*forced_kernels(os.environ), *processors.warnings(spec)):
+            view.say(f"warning: {words}")
 
         make_ready(view.say)
 
@@ -118,17 +136,24 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
 
         if options.in_process:
             to_file(folder / "logs" / "job.log", options.log_level)
-            status = run_in_process(spec, folder, restore=restore, watch=watch, metrics_port=options.metrics_port)
+            status = run_in_process(
+                spec,
+                folder,
+                restore=restore,
+                watch=watch,
+                metrics_port=options.metrics_port,
+                processors=processors,
+            )
         else:
             to_file(folder / "logs" / "launcher.log", options.log_level)
-            restarts = read_run(folder).restarts
             launched = LocalProcesses(
                 spec,
                 folder,
                 restore=restore,
                 log_level=options.log_level,
-                restarts=restarts,
+                restarts=settled.restarts,
                 metrics_port=options.metrics_port,
+                processors=processors,
             )
             status = asyncio.run(launched.run(watch))
         view.show(status)

@@ -12,6 +12,7 @@ from pathlib import Path
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
+from oarlock.client.processors import announce
 from oarlock.client.telemetry import Telemetry, client_source, observed_as, server_source
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
@@ -41,6 +42,7 @@ def main() -> int:
 
     async def body() -> None:
         with observed_as("coordinator", given) as telemetry:
+            announce("coordinator", pinned=bool(given.pin_cores))
             await coordinate(telemetry)
 
     async def coordinate(telemetry: Telemetry) -> None:

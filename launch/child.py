@@ -80,13 +80,24 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def start_child(role: str, number: int, module: str, arguments: Sequence[str], *, logs: Path, log_level: str) -> Child:
+def start_child(
+    role: str,
+    number: int,
+    module: str,
+    arguments: Sequence[str],
+    *,
+    logs: Path,
+    log_level: str,
+    blas_threads: int = 1,
+) -> Child:
     """Start ``python -m module``; what it prints is appended to its log file in ``logs``."""
     log = logs / f"{role}-{number}.log"
     log.parent.mkdir(exist_ok=True)
     # -P: the current folder may hold a `proto` or a `data` that is not meant.
     command = [sys.executable, "-P", "-m", module, "--until-stdin-closes", "--log-level", log_level, *arguments]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # Read when numpy is loaded, before the process knows its job: it starts so many threads then, and not one for each core.
+    # OpenMP's number is also Arrow's, whose reading has its own thread already.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(blas_threads), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as out:
         log_start = out.tell()
         process = subprocess.Popen(

@@ -17,6 +17,7 @@ from typing import Any
 
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.job import OVER, JobSpec
+from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
@@ -27,6 +28,7 @@ from oarlock.cluster.telemetry import coordinator_source
 from oarlock.data.reader import open_reader
 from oarlock.launch.folder import STATE_FILE
 from oarlock.launch.kernels import compile_or_load
+from oarlock.launch.processors import Processors
 from oarlock.proto.errors import PSError
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
@@ -46,12 +48,15 @@ def run_in_process(
     watch: Callable[[dict[str, Any]], bool],
     watch_seconds: float = 0.2,
     metrics_port: int | None = None,
+    processors: Processors | None = None,
 ) -> dict[str, Any]:
     """Run the job to its end; return the coordinator's last status.
 
     ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
     Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
+    The event loop runs on the cores that ``processors`` has for all shards, a worker's threads on the worker's.
     """
+    processors = processors or Processors()
     spec = dataclasses.replace(spec, prefetch=1)
     # No thread compiles while others have leases to keep.
     compile_or_load()
@@ -63,9 +68,18 @@ def run_in_process(
             coordinator.begin_run(open_checkpoint(restore)[1], restore)
         transport = InProcess()
         transport.serve(CoordinatorService(coordinator), COORDINATOR)
-        with observed("job", metrics_port) as telemetry:
+        with observed("job", metrics_port) as telemetry, limit_blas(spec.blas_threads):
             coordinator.metrics_address = telemetry.address
-            return asyncio.run(_run(coordinator, transport, folder, telemetry, watch, watch_seconds))
+            announce(
+                "job",
+                pinned=any((*processors.servers, *processors.workers)),
+                compute_threads=spec.compute_threads,
+            )
+            anywhere = allowed_cores()
+            with on_cores(processors.server_cores):
+                return asyncio.run(
+                    _run(coordinator, transport, folder, telemetry, watch, watch_seconds, processors, anywhere)
+                )
     finally:
         store.close()
 
@@ -77,13 +91,17 @@ async def _run(
     telemetry: Telemetry,
     watch: Callable[[dict[str, Any]], bool],
     watch_seconds: float,
+    processors: Processors,
+    anywhere: Cores,
 ) -> dict[str, Any]:
     spec = coordinator.spec
     failures: list[str] = []
     services: list[ShardService] = []
 
     def work(number: int) -> None:
-        with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
+        # The thread is made by the event loop's, whose cores it would inherit.
+        cores = processors.of("worker", number) or anywhere
+        with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor, on_cores(cores):
             try:
                 reader = open_reader(spec.reader)
                 rng = random.SystemRandom()

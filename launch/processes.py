@@ -16,9 +16,11 @@ from typing import Any
 
 from oarlock.client.entry import ADDRESS_FILE, read_address
 from oarlock.client.job import FAILED, OVER, STOPPED, STOPPING, JobSpec
+from oarlock.client.processors import format_cores
 from oarlock.launch.child import Child, start_child
 from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import record_failure, stored_run, stored_status
+from oarlock.launch.processors import Processors
 from oarlock.launch.restarts import Notices, Restarts
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import LeaveRequest, StatusReply, StatusRequest, StopRequest
@@ -45,7 +47,8 @@ MAX_PORT = 65535
 class LocalProcesses:
     """Starts, watches, starts again and ends the processes of one job; ``restarts`` is how often, all in all.
 
-    ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics.
+    ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics. ``processors``: what
+    each one runs on; None: wherever the system puts it.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class LocalProcesses:
         log_level: str = "info",
         restarts: int = RunConfig.restarts,
         metrics_port: int | None = None,
+        processors: Processors | None = None,
     ) -> None:
         self._spec = spec
+        self._processors = processors or Processors()
         self._folder = folder
         self._restore = restore
         self._log_level = log_level
@@ -96,9 +101,23 @@ class LocalProcesses:
         else:
             module = "oarlock.ps" if role == "shard" else "oarlock.worker"
             arguments = ["--coordinator", self._address]
-            arguments += ["--reader", self._spec.reader] if role == "worker" else ["--spill-folder", str(self._folder)]
+            if role == "worker":
+                arguments += ["--reader", self._spec.reader]
+            else:
+                arguments += ["--spill-folder", str(self._folder)]
+                arguments += ["--network-threads", str(self._processors.network_threads)]
         arguments += self._metrics(role, number)
-        child = start_child(role, number, module, arguments, logs=self._folder / "logs", log_level=self._log_level)
+        if cores := self._processors.of(role, number):
+            arguments += ["--pin-cores", format_cores(cores)]
+        child = start_child(
+            role,
+            number,
+            module,
+            arguments,
+            logs=self._folder / "logs",
+            log_level=self._log_level,
+            blas_threads=self._spec.blas_threads if role == "worker" else 1,
+        )
         for place, old in enumerate(self._children):
             if (old.role, old.number) == (role, number):
                 if old.process.stdin is not None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from oarlock.client.entry import parser, run
+from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, announce
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
@@ -21,7 +22,11 @@ def main() -> int:
     options.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT|unix:PATH", help="port 0: any free port")
     options.add_argument("--advertise", default="", metavar="HOST", help="the name under which others reach this host")
     options.add_argument(
-        "--threads", type=int, default=512, help="requests and streams served at once; a worker has two streams"
+        "--network-threads",
+        type=int,
+        default=NETWORK_THREADS,
+        metavar="N",
+        help=f"requests and streams served at once; a worker has two streams (default {NETWORK_THREADS})",
     )
     options.add_argument(
         "--spill-folder",
@@ -32,14 +37,18 @@ def main() -> int:
     given = options.parse_args()
     if given.spill_folder is not None and not given.spill_folder.is_dir():
         options.error(f"--spill-folder {given.spill_folder} is no folder")
+    least, most = NETWORK_THREADS_RANGE
+    if not least <= given.network_threads <= most:
+        options.error(f"--network-threads {given.network_threads}: give an integer from {least} to {most}")
     transport = GrpcTransport()
     service = ShardService(spill_folder=given.spill_folder)
-    server = GrpcServer(service, "Shard", listen=given.listen, threads=given.threads)
+    server = GrpcServer(service, "Shard", listen=given.listen, threads=given.network_threads)
 
     sys.setswitchinterval(SWITCH_SECONDS)
 
     async def body() -> None:
         with observed_as("shard", given) as telemetry:
+            announce("shard", pinned=bool(given.pin_cores), network_threads=given.network_threads)
             telemetry.registry.add(server_source(server))
             telemetry.registry.add(client_source(transport))
             warm_up()

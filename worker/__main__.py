@@ -7,9 +7,9 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from threadpoolctl import threadpool_limits
-
 from oarlock.client.entry import parser, run
+from oarlock.client.job import JobSpec
+from oarlock.client.processors import announce, limit_blas
 from oarlock.client.telemetry import client_source, observed_as
 from oarlock.data.reader import KINDS, open_reader
 from oarlock.proto.rpc import GrpcTransport
@@ -22,9 +22,13 @@ def main() -> int:
     options = parser("oarlock.worker", "A worker: trains what the coordinator leases to it.")
     options.add_argument("--coordinator", required=True, metavar="HOST:PORT")
     options.add_argument("--reader", default="auto", choices=KINDS)
-    options.add_argument("--blas-threads", type=int, default=1, help="threads of a matrix product")
     given = options.parse_args()
     transport = GrpcTransport()
+
+    def prepare(spec: JobSpec) -> None:
+        # The job's, not the process's: threads of a product decide in which order its sums are made.
+        limit_blas(spec.blas_threads)
+        announce("worker", pinned=bool(given.pin_cores), compute_threads=spec.compute_threads)
 
     async def body() -> None:
         leaving = asyncio.Event()
@@ -32,7 +36,6 @@ def main() -> int:
         with (
             observed_as("worker", given) as telemetry,
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
-            threadpool_limits(given.blas_threads),
         ):
             telemetry.registry.add(client_source(transport))
             warm_up()
@@ -46,6 +49,7 @@ def main() -> int:
                     rng=random.SystemRandom(),
                     leaving=leaving,
                     telemetry=telemetry,
+                    prepare=prepare,
                 )
             finally:
                 await transport.close()

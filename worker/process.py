@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any
 
@@ -46,10 +46,12 @@ async def run_worker(
     rng: random.Random,
     leaving: asyncio.Event | None = None,
     telemetry: Telemetry | None = None,
+    prepare: Callable[[JobSpec], None] | None = None,
 ) -> Trainer | None:
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
+    ``prepare`` is called once, with the job that was joined, before anything is computed.
     """
     leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
@@ -61,6 +63,8 @@ async def run_worker(
         await member.leave()
         return None
     spec = member.spec
+    if prepare is not None:
+        prepare(spec)
     trainer: Trainer | None = None
 
     async def train() -> None:

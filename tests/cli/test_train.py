@@ -2,6 +2,7 @@
 """`oarlock train`, `status`, `prepare` and `demo`: what goes to standard output, what to standard error, and the end."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -215,3 +216,33 @@ def test_a_reader_of_the_result_that_is_gone(tmp_path: Path, data: Path) -> None
     assert process.wait(60) == 1
     assert "Traceback" not in words
     assert "Exception ignored" not in words
+
+
+def test_a_run_says_once_what_it_computes_on(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    core = str(min(os.sched_getaffinity(0)))
+    pins = ["--worker-pin-cores", core, "--server-pin-cores", "auto"]
+    ended = train("--epochs", "1", "--name", "a", "--workers", "1", "--blas-threads", "2", *pins)
+    assert ended.code == 0
+    lines = [line for line in ended.err.splitlines() if line.startswith(("processors: ", "warning: "))]
+    assert lines[0].startswith("processors: cores ")
+    assert f"; workers on {core}; " in lines[0]
+    assert "blas_threads 2 (" in lines[0]
+    assert "OPENBLAS_CORETYPE=Haswell ties" in lines[1]
+    assert "run `unset OPENBLAS_CORETYPE` first" in lines[1]
+    assert "times blas_threads = 2 are 2 threads on 1 core" in lines[2]
+    assert len(lines) == 3
+    assert "event=processors role=job" in Path("runs/a/logs/job.log").read_text()
+    job = tomllib.loads(Path("runs/a/job.toml").read_text())
+    assert (job["blas_threads"], job["server_pin_cores"], job["worker_pin_cores"]) == (2, "auto", core)
+
+
+def test_cores_that_are_not_there_are_refused_before_there_is_a_job(train: Command) -> None:
+    ended = train("--epochs", "1", "--name", "a", "--worker-pin-cores", "60000-60001")
+    assert ended.code == 1
+    assert "oarlock: worker_pin_cores = '60000-60001': cores 60000-60001 cannot be used by this process" in ended.line
+    assert not Path("runs").exists()
+    assert train("--epochs", "1", "--name", "a").code == 0
+    ended = train("--resume", "--epochs", "2", "--name", "a", "--server-pin-cores", "60000")
+    assert (ended.code, "core 60000 cannot be used" in ended.line) == (1, True)
+    assert train("--resume", "--name", "a", "--server-pin-cores", "").code == 0

@@ -94,6 +94,7 @@ class Stage:
     def __init__(self, spec: JobSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spec, self.folder = spec, folder
         self.started: list[tuple[str, int, list[str]]] = []
+        self.blas_threads: dict[str, int] = {}
         self.phase = "training"
         self.term = 1
         self.away = False
@@ -110,9 +111,18 @@ class Stage:
         monkeypatch.setattr(processes, "start_child", self.start_child)
 
     def start_child(
-        self, role: str, number: int, module: str, arguments: list[str], *, logs: Path, log_level: str
+        self,
+        role: str,
+        number: int,
+        module: str,
+        arguments: list[str],
+        *,
+        logs: Path,
+        log_level: str,
+        blas_threads: int,
     ) -> Child:
         self.started.append((role, number, arguments))
+        self.blas_threads[role] = blas_threads
         log = logs / f"{role}-{number}.log"
         with log.open("ab") as out:
             begun = out.tell()

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from oarlock.client.processors import parse_cores
+
 # Two lives of five processes, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(400)
 
@@ -137,8 +139,9 @@ def go_on(launch: Callable[..., Launched], epochs_done: int) -> dict[str, Any]:
 
 
 def test_an_interrupted_job_ends_within_seconds_and_goes_on(launch: Callable[..., Launched]) -> None:
-    job = launch("--epochs", str(ENDLESS))
+    job = launch("--epochs", str(ENDLESS), "--worker-pin-cores", "auto", "--network-threads", "40")
     job.wait_for("epoch 1/")
+    processors_are_as_told(job)
     assert (len(job.of("oarlock.cluster")), len(job.of("oarlock.ps")), len(job.of("oarlock.worker"))) == (1, 2, 2)
     job.process.send_signal(signal.SIGINT)
     assert job.end(45.0) == 130
@@ -151,6 +154,32 @@ def test_an_interrupted_job_ends_within_seconds_and_goes_on(launch: Callable[...
     finished = go_on(launch, done)
     assert finished["history"][:done] == stopped["history"]
     assert (finished["run"], finished["servers"], finished["workers"], finished["reader"]) == (2, 1, 2, "arrow")
+
+
+def processors_are_as_told(job: Launched) -> None:
+    """Cores are shared out among the workers, whose threads all run there; nothing else is pinned."""
+    allowed = os.sched_getaffinity(0)
+    assert job.words.count("processors: cores ") == 1
+    seen: dict[str, set[int]] = {}
+    for log in (job.out.parent / "runs" / "job" / "logs").glob("*-*.log"):
+        (line,) = [line for line in log.read_text().splitlines() if "event=processors" in line]
+        told = dict(word.split("=") for word in line.split()[4:])
+        seen[log.stem] = set(parse_cores(told["cores"], "cores"))
+        assert told["pinned"] == ("true" if told["role"] == "worker" else "false")
+        assert told["blas_threads"] == "1"
+        assert told.get("network_threads") == ("40" if told["role"] == "shard" else None)
+        assert told.get("compute_threads") == ("1" if told["role"] == "worker" else None)
+    workers = [seen.pop("worker-0"), seen.pop("worker-1")]
+    assert set.union(*workers) == allowed
+    assert not set.intersection(*workers) or len(allowed) == 1
+    assert list(seen.values()) == [allowed] * 3
+    threads = [
+        os.sched_getaffinity(int(task.name))
+        for pid in job.of("oarlock.worker")
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    assert len(threads) > 10
+    assert all(cores in workers for cores in threads)
 
 
 @pytest.mark.slow
