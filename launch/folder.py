@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
-# What a run may change when it goes on from a checkpoint: nothing that a batch or a row depends on. Threads change the order of
-# sums and of pushes, which no mode fixes yet.
+# What a run may change when it goes on from a checkpoint: nothing that a batch or a row depends on. Threads may change the
+# order of sums and of pushes, but no mode fixes that yet.
 _FIXED = (
     "recipe",
     "seed",
