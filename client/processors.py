@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # In ascending order; none: not pinned.
 Cores = tuple[int, ...]
 
-# Requests and streams that a shard serves at once: a worker has two streams to it.
+# Requests and connections that a shard serves at once.
 NETWORK_THREADS = 512
 NETWORK_THREADS_RANGE = (16, 65536)
 # Far beyond what the kernel knows; what is typed wrong makes no list of a billion numbers.

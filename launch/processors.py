@@ -19,6 +19,7 @@ from oarlock.client.processors import (
     usable_cores,
 )
 from oarlock.launch.config import AUTO, RunConfig
+from oarlock.proto.rpc.frame_client import CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Processors:
         """Return what is allowed but slow."""
         least = min((len(self.of("worker", n) or allowed_cores()) for n in range(spec.workers)), default=1)
         found = [crowded(spec.compute_threads, spec.blas_threads, least)]
-        # Three quarters of a server's threads are for streams.
-        if 2 * spec.workers > self.network_threads * 3 // 4:
+        # Three quarters of what a server has are for pulls and pushes.
+        wanted = CONNECTIONS * spec.workers
+        if wanted > self.network_threads * 3 // 4:
             found.append(
-                f"network_threads = {self.network_threads} are too few for two streams of each of {spec.workers} workers, "
-                f"which then wait for each other; give {-(-8 * spec.workers // 3)}"
+                f"network_threads = {self.network_threads} are too few for up to {CONNECTIONS} connections of each of "
+                f"{spec.workers} workers, which then wait for each other; give {-(-4 * wanted // 3)}"
             )
         return [words for words in found if words]
 

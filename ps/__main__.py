@@ -11,6 +11,7 @@ from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, an
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.rpc.frame_client import CONNECTIONS
 from oarlock.ps.process import SWITCH_SECONDS, run_shard
 from oarlock.ps.service import ShardService
 
@@ -26,7 +27,7 @@ def main() -> int:
         type=int,
         default=NETWORK_THREADS,
         metavar="N",
-        help=f"requests and streams served at once; a worker has two streams (default {NETWORK_THREADS})",
+        help=f"requests and connections served at once; a worker has up to {CONNECTIONS} (default {NETWORK_THREADS})",
     )
     options.add_argument(
         "--spill-folder",

@@ -102,9 +102,9 @@ def test_what_is_slow_is_told(start: Any, four_cores: None) -> None:
     (words,) = Processors(workers=((0, 1, 2, 3), (3,))).warnings(spec)
     assert "compute_threads = 2 times blas_threads = 2 are 4 threads on 1 core of a worker" in words
     (words,) = Processors(network_threads=16).warnings(start("b", workers=7)[0])
-    assert "two streams of each of 7 workers" in words
-    assert words.endswith("give 19")
-    for threads, told in ((18, 1), (19, 0)):
+    assert "too few for up to 4 connections of each of 7 workers" in words
+    assert words.endswith("give 38")
+    for threads, told in ((37, 1), (38, 0)):
         assert len(Processors(network_threads=threads).warnings(start(f"c{threads}", workers=7)[0])) == told
 
 
