@@ -199,7 +199,7 @@ def prepare(workload: Workload, spec: JobSpec, routes: Routes, count: int) -> li
         example = workload.encode({"user": users[rows], "item": items[rows]}, epoch=0, split=number, batch=0)
         # The recipe's labels are one array that every batch fills anew.
         example.feeds.update({name: values.copy() for name, values in example.feeds.items()})
-        found.append(preparer.prepare(example, routes))
+        found.append(preparer.prepare([example], routes))
     return found
 
 

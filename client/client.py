@@ -6,7 +6,8 @@ calls may be in flight at once, but groups of one split are pushed one after ano
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +67,27 @@ class Client:
         returned that fed the group, from which shards count staleness. The messages are made before this returns: the
         arrays may be reused at once, also before the awaitable is done.
         """
+        made = self.make_push(
+            split, group, gradients, dense=dense, dense_rate=dense_rate, step=step, number=number, seen=seen
+        )
+        return made()
+
+    def make_push(
+        self,
+        split: int,
+        group: int,
+        gradients: Mapping[str, RowGradients],
+        *,
+        dense: NDArray[np.float32] | None = None,
+        dense_rate: float = 0.0,
+        step: int = 0,
+        number: int = 0,
+        seen: Mapping[int, int] | None = None,
+    ) -> Callable[[], Awaitable[PushCounts]]:
+        """As ``push``, but the messages are only made; calling the result sends them. In any thread."""
         identity = PushIdentity(split, group, step, number, seen or {})
-        return push(self._member, cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate))
+        messages = cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate)
+        return partial(push, self._member, messages)
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""

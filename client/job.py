@@ -8,10 +8,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from oarlock.embedding.spec import DenseSpec, TableSpec, dense_from_json, table_from_json, to_json
+from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
-MODES = ("async", "ssp")
+MODES = ("async", "ssp", "geo")
 
 # A lease that outlasts this is as good as none.
 MAX_LEASE_SECONDS = 1e9
@@ -33,6 +33,8 @@ class JobSpec:
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
     ``transforms``: how raw columns become what the model is fed, as fitted when the job was planned (JSON, empty: none).
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
+    ``accumulate``: batches of a group, whose gradients are pushed as one; it is the k of geo(k), where a worker steps rows of its
+    own and pushes the difference that the group made.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
     every ``checkpoint_epochs`` epochs (0: only at the end). ``compute_threads``: batches that a worker computes at once;
     ``blas_threads``: threads of each matrix product.
@@ -64,6 +66,7 @@ class JobSpec:
     reader: str = "auto"
     open_splits: int = 2
     prefetch: int = 2
+    accumulate: int = 1
     compute_threads: int = 1
     blas_threads: int = 1
     lease_seconds: float = 5.0
@@ -87,6 +90,7 @@ class JobSpec:
             "workers",
             "open_splits",
             "prefetch",
+            "accumulate",
             "checkpoints_kept",
         ):
             value = getattr(self, name)
@@ -105,6 +109,8 @@ class JobSpec:
                 f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "
                 "give mode = 'ssp', or staleness = 0"
             )
+        if self.mode == "geo":
+            self._check_geo()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
         for name in ("heartbeat_seconds", "lease_seconds"):
@@ -122,6 +128,23 @@ class JobSpec:
                 raise InvalidArgument(
                     f"two parameters are named {name!r}; every table and dense parameter needs its own name"
                 )
+
+    def _check_geo(self) -> None:
+        """Raise InvalidArgument unless the rows that a worker steps by itself move as the shards' would."""
+        specs: tuple[TableSpec | DenseSpec, ...] = (*self.tables, *self.dense)
+        for spec in specs:
+            parts = spec.parts if isinstance(spec, TableSpec) else ()
+            for optimizer in [part.optimizer for part in parts] or [spec.optimizer]:
+                if optimizer != OptimizerSpec("sgd"):
+                    raise InvalidArgument(
+                        f"mode = 'geo' and the optimizer of {spec.name}, {optimizer.name!r}, contradict each other: workers step "
+                        "rows of their own, so choose 'sgd' without clipping, decay, bounds or a schedule, or mode = 'async'"
+                    )
+
+    def groups(self, rows: int) -> int:
+        """Return how many groups a split of ``rows`` raw rows has."""
+        batches = -(-rows // self.batch_rows)
+        return -(-batches // self.accumulate)
 
     @property
     def job_bytes(self) -> bytes:

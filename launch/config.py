@@ -37,6 +37,7 @@ class RunConfig:
     seed: int = 0
     mode: str = "async"
     staleness: int = 0
+    accumulate: int = 1
     reader: str = "auto"
     checkpoint_epochs: int = 1
     checkpoints_kept: int = 2
@@ -64,6 +65,7 @@ class RunConfig:
             ("epochs", 1, 1 << 20),
             ("open_splits", 1, 64),
             ("prefetch", 1, 64),
+            ("accumulate", 1, 4096),
             ("compute_threads", 1, MAX_THREADS),
             ("blas_threads", 1, MAX_THREADS),
             ("network_threads", *NETWORK_THREADS_RANGE),

@@ -37,6 +37,7 @@ _FIXED = (
     "tables",
     "dense",
     "batch_rows",
+    "accumulate",
     "rows_per_split",
     "files",
     "splits",

@@ -105,7 +105,17 @@ async def _run(
             try:
                 reader = open_reader(spec.reader)
                 rng = random.SystemRandom()
-                asyncio.run(run_worker(transport, COORDINATOR, reader, executor, rng=rng, telemetry=telemetry))
+                asyncio.run(
+                    run_worker(
+                        transport,
+                        COORDINATOR,
+                        reader,
+                        executor,
+                        rng=rng,
+                        telemetry=telemetry,
+                        compute_in_threads=spec.compute_threads > 1,
+                    )
+                )
             except PSError as error:
                 failures.append(str(error))
             except BaseException as error:

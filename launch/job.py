@@ -40,6 +40,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         transforms=plan.transforms,
         mode=run.mode,
         staleness=run.staleness,
+        accumulate=run.accumulate,
         reader=run.reader,
         open_splits=run.open_splits,
         prefetch=run.prefetch,

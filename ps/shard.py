@@ -88,8 +88,7 @@ class Shard:
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks = Marks(self.layout.blocks)
-        groups = -(-spec.rows_per_split // spec.batch_rows)
-        self.sweeper = Sweeper(self.tables, epoch_steps=spec.splits * groups)
+        self.sweeper = Sweeper(self.tables, epoch_steps=spec.splits * spec.groups(spec.rows_per_split))
 
     @property
     def sequence(self) -> NDArray[np.int64]:

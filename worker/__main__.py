@@ -50,6 +50,7 @@ def main() -> int:
                     leaving=leaving,
                     telemetry=telemetry,
                     prepare=prepare,
+                    compute_in_threads=True,
                 )
             finally:
                 await transport.close()

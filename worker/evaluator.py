@@ -8,6 +8,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from oarlock.data.splits import plan_splits
 from oarlock.proto.coordinator_pb2 import EVALUATE, CloseSplitRequest
 from oarlock.proto.errors import InvalidArgument
 from oarlock.telemetry.stages import Stages
+from oarlock.worker.compute import predict
 from oarlock.worker.prepare import Prepared
 from oarlock.worker.recipe import EvaluationBatch, Labelled, Summed
 from oarlock.worker.session import Session
@@ -75,7 +77,12 @@ class Evaluator:
                 fetch(1)
                 # What was just begun leaves before the batch at hand computes.
                 await asyncio.sleep(0)
-                take(batch, self._session.program.predict(self._session.load(prepared), prepared.samples))
+                program = await self._session.borrow()
+                try:
+                    scored = partial(predict, program, self._workload.model.lookups, prepared)
+                    take(batch, await self._session.compute(scored))
+                finally:
+                    self._session.give_back(program)
 
     async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
-        return batch, await self._session.pull(await self._session.encode(lambda: batch.example))
+        return batch, await self._session.pull(await self._session.encode(lambda: [batch.example]))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare: raw rows to a batch whose keys are distinct and grouped by block, ready to be pulled.
+"""Prepare: examples to a group whose keys are distinct and ordered by block, ready to be pulled.
 
-Invariant: lookups that share a table share one KeySet, so a key is pulled and pushed once per batch. One thread.
+Invariant: lookups that share a table share one KeySet, so a key is pulled and pushed once per group. One thread.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,9 +21,12 @@ from oarlock.worker.recipe import Example
 
 @dataclass
 class Prepared:
-    """A batch on its way: what to pull, into which buffers, and where each lookup's samples find their rows."""
+    """A group on its way: what to pull, into which buffers, and where each lookup's samples find their rows.
 
-    samples: int
+    ``sizes``: samples of each of its batches, which lie one after the other in ``inverse`` and ``feeds``.
+    """
+
+    sizes: tuple[int, ...]
     keys: dict[str, KeySet]
     inverse: dict[str, NDArray[np.int32]]
     feeds: dict[str, NDArray[np.float32]]
@@ -31,9 +35,13 @@ class Prepared:
     # Pushes that each shard had applied when the rows were pulled.
     seen: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes)
+
 
 class Preparer:
-    """Turns Examples into Prepared batches; its sorter's scratch memory is used again and again."""
+    """Turns Examples into Prepared groups; its sorter's scratch memory is used again and again."""
 
     def __init__(self, model: Model, layout: Layout) -> None:
         self._sorter = KeySorter()
@@ -56,8 +64,9 @@ class Preparer:
             )
         self._salts = {t: table_salt(t) for t in self._tables}
 
-    def prepare(self, example: Example, routes: Routes) -> Prepared:
-        """Return the example with its keys made distinct, in the order in which ``routes`` groups blocks by owner."""
+    def prepare(self, examples: Sequence[Example], routes: Routes) -> Prepared:
+        """Return a group's examples with their keys made distinct, in the order in which ``routes`` groups blocks by owner."""
+        example = examples[0] if len(examples) == 1 else _joined(examples)
         keys: dict[str, KeySet] = {}
         inverse: dict[str, NDArray[np.int32]] = {}
         rows: dict[str, NDArray[np.float32]] = {}
@@ -77,4 +86,11 @@ class Preparer:
                 at += r.size
             rows[table] = np.empty((len(made.keys), spec.dim), np.float32)
         dense = np.empty(self._layout.dense_size, np.float32)
-        return Prepared(example.samples, keys, inverse, example.feeds, rows, dense)
+        return Prepared(tuple(e.samples for e in examples), keys, inverse, example.feeds, rows, dense)
+
+
+def _joined(examples: Sequence[Example]) -> Example:
+    """Return the examples of several batches as one."""
+    keys = {name: np.concatenate([e.keys[name] for e in examples]) for name in examples[0].keys}
+    feeds = {name: np.concatenate([e.feeds[name] for e in examples]) for name in examples[0].feeds}
+    return Example(sum(e.samples for e in examples), keys, feeds)

@@ -11,8 +11,8 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from oarlock.client.client import Client
@@ -47,11 +47,13 @@ async def run_worker(
     leaving: asyncio.Event | None = None,
     telemetry: Telemetry | None = None,
     prepare: Callable[[JobSpec], None] | None = None,
+    compute_in_threads: bool = False,
 ) -> Trainer | None:
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
-    ``prepare`` is called once, with the job that was joined, before anything is computed.
+    ``prepare`` is called once, with the job that was joined, before anything is computed. Without ``compute_in_threads`` one
+    batch at a time is computed, on the event loop: nothing then depends on which of two threads is faster.
     """
     leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
@@ -66,16 +68,19 @@ async def run_worker(
     if prepare is not None:
         prepare(spec)
     trainer: Trainer | None = None
+    compute_threads = spec.compute_threads if compute_in_threads else 1
 
     async def train() -> None:
         nonlocal trainer
         async with member.kept(telemetry.told(lambda: trainer.stats() if trainer else {})):
             # Not on the loop: footers of many files and a recipe's imports take longer than a lease.
             workload = await asyncio.get_running_loop().run_in_executor(executor, _load, spec)
-            program = workload.model.bind(workload.max_samples)
+            programs = [workload.model.bind(workload.max_samples) for _ in range(compute_threads)]
             if await _placed(member):
-                trainer = Trainer(Session(workload, program, Client(member), member, reader, executor))
-                await trainer.run()
+                with _compute_threads(compute_threads if compute_in_threads else 0) as computing:
+                    client = Client(member)
+                    trainer = Trainer(Session(workload, programs, client, member, reader, executor, computing))
+                    await trainer.run()
 
     stopping = asyncio.ensure_future(_pass_on(leaving, member))
     try:
@@ -92,6 +97,16 @@ async def run_worker(
     logger.info("event=worker_over id=%d stats=%s", member.id, json.dumps(trainer.stats() if trainer else {}))
     await member.leave()
     return trainer
+
+
+@contextlib.contextmanager
+def _compute_threads(number: int) -> Iterator[Executor | None]:
+    """Have so many threads to compute in; None for none."""
+    if not number:
+        yield None
+        return
+    with ThreadPoolExecutor(number, thread_name_prefix="oarlock-compute") as computing:
+        yield computing
 
 
 async def _pass_on(leaving: asyncio.Event, member: Membership) -> None:

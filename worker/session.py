@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Session: what a worker's training and its evaluation share, and the two steps that both take with a batch.
+"""Session: what a worker's training and its evaluation share, and the steps that both take with a batch.
 
-Invariant: encoding, reading and the sorter's scratch memory belong to the one thread of ``executor``; the program to the event
-loop's thread.
+Invariant: encoding, reading and the sorter's scratch memory belong to the one thread of ``executor``; a program to whoever
+borrowed it, who computes with it in one of the compute threads, or, without any, on the event loop.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -26,14 +26,18 @@ class Session:
     def __init__(
         self,
         workload: Workload,
-        program: Program,
+        programs: Sequence[Program],
         client: Client,
         member: Membership,
         reader: Reader,
         executor: Executor,
+        computing: Executor | None = None,
     ) -> None:
         self.workload = workload
-        self.program = program
+        self._programs: asyncio.Queue[Program] = asyncio.Queue()
+        for program in programs:
+            self._programs.put_nowait(program)
+        self._computing = computing
         self.client = client
         self.member = member
         self.reader = reader
@@ -44,20 +48,25 @@ class Session:
         """Return ``function(*arguments)``, called in the reading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    async def encode(self, encode: Callable[[], Example]) -> Prepared:
-        """Return the batch that ``encode`` makes, ready to be pulled."""
+    async def compute(self, function: Callable[[], T]) -> T:
+        """Return ``function()``, called in a compute thread; on the event loop if there is none."""
+        if self._computing is None:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._computing, function)
+
+    async def borrow(self) -> Program:
+        """Wait for a program that nobody uses; to be given back."""
+        return await self._programs.get()
+
+    def give_back(self, program: Program) -> None:
+        self._programs.put_nowait(program)
+
+    async def encode(self, encode: Callable[[], Sequence[Example]]) -> Prepared:
+        """Return the group of the batches that ``encode`` makes, ready to be pulled."""
         routes = self.client.routes
         return await self.in_thread(lambda: self._preparer.prepare(encode(), routes))
 
     async def pull(self, prepared: Prepared, number: int = 0) -> Prepared:
-        """Fill the batch with its rows and dense values. ``number``: of the group on the wire, under ssp."""
+        """Fill the group with its rows and dense values. ``number``: of the group on the wire, under ssp."""
         prepared.seen = await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense, number=number)
         return prepared
-
-    def load(self, prepared: Prepared) -> dict[str, Any]:
-        """Put a batch's dense values into the program and return its feeds."""
-        self.program.flat_parameters[:] = prepared.dense
-        feeds: dict[str, Any] = dict(prepared.feeds)
-        for lookup in self.workload.model.lookups:
-            feeds[lookup.name] = (prepared.rows[lookup.table], prepared.inverse[lookup.name])
-        return feeds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open split: its rows in training order, how far it came, and its last push.
+"""An open split: its rows in training order, and how far it came.
 
 Invariant: group n + 1 is pushed only after the push of group n was acknowledged by every block. One event loop.
 """
@@ -7,7 +7,6 @@ Invariant: group n + 1 is pushed only after the push of group n was acknowledged
 import asyncio
 from dataclasses import dataclass, field
 
-from oarlock.client.push import PushCounts
 from oarlock.data.columns import Arrays, ColumnSpec, offsets_of
 from oarlock.data.order import row_order
 from oarlock.data.reader import Reader
@@ -16,10 +15,11 @@ from oarlock.data.splits import SplitPlan
 
 @dataclass
 class OpenSplit:
-    """A leased split. ``groups`` are its batches, of equal size within one row and at most ``batch_rows``.
+    """A leased split. Its ``batches`` are of equal size within one row and at most ``batch_rows``.
 
-    A short last batch would move the parameters as far as a full one on a fraction of the evidence. ``scheduled`` is the
-    next batch to prepare.
+    A short last batch would move the parameters as far as a full one on a fraction of the evidence. A group is ``accumulate``
+    batches, aligned; the last one may have fewer. ``scheduled`` is the next group to prepare; ``pushed`` is set
+    once the last group that was computed is acknowledged.
     """
 
     id: int
@@ -27,18 +27,27 @@ class OpenSplit:
     rows: Arrays
     size: int
     batch_rows: int
+    accumulate: int = 1
     scheduled: int = 0
     loss_sum: float = 0.0
     losses: int = 0
-    pushing: asyncio.Task[PushCounts] | None = field(default=None, repr=False)
+    pushed: asyncio.Event | None = field(default=None, repr=False)
+
+    @property
+    def batches(self) -> int:
+        return -(-self.size // self.batch_rows)
 
     @property
     def groups(self) -> int:
-        return -(-self.size // self.batch_rows)
+        return -(-self.batches // self.accumulate)
 
-    def batch(self, group: int) -> Arrays:
+    def batches_of(self, group: int) -> range:
+        """Return the numbers of a group's batches."""
+        return range(group * self.accumulate, min((group + 1) * self.accumulate, self.batches))
+
+    def batch(self, number: int) -> Arrays:
         """Return the rows of one batch, as views."""
-        run = slice(group * self.size // self.groups, (group + 1) * self.size // self.groups)
+        run = slice(number * self.size // self.batches, (number + 1) * self.size // self.batches)
         return {name: values[run] for name, values in self.rows.items()}
 
 

@@ -18,19 +18,20 @@ def worker_source(trainer: Callable[[], Trainer | None]) -> Source:
         found = trainer()
         if found is None:
             return {}
-        stages = (found.stages, found.evaluation_stages)
+        done = found.progress
+        stages = (done.stages, found.evaluation_stages)
         # Copied first: the worker may enter a stage for the first time. Both have stages of their own.
         seconds = {name: value for s in stages for name, value in s.seconds.copy().items()}
         entries = {name: value for s in stages for name, value in s.entries.copy().items()}
         return {
-            "oarlock_worker_batches_total": found.batches,
-            "oarlock_worker_samples_total": found.samples,
-            "oarlock_worker_refused_gradients_total": found.refused,
+            "oarlock_worker_batches_total": done.batches,
+            "oarlock_worker_samples_total": done.samples,
+            "oarlock_worker_refused_gradients_total": done.refused,
             "oarlock_worker_open_splits": found.held_splits,
             "oarlock_worker_stage_seconds_total": seconds,
             "oarlock_worker_stage_entries_total": entries,
-            "oarlock_worker_pull_seconds": found.pull_seconds,
-            "oarlock_worker_push_seconds": found.push_seconds,
+            "oarlock_worker_pull_seconds": done.pull_seconds,
+            "oarlock_worker_push_seconds": done.push_seconds,
         }
 
     return source

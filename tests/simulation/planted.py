@@ -164,7 +164,7 @@ def closed_before_the_last_answer(patch: Patch) -> None:
     original = Trainer._close
 
     async def close(self: Trainer, split: Any) -> None:
-        split.pushing = None
+        split.pushed = None
         await original(self, split)
 
     patch.setattr(Trainer, "_close", close)

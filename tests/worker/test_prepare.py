@@ -46,7 +46,7 @@ def test_keys_are_distinct_shared_and_in_the_routes_order(rng: np.random.Generat
         routes = routes_of(layout, rng)
         raw = {"u": rng.integers(0, 50, n), "i": rng.integers(0, 60, n), "j": rng.integers(30, 90, n)}
         example = Example(n, {k: v.astype(np.uint64) for k, v in raw.items()}, {"y": np.ones(n, np.float32)})
-        made = preparer.prepare(example, routes)
+        made = preparer.prepare([example], routes)
         assert set(made.keys) == {"user", "item"}
         assert made.samples == n
         assert made.feeds is example.feeds
@@ -74,9 +74,9 @@ def test_a_batch_is_not_changed_by_the_next_one(rng: np.random.Generator) -> Non
         draw = np.random.default_rng(seed)
         return Example(50, {n: draw.integers(0, 40, 50).astype(np.uint64) for n in "uij"}, {})
 
-    first = preparer.prepare(example(1), routes)
+    first = preparer.prepare([example(1)], routes)
     kept = {t: tuple(a.copy() for a in k) for t, k in first.keys.items()}
-    preparer.prepare(example(2), routes)
+    preparer.prepare([example(2)], routes)
     for table, arrays in kept.items():
         for was, now in zip(arrays, first.keys[table], strict=True):
             np.testing.assert_array_equal(was, now)
@@ -87,7 +87,7 @@ def test_fields_keep_their_shape(rng: np.random.Generator) -> None:
     model = Model(score=logit, loss=binary_cross_entropy(logit, label="y"))
     layout = layout_of(model)
     keys = rng.integers(0, 9, (6, 4)).astype(np.uint64)
-    made = Preparer(model, layout).prepare(Example(6, {"f": keys}, {}), routes_of(layout, rng))
+    made = Preparer(model, layout).prepare([Example(6, {"f": keys}, {})], routes_of(layout, rng))
     np.testing.assert_array_equal(made.keys["item"].keys[made.inverse["f"]], keys)
 
 
@@ -101,20 +101,22 @@ def test_a_recipe_that_does_not_fit_its_job_is_refused(rng: np.random.Generator)
         Preparer(model, Layout(layout_of(model).tables, model.parameters[:1]))
     with pytest.raises(InvalidArgument, match="no keys for lookup 'i'"):
         Preparer(model, layout_of(model)).prepare(
-            Example(1, {"u": np.ones(1, np.uint64)}, {}), routes_of(layout_of(model), rng)
+            [Example(1, {"u": np.ones(1, np.uint64)}, {})], routes_of(layout_of(model), rng)
         )
 
 
-@given(st.integers(1, 3000), st.integers(1, 400))
-def test_batches_partition_a_split_evenly(size: int, batch_rows: int) -> None:
-    split = OpenSplit(0, 0, {"x": np.arange(size)}, size, batch_rows)
-    parts = [split.batch(group)["x"] for group in range(split.groups)]
+@given(st.integers(1, 3000), st.integers(1, 400), st.integers(1, 9))
+def test_batches_partition_a_split_evenly(size: int, batch_rows: int, accumulate: int) -> None:
+    split = OpenSplit(0, 0, {"x": np.arange(size)}, size, batch_rows, accumulate)
+    parts = [split.batch(n)["x"] for n in range(split.batches)]
+    assert [n for group in range(split.groups) for n in split.batches_of(group)] == list(range(split.batches))
+    assert all(len(split.batches_of(group)) == accumulate for group in range(split.groups - 1))
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(size))
     lengths = {len(part) for part in parts}
     assert max(lengths) <= batch_rows
     assert max(lengths) - min(lengths) <= 1
     # No more batches than it takes.
-    assert split.groups == -(-size // batch_rows)
+    assert split.batches == -(-size // batch_rows)
 
 
 class Memory:

@@ -28,9 +28,9 @@ def test_every_sample_is_trained_once(make_job: Make, workers: int, open_splits:
     assert len(job.wire.later) > 5
     job.check_counted_once()
     trainers = [worker.result() for worker in job.workers]
-    assert sum(t.samples for t in trainers) == len(job.data["train"]) * job.spec.epochs
-    assert sum(t.batches for t in trainers) == job.groups()
-    assert all(t.batches > 0 and not t.stats()["open_splits"] for t in trainers)
+    assert sum(t.progress.samples for t in trainers) == len(job.data["train"]) * job.spec.epochs
+    assert sum(t.progress.batches for t in trainers) == job.groups()
+    assert all(t.progress.batches > 0 and not t.stats()["open_splits"] for t in trainers)
     assert [r.loss for r in job.coordinator.work.history] == [0.25] * job.spec.epochs
 
 
@@ -202,7 +202,7 @@ def test_refused_gradients_are_counted(make_job: Make, counting: Any) -> None:
         for table in request.tables:
             refused += int(np.isin(unpack(table.keys.keys, np.uint64, "keys"), [3, 7, 40]).sum())
     assert refused > 10
-    assert job.workers[0].result().refused == refused
+    assert job.workers[0].result().progress.refused == refused
 
 
 def test_a_bad_file_fails_the_job_after_three_workers(make_job: Make) -> None:
@@ -268,7 +268,7 @@ def test_a_stop_in_the_middle_leaves_whole_groups_and_gives_back_the_rest(
     sent = {(r.split, r.group) for r in job.wire.calls("Shard.Push", "answered")}
     assert sent == {(split, batch) for _, split, batch in counting.seen}
     assert job.groups() == len(sent)
-    assert job.counts().sum() == 2 * sum(w.result().samples for w in job.workers)
+    assert job.counts().sum() == 2 * sum(w.result().progress.samples for w in job.workers)
 
 
 def test_a_stop_during_evaluation_gives_back_what_was_not_scored(make_job: Make) -> None:
@@ -334,17 +334,21 @@ def test_a_job_stopped_before_it_began_ends_its_workers_in_peace(make_job: Make,
     assert job.coordinator.phase == STOPPED
 
 
-def test_every_push_says_how_many_groups_were_trained_before(make_job: Make) -> None:
+def follows_what_was_trained(job: Any, counting: Any) -> None:
+    """With one worker, the step of a push is how many batches it had trained before, to the last one."""
+    order = {(draw >> 32, draw & 0xFFFFFFFF): number for number, (_, draw) in enumerate(counting.draws)}
+    pushes = job.wire.calls("Shard.Push")
+    assert len(pushes) == job.groups()
+    assert [r.step for r in pushes] == [order[r.split, r.group] for r in pushes]
+
+
+def test_every_push_says_how_many_groups_were_trained_before(make_job: Make, counting: Any) -> None:
     job = make_job(workers=1, epochs=2, open_splits=1, servers=1)
     job.run(lambda job: job.to_the_end())
-    steps = [r.step for r in job.wire.calls("Shard.Push")]
-    assert steps[0] == 0
-    assert max(steps) > job.groups() / 2, "it follows what all have done"
-    # Known from the last heartbeat, and so never ahead of the truth.
-    assert all(step <= sent for sent, step in enumerate(steps))
+    follows_what_was_trained(job, counting)
 
 
-def test_no_group_counts_twice_while_its_split_is_being_closed(make_job: Make) -> None:
+def test_no_group_counts_twice_while_its_split_is_being_closed(make_job: Make, counting: Any) -> None:
     """The coordinator counts a split's groups when it hears of the close, and tells so before the close is answered."""
     job = make_job(workers=1, epochs=2, open_splits=2, servers=1)
 
@@ -355,17 +359,7 @@ def test_no_group_counts_twice_while_its_split_is_being_closed(make_job: Make) -
 
     job.wire.bend = close_late
     job.run(lambda job: job.to_the_end())
-    acknowledged = 0
-    behind = []
-    for event, method, request in job.wire.log:
-        if method == "Shard.Push" and event == "answered":
-            acknowledged += 1
-        elif method == "Shard.Push":
-            behind.append(acknowledged - request.step)
-    assert len(behind) == job.groups()
-    assert min(behind) >= 0, "a push was said to follow groups that nobody had trained"
-    # What this worker did it knows at once, whenever heartbeats come; answers of the same moment may still be on their way.
-    assert max(behind) <= job.spec.open_splits
+    follows_what_was_trained(job, counting)
 
 
 @pytest.mark.parametrize("usage", [True, False])

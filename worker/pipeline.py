@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline of training: while group n computes, group n + 1 is encoded and pulled, and n - 1 is pushed.
+
+Invariant: at most ``prefetch`` groups, and one for each further compute thread, are between the pull and the push, one more is
+encoded, and at most twice ``open_splits`` pushes are in flight; a split's group is pushed only after the one before it was
+acknowledged by every block. One event loop; encoding runs in the session's thread, computing in its compute threads.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, NamedTuple
+
+from oarlock.client.push import PushCounts, RowGradients, reads_occurrences
+from oarlock.nn import Program
+from oarlock.proto.coordinator_pb2 import TRAIN
+from oarlock.worker.blame import Blame
+from oarlock.worker.clock import WorkerClock
+from oarlock.worker.compute import train_group
+from oarlock.worker.prepare import Prepared
+from oarlock.worker.progress import Progress
+from oarlock.worker.recipe import Example
+from oarlock.worker.session import Session
+from oarlock.worker.splits import OpenSplit
+
+# Turns of the event loop until a push is with the transport: its own task's, and that of the task for each shard.
+HAND_OVER_TURNS = 2
+
+Push = Callable[[], Awaitable[PushCounts]]
+
+
+class Group(NamedTuple):
+    """A group on its way: of which split, its number there, its turn among all groups of this worker."""
+
+    split: OpenSplit
+    number: int
+    turn: int
+
+
+class Pipeline:
+    """Takes groups in and hands them on from stage to stage; ``closing(split)`` is started after a split's last group."""
+
+    def __init__(
+        self,
+        session: Session,
+        clock: WorkerClock,
+        blame: Blame,
+        progress: Progress,
+        closing: Callable[[OpenSplit], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._session = session
+        self._workload = session.workload
+        self._spec = spec = session.member.spec
+        self._clock = clock
+        self._blame = blame
+        self._progress = progress
+        self._closing = closing
+        self._counted = {table.name for table in spec.tables if reads_occurrences(table)}
+        # Groups between the lease and the push, and those of them whose rows are pulled: one more is encoded.
+        pulled = spec.prefetch + spec.compute_threads - 1
+        self._depth = asyncio.Semaphore(pulled + 1)
+        self._pulled = asyncio.Semaphore(pulled)
+        self._fetched: asyncio.Queue[tuple[Group, asyncio.Task[Prepared]] | None] = asyncio.Queue()
+        # Splits of few groups would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
+        self._in_flight = asyncio.Semaphore(2 * spec.open_splits)
+
+    # First half: encoded and pulled
+
+    async def take_in(self, tasks: asyncio.TaskGroup, split: OpenSplit) -> None:
+        """Schedule a split's next group, once there is room."""
+        await self._depth.acquire()
+        group = Group(split, split.scheduled, self._clock.number())
+        split.scheduled += 1
+        fetching = tasks.create_task(self._blame.of(TRAIN, split.id, self._fetch(group)))
+        await self._fetched.put((group, fetching))
+
+    async def end(self) -> None:
+        """Say that no group follows."""
+        await self._fetched.put(None)
+
+    async def _fetch(self, group: Group) -> Prepared:
+        """Encoding runs ahead; the pull waits for its turn, so that what is computed on is no older than it has to be."""
+        split = group.split
+
+        def encode() -> list[Example]:
+            return [
+                self._workload.encode(split.batch(n), epoch=split.epoch, split=split.id, batch=n)
+                for n in split.batches_of(group.number)
+            ]
+
+        with self._progress.stages.time("encode"):
+            prepared = await self._session.encode(encode)
+        await self._pulled.acquire()
+        await self._clock.may_pull(group.turn)
+        begun = time.perf_counter()
+        await self._session.pull(prepared, self._clock.on_wire(group.turn))
+        self._progress.pull_seconds.observe(time.perf_counter() - begun)
+        return prepared
+
+    # Second half: computed and pushed
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Compute and push what was taken in, until no group follows."""
+        while (fetched := await self._fetched.get()) is not None:
+            group, fetching = fetched
+            program = await self._session.borrow()
+            with self._progress.stages.time("wait_for_pull"):
+                prepared = await fetching
+            # Groups of a split are pushed in their order, whoever has computed first.
+            before, group.split.pushed = group.split.pushed, asyncio.Event()
+            tasks.create_task(self._train(tasks, group, prepared, program, before, group.split.pushed))
+            if group.number == group.split.groups - 1:
+                tasks.create_task(self._closing(group.split))
+            # Everything above may have been at hand: let what was begun get under way.
+            await asyncio.sleep(0)
+
+    async def _train(
+        self,
+        tasks: asyncio.TaskGroup,
+        group: Group,
+        prepared: Prepared,
+        program: Program,
+        before: asyncio.Event | None,
+        acknowledged: asyncio.Event,
+    ) -> None:
+        split, progress = group.split, self._progress
+        try:
+            with progress.stages.time("compute"):
+                loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared))
+        finally:
+            self._session.give_back(program)
+        progress.sent(split.id)
+        split.loss_sum += loss_sum
+        split.losses += prepared.samples
+        progress.batches += len(prepared.sizes)
+        progress.samples += prepared.samples
+        with progress.stages.time("wait_for_push"):
+            if before is not None:
+                await before.wait()
+            await self._in_flight.acquire()
+        pushing = tasks.create_task(self._push(group, push, acknowledged))
+        # Nobody's pull overtakes it, or what a worker that is alone computes would depend on how long encoding took.
+        for _ in range(HAND_OVER_TURNS):
+            await asyncio.sleep(0)
+        self._depth.release()
+        self._pulled.release()
+        await pushing
+
+    def _computed(self, program: Program, group: Group, prepared: Prepared) -> tuple[float, Push]:
+        """Train a group and make the messages of its push. In a compute thread."""
+        split, spec = group.split, self._spec
+        done = (split.id + group.number / split.groups) / (spec.splits * spec.epochs)
+        # A number of each batch alone, the same when another worker trains it again.
+        draw = split.id << 32 | split.batches_of(group.number).start
+        trained = train_group(
+            program,
+            self._workload.model.lookups,
+            prepared,
+            self._workload.rates(done),
+            seed=spec.seed,
+            draw=draw,
+            local=spec.mode == "geo",
+        )
+        gradients = {}
+        for table, found in trained.rows.items():
+            keys = prepared.keys[table]
+            counted = keys.occurrences().view("uint32") if table in self._counted else None
+            gradients[table] = RowGradients(keys, found, trained.rates.rows, counted)
+        with self._progress.stages.time("encode_push"):
+            push = self._session.client.make_push(
+                split.id,
+                group.number,
+                gradients,
+                dense=trained.dense,
+                dense_rate=trained.rates.dense,
+                step=self._progress.step(),
+                number=self._clock.on_wire(group.turn),
+                seen=prepared.seen,
+            )
+        return trained.loss_sum, push
+
+    async def _push(self, group: Group, push: Push, acknowledged: asyncio.Event) -> None:
+        begun = time.perf_counter()
+        try:
+            counts = await push()
+        except Exception as error:
+            self._blame.note(TRAIN, group.split.id, error)
+            raise
+        finally:
+            self._in_flight.release()
+        self._progress.push_seconds.observe(time.perf_counter() - begun)
+        self._progress.refused += counts.refused
+        self._clock.acknowledged(group.turn)
+        acknowledged.set()
