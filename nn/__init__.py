@@ -2,9 +2,10 @@
 """Models as static dataflow graphs: layers called on nodes, then ``Model(...).bind(max_batch)`` to train and predict.
 
 Reading order: graph, layers, loss, model; then layout, operations, program; kernels, row_kernels, mask_kernels, pairs;
-feeds; picture.
+feeds; bfloat16, bfloat16_kernels; picture.
 """
 
+from oarlock.nn.bfloat16 import DENSE_DTYPES, check_dense_dtype
 from oarlock.nn.graph import DenseInput, Linear, Lookup, Node
 from oarlock.nn.layers import (
     add,
@@ -27,6 +28,7 @@ from oarlock.nn.picture import LayerCost, cost, dot, picture
 from oarlock.nn.program import Program
 
 __all__ = [
+    "DENSE_DTYPES",
     "DenseInput",
     "LayerCost",
     "Linear",
@@ -36,6 +38,7 @@ __all__ = [
     "Program",
     "add",
     "binary_cross_entropy",
+    "check_dense_dtype",
     "columns",
     "concat",
     "cost",

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec
+from oarlock.nn.bfloat16 import check_dense_dtype
 from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_nodes, topological, trainable
 from oarlock.nn.loss import LOSSES
 from oarlock.nn.program import Program
@@ -30,11 +31,14 @@ class Model:
     """A graph with a purpose: ``predict`` returns the values of ``score``, ``train`` minimises ``loss``.
 
     ``score`` may put nodes without parameters on top of what the loss sees, as in ``score=sigmoid(logit)``.
+    ``dense_dtype``: in what large Linears multiply, "float32" or "bfloat16" (``nn.bfloat16``, which needs PyTorch);
+    parameters, gradients and all other operations are float32 in either case.
     """
 
     score: Node
     loss: Node
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    dense_dtype: str = "float32"
     parameters: tuple[DenseSpec, ...] = field(init=False)
     lookups: tuple[Lookup, ...] = field(init=False)
     dense_inputs: tuple[DenseInput, ...] = field(init=False)
@@ -45,6 +49,7 @@ class Model:
 
     def __post_init__(self) -> None:
         check_nodes("Model", [self.score, self.loss])
+        check_dense_dtype(self.dense_dtype)
         if self.loss.operation not in LOSSES:
             raise InvalidArgument(f"Model: loss is a {self.loss.operation} node; give one of {', '.join(LOSSES)}")
         if self.score.width != 1:

@@ -114,13 +114,12 @@ def _linear_forward(step: Step) -> None:
         return
     if layer.bias:
         kernels.add_bias(out.rows, out.start, step.parameters[1])
-    if layer.activation == "sigmoid":
-        kernels.sigmoid(out.rows, out.start, out.rows, out.start, out.width)
-    elif layer.activation == "tanh":
-        kernels.tanh(out.rows, out.start, out.rows, out.start, out.width)
+    if layer.activation is not None:
+        ACTIVATE[layer.activation](out.rows, out.start, out.rows, out.start, out.width)
 
 
-_IN_PLACE = {"relu": kernels.relu_gradient, "sigmoid": kernels.sigmoid_gradient, "tanh": kernels.tanh_gradient}
+ACTIVATE = {"relu": kernels.relu, "sigmoid": kernels.sigmoid, "tanh": kernels.tanh}
+IN_PLACE = {"relu": kernels.relu_gradient, "sigmoid": kernels.sigmoid_gradient, "tanh": kernels.tanh_gradient}
 
 
 def _linear_backward(step: Step) -> None:
@@ -133,7 +132,7 @@ def _linear_backward(step: Step) -> None:
         kernels.relu_bias_gradient(out.rows, out.start, g.rows, g.start, step.scratch, step.gradients[1])
     else:
         if layer.activation is not None:
-            _IN_PLACE[layer.activation](out.rows, out.start, g.rows, g.start, g.rows, g.start, g.width)
+            IN_PLACE[layer.activation](out.rows, out.start, g.rows, g.start, g.rows, g.start, g.width)
         if layer.bias:
             kernels.bias_gradient(g.rows, g.start, step.scratch, step.gradients[1])
     np.matmul(step.inputs[0].matrix.T, g.matrix, out=step.gradients[0])

@@ -4,7 +4,7 @@
 Invariant: results depend only on the feeds, the parameters, the batch and, with dropout, (seed, step), to the bit: not
 on ``max_batch``, earlier steps or where memory lies. After the first steps nothing is allocated but array headers. One
 thread at a time; the arrays that it gives out are views that the next call overwrites. How many threads BLAS uses is the
-process's business.
+process's business. Under ``dense_dtype = "bfloat16"`` this holds as far as PyTorch's products keep it.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oarlock.nn import kernels
+from oarlock.nn.bfloat16 import HalfLinears
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
-from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, trainable
+from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, topological, trainable
 from oarlock.nn.layout import Layout, Route, aligned, plan
 from oarlock.nn.mask_kernels import mask_key
 from oarlock.nn.operations import OPERATIONS, Feed, Step
@@ -48,18 +49,21 @@ class Program:
         self._layout = plan(model.loss, model.score, self.max_batch)
         self._batch = self.max_batch
         self._feeds: dict[str, Feed] = {}
-        nodes = dict.fromkeys((*model.loss_nodes, *model.score_nodes))
+        nodes = topological(model.loss, model.score)
         self._scratch: Array = aligned(1, max(OPERATIONS[node.operation].scratch(node) for node in nodes))[0]
         steps = {node: self._step(node) for node in nodes}
         self._lookups = [feed for feed in self._feeds.values() if isinstance(feed, LookupFeed)]
         self._train = [steps[node] for node in model.loss_nodes]
-        self._predict = [steps[node] for node in model.score_nodes]
         self._sum_shared(self._train)
-        self._forward = [(OPERATIONS[step.node.operation].forward, step) for step in self._train]
+        self._halves = HalfLinears(nodes, steps, self.max_batch) if model.dense_dtype == "bfloat16" else None
+        halves = self._halves.operations if self._halves else {}
+        operations = {node: halves.get(node) or OPERATIONS[node.operation] for node in nodes}
+        self._forward = [(operations[step.node].forward, step) for step in self._train]
         learning = trainable(model.loss_nodes)
         self._backward = [
-            (OPERATIONS[step.node.operation].backward, step) for step in reversed(self._train) if step.node in learning
+            (operations[step.node].backward, step) for step in reversed(self._train) if step.node in learning
         ]
+        self._predict = [(operations[node].forward, steps[node]) for node in model.score_nodes]
         self._dropouts = [step for step in self._train if step.node.operation == "dropout"]
         self._score = self._layout.values[model.score]
         self._known = set(self._feeds)
@@ -125,6 +129,8 @@ class Program:
             return
         for strip in self._layout.strips():
             strip.resize(batch)
+        if self._halves:
+            self._halves.resize(batch)
         self._batch = batch
 
     def _take(self, feeds: Mapping[str, Any], batch: int, needed: set[str]) -> None:
@@ -186,8 +192,8 @@ class Program:
         self._take(feeds, batch, self._needed)
         for dropout in self._dropouts:
             dropout.mask_key = None
-        for step in self._predict:
-            OPERATIONS[step.node.operation].forward(step)
+        for forward, one in self._predict:
+            forward(one)
         return self._score.matrix[:, 0]
 
 
