@@ -19,7 +19,7 @@ from oarlock.data.columns import Arrays
 from oarlock.data.tabular import tabular_files
 from oarlock.data.transforms import Fitted, fit
 from oarlock.embedding.spec import TableSpec
-from oarlock.nn import Model
+from oarlock.nn import DENSE_DTYPES, Model, check_dense_dtype
 from oarlock.proto.errors import InvalidArgument
 from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
 
@@ -31,7 +31,7 @@ MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 256
 
 @dataclass(frozen=True)
 class ClickConfig:
-    """Settings of every such recipe. batch_samples = 0: chosen by the size of the data."""
+    """Settings of every such recipe. batch_samples = 0: chosen by the size of the data. ``dense_dtype``: see ``nn.Model``."""
 
     dim: int = 16
     batch_samples: int = 0
@@ -39,6 +39,7 @@ class ClickConfig:
     dense_rate: float = 0.001
     final_rate: float = 1.0
     row_scale: float = 0.05
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, low in (("dim", 1), ("batch_samples", 0)):
@@ -47,6 +48,8 @@ class ClickConfig:
         for name in ("row_rate", "dense_rate", "final_rate", "row_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give a finite number >= 0")
+        if self.dense_dtype not in DENSE_DTYPES:
+            raise InvalidArgument(f"dense_dtype = {self.dense_dtype!r}: give one of {', '.join(DENSE_DTYPES)}")
 
 
 def check_widths(owner: str, widths: tuple[int, ...]) -> None:
@@ -65,6 +68,8 @@ def plan_click(
     model: Callable[[Config, Fitted], Model],
 ) -> Plan:
     """Plan a job on a folder of tabular data: fit the schema's transforms, choose the batch, make the table and the graph."""
+    # Before the data are read, which may take minutes.
+    check_dense_dtype(config.dense_dtype)
     schema, train, evaluation = tabular_files(data)
     fitted = fit(schema, train)
     rows = sum(file.rows for file in train)

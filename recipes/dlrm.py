@@ -65,7 +65,8 @@ def model(config: DlrmConfig, fitted: Fitted) -> Model:
         hidden = Linear(width, activation="relu", name=f"top{i}")(hidden)
     logit = Linear(1, name="score")(hidden)
     loss = binary_cross_entropy(logit, label="label")
-    return Model(score=sigmoid(logit), loss=loss, optimizer=OptimizerSpec("adam"))
+    optimizer = OptimizerSpec("adam")
+    return Model(score=sigmoid(logit), loss=loss, optimizer=optimizer, dense_dtype=config.dense_dtype)
 
 
 # 3. The job

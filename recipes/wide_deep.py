@@ -69,7 +69,8 @@ def model(config: WideDeepConfig, fitted: Fitted) -> Model:
         hidden = Linear(width, activation="relu", name=f"deep{i}")(hidden)
     logit = add(wide, Linear(1, name="score")(hidden))
     loss = binary_cross_entropy(logit, label="label")
-    return Model(score=sigmoid(logit), loss=loss, optimizer=OptimizerSpec("adam"))
+    optimizer = OptimizerSpec("adam")
+    return Model(score=sigmoid(logit), loss=loss, optimizer=optimizer, dense_dtype=config.dense_dtype)
 
 
 # 3. The job

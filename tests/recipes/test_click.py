@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from oarlock.client.job import JobSpec
 from oarlock.data.files import files_from_json
@@ -16,8 +17,9 @@ from oarlock.launch.config import recipe_config, run_config
 from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.job import make_spec
+from oarlock.nn import bfloat16
 from oarlock.proto.errors import InvalidArgument
-from oarlock.recipes import dlrm, wide_deep
+from oarlock.recipes import _click, dlrm, wide_deep
 from oarlock.recipes._click import BATCHES_PER_EPOCH, LEAST_BATCH, METRICS, MOST_BATCH, ClickWorkload, _batch
 from oarlock.worker.recipe import recipe_name
 
@@ -117,6 +119,24 @@ def test_a_plan_carries_what_workers_need(name: str, data: Path) -> None:
     assert np.array_equal(other.feeds["numbers"], example.feeds["numbers"])
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_layers_multiply_in_is_refused_unless_it_can_be_had(
+    name: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert RECIPES[name].recipe.workload(spec_of(name, data, dim=4)).model.dense_dtype == "float32"
+    with pytest.raises(InvalidArgument, match="dense_dtype = 'float16': give one of float32, bfloat16"):
+        spec_of(name, data, dim=4, dense_dtype="float16")
+
+    def absent() -> None:
+        raise InvalidArgument("no PyTorch")
+
+    monkeypatch.setattr(bfloat16, "load_torch", absent)
+    # Before the data are read.
+    monkeypatch.setattr(_click, "tabular_files", None)
+    with pytest.raises(InvalidArgument, match="no PyTorch"):
+        spec_of(name, data, dim=4, dense_dtype="bfloat16")
+
+
 def relu(x: Any) -> Any:
     return np.maximum(x, 0)
 
@@ -170,12 +190,10 @@ def test_a_score_is_that_of_the_formula(name: str, data: Path) -> None:
     assert np.allclose(found.reshape(-1), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("numbers", [True, False])
-def test_a_job_learns_what_was_planted(name: str, numbers: bool, tmp_path: Path) -> None:
+def check_job(name: str, tmp_path: Path, *, numbers: bool, **more: Any) -> JobSpec:
     folder = write(tmp_path / "data", 6000, 5, numbers=numbers)
     small = {"wide_deep": {"layers": [16]}, "dlrm": {"bottom": [16], "top": [16]}}[name]
-    options = {"dim": 4, "batch_samples": 100, "row_rate": 0.02, "dense_rate": 0.01, **small}
+    options = {"dim": 4, "batch_samples": 100, "row_rate": 0.02, "dense_rate": 0.01, **small, **more}
     values = {"recipe": name, "data": str(folder), "epochs": 3, "seed": 1, "servers": 1, "workers": 1}
     run = run_config({**values, "recipe_options": options})
     spec = create(tmp_path / "job", "job", run)
@@ -187,6 +205,24 @@ def test_a_job_learns_what_was_planted(name: str, numbers: bool, tmp_path: Path)
     assert last["metrics"]["logloss"] < 0.52
     assert abs(last["metrics"]["calibration"] - 1) < 0.15
     assert status["history"][0]["loss"] > last["loss"]
+    return spec
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("numbers", [True, False])
+def test_a_job_learns_what_was_planted(name: str, numbers: bool, tmp_path: Path) -> None:
+    check_job(name, tmp_path, numbers=numbers)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_job_in_bfloat16_learns_as_well(name: str, tmp_path: Path) -> None:
+    wide = {"wide_deep": {"layers": [300, 32]}, "dlrm": {"bottom": [64], "top": [420, 32]}}[name]
+    with threadpool_limits(1, "blas"):
+        spec = check_job(name, tmp_path, numbers=True, dense_dtype="bfloat16", **wide)
+    model = RECIPES[name].recipe.workload(spec).model
+    assert model.dense_dtype == "bfloat16"
+    assert any(bfloat16.in_bfloat16(node) for node in model.loss_nodes)
 
 
 @pytest.mark.parametrize(
