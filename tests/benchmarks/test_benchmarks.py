@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from oarlock.benchmarks import dense
+
 
 def run(module: str, folder: Path) -> dict[str, Any]:
     before = set(folder.iterdir())
@@ -52,3 +54,26 @@ def test_ncf(tmp_path: Path) -> None:
     assert result["local_samples_per_s"] > 0
     assert result["ps_samples_per_s"] > 0
     assert (result["torch_samples_per_s"] is None) == (result["why"] is not None)
+
+
+@pytest.mark.torch
+def test_dense_with_torch(tmp_path: Path) -> None:
+    result = run("dense", tmp_path)
+    assert result["why"] is None
+    for figures in result["models"].values():
+        assert all(value > 0 for value in figures.values())
+
+
+def test_dense_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
+    result = dense.measure(32, 1, tiny=True)
+    assert "make setup-torch" in result["why"]
+    assert set(result["models"]) == {"wide_deep", "dlrm"}
+    for figures in result["models"].values():
+        assert {name for name, value in figures.items() if value is None} == {
+            "gradient_difference",
+            "bfloat16_speedup",
+            *(name for name in figures if name.startswith("bfloat16_")),
+        }
+        assert figures["float32_step_ms"] > 0
+        assert figures["gflop"] > 0
