@@ -98,6 +98,12 @@ def _add_show_options(command: argparse.ArgumentParser) -> None:
         "(0: any free ones, which `oarlock status` tells)",
     )
     command.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="record what every process does when, and write it as one timeline in Chrome's trace format when the job is over "
+        "(an earlier trace there is replaced)",
+    )
+    command.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="of the job's log files"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
+from oarlock.client.trace import trace_target
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
 from oarlock.launch.folder import create, job_folder, read_run, resume
@@ -24,6 +25,7 @@ from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.kernels import make_ready
 from oarlock.launch.processes import LocalProcesses
 from oarlock.launch.processors import processors_of
+from oarlock.launch.trace import traced_job
 from oarlock.proto.errors import InvalidArgument, Unavailable
 from oarlock.telemetry.log import to_file
 
@@ -73,6 +75,9 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
 def train(options: argparse.Namespace) -> int:
     """Train a recipe or job file to its end."""
     name, folder = job_folder(options.name, options.dir)
+    if options.trace is not None:
+        # Before anything is made: the trace is what the user waits for.
+        options.trace = trace_target(options.trace)
     restore = ""
     if options.resume:
         # A job file may change what may be changed; a recipe's name says again which it is.
@@ -134,28 +139,31 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                 raise KeyboardInterrupt
             return not interrupts.count
 
-        if options.in_process:
-            to_file(folder / "logs" / "job.log", options.log_level)
-            status = run_in_process(
-                spec,
-                folder,
-                restore=restore,
-                watch=watch,
-                metrics_port=options.metrics_port,
-                processors=processors,
-            )
-        else:
-            to_file(folder / "logs" / "launcher.log", options.log_level)
-            launched = LocalProcesses(
-                spec,
-                folder,
-                restore=restore,
-                log_level=options.log_level,
-                restarts=settled.restarts,
-                metrics_port=options.metrics_port,
-                processors=processors,
-            )
-            status = asyncio.run(launched.run(watch))
+        with traced_job(options.trace, folder, view.say) as parts:
+            if options.in_process:
+                to_file(folder / "logs" / "job.log", options.log_level)
+                status = run_in_process(
+                    spec,
+                    folder,
+                    restore=restore,
+                    watch=watch,
+                    metrics_port=options.metrics_port,
+                    processors=processors,
+                    trace=parts.next("job", 0) if parts is not None else None,
+                )
+            else:
+                to_file(folder / "logs" / "launcher.log", options.log_level)
+                launched = LocalProcesses(
+                    spec,
+                    folder,
+                    restore=restore,
+                    log_level=options.log_level,
+                    restarts=settled.restarts,
+                    metrics_port=options.metrics_port,
+                    processors=processors,
+                    trace=parts,
+                )
+                status = asyncio.run(launched.run(watch))
         view.show(status)
         if status["phase"] == "failed":
             raise Unavailable(f"job {spec.name} failed: {status['reason']}")

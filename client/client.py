@@ -6,8 +6,9 @@ calls may be in flight at once, but groups of one split are pushed one after ano
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import MarksReply, MarksRequest
+from oarlock.telemetry.stages import Stages
+
+T = TypeVar("T")
 
 
 class Client:
@@ -26,6 +30,12 @@ class Client:
 
     def __init__(self, membership: Membership) -> None:
         self._member = membership
+        # Pulls and pushes, from the first request to the last answer.
+        self.stages = Stages()
+
+    async def _timed(self, stage: str, work: Callable[[], Coroutine[Any, Any, T]], **arguments: int) -> T:
+        with self.stages.time(stage, **arguments):
+            return await work()
 
     @property
     def routes(self) -> Routes:
@@ -41,13 +51,15 @@ class Client:
         *,
         dense: NDArray[np.float32] | None = None,
         number: int = 0,
+        about: Mapping[str, int] | None = None,
     ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
         ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
-        it: pushes that each shard had applied.
+        it: pushes that each shard had applied. ``about``: what tells the pull from others in a trace.
         """
-        return pull(self._member, self.routes, keys, rows, dense, number)
+        work = partial(pull, self._member, self.routes, keys, rows, dense, number)
+        return self._timed("pull", work, rows=sum(len(found.keys) for found in keys.values()), **(about or {}))
 
     def push(
         self,
@@ -87,7 +99,8 @@ class Client:
         """As ``push``, but the messages are only made; calling the result sends them. In any thread."""
         identity = PushIdentity(split, group, step, number, seen or {})
         messages = cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate)
-        return partial(push, self._member, messages)
+        work = partial(push, self._member, messages)
+        return lambda: self._timed("push", work, split=split, group=group)
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""

@@ -45,6 +45,9 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         help="go on without them if the port is taken (set by a parent that starts a process again)",
     )
     made.add_argument(
+        "--trace", metavar="FILE", help="record what this process does when, as a timeline in Chrome's trace format"
+    )
+    made.add_argument(
         "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"
     )
     made.add_argument("--pin-cores", default="", metavar="LIST", help="run on these cores alone, like 0-3,8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process lets be observed: the registry of its metrics, and their page if it was asked for one.
+"""What a process lets be observed: the registry of its metrics, their page and its trace if it was asked for them.
 
 Invariant: without ``--metrics-port`` nobody listens and nothing is asked; with it, the page is there from before the process
 joins its job until after it left. The registry may be added to from any thread.
@@ -9,11 +9,13 @@ import argparse
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from oarlock import __version__
 from oarlock.client.membership import Membership
+from oarlock.client.trace import traced
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
@@ -21,16 +23,22 @@ from oarlock.telemetry.exposition import exposition
 from oarlock.telemetry.prometheus import LOOPBACK, MetricsServer
 from oarlock.telemetry.registry import Registry, Source
 from oarlock.telemetry.system import system_source
+from oarlock.telemetry.trace import Track
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Telemetry:
-    """A process's registry, and where its page is (empty: nowhere)."""
+    """A process's registry, where its page is (empty: nowhere), and where its work is recorded (None: nowhere)."""
 
     registry: Registry = field(default_factory=Registry)
     address: str = ""
+    track: Track | None = None
+
+    def beside(self, role: str) -> "Telemetry":
+        """Return the same with a track of its own, for one of several members within one process."""
+        return self if self.track is None else replace(self, track=self.track.beside(role))
 
     def told(self, stats: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         """Return ``stats`` with the page's address, if there is one, as heartbeats tell them."""
@@ -41,6 +49,8 @@ class Telemetry:
         """Ask ``source``, and for the membership, while the body runs. ``member`` has joined."""
         role = "worker" if member.role == WORKER else "shard"
         number = str(member.id)
+        if self.track is not None:
+            self.track.name = f"{role} {number}"
         with (
             self.registry.added(source, **{role: number}),
             self.registry.added(_membership(member), role=role, member=number),
@@ -49,13 +59,26 @@ class Telemetry:
 
 
 def observed_as(role: str, options: argparse.Namespace) -> AbstractContextManager[Telemetry]:
-    """Serve the metrics of a process of its own, by the options of ``entry.parser``."""
-    return observed(role, options.metrics_port, options.metrics_host, needed=not options.metrics_if_free)
+    """Serve the metrics of a process of its own, and record it, by the options of ``entry.parser``."""
+    needed = not options.metrics_if_free
+    return observed(role, options.metrics_port, options.metrics_host, needed=needed, trace=options.trace)
 
 
 @contextmanager
-def observed(role: str, port: int | None, host: str = LOOPBACK, *, needed: bool = True) -> Iterator[Telemetry]:
-    """Serve the metrics of this process while the body runs. ``port`` None: nowhere; not ``needed``: if it is free."""
+def observed(
+    role: str, port: int | None, host: str = LOOPBACK, *, needed: bool = True, trace: str | Path | None = None
+) -> Iterator[Telemetry]:
+    """Serve the metrics of this process while the body runs, and record it into ``trace`` (None: it does not).
+
+    ``port`` None: nowhere; not ``needed``: if it is free.
+    """
+    with traced(role, trace) as track, _served(role, port, host, needed) as telemetry:
+        telemetry.track = track
+        yield telemetry
+
+
+@contextmanager
+def _served(role: str, port: int | None, host: str, needed: bool) -> Iterator[Telemetry]:
     telemetry = Telemetry()
     telemetry.registry.add(lambda: {"oarlock_process_info": 1}, role=role, version=__version__)
     telemetry.registry.add(system_source())

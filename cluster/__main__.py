@@ -14,6 +14,7 @@ from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import announce
 from oarlock.client.telemetry import Telemetry, client_source, observed_as, server_source
+from oarlock.client.trace import trace_requests
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -65,12 +66,13 @@ def main() -> int:
             coordinator.metrics_address = telemetry.address
             telemetry.registry.add(coordinator_source(coordinator, orders))
             telemetry.registry.add(server_source(server))
+            trace_requests(server.counts, telemetry.track)
             telemetry.registry.add(client_source(transport))
             write_address(folder, await started(server, given.listen_seconds))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, coordinator.stop, True, signal.Signals(number).name)
-            await run_coordinator(coordinator, orders)
+            await run_coordinator(coordinator, orders, telemetry.track)
         finally:
             if server is not None:
                 server.stop()

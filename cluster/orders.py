@@ -28,6 +28,7 @@ from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import AdoptRequest, CloseRequest, WriteRequest
 from oarlock.proto.transport import Transport
+from oarlock.telemetry.stages import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Orders:
         # (order, "done" or "failed"), and checkpoints "committed" or "failed", of this process.
         self.counts: Counter[tuple[str, str]] = Counter()
         self.checkpoints: Counter[str] = Counter()
+        self.stages = Stages()
 
     def _header(self, shard: ShardAddress) -> Header:
         c = self._coordinator
@@ -63,7 +65,8 @@ class Orders:
 
     async def _send(self, shard: ShardAddress, order: str, request: Any, seconds: float) -> Any:
         try:
-            reply = await self._transport.call(shard.address, f"Shard.{order}", request, timeout_seconds=seconds)
+            with self.stages.time(order.lower(), shard=shard.id):
+                reply = await self._transport.call(shard.address, f"Shard.{order}", request, timeout_seconds=seconds)
         except PSError:
             self.counts[order.lower(), "failed"] += 1
             raise
@@ -83,7 +86,8 @@ class Orders:
         if stopping and c.stop_wanted is False:
             c.set_phase(STOPPED, c.stop_reason)
         elif c.placed and (stopping or c.phase == WRITING):
-            await self._checkpoint()
+            with self.stages.time("checkpoint"):
+                await self._checkpoint()
 
     async def _adopt(self) -> None:
         c = self._coordinator

@@ -11,17 +11,23 @@ import logging
 from oarlock.client.job import OVER
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
+from oarlock.cluster.phases import Phases
+from oarlock.telemetry.trace import Track
 
 logger = logging.getLogger(__name__)
 
 
-async def run_coordinator(coordinator: Coordinator, orders: Orders) -> None:
-    """Run until the job is over and its members have left, or had a lease's time to hear of it."""
+async def run_coordinator(coordinator: Coordinator, orders: Orders, track: Track | None = None) -> None:
+    """Run until the job is over and its members have left, or had a lease's time to hear of it. ``track``: of a trace."""
     pause = coordinator.spec.heartbeat_seconds / 10
+    orders.stages.track = track
+    phases = Phases(coordinator, track)
 
     async def carry_out() -> None:
         while coordinator.phase not in OVER:
+            phases.look()
             await orders.step()
+            phases.look()
             await asyncio.sleep(pause)
 
     # Beside the judging of leases: an order to a shard that hangs would otherwise never be given up.
@@ -29,6 +35,7 @@ async def run_coordinator(coordinator: Coordinator, orders: Orders) -> None:
     try:
         while coordinator.phase not in OVER and not orders_carried_out.done():
             coordinator.tick()
+            phases.look()
             await asyncio.wait([orders_carried_out], timeout=pause)
         if orders_carried_out.done():
             orders_carried_out.result()
@@ -36,6 +43,7 @@ async def run_coordinator(coordinator: Coordinator, orders: Orders) -> None:
         orders_carried_out.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([orders_carried_out])
+        phases.end()
     clock = asyncio.get_running_loop().time
     end = clock() + coordinator.spec.lease_seconds
     while clock() < end and (coordinator.members.alive("shard") or coordinator.members.alive("worker")):

@@ -19,6 +19,7 @@ from oarlock.checkpoint.store import open_checkpoint
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
+from oarlock.client.trace import recorded
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -49,10 +50,12 @@ def run_in_process(
     watch_seconds: float = 0.2,
     metrics_port: int | None = None,
     processors: Processors | None = None,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Run the job to its end; return the coordinator's last status.
 
     ``watch(status)`` is called every ``watch_seconds``; once it returns False the job is asked to stop with a checkpoint.
+    ``trace``: the file that the job is recorded into, its members as if they were processes.
     Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
     The event loop runs on the cores that ``processors`` has for all shards, a worker's threads on the worker's.
     """
@@ -67,8 +70,10 @@ def run_in_process(
         if restore:
             coordinator.begin_run(open_checkpoint(restore)[1], restore)
         transport = InProcess()
-        transport.serve(CoordinatorService(coordinator), COORDINATOR)
-        with observed("job", metrics_port) as telemetry, limit_blas(spec.blas_threads):
+        with observed("job", metrics_port, trace=trace) as telemetry, limit_blas(spec.blas_threads):
+            if telemetry.track is not None:
+                telemetry.track.name = "coordinator"
+            transport.serve(recorded(CoordinatorService(coordinator), telemetry.track), COORDINATOR)
             coordinator.metrics_address = telemetry.address
             announce(
                 "job",
@@ -99,6 +104,7 @@ async def _run(
     services: list[ShardService] = []
 
     def work(number: int) -> None:
+        mine = telemetry.beside("worker")
         # The thread is made by the event loop's, whose cores it would inherit.
         cores = processors.of("worker", number) or anywhere
         with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor, on_cores(cores):
@@ -112,7 +118,7 @@ async def _run(
                         reader,
                         executor,
                         rng=rng,
-                        telemetry=telemetry,
+                        telemetry=mine,
                         compute_in_threads=spec.compute_threads > 1,
                     )
                 )
@@ -122,10 +128,10 @@ async def _run(
                 logger.exception("event=worker_failed number=%d", number)
                 failures.append(f"{type(error).__name__}: {error}")
 
-    async def shard(service: ShardService, address: str) -> None:
+    async def shard(service: ShardService, address: str, mine: Telemetry) -> None:
         try:
             rng = random.SystemRandom()
-            await run_shard(transport, COORDINATOR, service, address, rng=rng, telemetry=telemetry)
+            await run_shard(transport, COORDINATOR, service, address, rng=rng, telemetry=mine)
         except PSError:
             # A job that was stopped before it began takes nobody in.
             if coordinator.phase not in OVER:
@@ -137,11 +143,12 @@ async def _run(
             for number in range(spec.servers):
                 service, address = ShardService(spill_folder=folder), f"in-process:shard-{number}"
                 services.append(service)
-                transport.serve(service, address)
-                group.create_task(shard(service, address))
+                mine = telemetry.beside("shard")
+                transport.serve(recorded(service, mine.track), address)
+                group.create_task(shard(service, address, mine))
             orders = Orders(coordinator, transport, folder / "checkpoints")
             telemetry.registry.add(coordinator_source(coordinator, orders))
-            group.create_task(run_coordinator(coordinator, orders))
+            group.create_task(run_coordinator(coordinator, orders, telemetry.track))
             for thread in threads:
                 thread.start()
             while coordinator.phase not in OVER:

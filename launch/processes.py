@@ -22,6 +22,7 @@ from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import record_failure, stored_run, stored_status
 from oarlock.launch.processors import Processors
 from oarlock.launch.restarts import Notices, Restarts
+from oarlock.launch.trace import TraceParts
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import LeaveRequest, StatusReply, StatusRequest, StopRequest
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
@@ -49,6 +50,7 @@ class LocalProcesses:
 
     ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics. ``processors``: what
     each one runs on; None: wherever the system puts it.
+    ``trace``: gives each process the file that it records itself into.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LocalProcesses:
         restarts: int = RunConfig.restarts,
         metrics_port: int | None = None,
         processors: Processors | None = None,
+        trace: TraceParts | None = None,
     ) -> None:
         self._spec = spec
         self._processors = processors or Processors()
@@ -75,6 +78,7 @@ class LocalProcesses:
         self._run_before = 0
         self._address = ""
         self._metrics_port = metrics_port
+        self._trace = trace
         if metrics_port and metrics_port + spec.servers + spec.workers > MAX_PORT:
             raise InvalidArgument(
                 f"--metrics-port {metrics_port} and one more for each of {spec.servers} shards and {spec.workers} workers "
@@ -107,6 +111,7 @@ class LocalProcesses:
                 arguments += ["--spill-folder", str(self._folder)]
                 arguments += ["--network-threads", str(self._processors.network_threads)]
         arguments += self._metrics(role, number)
+        arguments += self._trace.options(role, number) if self._trace is not None else []
         if cores := self._processors.of(role, number):
             arguments += ["--pin-cores", format_cores(cores)]
         child = start_child(

@@ -9,6 +9,7 @@ from pathlib import Path
 from oarlock.client.entry import parser, run
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, announce
 from oarlock.client.telemetry import client_source, observed_as, server_source
+from oarlock.client.trace import trace_requests
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.rpc.frame_client import CONNECTIONS
@@ -51,6 +52,7 @@ def main() -> int:
         with observed_as("shard", given) as telemetry:
             announce("shard", pinned=bool(given.pin_cores), network_threads=given.network_threads)
             telemetry.registry.add(server_source(server))
+            trace_requests(server.counts, telemetry.track)
             telemetry.registry.add(client_source(transport))
             warm_up()
             address = advertised(server.start(), given.advertise)

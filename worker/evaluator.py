@@ -40,7 +40,7 @@ class Evaluator:
 
     async def evaluate(self, split: int) -> None:
         """Score one evaluation split and report what it found: its scores with labels, or the recipe's sums."""
-        with self.stages.time("evaluate"):
+        with self.stages.time("evaluate", split=split):
             request = await self._found(split)
         await self._member.call("Coordinator.CloseSplit", request)
 
@@ -69,7 +69,7 @@ class Evaluator:
         async with asyncio.TaskGroup() as group:
 
             def fetch(most: int) -> None:
-                ahead.extend(group.create_task(self._fetch(batch)) for batch in itertools.islice(batches, most))
+                ahead.extend(group.create_task(self._fetch(batch, split)) for batch in itertools.islice(batches, most))
 
             fetch(self._member.spec.prefetch)
             while ahead:
@@ -80,9 +80,12 @@ class Evaluator:
                 program = await self._session.borrow()
                 try:
                     scored = partial(predict, program, self._workload.model.lookups, prepared)
-                    take(batch, await self._session.compute(scored))
+                    with self.stages.time("predict", split=split):
+                        scores = await self._session.compute(scored)
+                    take(batch, scores)
                 finally:
                     self._session.give_back(program)
 
-    async def _fetch(self, batch: EvaluationBatch) -> tuple[EvaluationBatch, Prepared]:
-        return batch, await self._session.pull(await self._session.encode(lambda: [batch.example]))
+    async def _fetch(self, batch: EvaluationBatch, split: int) -> tuple[EvaluationBatch, Prepared]:
+        prepared = await self._session.encode(lambda: [batch.example], split=split)
+        return batch, await self._session.pull(prepared, split=split)

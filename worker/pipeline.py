@@ -89,12 +89,12 @@ class Pipeline:
                 for n in split.batches_of(group.number)
             ]
 
-        with self._progress.stages.time("encode"):
-            prepared = await self._session.encode(encode)
+        about = {"split": split.id, "group": group.number}
+        prepared = await self._session.encode(encode, **about)
         await self._pulled.acquire()
         await self._clock.may_pull(group.turn)
         begun = time.perf_counter()
-        await self._session.pull(prepared, self._clock.on_wire(group.turn))
+        await self._session.pull(prepared, self._clock.on_wire(group.turn), **about)
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
         return prepared
 
@@ -105,7 +105,7 @@ class Pipeline:
         while (fetched := await self._fetched.get()) is not None:
             group, fetching = fetched
             program = await self._session.borrow()
-            with self._progress.stages.time("wait_for_pull"):
+            with self._progress.stages.time("wait_for_pull", split=group.split.id, group=group.number):
                 prepared = await fetching
             # Groups of a split are pushed in their order, whoever has computed first.
             before, group.split.pushed = group.split.pushed, asyncio.Event()
@@ -126,7 +126,7 @@ class Pipeline:
     ) -> None:
         split, progress = group.split, self._progress
         try:
-            with progress.stages.time("compute"):
+            with progress.stages.time("compute", split=split.id, group=group.number):
                 loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared))
         finally:
             self._session.give_back(program)
@@ -135,7 +135,7 @@ class Pipeline:
         split.losses += prepared.samples
         progress.batches += len(prepared.sizes)
         progress.samples += prepared.samples
-        with progress.stages.time("wait_for_push"):
+        with progress.stages.time("wait_for_push", split=split.id, group=group.number):
             if before is not None:
                 await before.wait()
             await self._in_flight.acquire()
@@ -167,7 +167,7 @@ class Pipeline:
             keys = prepared.keys[table]
             counted = keys.occurrences().view("uint32") if table in self._counted else None
             gradients[table] = RowGradients(keys, found, trained.rates.rows, counted)
-        with self._progress.stages.time("encode_push"):
+        with self._progress.stages.time("encode_push", split=split.id, group=group.number):
             push = self._session.client.make_push(
                 split.id,
                 group.number,

@@ -67,6 +67,8 @@ async def run_worker(
     spec = member.spec
     if prepare is not None:
         prepare(spec)
+    client = Client(member)
+    client.stages.track = telemetry.track
     trainer: Trainer | None = None
     compute_threads = spec.compute_threads if compute_in_threads else 1
 
@@ -78,13 +80,13 @@ async def run_worker(
             programs = [workload.model.bind(workload.max_samples) for _ in range(compute_threads)]
             if await _placed(member):
                 with _compute_threads(compute_threads if compute_in_threads else 0) as computing:
-                    client = Client(member)
                     trainer = Trainer(Session(workload, programs, client, member, reader, executor, computing))
+                    trainer.progress.stages.track = trainer.evaluation_stages.track = telemetry.track
                     await trainer.run()
 
     stopping = asyncio.ensure_future(_pass_on(leaving, member))
     try:
-        with telemetry.of_member(member, worker_source(lambda: trainer)):
+        with telemetry.of_member(member, worker_source(lambda: trainer, client.stages)):
             if not await _done_before(leaving, LEAVE_SECONDS, train()):
                 logger.warning("event=worker_left_early waited_seconds=%g", LEAVE_SECONDS)
     except Exception as error:

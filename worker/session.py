@@ -61,12 +61,21 @@ class Session:
     def give_back(self, program: Program) -> None:
         self._programs.put_nowait(program)
 
-    async def encode(self, encode: Callable[[], Sequence[Example]]) -> Prepared:
-        """Return the group of the batches that ``encode`` makes, ready to be pulled."""
-        routes = self.client.routes
-        return await self.in_thread(lambda: self._preparer.prepare(encode(), routes))
+    async def encode(self, encode: Callable[[], Sequence[Example]], **about: int) -> Prepared:
+        """Return the group of the batches that ``encode`` makes, ready to be pulled. ``about``: which, as a trace shows it."""
+        routes, stages = self.client.routes, self.client.stages
 
-    async def pull(self, prepared: Prepared, number: int = 0) -> Prepared:
+        def prepare() -> Prepared:
+            with stages.time("encode", **about):
+                examples = encode()
+            with stages.time("dedup", **about):
+                return self._preparer.prepare(examples, routes)
+
+        return await self.in_thread(prepare)
+
+    async def pull(self, prepared: Prepared, number: int = 0, **about: int) -> Prepared:
         """Fill the group with its rows and dense values. ``number``: of the group on the wire, under ssp."""
-        prepared.seen = await self.client.pull(prepared.keys, prepared.rows, dense=prepared.dense, number=number)
+        prepared.seen = await self.client.pull(
+            prepared.keys, prepared.rows, dense=prepared.dense, number=number, about=about
+        )
         return prepared

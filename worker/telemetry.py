@@ -8,19 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 from oarlock.telemetry.registry import Source
+from oarlock.telemetry.stages import Stages
 from oarlock.worker.trainer import Trainer
 
 
-def worker_source(trainer: Callable[[], Trainer | None]) -> Source:
-    """Return the source of a worker's metrics; ``trainer()`` is None as long as there is nothing to train."""
+def worker_source(trainer: Callable[[], Trainer | None], client: Stages) -> Source:
+    """Return the source of a worker's metrics; ``trainer()`` is None as long as there is nothing to train.
+
+    ``client``: the stages of what it shares with evaluation.
+    """
 
     def source() -> dict[str, Any]:
         found = trainer()
         if found is None:
             return {}
         done = found.progress
-        stages = (done.stages, found.evaluation_stages)
-        # Copied first: the worker may enter a stage for the first time. Both have stages of their own.
+        stages = (done.stages, found.evaluation_stages, client)
+        # Copied first: the worker may enter a stage for the first time. Each has stages of its own.
         seconds = {name: value for s in stages for name, value in s.seconds.copy().items()}
         entries = {name: value for s in stages for name, value in s.entries.copy().items()}
         return {

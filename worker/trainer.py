@@ -187,7 +187,7 @@ class Trainer:
             rows = read_split(self._session.reader, plan, columns, seed=spec.seed, epoch=epoch, split=split)
             return OpenSplit(split, epoch, rows, plan.rows, spec.batch_rows, spec.accumulate)
 
-        with self.progress.stages.time("read"):
+        with self.progress.stages.time("read", split=split):
             opened = await self._session.in_thread(read)
         if not fresh:
             # Another worker may have come some way: go on from there.
@@ -204,5 +204,6 @@ class Trainer:
         # A successor saw only a part of the batches: their mean stands for all.
         loss = split.loss_sum / split.losses * samples
         request = CloseSplitRequest(work=TRAIN, split=split.id, samples=samples, loss_sum=loss, groups=split.groups)
-        await self._blame.of(TRAIN, split.id, self._member.call("Coordinator.CloseSplit", request))
+        with self.progress.stages.time("close", split=split.id):
+            await self._blame.of(TRAIN, split.id, self._member.call("Coordinator.CloseSplit", request))
         del self._open[split.id]

@@ -5,6 +5,7 @@ Invariant: what is counted only grows; a request is counted once, when it is ove
 the method's own, which costs less than a microsecond; readers take what is there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -13,7 +14,7 @@ from oarlock.proto.errors import PSError
 
 @dataclass
 class Count:
-    """One method's. ``failures``: by the error's name."""
+    """One method's. ``failures``: by the error's name; ``observer(received, sent, seconds)`` hears of each request."""
 
     requests: int = 0
     received: int = 0
@@ -21,6 +22,7 @@ class Count:
     seconds: float = 0.0
     failures: dict[str, int] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+    observer: Callable[[int, int, float], None] | None = None
 
     def add(self, received: int, sent: int, seconds: float, error: PSError | None = None) -> None:
         """Count a request that is over."""
@@ -32,6 +34,8 @@ class Count:
             if error is not None:
                 name = type(error).__name__
                 self.failures[name] = self.failures.get(name, 0) + 1
+        if self.observer is not None:
+            self.observer(received, sent, seconds)
 
 
 class Counts:

@@ -28,13 +28,16 @@ from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.coordinator_pb2 import StatusReply
 from oarlock.proto.errors import LeaseLost, Unavailable
 
-# The reader of metrics that the tests of telemetry have.
-if "scrape" not in sys.modules:
-    _SPEC = importlib.util.spec_from_file_location("scrape", Path(__file__).parent.parent / "telemetry" / "scrape.py")
-    assert _SPEC is not None
-    assert _SPEC.loader is not None
-    sys.modules["scrape"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["scrape"])
+# The readers of metrics and of traces that the tests of telemetry have.
+for _NAME in ("scrape", "trace_check"):
+    if _NAME not in sys.modules:
+        _SPEC = importlib.util.spec_from_file_location(
+            _NAME, Path(__file__).parent.parent / "telemetry" / f"{_NAME}.py"
+        )
+        assert _SPEC is not None
+        assert _SPEC.loader is not None
+        sys.modules[_NAME] = importlib.util.module_from_spec(_SPEC)
+        _SPEC.loader.exec_module(sys.modules[_NAME])
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]
