@@ -6,7 +6,6 @@ since its process was killed, gives what it has; what cannot be read is told and
 own result stands, and the parts stay.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -105,16 +104,20 @@ class _Merged:
         bad = 0
         own: dict[int, int] = {}
         try:
-            for event in trace_format.events(part):
-                if event is None:
+            for found in trace_format.events(part):
+                if found is None:
                     bad += 1
                     continue
-                event["pid"] = self._number(own, event["pid"])
+                event, line = found
+                number = self._number(own, event["pid"])
+                if number != event["pid"]:
+                    event["pid"] = number
+                    line = trace_format.encoded(event)
                 if event["ph"] == "M":
                     self._about[event["pid"], event["tid"], event["name"]] = event
                 else:
                     self._note_dropped(event)
-                    self._put(event)
+                    self._put(line)
         except OSError as error:
             if error.filename is None or Path(error.filename) != part:
                 # It is the other file, which cannot be written.
@@ -140,13 +143,13 @@ class _Merged:
         if event["ph"] == "i" and event["name"] == trace_format.DROPPED and type(count) is int and count > 0:
             self._dropped += count
 
-    def _put(self, event: dict[str, Any]) -> None:
-        self._out.write(self._before + json.dumps(event, separators=(",", ":")).encode())
+    def _put(self, line: bytes) -> None:
+        self._out.write(self._before + line)
         self._before = trace_format.SEPARATOR
 
     def end(self) -> None:
         for event in self._about.values():
-            self._put(event)
+            self._put(trace_format.encoded(event))
         if self._before == trace_format.HEAD:
             self._out.write(self._before)
         self._out.write(trace_format.tail(self._dropped))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be observed: log lines, stage times, and metrics for Prometheus."""
+"""What can be observed: log lines, stage times, traces, and metrics for Prometheus."""

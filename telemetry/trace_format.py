@@ -22,6 +22,8 @@ MAX_LINE_BYTES = 16 << 10
 _KINDS = ("X", "M", "i")
 # What viewers take for the number of a process or of a row in it.
 _MAX_ID = (1 << 32) - 1
+# Made once: what json.dumps makes anew for every call costs more than the event does.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).encode
 
 
 def tail(dropped: int) -> bytes:
@@ -29,12 +31,17 @@ def tail(dropped: int) -> bytes:
     return b'\n],"otherData":{"dropped":%d}}\n' % dropped
 
 
+def encoded(event: Mapping[str, Any]) -> bytes:
+    """Return the line of an event."""
+    return _encode(event).encode()
+
+
 def dumped(arguments: Mapping[str, Any]) -> str:
     """Return an event's arguments as JSON, whatever they are."""
     try:
-        return json.dumps(arguments, separators=(",", ":"), allow_nan=False, default=str)
+        return _encode(arguments)
     except ValueError:
-        return json.dumps({str(name): str(value) for name, value in arguments.items()}, separators=(",", ":"))
+        return _encode({str(name): str(value) for name, value in arguments.items()})
 
 
 def complete(pid: int, tid: int, name: str, begin: int, nanoseconds: int, arguments: Mapping[str, Any] | None) -> bytes:
@@ -48,17 +55,14 @@ def complete(pid: int, tid: int, name: str, begin: int, nanoseconds: int, argume
 
 def metadata(pid: int, tid: int, kind: str, argument: str, value: str | int) -> bytes:
     """Return the line that says what a process or row is: ``kind`` process_name, thread_name, ..._sort_index."""
-    return json.dumps(
-        {"ph": "M", "pid": pid, "tid": tid, "ts": 0, "name": kind, "args": {argument: value}}, separators=(",", ":")
-    ).encode()
+    return encoded({"ph": "M", "pid": pid, "tid": tid, "ts": 0, "name": kind, "args": {argument: value}})
 
 
 def dropped(pid: int, at: int, count: int) -> bytes:
     """Return the line that says that ``count`` events before ``at`` are missing."""
-    return json.dumps(
-        {"ph": "i", "s": "p", "pid": pid, "tid": 0, "ts": at / 1000, "name": DROPPED, "args": {"count": count}},
-        separators=(",", ":"),
-    ).encode()
+    return encoded(
+        {"ph": "i", "s": "p", "pid": pid, "tid": 0, "ts": at / 1000, "name": DROPPED, "args": {"count": count}}
+    )
 
 
 def is_trace(path: Path) -> bool:
@@ -67,8 +71,18 @@ def is_trace(path: Path) -> bool:
         return file.read(len(HEAD)) == HEAD
 
 
-def events(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Yield the events of a trace, None for each line that is none. The file's end may be missing. OSError as it comes."""
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def events(path: Path) -> Iterator[tuple[dict[str, Any], bytes] | None]:
+    """Yield the events of a trace with their lines, None for each line that is none. The file's end may be missing.
+
+    OSError as it comes.
+    """
     with path.open("rb") as file:
         if file.read(len(HEAD)) != HEAD:
             yield None
@@ -76,12 +90,14 @@ def events(path: Path) -> Iterator[dict[str, Any] | None]:
         while line := file.readline(MAX_LINE_BYTES):
             if line.startswith(b"]"):
                 return
-            yield _event(line.rstrip(b",\n"))
+            line = line.strip(b",\n")
+            event = _event(line)
+            yield None if event is None else (event, line)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = _decode(line.decode())
     except (ValueError, RecursionError):
         return None
     return found if _is_sound(found) else None

@@ -90,7 +90,7 @@ def test_real_processes_share_a_clock_and_a_killed_one_leaves_its_part(data: Pat
 
     try:
         victim = part_with_work("*-worker-1.json")
-        pid = next(e["pid"] for e in trace_format.events(victim) if e is not None)
+        pid = next(found[0]["pid"] for found in trace_format.events(victim) if found is not None)
         os.kill(pid, signal.SIGKILL)
         part_with_work("0006-worker-1.json")
         process.send_signal(signal.SIGINT)
