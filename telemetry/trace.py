@@ -178,7 +178,8 @@ class Tracer:
         while not self._over:
             self._wanted.wait(self._flush_seconds)
             self._wanted.clear()
-            self.flush()
+            if not self._over:
+                self.flush()
 
     def _flush(self) -> None:
         recorded = [self.events.popleft() for _ in range(len(self.events))]

@@ -142,6 +142,29 @@ def test_threads_record_at_once_and_nothing_is_lost(path: Path) -> None:
     assert found.lanes["shard 0", "push"] <= 8
 
 
+def test_stages_of_threads_are_all_counted() -> None:
+    stages = Stages()
+    ready = threading.Barrier(4)
+
+    def count() -> None:
+        ready.wait()
+        for _ in range(5000):
+            stages.add("compute", 0, 1_000_000_000, {})
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert stages.entries == {"compute": 20_000}
+    assert stages.rounded() == {"compute": 20_000.0}
+
+
 def test_memory_is_bounded_and_what_is_dropped_is_counted(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracer = idle(path, capacity=100)
     # The writer is held up, as by a slow disk.
