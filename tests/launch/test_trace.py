@@ -182,11 +182,16 @@ def test_a_job_in_one_process_shows_what_every_member_did(start: Any, tmp_path: 
     batches = 0
     for worker in ("worker 0", "worker 1"):
         rows = found.processes.get(worker, {})
-        for name in ("lease", "read", "encode", "dedup", "pull", "compute", "encode_push", "push"):
+        for name in ("lease", "read", "encode", "dedup", "pull", "compute", "encode_push", "push", "close"):
             assert rows[name], name
         assert len(rows["compute"]) == len(rows["encode_push"]) == len(rows["push"]) == len(rows["wait_for_pull"])
         assert len(rows["encode"]) == len(rows["dedup"]) == len(rows["pull"])
-        assert len({(s.args["split"], s.args["batch"]) for s in rows["push"]}) == len(rows["push"])
+        groups_of = {
+            name: {(s.args["split"], s.args["group"]) for s in rows[name] if "group" in s.args}
+            for name in ("encode", "dedup", "pull", "wait_for_pull", "compute", "encode_push", "push")
+        }
+        assert all(groups == groups_of["push"] for groups in groups_of.values())
+        assert len(groups_of["push"]) == len(rows["push"])
         assert all(s.args["rows"] > 0 for s in rows["pull"])
         batches += len(rows["compute"])
     evaluated = [s for w in ("worker 0", "worker 1") for s in found.processes[w].get("evaluate", [])]
