@@ -20,3 +20,10 @@ def processor_seconds(pids: Iterable[int]) -> float:
         fields = stat.rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / _TICKS
+
+
+def busy_seconds() -> float:
+    """Return the seconds that all processors of the machine together were busy, whoever kept them so."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    user, nice, system, interrupts, soft = (int(fields[i]) for i in (0, 1, 2, 5, 6))
+    return (user + nice + system + interrupts + soft) / _TICKS

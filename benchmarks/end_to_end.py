@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m oarlock.benchmarks.end_to_end [--json] [--quick] [--peers]`: training end to end, beside its limits.
+
+From raw keys to updated rows: Wide & Deep, DLRM and NeuMF on generated data, as parameter server and in one process, beside the
+bare matrix products and beside PyTorch; in turns, medians. Invariant: it writes to a temporary folder only, and the last line
+printed is the result. What cannot be had is null, and ``why`` says the reason.
+"""
+
+from oarlock.benchmarks.surroundings import settle, surroundings
+
+if __name__ == "__main__":
+    settle("oarlock.benchmarks.end_to_end")
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oarlock.benchmarks.end_to_end_cases import NEAR, SHARD_NAME, SLOW, Case
+from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks, generate_pairs
+from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns, torch_python
+from oarlock.benchmarks.end_to_end_stages import hidden_share, stages_of, wire_bytes
+from oarlock.launch.kernels import compile_or_load
+
+STARTED = time.monotonic()
+PACKAGES = ("numpy", "numba", "grpcio", "protobuf", "pyarrow", "torch")
+DENSE_MODE = "every step"
+PEER_KEYS = ("wdl_ps_vs_rpc_per_cpu_s", "wdl_ps_vs_tf_ps", "wdl_ps_vs_tf", "wdl_ps_vs_paddle", "ncf_ps_vs_rpc")
+REMOTE, ALONE, HIDDEN = "wdl_remote", "wdl_alone", "wdl_hidden"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: data, windows, and when rounds stop being begun, in seconds from the start."""
+
+    data: DataSize
+    pairs: int
+    rounds: int
+    window_seconds: float
+    most_seconds: float
+    batch: int = 2048
+    # The cases that are listed beside the keys: name -> (dim, batch, data).
+    listed: tuple[tuple[str, int, int, DataSize], ...] = ()
+
+
+FIVE_MILLION = DataSize(1 << 20, 880_000, True)
+SIZES = {
+    "full": Size(
+        FIVE_MILLION,
+        1 << 21,
+        7,
+        1.2,
+        240.0,
+        listed=(
+            ("wdl_8192", 16, 8192, FIVE_MILLION),
+            ("wdl_dim_64", 64, 2048, FIVE_MILLION),
+            ("wdl_33m", 16, 2048, DataSize(1 << 20, 0, True)),
+        ),
+    ),
+    # Only rows that some sample names exist, so that none is created while the clock runs; millions more would take their time.
+    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.35, 40.0),
+    "tiny": Size(DataSize(1 << 14, 2000, False), 1 << 12, 1, 0.02, 0.0, batch=128),
+}
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m oarlock.benchmarks.end_to_end", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print nothing but the result")
+    parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
+    parser.add_argument("--peers", action="store_true", help="run the folder of peers in $OARLOCK_PEERS too")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    def say(text: str) -> None:
+        if not options.json:
+            print(f"{time.monotonic() - STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    name = "tiny" if options.tiny else "quick" if options.quick else "full"
+    before = surroundings(PACKAGES)
+    with tempfile.TemporaryDirectory(prefix="oarlock-bench-") as folder:
+        result = asyncio.run(measure(SIZES[name], Path(folder), say))
+    if options.peers:
+        result["why"] |= dict.fromkeys(PEER_KEYS, "not built: run the folder of peers by itself")
+        result |= dict.fromkeys(PEER_KEYS)
+    after = surroundings(())["load_average"]
+    ending = {"size": name, "surroundings": {**before, "load_average_after": after}}
+    print(json.dumps({"benchmark": "end_to_end", **result, **ending, "seconds": round(time.monotonic() - STARTED, 1)}))
+    return 0
+
+
+async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return all figures."""
+    why: dict[str, str] = {}
+    # No process compiles while others are timed.
+    compile_or_load()
+    rows = generate_clicks(folder / "clicks", size.data)
+    generate_pairs(folder / "pairs", size.pairs)
+    say(f"{size.data.samples} samples, {rows} rows that exist before timing")
+    gemm = Command(["-m", "oarlock.benchmarks.end_to_end_gemm"], folder / "gemm.log")
+    python = torch_python()
+    torch = None
+    if python is None:
+        why |= dict.fromkeys(("wdl_ps_vs_torch", "ncf_ps_vs_torch"), "there is no PyTorch: make setup-torch")
+    else:
+        script = Path(__file__).with_name("end_to_end_torch.py")
+        torch = Command([str(script)], folder / "torch.log", python=python)
+    try:
+        found = await _main_cases(size, folder, gemm, torch, why, say)
+        listed = {}
+        for name, dim, batch, data in size.listed:
+            listed[name] = await _listed(
+                Case(name, "wdl", folder / name, folder, dim=dim, batch=batch), data, gemm, say
+            )
+    finally:
+        gemm.close()
+        if torch is not None:
+            torch.close()
+    return {**found, "listed": listed, "why": why}
+
+
+async def _main_cases(
+    size: Size, folder: Path, gemm: Command, torch: Command | None, why: dict[str, str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    clicks, pairs = folder / "clicks", folder / "pairs"
+    wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, delayed=True)
+    dlrm = Case("dlrm", "dlrm", clicks, folder, batch=size.batch)
+    ncf = Case("ncf", "ncf", pairs, folder, batch=size.batch, inprocess=False)
+    cases = (wdl, dlrm, ncf)
+    try:
+        beside: dict[str, Trains] = {}
+        if torch is not None:
+            for case in (wdl, ncf):
+                asked = {"model": case.model, "data": str(case.data), "dim": case.dim, "batch": case.batch}
+                beside[f"{case.name}_torch"] = CommandSide(torch, asked)
+        async with asyncio.TaskGroup() as group:
+            for case in cases:
+                group.create_task(case.start())
+            group.create_task(_load(beside))
+        say("all processes are ready")
+        sides = {name: side for case in cases for name, side in case.sides(gemm).items()} | _special(wdl) | beside
+        turns = Turns(size.window_seconds, sides)
+        await turns.warm(say)
+        rounds = await turns.take(size.rounds, STARTED + size.most_seconds)
+        learning = {case.name: case.learning() for case in cases}
+        table_rows = {case.name: case.ps.table_rows() for case in cases}
+    finally:
+        for case in cases:
+            await case.close()
+    keys = _keys(turns, cases, torch is not None, why)
+    for case in cases:
+        if not learning[case.name]["learns"]:
+            for key in [k for k in keys if k.startswith(f"{case.name}_ps") and keys[k] is not None]:
+                keys[key], why[key] = (
+                    None,
+                    f"the loss did not fall as it does in process: {learning[case.name]['loss']}",
+                )
+    best = turns.fastest(wdl.ps_names())
+    return {
+        **keys,
+        "dense_mode": DENSE_MODE,
+        "pull_hidden": hidden_share(turns.windows.get(HIDDEN, [])),
+        "bytes_per_sample": wire_bytes(turns.windows[best]),
+        "workers": {case.name: int(turns.fastest(case.ps_names()).rpartition("_")[2]) for case in cases},
+        "rows": table_rows,
+        "rounds": rounds,
+        "configurations": {name: turns.figures(name) for name in turns.windows},
+        "learning": learning,
+        "stages_ms": {name: stages_of(turns.windows[name]) for name in turns.windows if stages_of(turns.windows[name])},
+        "ratios": _spreads(turns, cases),
+    }
+
+
+async def _load(sides: dict[str, Trains]) -> None:
+    """Have processes that are asked take in their data, before anything is timed."""
+    for side in sides.values():
+        await side.run(0)
+
+
+def _special(wdl: Case) -> dict[str, Trains]:
+    """Return the sides of Wide & Deep that ask one question each."""
+    assert wdl.near is not None
+    cores = sorted(os.sched_getaffinity(0))
+    found: dict[str, Trains] = {HIDDEN: JobSide(wdl.ps, {SLOW: 1})}
+    if len(cores) > 1:
+        found[REMOTE] = JobSide(wdl.ps, {"worker-0": 1}, {"worker-0": cores[0], SHARD_NAME: cores[1]})
+        found[ALONE] = JobSide(wdl.near, {NEAR: 1}, {NEAR: cores[0]})
+    return found
+
+
+def _pairs(turns: Turns, cases: tuple[Case, ...]) -> dict[str, tuple[str, str]]:
+    """Return which side each key compares with which."""
+    wdl, dlrm, ncf = (turns.fastest(case.ps_names()) for case in cases)
+    return {
+        "wdl_inproc_vs_gemm": ("wdl_inproc", "wdl_gemm"),
+        "wdl_ps_vs_gemm": (wdl, "wdl_gemm"),
+        "wdl_ps_dense_every_step_vs_gemm": (wdl, "wdl_gemm"),
+        "dlrm_inproc_vs_gemm": ("dlrm_inproc", "dlrm_gemm"),
+        "dlrm_ps_vs_gemm": (dlrm, "dlrm_gemm"),
+        "remote_vs_inproc": (REMOTE, ALONE),
+        "ncf_ps_vs_torch": (ncf, "ncf_torch"),
+        "wdl_ps_vs_torch": (wdl, "wdl_torch"),
+    }
+
+
+def _spreads(turns: Turns, cases: tuple[Case, ...]) -> dict[str, dict[str, float]]:
+    pairs = _pairs(turns, cases)
+    return {k: turns.ratio(*pair) for k, pair in pairs.items() if all(side in turns.windows for side in pair)}
+
+
+def _keys(turns: Turns, cases: tuple[Case, ...], torch: bool, why: dict[str, str]) -> dict[str, float | None]:
+    spreads = _spreads(turns, cases)
+    found: dict[str, float | None] = {
+        key: spreads[key]["median"] if key in spreads else None for key in _pairs(turns, cases)
+    }
+    if found["remote_vs_inproc"] is None:
+        why["remote_vs_inproc"] = "a worker and a shard with a core each need two"
+    found["wdl_bf16_ps_samples_per_s"] = None
+    why["wdl_bf16_ps_samples_per_s"] = "matrix products in bfloat16 are not built"
+    return found
+
+
+async def _listed(case: Case, data: DataSize, gemm: Command, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the figures of a case that is listed beside the keys."""
+    say(f"{case.name}: making data and rows")
+    try:
+        generate_clicks(case.data, data)
+        await case.start()
+        turns = Turns(1.0, case.sides(gemm))
+        await turns.warm(say)
+        await turns.take(3, float("inf"))
+        learning, rows = case.learning(), case.ps.table_rows()
+    finally:
+        await case.close()
+    best = turns.fastest(case.ps_names())
+    return {
+        "ps_vs_gemm": turns.ratio(best, f"{case.name}_gemm"),
+        "inproc_vs_gemm": turns.ratio(f"{case.name}_inproc", f"{case.name}_gemm"),
+        "configurations": {name: turns.figures(name) for name in turns.windows},
+        "learning": learning,
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
