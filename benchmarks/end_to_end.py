@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oarlock.benchmarks.end_to_end_cases import NEAR, SHARD_NAME, SLOW, Case
+from oarlock.benchmarks.end_to_end_cases import NEAR, PS_WORKERS, SHARD_NAME, SLOW, Case, worker_names
 from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks, generate_pairs
 from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns, torch_python
 from oarlock.benchmarks.end_to_end_stages import hidden_share, stages_of, wire_bytes
@@ -33,12 +34,24 @@ STARTED = time.monotonic()
 PACKAGES = ("numpy", "numba", "grpcio", "protobuf", "pyarrow", "torch")
 DENSE_MODE = "every step"
 PEER_KEYS = ("wdl_ps_vs_rpc_per_cpu_s", "wdl_ps_vs_tf_ps", "wdl_ps_vs_tf", "wdl_ps_vs_paddle", "ncf_ps_vs_rpc")
+LISTED_WINDOW_SECONDS, LISTED_ROUNDS = 1.0, 3
 REMOTE, ALONE, HIDDEN = "wdl_remote", "wdl_alone", "wdl_hidden"
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A case of Wide & Deep that is listed beside the keys."""
+
+    name: str
+    data: DataSize
+    dim: int = 16
+    batch: int = 2048
+    ps_workers: tuple[int, ...] = PS_WORKERS
+
+
+@dataclass(frozen=True)
 class Size:
-    """How much is measured: data, windows, and when rounds stop being begun, in seconds from the start."""
+    """How much is measured; seconds from the start: when rounds stop being begun, and then cases that are listed only."""
 
     data: DataSize
     pairs: int
@@ -46,8 +59,8 @@ class Size:
     window_seconds: float
     most_seconds: float
     batch: int = 2048
-    # The cases that are listed beside the keys: name -> (dim, batch, data).
-    listed: tuple[tuple[str, int, int, DataSize], ...] = ()
+    listed: tuple[Listed, ...] = ()
+    listed_seconds: float = 360.0
 
 
 FIVE_MILLION = DataSize(1 << 20, 880_000, True)
@@ -59,9 +72,10 @@ SIZES = {
         1.2,
         240.0,
         listed=(
-            ("wdl_8192", 16, 8192, FIVE_MILLION),
-            ("wdl_dim_64", 64, 2048, FIVE_MILLION),
-            ("wdl_33m", 16, 2048, DataSize(1 << 20, 0, True)),
+            Listed("wdl_8192", FIVE_MILLION, batch=8192),
+            Listed("wdl_dim_64", FIVE_MILLION, dim=64),
+            # Three tables of this size would take most of a machine's memory.
+            Listed("wdl_33m", DataSize(1 << 20, 0, True), ps_workers=(1,)),
         ),
     ),
     # Only rows that some sample names exist, so that none is created while the clock runs; millions more would take their time.
@@ -115,10 +129,11 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
     try:
         found = await _main_cases(size, folder, gemm, torch, why, say)
         listed = {}
-        for name, dim, batch, data in size.listed:
-            listed[name] = await _listed(
-                Case(name, "wdl", folder / name, folder, dim=dim, batch=batch), data, gemm, say
-            )
+        for each in size.listed:
+            if time.monotonic() - STARTED > size.listed_seconds:
+                why[each.name] = f"there was no time left: others took {size.listed_seconds:g} s"
+                continue
+            listed[each.name] = await _listed(each, folder, gemm, say)
     finally:
         gemm.close()
         if torch is not None:
@@ -149,32 +164,26 @@ async def _main_cases(
         turns = Turns(size.window_seconds, sides)
         await turns.warm(say)
         rounds = await turns.take(size.rounds, STARTED + size.most_seconds)
-        learning = {case.name: case.learning() for case in cases}
-        table_rows = {case.name: case.ps.table_rows() for case in cases}
     finally:
         for case in cases:
             await case.close()
-    keys = _keys(turns, cases, torch is not None, why)
-    for case in cases:
-        if not learning[case.name]["learns"]:
-            for key in [k for k in keys if k.startswith(f"{case.name}_ps") and keys[k] is not None]:
-                keys[key], why[key] = (
-                    None,
-                    f"the loss did not fall as it does in process: {learning[case.name]['loss']}",
-                )
-    best = turns.fastest(wdl.ps_names())
+    best = {case.name: case.best(turns) for case in cases}
+    learning = {name: found for case in cases for name, found in case.learning().items()}
+    spreads = _spreads(turns, best)
+    keys = _keys(spreads, learning, best, why)
+    fastest = best["wdl"] or turns.fastest([job.name for job in wdl.ps.values()])
     return {
         **keys,
         "dense_mode": DENSE_MODE,
         "pull_hidden": hidden_share(turns.windows.get(HIDDEN, [])),
-        "bytes_per_sample": wire_bytes(turns.windows[best]),
-        "workers": {case.name: int(turns.fastest(case.ps_names()).rpartition("_")[2]) for case in cases},
-        "rows": table_rows,
+        "bytes_per_sample": wire_bytes(turns.windows[fastest]),
+        "workers": {name: side and int(side.rpartition("_")[2]) for name, side in best.items()},
+        "rows": {job.name: job.rows for case in cases for job in case.jobs()},
         "rounds": rounds,
-        "configurations": {name: turns.figures(name) for name in turns.windows},
+        "ratios": spreads,
         "learning": learning,
-        "stages_ms": {name: stages_of(turns.windows[name]) for name in turns.windows if stages_of(turns.windows[name])},
-        "ratios": _spreads(turns, cases),
+        "configurations": {name: turns.figures(name) for name in turns.windows},
+        "stages_ms": {name: stages for name in turns.windows if (stages := stages_of(turns.windows[name]))},
     }
 
 
@@ -188,38 +197,48 @@ def _special(wdl: Case) -> dict[str, Trains]:
     """Return the sides of Wide & Deep that ask one question each."""
     assert wdl.near is not None
     cores = sorted(os.sched_getaffinity(0))
-    found: dict[str, Trains] = {HIDDEN: JobSide(wdl.ps, {SLOW: 1})}
+    found: dict[str, Trains] = {HIDDEN: JobSide(wdl.ps[1], {SLOW: 1})}
     if len(cores) > 1:
-        found[REMOTE] = JobSide(wdl.ps, {"worker-0": 1}, {"worker-0": cores[0], SHARD_NAME: cores[1]})
+        worker = worker_names(1)[0]
+        found[REMOTE] = JobSide(wdl.ps[1], {worker: 1}, {worker: cores[0], SHARD_NAME: cores[1]})
         found[ALONE] = JobSide(wdl.near, {NEAR: 1}, {NEAR: cores[0]})
     return found
 
 
-def _pairs(turns: Turns, cases: tuple[Case, ...]) -> dict[str, tuple[str, str]]:
-    """Return which side each key compares with which."""
-    wdl, dlrm, ncf = (turns.fastest(case.ps_names()) for case in cases)
-    return {
-        "wdl_inproc_vs_gemm": ("wdl_inproc", "wdl_gemm"),
-        "wdl_ps_vs_gemm": (wdl, "wdl_gemm"),
-        "wdl_ps_dense_every_step_vs_gemm": (wdl, "wdl_gemm"),
-        "dlrm_inproc_vs_gemm": ("dlrm_inproc", "dlrm_gemm"),
-        "dlrm_ps_vs_gemm": (dlrm, "dlrm_gemm"),
-        "remote_vs_inproc": (REMOTE, ALONE),
-        "ncf_ps_vs_torch": (ncf, "ncf_torch"),
-        "wdl_ps_vs_torch": (wdl, "wdl_torch"),
-    }
+# Which side each key compares with which; the name of a case stands for the better of its sides with a shard of their own.
+COMPARED = {
+    "wdl_inproc_vs_gemm": ("wdl_inproc", "wdl_gemm"),
+    "wdl_ps_vs_gemm": ("wdl", "wdl_gemm"),
+    "wdl_ps_dense_every_step_vs_gemm": ("wdl", "wdl_gemm"),
+    "dlrm_inproc_vs_gemm": ("dlrm_inproc", "dlrm_gemm"),
+    "dlrm_ps_vs_gemm": ("dlrm", "dlrm_gemm"),
+    "remote_vs_inproc": (REMOTE, ALONE),
+    "ncf_ps_vs_torch": ("ncf", "ncf_torch"),
+    "wdl_ps_vs_torch": ("wdl", "wdl_torch"),
+}
 
 
-def _spreads(turns: Turns, cases: tuple[Case, ...]) -> dict[str, dict[str, float]]:
-    pairs = _pairs(turns, cases)
-    return {k: turns.ratio(*pair) for k, pair in pairs.items() if all(side in turns.windows for side in pair)}
+def _spreads(turns: Turns, best: dict[str, str | None]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for key, (one, other) in COMPARED.items():
+        side = best.get(one, one)
+        if side in turns.windows and other in turns.windows:
+            found[key] = turns.ratio(side, other)
+    return found
 
 
-def _keys(turns: Turns, cases: tuple[Case, ...], torch: bool, why: dict[str, str]) -> dict[str, float | None]:
-    spreads = _spreads(turns, cases)
-    found: dict[str, float | None] = {
-        key: spreads[key]["median"] if key in spreads else None for key in _pairs(turns, cases)
-    }
+def _keys(
+    spreads: dict[str, dict[str, float]],
+    learning: dict[str, dict[str, Any]],
+    best: dict[str, str | None],
+    why: dict[str, str],
+) -> dict[str, float | None]:
+    """Return the keys' medians; a key whose side did not learn is null, however fast that was."""
+    found: dict[str, float | None] = {key: spreads[key]["median"] if key in spreads else None for key in COMPARED}
+    for key, (one, _) in COMPARED.items():
+        if (one in best and best[one] is None) or (one in learning and not learning[one]["learns"]):
+            about = {name: was for name, was in learning.items() if name.startswith(one)}
+            found[key], why[key] = None, f"the loss did not fall as it does in process: {about}"
     if found["remote_vs_inproc"] is None:
         why["remote_vs_inproc"] = "a worker and a shard with a core each need two"
     found["wdl_bf16_ps_samples_per_s"] = None
@@ -227,25 +246,29 @@ def _keys(turns: Turns, cases: tuple[Case, ...], torch: bool, why: dict[str, str
     return found
 
 
-async def _listed(case: Case, data: DataSize, gemm: Command, say: Callable[[str], None]) -> dict[str, Any]:
+async def _listed(each: Listed, folder: Path, gemm: Command, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of a case that is listed beside the keys."""
-    say(f"{case.name}: making data and rows")
+    data = folder / f"{each.name}-data"
+    case = Case(each.name, "wdl", data, folder, each.dim, each.batch, ps_workers=each.ps_workers)
+    say(f"{case.name}: {await asyncio.to_thread(generate_clicks, data, each.data)} rows")
     try:
-        generate_clicks(case.data, data)
         await case.start()
-        turns = Turns(1.0, case.sides(gemm))
+        turns = Turns(LISTED_WINDOW_SECONDS, case.sides(gemm))
         await turns.warm(say)
-        await turns.take(3, float("inf"))
-        learning, rows = case.learning(), case.ps.table_rows()
+        await turns.take(LISTED_ROUNDS, float("inf"))
     finally:
         await case.close()
-    best = turns.fastest(case.ps_names())
+        shutil.rmtree(data)
+    best = case.best(turns)
+    ratios = {"inproc_vs_gemm": turns.ratio(f"{case.name}_inproc", f"{case.name}_gemm")}
     return {
-        "ps_vs_gemm": turns.ratio(best, f"{case.name}_gemm"),
-        "inproc_vs_gemm": turns.ratio(f"{case.name}_inproc", f"{case.name}_gemm"),
+        "ps_vs_gemm": best and turns.ratio(best, f"{case.name}_gemm")["median"],
+        "inproc_vs_gemm": ratios["inproc_vs_gemm"]["median"],
+        "ratios": {**ratios, **({"ps_vs_gemm": turns.ratio(best, f"{case.name}_gemm")} if best else {})},
+        "workers": best and int(best.rpartition("_")[2]),
+        "rows": {job.name: job.rows for job in case.jobs()},
+        "learning": case.learning(),
         "configurations": {name: turns.figures(name) for name in turns.windows},
-        "learning": learning,
-        "rows": rows,
     }
 
 

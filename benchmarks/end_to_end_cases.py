@@ -12,14 +12,15 @@ from typing import Any
 
 from oarlock.benchmarks.end_to_end_job import DELAYED, IN_PROCESS, SHARD, WORKER, GatedJob
 from oarlock.benchmarks.end_to_end_recipe import layers
-from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains
+from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns
 
-# Matrix products run on one thread in each worker: two of them have the two cores that the matrix products beside them have.
-WORKERS = 2
+# Matrix products run on one thread in each worker. Two compute threads in all are as many as the products beside them have: two
+# workers in one process, until a worker computes several batches at once; beside a shard one worker, or two.
+IN_PROCESS_WORKERS, PS_WORKERS = 2, (1, 2)
 NEAR, SHARD_NAME, SLOW = "inprocess", "shard", "delayed"
 # Small enough for the workers to end a window together, large enough for leases not to count.
 SAMPLES_PER_SPLIT, BATCHES_PER_SPLIT_NCF = 4096, 8
-# How much of the fall of the loss in process the job of processes has to show over the same samples.
+# How much of the fall of the loss in process a job of processes has to show over the same samples.
 LEAST_FALL = 0.9
 
 
@@ -35,48 +36,53 @@ class Case:
     batch: int = 2048
     inprocess: bool = True
     delayed: bool = False
-    ps: GatedJob = field(init=False)
+    ps_workers: tuple[int, ...] = PS_WORKERS
+    # By number of workers: each learns by itself, so that the speed of one is not held against the learning of another.
+    ps: dict[int, GatedJob] = field(init=False)
     near: GatedJob | None = None
 
     def __post_init__(self) -> None:
-        self.ps = GatedJob(f"{self.name}-ps", self.data, self.folder / f"{self.name}-ps", self._options())
+        self.ps = {n: self._job(f"ps_{n}", 2) for n in self.ps_workers}
         if self.inprocess:
             # Nothing is pulled ahead where there is no wire to wait for, as the product has it.
-            folder = self.folder / f"{self.name}-inprocess"
-            self.near = GatedJob(f"{self.name}-inprocess", self.data, folder, self._options(), prefetch=1)
+            self.near = self._job("inproc", 1)
 
-    def _options(self) -> dict[str, object]:
+    def _job(self, kind: str, prefetch: int) -> GatedJob:
         per_split = BATCHES_PER_SPLIT_NCF if self.model == "ncf" else max(1, SAMPLES_PER_SPLIT // self.batch)
-        return {"model": self.model, "dim": self.dim, "batch_samples": self.batch, "batches_per_split": per_split}
+        options: dict[str, object] = {"model": self.model, "dim": self.dim, "batch_samples": self.batch}
+        options["batches_per_split"] = per_split
+        name = f"{self.name}_{kind}"
+        return GatedJob(name, self.data, self.folder / name, options, prefetch=prefetch)
 
     def jobs(self) -> list[GatedJob]:
-        return [self.ps, self.near] if self.near else [self.ps]
+        return [*self.ps.values(), *([self.near] if self.near else [])]
 
     async def start(self) -> None:
         """Start all processes, create the rows, and wait until everybody could begin."""
-        await self.ps.start()
-        self.ps.add(SHARD_NAME, SHARD)
+        for job in self.jobs():
+            await job.start()
         if self.near:
-            await self.near.start()
-            self.near.add(NEAR, IN_PROCESS, "--workers", str(WORKERS), "--data", str(self.data))
-
-        async def far() -> None:
-            await self.ps.fill()
-            names = [f"worker-{n}" for n in range(WORKERS)]
-            for name in names:
-                self.ps.add(name, WORKER, "--reader", "arrow")
-            if self.delayed:
-                self.ps.add(SLOW, DELAYED)
-            await self.ps.ready(dict.fromkeys([*names, SLOW] if self.delayed else names, 1))
-
-        async def near(job: GatedJob) -> None:
-            await job.fill(NEAR)
-            await job.ready({NEAR: WORKERS})
-
+            self.near.add(NEAR, IN_PROCESS, "--workers", str(IN_PROCESS_WORKERS), "--data", str(self.data))
         async with asyncio.TaskGroup() as group:
-            group.create_task(far())
+            for count, job in self.ps.items():
+                job.add(SHARD_NAME, SHARD)
+                group.create_task(self._start_far(count, job))
             if self.near:
-                group.create_task(near(self.near))
+                group.create_task(self._start_near(self.near))
+
+    async def _start_far(self, count: int, job: GatedJob) -> None:
+        await job.fill()
+        names = worker_names(count)
+        for name in names:
+            job.add(name, WORKER, "--reader", "arrow")
+        if self.delayed and count == 1:
+            job.add(SLOW, DELAYED)
+            names.append(SLOW)
+        await job.ready(dict.fromkeys(names, 1))
+
+    async def _start_near(self, job: GatedJob) -> None:
+        await job.fill(NEAR)
+        await job.ready({NEAR: IN_PROCESS_WORKERS})
 
     async def close(self) -> None:
         for job in self.jobs():
@@ -89,24 +95,41 @@ class Case:
             # The layers of NeuMF are too small for their products to be what bounds it.
             shape = [list(s) for s in layers(self.model, self.dim)]
             found[f"{self.name}_gemm"] = CommandSide(gemm, {"layers": shape, "batch": self.batch})
-        for count in range(1, WORKERS + 1):
-            found[f"{self.name}_ps_{count}"] = JobSide(self.ps, {f"worker-{n}": 1 for n in range(count)})
+        for count, job in self.ps.items():
+            found[job.name] = JobSide(job, dict.fromkeys(worker_names(count), 1))
         if self.near:
-            found[f"{self.name}_inproc"] = JobSide(self.near, {NEAR: WORKERS})
+            found[self.near.name] = JobSide(self.near, {NEAR: IN_PROCESS_WORKERS})
         return found
 
-    def ps_names(self) -> list[str]:
-        return [f"{self.name}_ps_{count}" for count in range(1, WORKERS + 1)]
+    def best(self, turns: Turns) -> str | None:
+        """Return the fastest of the sides with a shard of their own; one that does not learn does not count."""
+        learning = self.learning()
+        learned = [job.name for job in self.ps.values() if learning[job.name]["learns"]]
+        return turns.fastest(learned) if learned else None
 
-    def learning(self) -> dict[str, Any]:
-        """Return losses of both jobs before and after the same number of samples, and whether speed came with learning."""
-        curves = {"ps": self.ps.gate.losses}
-        if self.near:
-            curves["inprocess"] = self.near.gate.losses
-        common = min(sum(n for n, _ in curve) for curve in curves.values())
-        ends = {name: ends_of(curve, common) for name, curve in curves.items()}
-        losses = {name: {"before": round(a, 4), "after": round(b, 4)} for name, (a, b) in ends.items()}
-        return {"samples": common, "loss": losses, "learns": learns(ends["ps"], ends.get("inprocess"))}
+    def learning(self) -> dict[str, dict[str, Any]]:
+        """Return, by side, the loss before and after, beside that of the same samples in process, and whether it fell alike."""
+        near = self.near.gate.losses if self.near else None
+        found: dict[str, dict[str, Any]] = {}
+        for job in self.jobs():
+            curve = job.gate.losses
+            common = min(samples_of(curve), samples_of(near) if near else samples_of(curve))
+            mine, other = ends_of(curve, common), ends_of(near, common) if near else None
+            learned = learns(mine, None if job is self.near else other)
+            found[job.name] = {"samples": common, "loss": _rounded(mine), "inproc": _rounded(other), "learns": learned}
+        return found
+
+
+def worker_names(count: int) -> list[str]:
+    return [f"worker-{n}" for n in range(count)]
+
+
+def _rounded(ends: tuple[float, float] | None) -> list[float] | None:
+    return ends and [round(x, 4) for x in ends]
+
+
+def samples_of(curve: list[tuple[int, float]]) -> int:
+    return sum(count for count, _ in curve)
 
 
 def learns(ps: tuple[float, float], inprocess: tuple[float, float] | None) -> bool:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from google.protobuf.message import Message
-from threadpoolctl import threadpool_limits
 
 from oarlock.client.entry import parser, run
+from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import client_source, observed_as
 from oarlock.data.reader import open_reader
 from oarlock.proto.rpc import GrpcTransport
@@ -48,7 +48,7 @@ def main() -> int:
         with (
             observed_as("worker", given) as telemetry,
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
-            threadpool_limits(1),
+            limit_blas(1),
         ):
             telemetry.registry.add(client_source(inner))
             warm_up()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
-from threadpoolctl import threadpool_limits
 
 from oarlock.benchmarks.end_to_end_fill import fill
 from oarlock.client.entry import parser, run
+from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import Telemetry, observed_as
 from oarlock.data.reader import open_reader
 from oarlock.launch.kernels import compile_or_load
@@ -68,7 +68,7 @@ def main() -> int:
         asyncio.run(body())
 
     async def body() -> None:
-        with observed_as("job", given) as telemetry, threadpool_limits(1):
+        with observed_as("job", given) as telemetry, limit_blas(1):
             compile_or_load()
             address = here.serve(service, server.start())
             transport = Near(here, address)

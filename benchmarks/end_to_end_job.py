@@ -80,6 +80,7 @@ class GatedJob:
         self._children: dict[str, Child] = {}
         self._transport = GrpcTransport()
         self.gate: Gate
+        self.rows = 0
 
     async def start(self) -> None:
         """Plan the job and have its coordinator listen."""
@@ -176,12 +177,10 @@ class GatedJob:
         grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
         return Window(seconds, samples, processor, grown)
 
-    def table_rows(self) -> int:
-        """Return how many rows the shard told of with its last heartbeat."""
-        return sum(int(m.stats.get("rows", 0)) for m in self._coordinator.members.alive("shard"))
-
     async def close(self) -> None:
         """End all processes, then the coordinator."""
+        # As the shard's last heartbeat told.
+        self.rows = sum(int(m.stats.get("rows", 0)) for m in self._coordinator.members.alive("shard"))
         for child in self._children.values():
             if child.process.stdin is not None:
                 child.process.stdin.close()

@@ -301,7 +301,9 @@ def test_a_tiny_run_gives_every_key(tmp_path: Path) -> None:
     assert result["surroundings"]["openblas_coretype"] == {"found": "Haswell", "used": None}
     for key in KEYS:
         assert (result[key] is None) == (key in result["why"]), key
-    assert result["rows"] == {"wdl": result["rows"]["dlrm"], "dlrm": result["rows"]["wdl"], "ncf": 6040 + 3706}
+    clicks, pairs = result["rows"]["wdl_ps_1"], 6040 + 3706
+    expected = {f"{model}_{kind}": clicks for model in ("wdl", "dlrm") for kind in ("ps_1", "ps_2", "inproc")}
+    assert result["rows"] == {**expected, "ncf_ps_1": pairs, "ncf_ps_2": pairs}
     for name in ("wdl_ps_1", "wdl_ps_2", "wdl_inproc", "wdl_gemm", "dlrm_ps_1", "ncf_ps_2", "wdl_hidden"):
         assert result["configurations"][name]["samples_per_s"] > 0
-    assert result["learning"]["wdl"]["samples"] > 0
+    assert result["learning"]["wdl_ps_2"]["samples"] > 0
