@@ -26,6 +26,7 @@ from typing import Any
 
 from oarlock.benchmarks.end_to_end_cases import NEAR, PS_WORKERS, SHARD_NAME, SLOW, Case, worker_names
 from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks, generate_pairs
+from oarlock.benchmarks.end_to_end_peers import measure_peers
 from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns, torch_python
 from oarlock.benchmarks.end_to_end_stages import hidden_share, stages_of, wire_bytes
 from oarlock.launch.kernels import compile_or_load
@@ -33,7 +34,6 @@ from oarlock.launch.kernels import compile_or_load
 STARTED = time.monotonic()
 PACKAGES = ("numpy", "numba", "grpcio", "protobuf", "pyarrow", "torch")
 DENSE_MODE = "every step"
-PEER_KEYS = ("wdl_ps_vs_rpc_per_cpu_s", "wdl_ps_vs_tf_ps", "wdl_ps_vs_tf", "wdl_ps_vs_paddle", "ncf_ps_vs_rpc")
 LISTED_WINDOW_SECONDS, LISTED_ROUNDS = 1.0, 3
 REMOTE, ALONE, HIDDEN = "wdl_remote", "wdl_alone", "wdl_hidden"
 
@@ -101,9 +101,11 @@ def main() -> int:
     before = surroundings(PACKAGES)
     with tempfile.TemporaryDirectory(prefix="oarlock-bench-") as folder:
         result = asyncio.run(measure(SIZES[name], Path(folder), say))
-    if options.peers:
-        result["why"] |= dict.fromkeys(PEER_KEYS, "not built: run the folder of peers by itself")
-        result |= dict.fromkeys(PEER_KEYS)
+        if options.peers:
+            (Path(folder) / "peers").mkdir()
+            best = {case: side and result["configurations"][side] for case, side in result["best"].items()}
+            found, reasons = measure_peers(best, Path(folder) / "peers", say)
+            result = {**result, **found, "why": {**result["why"], **reasons}}
     after = surroundings(())["load_average"]
     ending = {"size": name, "surroundings": {**before, "load_average_after": after}}
     print(json.dumps({"benchmark": "end_to_end", **result, **ending, "seconds": round(time.monotonic() - STARTED, 1)}))
@@ -177,7 +179,7 @@ async def _main_cases(
         "dense_mode": DENSE_MODE,
         "pull_hidden": hidden_share(turns.windows.get(HIDDEN, [])),
         "bytes_per_sample": wire_bytes(turns.windows[fastest]),
-        "workers": {name: side and int(side.rpartition("_")[2]) for name, side in best.items()},
+        "best": best,
         "rows": {job.name: job.rows for case in cases for job in case.jobs()},
         "rounds": rounds,
         "ratios": spreads,
@@ -265,7 +267,7 @@ async def _listed(each: Listed, folder: Path, gemm: Command, say: Callable[[str]
         "ps_vs_gemm": best and turns.ratio(best, f"{case.name}_gemm")["median"],
         "inproc_vs_gemm": ratios["inproc_vs_gemm"]["median"],
         "ratios": {**ratios, **({"ps_vs_gemm": turns.ratio(best, f"{case.name}_gemm")} if best else {})},
-        "workers": best and int(best.rpartition("_")[2]),
+        "best": best,
         "rows": {job.name: job.rows for job in case.jobs()},
         "learning": case.learning(),
         "configurations": {name: turns.figures(name) for name in turns.windows},

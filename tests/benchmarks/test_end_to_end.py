@@ -31,6 +31,7 @@ from oarlock.benchmarks.end_to_end_data import (
 )
 from oarlock.benchmarks.end_to_end_gate import Gate
 from oarlock.benchmarks.end_to_end_job import Window, without_member
+from oarlock.benchmarks.end_to_end_peers import PEERS, measure_peers
 from oarlock.benchmarks.end_to_end_recipe import EndToEndConfig, build, layers, recipe
 from oarlock.benchmarks.end_to_end_stages import hidden_share, stages_of, wire_bytes
 from oarlock.client.job import TRAINING, JobSpec
@@ -299,7 +300,7 @@ def test_a_tiny_run_gives_every_key(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "something was left behind"
     result = json.loads(ended.stdout.splitlines()[-1])
     assert result["surroundings"]["openblas_coretype"] == {"found": "Haswell", "used": None}
-    for key in KEYS:
+    for key in (*KEYS, *PEERS):
         assert (result[key] is None) == (key in result["why"]), key
     clicks, pairs = result["rows"]["wdl_ps_1"], 6040 + 3706
     expected = {f"{model}_{kind}": clicks for model in ("wdl", "dlrm") for kind in ("ps_1", "ps_2", "inproc")}
@@ -307,3 +308,37 @@ def test_a_tiny_run_gives_every_key(tmp_path: Path) -> None:
     for name in ("wdl_ps_1", "wdl_ps_2", "wdl_inproc", "wdl_gemm", "dlrm_ps_1", "ncf_ps_2", "wdl_hidden"):
         assert result["configurations"][name]["samples_per_s"] > 0
     assert result["learning"]["wdl_ps_2"]["samples"] > 0
+
+
+# 6. Peers
+
+SCRIPT = """
+import json, sys
+print("something else")
+print(json.dumps({"peer": "x", "samples_per_s": 50.0, "samples_per_cpu_s": 20.0, "arguments": sys.argv[1:]}))
+"""
+
+
+def test_peers_are_run_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "tf"):
+        (tmp_path / "venvs" / name / "bin").mkdir(parents=True)
+        (tmp_path / "venvs" / name / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "peer_torch_rpc.py").write_text(SCRIPT)
+    (tmp_path / "peer_tf.py").write_text("raise ValueError('no such CPU')")
+    monkeypatch.setenv("OARLOCK_PEERS", str(tmp_path))
+    monkeypatch.setenv("PEERS_VENVS", str(tmp_path / "venvs"))
+    said: list[str] = []
+    ours = {"wdl": {"samples_per_s": 100.0, "samples_per_cpu_s": 30.0}, "ncf": None}
+    found, why = measure_peers(ours, tmp_path, said.append)
+    assert found["wdl_ps_vs_rpc_per_cpu_s"] == 1.5
+    assert found["peers"]["wdl_ps_vs_rpc_per_cpu_s"]["arguments"][:2] == ["--model", "wdl"]
+    assert set(why) == {key for key in PEERS if found[key] is None} == set(PEERS) - {"wdl_ps_vs_rpc_per_cpu_s"}
+    assert "no such CPU" in why["wdl_ps_vs_tf"]
+    assert "peer_paddle_ps.py" in why["wdl_ps_vs_paddle"]
+    assert "learned" in why["ncf_ps_vs_rpc"]
+
+
+def test_peers_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OARLOCK_PEERS", raising=False)
+    found, why = measure_peers({"wdl": None, "ncf": None}, tmp_path, print)
+    assert all(found[key] is None and "OARLOCK_PEERS" in why[key] for key in PEERS)
