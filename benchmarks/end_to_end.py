@@ -34,7 +34,9 @@ from oarlock.launch.kernels import compile_or_load
 STARTED = time.monotonic()
 PACKAGES = ("numpy", "numba", "grpcio", "protobuf", "pyarrow", "torch")
 DENSE_MODE = "every step"
-LISTED_WINDOW_SECONDS, LISTED_ROUNDS = 1.0, 3
+# The bare matrix products on two threads, and on one.
+Products = tuple[Command, Command]
+LISTED_WINDOW_SECONDS, LISTED_ROUNDS, LISTED_LEARN_SAMPLES = 1.0, 3, 1 << 19
 REMOTE, ALONE, HIDDEN = "wdl_remote", "wdl_alone", "wdl_hidden"
 
 
@@ -58,6 +60,8 @@ class Size:
     rounds: int
     window_seconds: float
     most_seconds: float
+    # How many samples a job sees at least before its loss is judged.
+    learn_samples: int
     batch: int = 2048
     listed: tuple[Listed, ...] = ()
     listed_seconds: float = 360.0
@@ -71,6 +75,7 @@ SIZES = {
         7,
         1.2,
         240.0,
+        1 << 19,
         listed=(
             Listed("wdl_8192", FIVE_MILLION, batch=8192),
             Listed("wdl_dim_64", FIVE_MILLION, dim=64),
@@ -79,8 +84,8 @@ SIZES = {
         ),
     ),
     # Only rows that some sample names exist, so that none is created while the clock runs; millions more would take their time.
-    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.35, 40.0),
-    "tiny": Size(DataSize(1 << 14, 2000, False), 1 << 12, 1, 0.02, 0.0, batch=128),
+    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.35, 34.0, 3 << 16),
+    "tiny": Size(DataSize(1 << 14, 2000, False), 1 << 12, 1, 0.02, 0.0, 1 << 13, batch=128),
 }
 
 
@@ -120,7 +125,8 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
     rows = generate_clicks(folder / "clicks", size.data)
     generate_pairs(folder / "pairs", size.pairs)
     say(f"{size.data.samples} samples, {rows} rows that exist before timing")
-    gemm = Command(["-m", "oarlock.benchmarks.end_to_end_gemm"], folder / "gemm.log")
+    module = ["-m", "oarlock.benchmarks.end_to_end_gemm"]
+    gemm, one_thread = (Command(module, folder / f"gemm-{n}.log", threads=n) for n in (2, 1))
     python = torch_python()
     torch = None
     if python is None:
@@ -129,22 +135,28 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
         script = Path(__file__).with_name("end_to_end_torch.py")
         torch = Command([str(script)], folder / "torch.log", python=python)
     try:
-        found = await _main_cases(size, folder, gemm, torch, why, say)
+        found = await _main_cases(size, folder, (gemm, one_thread), torch, why, say)
         listed = {}
         for each in size.listed:
             if time.monotonic() - STARTED > size.listed_seconds:
                 why[each.name] = f"there was no time left: others took {size.listed_seconds:g} s"
                 continue
-            listed[each.name] = await _listed(each, folder, gemm, say)
+            listed[each.name] = await _listed(each, folder, (gemm, one_thread), say)
     finally:
         gemm.close()
+        one_thread.close()
         if torch is not None:
             torch.close()
     return {**found, "listed": listed, "why": why}
 
 
 async def _main_cases(
-    size: Size, folder: Path, gemm: Command, torch: Command | None, why: dict[str, str], say: Callable[[str], None]
+    size: Size,
+    folder: Path,
+    gemm: tuple[Command, Command],
+    torch: Command | None,
+    why: dict[str, str],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     clicks, pairs = folder / "clicks", folder / "pairs"
     wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, delayed=True)
@@ -162,10 +174,13 @@ async def _main_cases(
                 group.create_task(case.start())
             group.create_task(_load(beside))
         say("all processes are ready")
-        sides = {name: side for case in cases for name, side in case.sides(gemm).items()} | _special(wdl) | beside
+        sides = {name: side for case in cases for name, side in case.sides(*gemm).items()} | _special(wdl) | beside
         turns = Turns(size.window_seconds, sides)
         await turns.warm(say)
         rounds = await turns.take(size.rounds, STARTED + size.most_seconds)
+        for case in cases:
+            await case.learn(size.learn_samples)
+        say("losses compared")
     finally:
         for case in cases:
             await case.close()
@@ -248,16 +263,17 @@ def _keys(
     return found
 
 
-async def _listed(each: Listed, folder: Path, gemm: Command, say: Callable[[str], None]) -> dict[str, Any]:
+async def _listed(each: Listed, folder: Path, gemm: Products, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of a case that is listed beside the keys."""
     data = folder / f"{each.name}-data"
     case = Case(each.name, "wdl", data, folder, each.dim, each.batch, ps_workers=each.ps_workers)
     say(f"{case.name}: {await asyncio.to_thread(generate_clicks, data, each.data)} rows")
     try:
         await case.start()
-        turns = Turns(LISTED_WINDOW_SECONDS, case.sides(gemm))
+        turns = Turns(LISTED_WINDOW_SECONDS, case.sides(*gemm))
         await turns.warm(say)
         await turns.take(LISTED_ROUNDS, float("inf"))
+        await case.learn(LISTED_LEARN_SAMPLES)
     finally:
         await case.close()
         shutil.rmtree(data)

@@ -22,6 +22,8 @@ NEAR, SHARD_NAME, SLOW = "inprocess", "shard", "delayed"
 SAMPLES_PER_SPLIT, BATCHES_PER_SPLIT_NCF = 4096, 8
 # How much of the fall of the loss in process a job of processes has to show over the same samples.
 LEAST_FALL = 0.9
+# How many batches it may be behind: what is pulled ahead is computed on parameters of some batches ago, worst at the beginning.
+MOST_BEHIND = 16
 
 
 @dataclass
@@ -72,12 +74,12 @@ class Case:
 
     async def _start_far(self, count: int, job: GatedJob) -> None:
         await job.fill()
-        names = worker_names(count)
+        names = job.workers = worker_names(count)
         for name in names:
             job.add(name, WORKER, "--reader", "arrow")
         if self.delayed and count == 1:
             job.add(SLOW, DELAYED)
-            names.append(SLOW)
+            names = [*names, SLOW]
         await job.ready(dict.fromkeys(names, 1))
 
     async def _start_near(self, job: GatedJob) -> None:
@@ -88,18 +90,31 @@ class Case:
         for job in self.jobs():
             await job.close()
 
-    def sides(self, gemm: Command) -> dict[str, Trains]:
-        """Return the sides of this case by name."""
+    def sides(self, gemm: Command, one_thread: Command) -> dict[str, Trains]:
+        """Return the sides of this case by name; the products of a step also on one thread, for what they cost a processor.
+
+        Two threads that wait for each other while others have the processors cost more than they compute.
+        """
         found: dict[str, Trains] = {}
         if self.model != "ncf":
             # The layers of NeuMF are too small for their products to be what bounds it.
             shape = [list(s) for s in layers(self.model, self.dim)]
-            found[f"{self.name}_gemm"] = CommandSide(gemm, {"layers": shape, "batch": self.batch})
+            asked = {"layers": shape, "batch": self.batch}
+            found[f"{self.name}_gemm"] = CommandSide(gemm, asked)
+            found[f"{self.name}_gemm_1"] = CommandSide(one_thread, asked)
         for count, job in self.ps.items():
             found[job.name] = JobSide(job, dict.fromkeys(worker_names(count), 1))
         if self.near:
             found[self.near.name] = JobSide(self.near, {NEAR: IN_PROCESS_WORKERS})
         return found
+
+    async def learn(self, samples: int) -> None:
+        """Train every job on, until it has seen so many samples: after fewer nothing can be said of its loss."""
+        for job in self.jobs():
+            missing = samples - samples_of(job.gate.losses)
+            if missing > 0:
+                workers = {NEAR: IN_PROCESS_WORKERS} if job is self.near else dict.fromkeys(job.workers, 1)
+                await job.window(workers, -(-missing // self.batch))
 
     def best(self, turns: Turns) -> str | None:
         """Return the fastest of the sides with a shard of their own; one that does not learn does not count."""
@@ -114,9 +129,12 @@ class Case:
         for job in self.jobs():
             curve = job.gate.losses
             common = min(samples_of(curve), samples_of(near) if near else samples_of(curve))
-            mine, other = ends_of(curve, common), ends_of(near, common) if near else None
+            behind = max(common // 2, common - MOST_BEHIND * self.batch)
+            mine, other = ends_of(curve, common), ends_of(near, behind) if near else None
             learned = learns(mine, None if job is self.near else other)
-            found[job.name] = {"samples": common, "loss": _rounded(mine), "inproc": _rounded(other), "learns": learned}
+            found[job.name] = {"samples": common, "loss": _rounded(mine), "learns": learned}
+            if job is not self.near:
+                found[job.name]["inproc"] = _rounded(other)
         return found
 
 
@@ -134,20 +152,20 @@ def samples_of(curve: list[tuple[int, float]]) -> int:
 
 def learns(ps: tuple[float, float], inprocess: tuple[float, float] | None) -> bool:
     """Tell whether a job's loss, (before, after), fell as it does in process over the same samples."""
-    # From the same start: a first tenth that went well is no reason to ask less of the rest.
+    # From the same start: a first split that happened to go well is no reason to ask less of the rest.
     start, end = inprocess or (ps[0], ps[0])
     return start - ps[1] > max(0.0, LEAST_FALL * (start - end))
 
 
 def ends_of(curve: list[tuple[int, float]], samples: int) -> tuple[float, float]:
-    """Return the mean loss of the first and of the last tenth of the first ``samples`` samples of a curve."""
-    total, first, last = 0, [0.0, 0], [0.0, 0]
+    """Return the loss of a curve's first split, and the mean loss of the last tenth of its first ``samples`` samples."""
+    total = counted = 0
+    lost = 0.0
     for count, loss in curve:
         total += count
-        if total > samples:
+        if total > samples and counted:
             break
-        if total <= max(samples / 10, curve[0][0]):
-            first = [first[0] + loss * count, first[1] + count]
         if total > samples * 0.9:
-            last = [last[0] + loss * count, last[1] + count]
-    return first[0] / max(1, first[1]), last[0] / max(1, last[1])
+            counted += count
+            lost += loss * count
+    return curve[0][1], lost / max(1, counted)

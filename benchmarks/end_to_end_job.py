@@ -81,6 +81,8 @@ class GatedJob:
         self._transport = GrpcTransport()
         self.gate: Gate
         self.rows = 0
+        # The processes that train it and nothing else.
+        self.workers: list[str] = []
 
     async def start(self) -> None:
         """Plan the job and have its coordinator listen."""

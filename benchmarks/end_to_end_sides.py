@@ -173,12 +173,14 @@ class Turns:
     def ratio(self, one: str, other: str) -> dict[str, float]:
         """Return one side's speed over another's: the median over rounds, with the least and the most, and that of
         samples per processor second, which other work on the machine hardly touches."""
+        # Of products the one on a single thread tells what they cost.
+        alone = f"{other}_1" if f"{other}_1" in self.windows else other
         each = [a.speed / b.speed for a, b in zip(self.windows[one], self.windows[other], strict=True)]
         return {
             "median": round(statistics.median(each), 3),
             "least": round(min(each), 3),
             "most": round(max(each), 3),
-            "per_cpu_s": round(self.per_cpu_s(one) / self.per_cpu_s(other), 3),
+            "per_cpu_s": round(self.per_cpu_s(one) / self.per_cpu_s(alone), 3),
         }
 
     def per_cpu_s(self, name: str) -> float:
