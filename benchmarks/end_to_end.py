@@ -36,7 +36,7 @@ PACKAGES = ("numpy", "numba", "grpcio", "protobuf", "pyarrow", "torch")
 DENSE_MODE = "every step"
 # The bare matrix products on two threads, and on one.
 Products = tuple[Command, Command]
-LISTED_WINDOW_SECONDS, LISTED_ROUNDS, LISTED_LEARN_SAMPLES = 1.0, 3, 1 << 19
+LISTED_WINDOW_SECONDS, LISTED_ROUNDS, LISTED_LEARN_SAMPLES, LISTED_LEARN_BATCHES = 1.0, 3, 1 << 19, 128
 REMOTE, ALONE, HIDDEN = "wdl_remote", "wdl_alone", "wdl_hidden"
 
 
@@ -197,6 +197,8 @@ async def _main_cases(
         "best": best,
         "rows": {job.name: job.rows for case in cases for job in case.jobs()},
         "rounds": rounds,
+        # Processors that others kept busy; where these are not nearly none, only per_cpu_s means anything.
+        "others": turns.others(),
         "ratios": spreads,
         "learning": learning,
         "configurations": {name: turns.figures(name) for name in turns.windows},
@@ -273,7 +275,7 @@ async def _listed(each: Listed, folder: Path, gemm: Products, say: Callable[[str
         turns = Turns(LISTED_WINDOW_SECONDS, case.sides(*gemm))
         await turns.warm(say)
         await turns.take(LISTED_ROUNDS, float("inf"))
-        await case.learn(LISTED_LEARN_SAMPLES)
+        await case.learn(max(LISTED_LEARN_SAMPLES, LISTED_LEARN_BATCHES * each.batch))
     finally:
         await case.close()
         shutil.rmtree(data)

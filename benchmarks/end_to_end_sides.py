@@ -188,6 +188,10 @@ class Turns:
         windows = self.windows[name]
         return sum(w.samples for w in windows) / max(1e-9, sum(w.processor for w in windows))
 
+    def others(self) -> float:
+        """Return the median over all windows of how many processors others kept busy."""
+        return round(statistics.median(w.others for windows in self.windows.values() for w in windows), 2)
+
     def figures(self, name: str) -> dict[str, Any]:
         """Return a side's samples per second, per processor second, how its windows spread, and cores that others took."""
         windows = self.windows[name]
