@@ -152,20 +152,21 @@ def samples_of(curve: list[tuple[int, float]]) -> int:
 
 def learns(ps: tuple[float, float], inprocess: tuple[float, float] | None) -> bool:
     """Tell whether a job's loss, (before, after), fell as it does in process over the same samples."""
-    # From the same start: a first split that happened to go well is no reason to ask less of the rest.
-    start, end = inprocess or (ps[0], ps[0])
+    # Both began with the same parameters: the higher first loss is the one that was trained on less while it was taken.
+    start = max(ps[0], inprocess[0]) if inprocess else ps[0]
+    end = inprocess[1] if inprocess else start
     return start - ps[1] > max(0.0, LEAST_FALL * (start - end))
 
 
 def ends_of(curve: list[tuple[int, float]], samples: int) -> tuple[float, float]:
-    """Return the loss of a curve's first split, and the mean loss of the last tenth of its first ``samples`` samples."""
+    """Return the loss of a curve's first split, and the mean loss of the last quarter of its first ``samples`` samples."""
     total = counted = 0
     lost = 0.0
     for count, loss in curve:
         total += count
         if total > samples and counted:
             break
-        if total > samples * 0.9:
+        if total > samples * 0.75:
             counted += count
             lost += loss * count
     return curve[0][1], lost / max(1, counted)
