@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oarlock.benchmarks.end_to_end_cases import NEAR, PS_WORKERS, SHARD_NAME, SLOW, Case, worker_names
+from oarlock.benchmarks.end_to_end_cases import NEAR, NEAR_ONE, ONE, PS_FORMS, SHARD_NAME, SLOW, Case, worker_names
 from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks, generate_pairs
 from oarlock.benchmarks.end_to_end_peers import measure_peers
 from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns, torch_python
@@ -48,7 +48,7 @@ class Listed:
     data: DataSize
     dim: int = 16
     batch: int = 2048
-    ps_workers: tuple[int, ...] = PS_WORKERS
+    forms: tuple[str, ...] = tuple(PS_FORMS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Size:
     # How many samples a job sees at least before its loss is judged.
     learn_samples: int
     batch: int = 2048
+    forms: tuple[str, ...] = tuple(PS_FORMS)
     listed: tuple[Listed, ...] = ()
     listed_seconds: float = 360.0
 
@@ -80,11 +81,11 @@ SIZES = {
             Listed("wdl_8192", FIVE_MILLION, batch=8192),
             Listed("wdl_dim_64", FIVE_MILLION, dim=64),
             # Three tables of this size would take most of a machine's memory.
-            Listed("wdl_33m", DataSize(1 << 20, 0, True), ps_workers=(1,)),
+            Listed("wdl_33m", DataSize(1 << 20, 0, True), forms=("ps_1",)),
         ),
     ),
     # Only rows that some sample names exist, so that none is created while the clock runs; millions more would take their time.
-    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.35, 34.0, 3 << 16),
+    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.35, 34.0, 3 << 16, forms=("ps_1",)),
     "tiny": Size(DataSize(1 << 14, 2000, False), 1 << 12, 1, 0.02, 0.0, 1 << 13, batch=128),
 }
 
@@ -159,9 +160,9 @@ async def _main_cases(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     clicks, pairs = folder / "clicks", folder / "pairs"
-    wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, delayed=True)
-    dlrm = Case("dlrm", "dlrm", clicks, folder, batch=size.batch)
-    ncf = Case("ncf", "ncf", pairs, folder, batch=size.batch, inprocess=False)
+    wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, ones=True, forms=size.forms)
+    dlrm = Case("dlrm", "dlrm", clicks, folder, batch=size.batch, forms=size.forms)
+    ncf = Case("ncf", "ncf", pairs, folder, batch=size.batch, inprocess=False, forms=size.forms)
     cases = (wdl, dlrm, ncf)
     try:
         beside: dict[str, Trains] = {}
@@ -214,13 +215,12 @@ async def _load(sides: dict[str, Trains]) -> None:
 
 def _special(wdl: Case) -> dict[str, Trains]:
     """Return the sides of Wide & Deep that ask one question each."""
-    assert wdl.near is not None
     cores = sorted(os.sched_getaffinity(0))
-    found: dict[str, Trains] = {HIDDEN: JobSide(wdl.ps[1], {SLOW: 1})}
+    found: dict[str, Trains] = {HIDDEN: JobSide(wdl.one[ONE], {SLOW: 1})}
     if len(cores) > 1:
         worker = worker_names(1)[0]
-        found[REMOTE] = JobSide(wdl.ps[1], {worker: 1}, {worker: cores[0], SHARD_NAME: cores[1]})
-        found[ALONE] = JobSide(wdl.near, {NEAR: 1}, {NEAR: cores[0]})
+        found[REMOTE] = JobSide(wdl.one[ONE], {worker: 1}, {worker: cores[0], SHARD_NAME: cores[1]})
+        found[ALONE] = JobSide(wdl.one[NEAR_ONE], {NEAR: 1}, {NEAR: cores[0]})
     return found
 
 
@@ -268,7 +268,7 @@ def _keys(
 async def _listed(each: Listed, folder: Path, gemm: Products, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of a case that is listed beside the keys."""
     data = folder / f"{each.name}-data"
-    case = Case(each.name, "wdl", data, folder, each.dim, each.batch, ps_workers=each.ps_workers)
+    case = Case(each.name, "wdl", data, folder, each.dim, each.batch, forms=each.forms)
     say(f"{case.name}: {await asyncio.to_thread(generate_clicks, data, each.data)} rows")
     try:
         await case.start()

@@ -14,16 +14,31 @@ from oarlock.benchmarks.end_to_end_job import DELAYED, IN_PROCESS, SHARD, WORKER
 from oarlock.benchmarks.end_to_end_recipe import layers
 from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns
 
-# Matrix products run on one thread in each worker. Two compute threads in all are as many as the products beside them have: two
-# workers in one process, until a worker computes several batches at once; beside a shard one worker, or two.
-IN_PROCESS_WORKERS, PS_WORKERS = 2, (1, 2)
 NEAR, SHARD_NAME, SLOW = "inprocess", "shard", "delayed"
-# Small enough for the workers to end a window together, large enough for leases not to count.
-SAMPLES_PER_SPLIT, BATCHES_PER_SPLIT_NCF = 4096, 8
+# Small enough for two workers to end a window together, large enough for leases not to count.
+SAMPLES_PER_SPLIT, BATCHES_PER_SPLIT_NCF = 8192, 8
 # How much of the fall of the loss in process a job of processes has to show over the same samples.
 LEAST_FALL = 0.9
 # How many batches it may be behind: what is pulled ahead is computed on parameters of some batches ago, worst at the beginning.
 MOST_BEHIND = 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a job is spread: matrix products run on one thread each, ``compute_threads`` of them at once in each worker."""
+
+    workers: int
+    compute_threads: int
+    prefetch: int
+
+
+# Two compute threads in all, as many as the products beside them have. While one waits for its pull the other computes and the
+# shard works: nothing has to be pulled ahead, and all is computed on newer parameters.
+PS_FORMS = {"ps_1": Form(1, 2, 1), "ps_2": Form(2, 1, 1)}
+NEAR_FORM = Form(1, 2, 1)
+# One compute thread, for the questions of what a wire costs and how much of a pull is hidden.
+ONE, NEAR_ONE = "ps_one", "inproc_one"
+ONE_FORMS = {ONE: Form(1, 1, 2), NEAR_ONE: Form(1, 1, 1)}
 
 
 @dataclass
@@ -37,54 +52,61 @@ class Case:
     dim: int = 16
     batch: int = 2048
     inprocess: bool = True
-    delayed: bool = False
-    ps_workers: tuple[int, ...] = PS_WORKERS
-    # By number of workers: each learns by itself, so that the speed of one is not held against the learning of another.
-    ps: dict[int, GatedJob] = field(init=False)
+    # With jobs of one compute thread beside them.
+    ones: bool = False
+    forms: tuple[str, ...] = tuple(PS_FORMS)
+    # By form: each learns by itself, so that the speed of one is not held against the learning of another.
+    ps: dict[str, GatedJob] = field(init=False)
     near: GatedJob | None = None
+    one: dict[str, GatedJob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ps = {n: self._job(f"ps_{n}", 2) for n in self.ps_workers}
+        self.ps = {kind: self._job(kind, PS_FORMS[kind]) for kind in self.forms}
         if self.inprocess:
-            # Nothing is pulled ahead where there is no wire to wait for, as the product has it.
-            self.near = self._job("inproc", 1)
+            self.near = self._job("inproc", NEAR_FORM)
+        if self.ones:
+            self.one = {kind: self._job(kind, form) for kind, form in ONE_FORMS.items()}
 
-    def _job(self, kind: str, prefetch: int) -> GatedJob:
+    def _job(self, kind: str, form: Form) -> GatedJob:
         per_split = BATCHES_PER_SPLIT_NCF if self.model == "ncf" else max(1, SAMPLES_PER_SPLIT // self.batch)
         options: dict[str, object] = {"model": self.model, "dim": self.dim, "batch_samples": self.batch}
         options["batches_per_split"] = per_split
         name = f"{self.name}_{kind}"
-        return GatedJob(name, self.data, self.folder / name, options, prefetch=prefetch)
+        threads = form.compute_threads
+        return GatedJob(name, self.data, self.folder / name, options, prefetch=form.prefetch, compute_threads=threads)
 
     def jobs(self) -> list[GatedJob]:
-        return [*self.ps.values(), *([self.near] if self.near else [])]
+        return [*self.ps.values(), *([self.near] if self.near else []), *self.one.values()]
 
     async def start(self) -> None:
         """Start all processes, create the rows, and wait until everybody could begin."""
         for job in self.jobs():
             await job.start()
-        if self.near:
-            self.near.add(NEAR, IN_PROCESS, "--workers", str(IN_PROCESS_WORKERS), "--data", str(self.data))
         async with asyncio.TaskGroup() as group:
-            for count, job in self.ps.items():
-                job.add(SHARD_NAME, SHARD)
-                group.create_task(self._start_far(count, job))
+            for kind, job in self.ps.items():
+                group.create_task(self._start_far(job, PS_FORMS[kind].workers))
             if self.near:
                 group.create_task(self._start_near(self.near))
+            if self.one:
+                group.create_task(self._start_far(self.one[ONE], 1, slow=True))
+                group.create_task(self._start_near(self.one[NEAR_ONE]))
 
-    async def _start_far(self, count: int, job: GatedJob) -> None:
+    async def _start_far(self, job: GatedJob, workers: int, *, slow: bool = False) -> None:
+        job.add(SHARD_NAME, SHARD)
         await job.fill()
-        names = job.workers = worker_names(count)
+        names = job.workers = worker_names(workers)
         for name in names:
             job.add(name, WORKER, "--reader", "arrow")
-        if self.delayed and count == 1:
+        if slow:
             job.add(SLOW, DELAYED)
             names = [*names, SLOW]
         await job.ready(dict.fromkeys(names, 1))
 
     async def _start_near(self, job: GatedJob) -> None:
+        job.add(NEAR, IN_PROCESS, "--data", str(self.data))
+        job.workers = [NEAR]
         await job.fill(NEAR)
-        await job.ready({NEAR: IN_PROCESS_WORKERS})
+        await job.ready({NEAR: 1})
 
     async def close(self) -> None:
         for job in self.jobs():
@@ -102,19 +124,19 @@ class Case:
             asked = {"layers": shape, "batch": self.batch}
             found[f"{self.name}_gemm"] = CommandSide(gemm, asked)
             found[f"{self.name}_gemm_1"] = CommandSide(one_thread, asked)
-        for count, job in self.ps.items():
-            found[job.name] = JobSide(job, dict.fromkeys(worker_names(count), 1))
-        if self.near:
-            found[self.near.name] = JobSide(self.near, {NEAR: IN_PROCESS_WORKERS})
+        for job in (*self.ps.values(), *([self.near] if self.near else [])):
+            found[job.name] = JobSide(job, dict.fromkeys(job.workers, 1))
         return found
+
+    def _judged(self) -> list[GatedJob]:
+        return [job for job in self.jobs() if job not in self.one.values()]
 
     async def learn(self, samples: int) -> None:
         """Train every job on, until it has seen so many samples: after fewer nothing can be said of its loss."""
-        for job in self.jobs():
+        for job in self._judged():
             missing = samples - samples_of(job.gate.losses)
             if missing > 0:
-                workers = {NEAR: IN_PROCESS_WORKERS} if job is self.near else dict.fromkeys(job.workers, 1)
-                await job.window(workers, -(-missing // self.batch))
+                await job.window(dict.fromkeys(job.workers, 1), -(-missing // self.batch))
 
     def best(self, turns: Turns) -> str | None:
         """Return the fastest of the sides with a shard of their own; one that does not learn does not count."""
@@ -126,7 +148,7 @@ class Case:
         """Return, by side, the loss before and after, beside that of the same samples in process, and whether it fell alike."""
         near = self.near.gate.losses if self.near else None
         found: dict[str, dict[str, Any]] = {}
-        for job in self.jobs():
+        for job in self._judged():
             curve = job.gate.losses
             common = min(samples_of(curve), samples_of(near) if near else samples_of(curve))
             behind = max(common // 2, common - MOST_BEHIND * self.batch)

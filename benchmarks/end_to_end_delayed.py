@@ -54,7 +54,15 @@ def main() -> int:
             warm_up()
             rng, reader = random.SystemRandom(), open_reader("arrow")
             try:
-                await run_worker(transport, given.coordinator, reader, executor, rng=rng, telemetry=telemetry)
+                await run_worker(
+                    transport,
+                    given.coordinator,
+                    reader,
+                    executor,
+                    rng=rng,
+                    telemetry=telemetry,
+                    compute_in_threads=True,
+                )
             finally:
                 await transport.close()
 

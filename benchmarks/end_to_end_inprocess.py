@@ -47,21 +47,28 @@ def main() -> int:
     """Serve and train until the parent is gone."""
     options = parser("oarlock.benchmarks.end_to_end_inprocess", __doc__.split("\n")[0])
     options.add_argument("--coordinator", required=True)
-    options.add_argument("--workers", type=int, required=True)
     options.add_argument("--data", type=Path, required=True)
     given = options.parse_args()
     service, here = ShardService(), InProcess()
     # The coordinator's orders to the shard come over the wire.
     server = GrpcServer(service, "Shard", listen="127.0.0.1:0")
 
-    def work(number: int, address: str, telemetry: Telemetry) -> None:
+    def work(address: str, telemetry: Telemetry) -> None:
         async def body() -> None:
             transport = Near(here, address)
             rng = random.SystemRandom()
-            with ThreadPoolExecutor(1, thread_name_prefix=f"oarlock-read-{number}") as executor:
+            with ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor:
                 try:
                     reader = open_reader("arrow")
-                    await run_worker(transport, given.coordinator, reader, executor, rng=rng, telemetry=telemetry)
+                    await run_worker(
+                        transport,
+                        given.coordinator,
+                        reader,
+                        executor,
+                        rng=rng,
+                        telemetry=telemetry,
+                        compute_in_threads=True,
+                    )
                 finally:
                     await transport.close()
 
@@ -78,9 +85,8 @@ def main() -> int:
                     run_shard(transport, given.coordinator, service, address, rng=rng, telemetry=telemetry)
                 )
                 await fill(transport, given.coordinator, given.data)
-                for number in range(given.workers):
-                    # Daemons: the process ends with its parent, whatever they wait for.
-                    threading.Thread(target=work, args=(number, address, telemetry), daemon=True).start()
+                # A daemon: the process ends with its parent, whatever it waits for.
+                threading.Thread(target=work, args=(address, telemetry), daemon=True).start()
 
     try:
         return run(body, given)

@@ -61,7 +61,16 @@ class Window:
 class GatedJob:
     """``start()``, then processes by ``add``, then ``ready`` and windows, then ``close()``."""
 
-    def __init__(self, name: str, data: Path, folder: Path, options: dict[str, object], *, prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: Path,
+        folder: Path,
+        options: dict[str, object],
+        *,
+        prefetch: int = 2,
+        compute_threads: int = 1,
+    ) -> None:
         self.name = name
         self._run = RunConfig(
             recipe=RECIPE,
@@ -71,6 +80,7 @@ class GatedJob:
             reader="arrow",
             checkpoint_epochs=0,
             prefetch=prefetch,
+            compute_threads=compute_threads,
             lease_seconds=LEASE_SECONDS,
             heartbeat_seconds=HEARTBEAT_SECONDS,
             recipe_options=options,
