@@ -38,6 +38,7 @@ from oarlock.embedding.request import ABSENT, Request, Scratch
 from oarlock.embedding.sketch import count_key
 from oarlock.embedding.slab import First, Layout, side_at, start_row, undo_at, weights_at
 from oarlock.embedding.update_row import powers
+from oarlock.embedding.versions import first_version
 
 # Ids of kernels, not of files.
 ALWAYS, BY_COUNT, BY_SKETCH, BY_CHANCE, BY_SCORE = range(5)
@@ -186,6 +187,8 @@ def admit(
             if shape.occurrences >= 0:
                 # What came before; this push's occurrences are added like those of any row.
                 store_u32(side + 4 * shape.state_columns, shape.occurrences, np.uint32(max(total - amount, 0)))
+            if shape.version >= 0:
+                store_u32(side + 4 * shape.state_columns, shape.version, first_version(descriptor, shape))
             created += 1
         elif rules.kind == BY_COUNT:
             waits = np.uint32(PENDING | total)

@@ -25,6 +25,7 @@ HAND = 26  # bucket at which the next sweep of eviction begins
 HAND_OF_HEAT = 27  # bucket at which the next search for cold rows begins
 VERSION = 28  # operations that changed the block
 LIFE = 29  # another number whenever the block gets a whole new content
+LEFT = 30  # the highest version of a row that was evicted (``embedding/versions.py``)
 
 FIELDS = 32
 DESCRIPTOR_BYTES = 8 * FIELDS

@@ -28,6 +28,7 @@ from oarlock.embedding.pointer import (
 )
 from oarlock.embedding.precision import decode_row
 from oarlock.embedding.slab import Layout, side_at, weights_at
+from oarlock.embedding.versions import note_left
 
 
 class Sweep(NamedTuple):
@@ -99,6 +100,7 @@ def sweep_buckets(
             if leaves(weights_at(chunks, word, shape), counters, shape, rules, tick, values):
                 gone[left] = load_u64(line, place)
                 left += 1
+                note_left(descriptor, shape, counters)
                 erase(line + 4 * (WORDS + place))
                 give_slot(descriptor, shape, word)
     store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) - left)
@@ -140,6 +142,7 @@ def evict_entries(descriptor: Int, shape: Layout, entries: NDArray[np.int64]) ->
     """Evict the rows whose index words lie at entries: int64[n]."""
     for i in range(entries.shape[0]):
         slot = np.int64(load_u32(entries[i], 0))
+        note_left(descriptor, shape, side_at(load_i64(descriptor, CHUNKS), slot, shape) + 4 * shape.state_columns)
         erase(entries[i])
         give_slot(descriptor, shape, slot)
     store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) - entries.shape[0])

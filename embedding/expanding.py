@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.expanding_content import cut, joined
 from oarlock.embedding.expanding_kernels import join, judge, leave_too, pack
+from oarlock.embedding.newer import Newer
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.precision import PRECISIONS
 from oarlock.embedding.slab import layout
@@ -164,6 +165,16 @@ class ExpandingTable:
         self.wide.pull(keys, blocks, counts, out.reshape(-1)[n * self.width :].reshape(n, self.wide.spec.dim))
         join(address_of(out), n, self.spec.dim, self.width, address_of(first_part))
         return present
+
+    def pull_newer(
+        self, keys: Keys, blocks: Groups, counts: Groups, versions: NDArray[np.uint32], *, bound: int
+    ) -> Newer:
+        """Return the rows that who keeps these versions must get, as ``Table.pull_newer`` does."""
+        with self._changing:  # a push under way has raised versions before it changes the other parts
+            found = self.narrow.outdated(keys, blocks, counts, versions, bound=bound)
+        rows = np.empty((len(found.keys), self.spec.dim), np.float32)
+        self.pull(found.keys, found.blocks, found.counts, rows)
+        return Newer(found.positions, rows, found.versions)
 
     def push(
         self,

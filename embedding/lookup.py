@@ -29,7 +29,13 @@ def row_bytes(table: AnyTable) -> int:
 def counter_names(spec: TableSpec) -> list[str]:
     """Return what a row's counters are, in their order; ``shows`` and ``clicks`` are float32."""
     keep = keeps(spec)
-    wanted = {"occurrences": keep.occurrences, "last_update": keep.updated, "shows": keep.score, "clicks": keep.score}
+    wanted = {
+        "occurrences": keep.occurrences,
+        "last_update": keep.updated,
+        "shows": keep.score,
+        "clicks": keep.score,
+        "version": keep.version,
+    }
     return [name for name, kept in wanted.items() if kept] + (["expanded"] if spec.expand_score else [])
 
 

@@ -13,6 +13,7 @@ from oarlock.proto.errors import InvalidArgument
 DTYPES = ("float32", "float16", "bfloat16", "int8")  # in the order of embedding/precision.py's codes
 ADMISSIONS = ("always", "count", "sketch", "probability", "score")
 ORDERS = ("recent", "frequent")
+CACHE_POLICIES = ("lru", "lfu")
 
 
 def _check(owner: str, name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
@@ -101,3 +102,22 @@ class Guard:
         _check("guard", "limit", self.limit, 1e-30, 1e15)
         _check("guard", "sample", self.sample, 0, 1 << 20, whole=True)
         _check("guard", "undo", self.undo, 0, 1024, whole=True)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The cache of a table's rows on each worker (docs/cache.md), after HET (Miao et al., VLDB 2022).
+
+    ``rows``: how many rows of the table a worker keeps. ``bound``: updates of a row that a kept one may lack; beyond that
+    it is pulled again. ``policy``: who goes when it is full, the least recently (lru) or least frequently (lfu) used.
+    """
+
+    rows: int
+    bound: int = 0
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        if self.policy not in CACHE_POLICIES:
+            raise InvalidArgument(f"cache.policy = {self.policy!r}: choose one of {', '.join(CACHE_POLICIES)}")
+        _check("cache", "rows", self.rows, 1, 1 << 30, whole=True)
+        _check("cache", "bound", self.bound, 0, 1 << 30, whole=True)

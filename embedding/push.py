@@ -54,6 +54,7 @@ from oarlock.embedding.refusal import poisonous
 from oarlock.embedding.regularise import update_rows
 from oarlock.embedding.request import ABSENT, REFUSED_ROW, UPDATE_ROWS, Request, Scratch
 from oarlock.embedding.slab import First, Layout, prefetch_bytes, row_at, undo_at
+from oarlock.embedding.versions import next_version
 
 _RING = RING - 1
 
@@ -183,7 +184,7 @@ def settle(keys: Int, at: Int, end: Int, scratch: Scratch, outcome: Outcome) -> 
 
 @jit
 def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -> None:
-    """Count occurrences, shows and clicks, and keep the values that the update is about to change."""
+    """Count occurrences, shows, clicks and versions, and keep the values that the update is about to change."""
     for i in range(at, end):
         row = load_i64(scratch.rows, i)
         if row <= 0:
@@ -199,6 +200,8 @@ def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -
             if request.clicks != 0:
                 clicks = load_f32(counters, shape.shows + 1) + load_f32(request.clicks, i)
                 store_f32(counters, shape.shows + 1, clicks)
+        if shape.version >= 0:
+            store_u32(counters, shape.version, next_version(load_u32(counters, shape.version)))
         if shape.undo > 0:
             ring = np.int64(load_u32(counters, shape.recorded))
             place = ring & 0xFFFF

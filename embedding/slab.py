@@ -4,7 +4,8 @@
     chunk of R rows:   weights of row 0 .. R-1 | side of row 0 .. R-1 | undo of row 0 .. R-1
     weights            dim numbers of the table's dtype (``embedding/precision.py``), padded to whole words
     side               optimizer state (float32), then counters (uint32): occurrences, tick of the last update, shows, clicks
-                       (float32), and for the undo ring values kept << 16 | next place; as many of them as the table keeps
+                       (float32), version (``embedding/versions.py``), and for the undo ring values kept << 16 | next
+                       place; as many of them as the table keeps
     undo               ring of the last n values: weights and state as they were before an update
     chunks of a block: 16 rows, 16, 32, 64, ... up to about 256 KiB, then chunks of one size
 
@@ -37,12 +38,14 @@ CHUNK_BYTES = 256 << 10
 
 
 class Keep(NamedTuple):
-    """Which counters a table keeps for each row, and how many old values."""
+    """Which counters a table keeps for each row, and how many old values. ``bound``: of the table's cache."""
 
     occurrences: bool = False
     updated: bool = False
     score: bool = False
     undo: int = 0
+    version: bool = False
+    bound: int = 0
 
 
 NOTHING = Keep()
@@ -63,7 +66,9 @@ class Layout(NamedTuple):
     occurrences: int
     updated: int
     shows: int
+    version: int
     recorded: int
+    bound: int  # what a worker's row may lack, where versions are kept
 
 
 class First(NamedTuple):
@@ -86,14 +91,32 @@ def layout(dim: int, state_columns: int, code: int = FLOAT32, keep: Keep = NOTHI
     """Return the layout of rows of ``dim`` weights of dtype ``code`` with ``state_columns`` state values."""
     counters = 0
     numbers = []
-    for wanted, width in ((keep.occurrences, 1), (keep.updated, 1), (keep.score, 2), (keep.undo > 0, 1)):
+    kept = (keep.occurrences, 1), (keep.updated, 1), (keep.score, 2), (keep.version, 1), (keep.undo > 0, 1)
+    for wanted, width in kept:
         numbers.append(counters if wanted else -1)
         counters += width if wanted else 0
     weights = weight_bytes(code, dim)
     side = 4 * (state_columns + counters)
     undo = keep.undo * (weights + 4 * state_columns)
     steady = max(FIRST_BITS, (CHUNK_BYTES // (weights + side + undo)).bit_length() - 1)
-    return Layout(dim, code, state_columns, counters, weights, side, keep.undo, undo, steady, *numbers)
+    occurrences, updated, shows, version, recorded = numbers
+    return Layout(
+        dim,
+        code,
+        state_columns,
+        counters,
+        weights,
+        side,
+        keep.undo,
+        undo,
+        steady,
+        occurrences,
+        updated,
+        shows,
+        version,
+        recorded,
+        keep.bound,
+    )
 
 
 def chunk_rows(shape: Layout, chunk: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from oarlock.embedding.optimizer_spec import OptimizerSpec as OptimizerSpec
 from oarlock.embedding.policy import DTYPES
 from oarlock.embedding.policy import Admission as Admission
+from oarlock.embedding.policy import CacheSpec as CacheSpec
 from oarlock.embedding.policy import Eviction as Eviction
 from oarlock.embedding.policy import Guard as Guard
 from oarlock.proto.errors import InvalidArgument
@@ -74,7 +75,8 @@ class TableSpec:
     its ``first`` value or ``zeros``. ``usage``: keep occurrences and tick of the last update of each row, also where no
     policy needs them. ``memory_bytes``: beyond so many bytes of rows a shard spills cold ones to a file, 0 = never.
     ``expand_score``: a row begins with its first part alone and gets the others when (shows - clicks) * nonclick +
-    clicks * click reaches this, 0 = rows are whole from the start.
+    clicks * click reaches this, 0 = rows are whole from the start. ``cache``: workers keep rows of the table, and each row
+    counts its updates, so that they can tell how old theirs are; None = they keep none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class TableSpec:
     guard: Guard = field(default_factory=Guard)
     memory_bytes: int = 0
     expand_score: float = 0.0
+    cache: CacheSpec | None = None
 
     def __post_init__(self) -> None:
         check_name("table", self.name)
@@ -115,6 +118,8 @@ class TableSpec:
         if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
             raise InvalidArgument(f"table {self.name}: memory_bytes = {self.memory_bytes!r}: give an integer >= 0")
         _finite(f"table {self.name}", "expand_score", self.expand_score)
+        if self.cache is not None and not isinstance(self.cache, CacheSpec):
+            raise InvalidArgument(f"table {self.name}: cache = {self.cache!r}: give a CacheSpec, or None")
         self._check_parts()
         self._check_combinations()
 
@@ -211,6 +216,7 @@ NESTED = {
     "admission": Admission,
     "eviction": Eviction,
     "guard": Guard,
+    "cache": CacheSpec,
 }
 
 
@@ -219,7 +225,7 @@ def _nested(values: object, owner: str) -> dict[str, Any]:
         raise InvalidArgument(f"{owner}: expected an object, got {type(values).__name__}")
     out = dict(values)
     for name, kind in NESTED.items():
-        if name in out:
+        if name in out and not (name == "cache" and out[name] is None):
             out[name] = _build(kind, out[name], f"{owner}.{name}")
     if "parts" in out:
         if not isinstance(out["parts"], list | tuple):

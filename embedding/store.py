@@ -55,6 +55,8 @@ def keeps(spec: TableSpec) -> Keep:
         updated=spec.usage or bool(eviction.age) or by_age,
         score=bool(eviction.score) or bool(spec.expand_score) or admission.kind == "score",
         undo=spec.guard.undo,
+        version=spec.cache is not None,
+        bound=spec.cache.bound if spec.cache is not None else 0,
     )
 
 

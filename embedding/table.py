@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from oarlock.embedding import check
 from oarlock.embedding.admission import Rules
 from oarlock.embedding.aim import addresses
+from oarlock.embedding.newer import Newer, Outdated, check_kept, outdated
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.policy import ADMISSIONS
@@ -182,6 +183,35 @@ class Table(Upkeep):
                 out,
             )
         )
+
+    def pull_newer(
+        self, keys: Keys, blocks: Groups, counts: Groups, versions: NDArray[np.uint32], *, bound: int
+    ) -> Newer:
+        """Return those rows that who keeps versions: uint32[n] of them (0: none) must get: absent ones, and ones whose version is
+        more than ``bound`` (at most the cache's) above that, or below."""
+        found = self.outdated(keys, blocks, counts, versions, bound=bound)
+        rows = np.empty((len(found.keys), self.spec.dim), np.float32)
+        self.pull(found.keys, found.blocks, found.counts, rows)
+        return Newer(found.positions, rows, found.versions)
+
+    def outdated(
+        self, keys: Keys, blocks: Groups, counts: Groups, versions: NDArray[np.uint32], *, bound: int
+    ) -> Outdated:
+        """Return which rows ``pull_newer`` returns, with their versions; pulled afterwards, they are at least as new."""
+        keys, blocks, counts = self._request(keys, blocks, counts)
+        n = keys.shape[0]
+        versions = check_kept(self, n, versions, bound)
+        with self._working(n) as work:
+            self._check_groups(work, n, blocks, counts)
+            if self._cold is not None:
+                # A row's version is in its record. What cannot come back is sent, and says itself why if it cannot be read.
+                with suppress(PSError, MemoryError):
+                    self._cold.bring_back_request(addresses(keys, blocks, counts))
+            found = outdated(self, keys, blocks, counts, versions, bound, work.pull)
+            if self._cold is not None:
+                with suppress(PSError, MemoryError):
+                    self._cold.spill_over(blocks)
+            return found
 
     def push(
         self,

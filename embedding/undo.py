@@ -2,7 +2,7 @@
 """Undo: rows get back the values that they had before their last updates.
 
 Invariant: what the push kernel kept (``note`` in ``embedding/push.py``) comes back newest first; each kept value serves once.
-Kernel only, with the block shut.
+A row that changes back has changed: its version rises. Kernel only, with the block shut.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ from oarlock.embedding.index import PENDING, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, copy, load_i64, load_u32, store_u32
 from oarlock.embedding.slab import Layout, side_at, undo_at, weights_at
+from oarlock.embedding.versions import next_version
 
 
 @jit
@@ -45,4 +46,7 @@ def undo_rows(
             copy(weights_at(chunks, slot, shape), old, shape.weight_bytes)
             copy(side, old + shape.weight_bytes, 4 * shape.state_columns)
             store_u32(recorded, 0, np.uint32(((kept - back) << 16) | place))
+            if shape.version >= 0:
+                counters = side + 4 * shape.state_columns
+                store_u32(counters, shape.version, next_version(load_u32(counters, shape.version)))
             done[i] = back

@@ -21,7 +21,7 @@ from oarlock.embedding.lookup import rows_from, rows_of
 from oarlock.embedding.make import make_table
 from oarlock.embedding.optimizers import OPTIMIZERS
 from oarlock.embedding.pointer import address_of
-from oarlock.embedding.policy import Admission, Eviction, Guard
+from oarlock.embedding.policy import Admission, CacheSpec, Eviction, Guard
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, Part, TableSpec
 from oarlock.embedding.spill_file import SpillFile
 from oarlock.embedding.table import Table
@@ -29,7 +29,7 @@ from oarlock.proto.errors import PSError
 
 # Which table a policy is on does not matter to kernels, nor how strict it is: these have each of them once.
 _POLICIES: tuple[dict[str, Any], ...] = (
-    {"admission": Admission("count", occurrences=3), "dtype": "bfloat16"},
+    {"admission": Admission("count", occurrences=3), "dtype": "bfloat16", "cache": CacheSpec(1)},
     {"admission": Admission("sketch", occurrences=3, capacity=100), "dtype": "int8"},
     {"eviction": Eviction(max_bytes=1)},
     {"parts": (Part(1), Part(1)), "eviction": Eviction(age=1), "expand_score": 0.1},
@@ -66,6 +66,8 @@ def _use(spec: TableSpec) -> None:
             found = KeySorter().build(keys, table.salt, table.bits, np.arange(spec.blocks, dtype=np.int32))
             rows = np.empty((len(found.keys), spec.dim), np.float32)
             table.check(found.keys, found.blocks, found.counts, unique=True)
+            if pulled and spec.cache is not None:
+                table.pull_newer(found.keys, found.blocks, found.counts, np.zeros(len(found.keys), np.uint32), bound=0)
             if pulled:
                 table.pull(found.keys, found.blocks, found.counts, rows)
             table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)

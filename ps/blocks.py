@@ -92,6 +92,7 @@ def _form(spec: TableSpec | DenseSpec) -> str:
         (kept.occurrences, "occurrences"),
         (kept.updated, "steps of last updates"),
         (kept.score, "shows and clicks"),
+        (kept.version, "versions of rows"),
     )
     names = ", ".join(name for wanted, name in counters if wanted)
     if names:

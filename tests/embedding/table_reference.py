@@ -30,7 +30,7 @@ class Row:
 
     def __init__(self, stored, state):
         self.stored, self.state = stored, state
-        self.occurrences = self.updated = 0
+        self.occurrences = self.updated = self.version = 0
         self.shows, self.clicks = f(0), f(0)
         self.ring = []
 
@@ -58,6 +58,7 @@ class Model:
         self.origin = reference.mix64((seed + reference.mix64(self.salt)) & reference.WORD)
         self.rows, self.waiting = {}, {}
         self.sketches, self.versions, self.graves = {}, {}, {}
+        self.left = {}  # by block, the highest version of a row that was evicted
 
     # Pure functions of the spec
 
@@ -131,13 +132,13 @@ class Model:
             out.append(row.updated)
         if spec.eviction.score or kind == "score":
             out += np.array([row.shows, row.clicks], f).view(np.uint32).tolist()
-        return out
+        return out + ([row.version] if spec.cache else [])
 
     # Blocks
 
     def adopt(self, block, version=0):
         admission = self.spec.admission
-        self.versions[block], self.graves[block] = version, []
+        self.versions[block], self.graves[block], self.left[block] = version, [], 0
         if admission.kind == "sketch":
             self.sketches[block] = Sketch(max(1, admission.capacity // self.spec.blocks), windows=admission.windows)
 
@@ -145,7 +146,7 @@ class Model:
         for kept in (self.rows, self.waiting):
             for key in self.of(block, list(kept)):
                 del kept[key]
-        for kept in (self.sketches, self.versions, self.graves):
+        for kept in (self.sketches, self.versions, self.graves, self.left):
             kept.pop(block, None)
 
     def import_rows(self, block, content, version):
@@ -156,7 +157,7 @@ class Model:
         for i, key in enumerate(content.keys.tolist()):
             scale = content.state[i, -1] if self.spec.dtype == "int8" else 0
             row = self.rows[key] = Row(self.encoded(content.weights[i], scale=scale), states[i].copy())
-            counted = content.counters[i].tolist() if content.counters.size else [0] * 4
+            counted = content.counters[i].tolist() if content.counters.size else [0] * 5
             names = self.counter_names()
             for name, value in zip(names, counted, strict=False):
                 setattr(row, name, np.array([value], np.uint32).view(f)[0] if name in ("shows", "clicks") else value)
@@ -166,8 +167,8 @@ class Model:
 
     def counter_names(self):
         probe = Row(None, None)
-        probe.occurrences, probe.updated, probe.shows, probe.clicks = 1, 2, f(3), f(4)
-        names = {1: "occurrences", 2: "updated"}
+        probe.occurrences, probe.updated, probe.shows, probe.clicks, probe.version = 1, 2, f(3), f(4), 5
+        names = {1: "occurrences", 2: "updated", 5: "version"}
         names |= {int(f(3).view(np.uint32)): "shows", int(f(4).view(np.uint32)): "clicks"}
         return [names[value] for value in self.counters(probe)]
 
@@ -226,7 +227,10 @@ class Model:
             row, result = self.new_row(key), "created"
             self.rows[key] = row
             row.occurrences = before
+            left = self.left.get(self.block(key), 0)
+            row.version = min(left + self.spec.cache.bound, MOST - 1) if self.spec.cache and left else 0
         row.occurrences = min(row.occurrences + amount, MOST)
+        row.version = min(row.version + 1, MOST)
         row.updated = min(max(step, 0), MOST)
         row.shows, row.clicks = row.shows + f(amount), row.clicks + f(click)
         if self.spec.guard.undo:
@@ -243,7 +247,13 @@ class Model:
         done = min(steps, len(row.ring)) if row is not None else 0
         for _ in range(done):
             row.stored, row.state = row.ring.pop()
+        if done:
+            row.version = min(row.version + 1, MOST)
         return done
+
+    def bury(self, key):
+        block = self.block(key)
+        self.left[block] = max(self.left[block], self.rows.pop(key).version)
 
     # Eviction
 
@@ -265,7 +275,7 @@ class Model:
         """Return the keys that a whole round over the block evicts."""
         gone = [key for key in self.of(block) if self.leaves(self.rows[key], tick)]
         for key in gone:
-            del self.rows[key]
+            self.bury(key)
         return gone
 
     def oldest(self, block, n):
@@ -274,7 +284,7 @@ class Model:
         order = sorted((self.rows[k].updated if recent else self.rows[k].occurrences, k) for k in self.of(block))
         gone = [key for _, key in order[:n]]
         for key in gone:
-            del self.rows[key]
+            self.bury(key)
         return gone
 
 

@@ -111,6 +111,8 @@ def test_counters_are_numbered_in_the_order_of_the_format():
     assert numbers(occurrences=True, updated=True, score=True, undo=5) == (5, 0, 1, 2, 4)
     assert numbers(updated=True, undo=1) == (2, -1, 0, -1, 1)
     assert numbers(score=True) == (2, -1, -1, 0, -1)
+    assert layout(2, 3, FLOAT32, Keep(True, True, True, 5, version=True, bound=7))[-6:] == (0, 1, 2, 4, 5, 7)
+    assert layout(2, 3, FLOAT32, Keep(version=True)).version == 0
 
 
 @pytest.mark.parametrize("code", [FLOAT32, FLOAT16, INT8])

@@ -30,7 +30,7 @@ from oarlock.embedding import cold
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.descriptor import ENTRIES, PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.policy import DTYPES
-from oarlock.embedding.spec import Admission, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
+from oarlock.embedding.spec import Admission, CacheSpec, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
 from oarlock.embedding.spill_file import SpillFile
 from oarlock.embedding.table import PushCounts, Table
 
@@ -94,6 +94,7 @@ def specs(draw):
         eviction=draw(st.sampled_from(BUDGETS if bound == "budget" else RULES)),
         guard=Guard(draw(st.sampled_from([1e15, 2.0])), 4, draw(st.integers(1, 3)) if bound == "undo" else 0),
         memory_bytes=1 if bound == "spill" else 0,
+        cache=draw(st.sampled_from([None, CacheSpec(1), CacheSpec(1, 2)])),
     )
 
 
@@ -195,6 +196,29 @@ class TableMachine(RuleBasedStateMachine):
         out = np.full((len(keys), self.dim), np.nan, np.float32)
         assert self.table.pull(keys, blocks, counts, out) == sum(key in self.model.rows for key in keys.tolist())
         assert out.tobytes() == b"".join(self.model.pull(key).tobytes() for key in keys.tolist())
+        self.newer(keys, blocks, counts)
+
+    def newer(self, keys, blocks, counts):
+        """Ask for what somebody lacks who keeps versions near those that rows have, by every bound."""
+        for bound in range(self.spec.cache.bound + 1 if self.spec.cache else 0):
+            self.newer_by(keys, blocks, counts, bound)
+
+    def newer_by(self, keys, blocks, counts, bound):
+        rng = np.random.default_rng(len(keys) + bound)
+        now = [self.model.rows[key].version if key in self.model.rows else 0 for key in keys.tolist()]
+        kept = np.maximum(np.array(now, np.int64) - rng.integers(-2, 4, len(keys)), 0).astype(np.uint32)
+        found = self.table.pull_newer(keys, blocks, counts, kept, bound=bound)
+        pairs = zip(now, kept.tolist(), strict=True)
+        wanted = {i for i, (new, old) in enumerate(pairs) if old == 0 or new < old or new - old > bound}
+        positions = found.positions.tolist()
+        assert wanted <= set(positions)
+        assert positions == sorted(set(positions))
+        for i, row, version in zip(positions, found.rows, found.versions.tolist(), strict=True):
+            assert row.tobytes() == self.model.pull(int(keys[i])).tobytes()
+            unknown = self.spec.memory_bytes and version == 0  # in the file, and went there again at once
+            assert unknown or (version == now[i] and i in wanted)
+        self.count("kept", len(keys) - len(positions))
+        self.count("newer", len(positions))
 
     @rule(block=st.integers(0, 3), tick=st.integers(0, 30), buckets=st.sampled_from([1, 3, 2048]))
     def sweep(self, block, tick, buckets):
@@ -283,6 +307,7 @@ class TableMachine(RuleBasedStateMachine):
         age = None if tick is None or "updated" not in names else max(0, tick - row.updated)
         assert found["age"] == age
         assert found["undo_kept"] == len(row.ring)
+        assert found["version"] == (row.version if self.spec.cache else None)
         assert ("shows" in found) == ("shows" in names)
         if "shows" in names:
             assert (found["shows"], found["clicks"]) == (float(row.shows), float(row.clicks))
@@ -348,4 +373,5 @@ def test_ten_thousand_steps_of_a_table_are_those_of_a_dict():
     seen = TableMachine.seen
     assert seen["steps"] >= 10_000
     happened = ("created", "refused", "waiting", "repeated keys", "trimmed", "swept", "undone", "imported", "spilled")
+    happened += ("kept", "newer")
     assert all(seen[what] > 50 for what in happened), seen
