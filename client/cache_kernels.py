@@ -80,6 +80,11 @@ def tag_of(key: np.uint64) -> Int:
 
 
 @jit
+def row_of(memory: Memory, place: Int) -> Int:
+    return memory.rows + (place - memory.places) // PLACE_BYTES * memory.row_bytes
+
+
+@jit
 def find(memory: Memory, key: np.uint64, tag: Int) -> Int:
     """Return where in the index a key is, or -1."""
     at = tag & memory.mask
@@ -193,9 +198,15 @@ def first_to_go(memory: Memory) -> Int:
     place = memory.places + (number - 1) * PLACE_BYTES
     if number == 0 or load_i64(place, BATCH_OF) == load_i64(memory.words, BATCH):
         return np.int64(0)
+    # Most likely the next ones to go: their lines, and where the first of them is in the index, are asked for in good time.
     behind = np.int64(load_u32(place, BEHIND))
-    if behind > 0:  # most likely the next one to go
-        prefetch(memory.places + (behind - 1) * PLACE_BYTES)
+    if behind > 0:
+        other = memory.places + (behind - 1) * PLACE_BYTES
+        prefetch(memory.where + 8 * (tag_of(load_u64(other, 0)) & memory.mask))
+        prefetch(row_of(memory, other))
+        behind = np.int64(load_u32(other, BEHIND))
+        if behind > 0:
+            prefetch(memory.places + (behind - 1) * PLACE_BYTES)
     return np.int64(place)
 
 
@@ -256,11 +267,6 @@ def halve(memory: Memory) -> None:
         store_i64(memory.lists, 2 * half, first)
         store_i64(memory.lists, 2 * half + 1, last)
     store_i64(memory.words, USES, 0)
-
-
-@jit
-def row_of(memory: Memory, place: Int) -> Int:
-    return memory.rows + (place - memory.places) // PLACE_BYTES * memory.row_bytes
 
 
 @jit

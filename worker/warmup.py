@@ -6,6 +6,7 @@ A process that compiles holds the interpreter lock and cannot renew its lease.
 
 import numpy as np
 
+from oarlock.client.cache import warm_up as warm_up_cache
 from oarlock.data.negatives import NegativeSampler, group_positives
 from oarlock.data.order import permutation
 from oarlock.data.ranking import rank_lists
@@ -52,4 +53,5 @@ def warm_up() -> None:
     permutation(8, 0, 1)
     positives = group_positives(keys, keys)
     NegativeSampler(positives, keys, per_positive=1, seed=0).draw(keys, epoch=0, split=0, batch=0)
+    warm_up_cache()
     rank_lists(np.ones(8, np.float32), np.array([0, 4, 8], np.int64), keys)

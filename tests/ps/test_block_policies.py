@@ -13,7 +13,7 @@ import rig
 from oarlock.checkpoint.manifest import BlockEntry
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
-from oarlock.embedding.spec import Admission, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
+from oarlock.embedding.spec import Admission, CacheSpec, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
 from oarlock.proto.errors import Malformed, SpecMismatch
 from oarlock.proto.shard_pb2 import WriteRequest
 
@@ -37,6 +37,7 @@ TABLES = {
     "score": TableSpec("user", 2, SGD, blocks=4, admission=Admission("score", click=0.5)),
     "spill": TableSpec("user", 8, ADAM, blocks=4, memory_bytes=1, usage=True),
     "expanding": TableSpec("user", 4, parts=PARTS, blocks=4, expand_score=0.4),
+    "cached": TableSpec("user", 2, ADAM, blocks=4, cache=CacheSpec(100, 3)),
 }
 
 
@@ -131,6 +132,8 @@ REFUSED = {
         {"eviction": Eviction(age=5)},
         "this job wants .* keeping steps of last updates",
     ),
+    "versions of rows": (TABLES["bfloat16"], {"cache": CacheSpec(9)}, "this job wants .* keeping versions of rows"),
+    "no versions of rows": (TABLES["cached"], {"cache": None}, "has .* keeping versions of rows, this job wants"),
     "fewer counters": (TABLES["score"], {"admission": Admission()}, "has .* keeping shows and clicks, this job wants"),
     "no admission": (
         ADMITTED,
