@@ -322,6 +322,28 @@ def test_versions_are_not_asked_for_into_what_does_not_fit():
         RowCache(CacheSpec(4), 0)
 
 
+def put(cache, keys, positions, versions):
+    """Merge an answer with these versions; return which of keys 1 to 9 are kept then."""
+    keys, out = np.array(keys, np.uint64), np.zeros((len(keys), 1), np.float32)
+    kept = cache.versions_of(keys, out)
+    rows, versions = np.zeros((len(positions), 1), np.float32), np.array(versions, np.uint32)
+    cache.merge(keys, kept, np.array(positions, np.int32), rows, versions, out)
+    everything = np.arange(1, 10, dtype=np.uint64)
+    return (np.flatnonzero(cache.versions_of(everything, np.zeros((9, 1), np.float32))) + 1).tolist()
+
+
+def test_a_key_that_stands_twice_has_one_place_and_none_when_it_left():
+    cache = RowCache(CacheSpec(2), 1)
+    assert put(cache, [5, 5, 6], [0, 1, 2], [1, 1, 1]) == [5, 6]
+    assert len(cache) == 2
+    assert put(cache, [5, 5], [0], [0]) == [6]
+    assert len(cache) == 1
+    assert put(cache, [7], [0], [1]) == [6, 7]
+    assert put(cache, [8], [0], [1]) == [7, 8]
+    assert put(cache, [9], [0], [1]) == [8, 9]
+    assert (len(cache), cache.evictions) == (2, 2)
+
+
 def test_a_key_that_stands_twice_does_no_harm(rng):
     cache = RowCache(CacheSpec(3), 1)
     for _ in range(200):
