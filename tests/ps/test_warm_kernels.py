@@ -25,7 +25,7 @@ from test_block_policies import EVERYTHING, TABLES, checkpoint, close, job_of, t
 from oarlock.embedding.callback import Callback
 from oarlock.embedding.optimizers import OPTIMIZERS
 from oarlock.embedding.optimizer_spec import OptimizerSpec
-from oarlock.embedding.spec import Admission, DenseSpec, Eviction, Guard, Initializer, TableSpec
+from oarlock.embedding.spec import Admission, CacheSpec, DenseSpec, Eviction, Guard, Initializer, TableSpec
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.shard_pb2 import PullRequest, ShardStatsRequest
 
@@ -48,6 +48,9 @@ def use(table, folder):
     shard, own = job.shards[0], job.shards[0].tables[0]
     rig.state(job)
     job.rows("user", range(900))
+    if table.cache is not None:
+        asked = rig.group_keys(job.layout, job.routes(), "user", np.arange(900))
+        own.pull_newer(asked.keys, asked.blocks, asked.counts, np.zeros(len(asked.keys), np.uint32), bound=0)
     for block in own.owned.tolist():
         own.sweep(block, tick=1000, buckets=3)
     if table.guard.undo:
@@ -69,6 +72,7 @@ tables = [
     TableSpec("user", 3, blocks=4, eviction=Eviction(max_bytes=4096)),
     TableSpec("user", 3, blocks=4, eviction=Eviction(max_bytes=4096, order="frequent")),
     TableSpec("user", 3, blocks=4, dtype="int8", memory_bytes=1, eviction=EVERYTHING),
+    TableSpec("user", 3, blocks=4, memory_bytes=1, cache=CacheSpec(9)),
 ]
 with tempfile.TemporaryDirectory() as folder:
     for number, table in enumerate(tables):
