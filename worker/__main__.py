@@ -17,6 +17,11 @@ from oarlock.worker.process import run_worker
 from oarlock.worker.warmup import warm_up
 
 
+# A thread that has computed, or received, waits at most so long for another one to hand the interpreter on; by default it is
+# 5 ms, longer than a pull takes.
+SWITCH_SECONDS = 0.0002
+
+
 def main() -> int:
     """Run a worker until its job needs no more work."""
     options = parser("oarlock.worker", "A worker: trains what the coordinator leases to it.")
@@ -29,6 +34,8 @@ def main() -> int:
         # The job's, not the process's: threads of a product decide in which order its sums are made.
         limit_blas(spec.blas_threads)
         announce("worker", pinned=bool(given.pin_cores), compute_threads=spec.compute_threads)
+
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     async def body() -> None:
         leaving = asyncio.Event()
