@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oarlock.benchmarks.end_to_end_cases import NEAR, NEAR_ONE, ONE, PS_FORMS, SHARD_NAME, SLOW, Case, worker_names
+from oarlock.benchmarks.end_to_end_cases import (
+    BF16,
+    NEAR,
+    NEAR_ONE,
+    ONE,
+    PS_FORMS,
+    SHARD_NAME,
+    SLOW,
+    Case,
+    worker_names,
+)
 from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks, generate_pairs
 from oarlock.benchmarks.end_to_end_peers import measure_peers
 from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, Trains, Turns, torch_python
@@ -160,7 +171,7 @@ async def _main_cases(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     clicks, pairs = folder / "clicks", folder / "pairs"
-    wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, ones=True, forms=size.forms)
+    wdl = Case("wdl", "wdl", clicks, folder, batch=size.batch, ones=True, bf16=_has_torch(), forms=size.forms)
     dlrm = Case("dlrm", "dlrm", clicks, folder, batch=size.batch, forms=size.forms)
     ncf = Case("ncf", "ncf", pairs, folder, batch=size.batch, inprocess=False, forms=size.forms)
     cases = (wdl, dlrm, ncf)
@@ -189,6 +200,15 @@ async def _main_cases(
     learning = {name: found for case in cases for name, found in case.learning().items()}
     spreads = _spreads(turns, best)
     keys = _keys(spreads, learning, best, why)
+    half = f"wdl_{BF16}"
+    if half not in turns.windows:
+        why["wdl_bf16_ps_samples_per_s"] = (
+            "workers multiply in bfloat16 through PyTorch, which is not here: make setup-torch"
+        )
+    elif not learning[half]["learns"]:
+        why["wdl_bf16_ps_samples_per_s"] = f"the loss did not fall as it does in process: {learning[half]}"
+    else:
+        keys["wdl_bf16_ps_samples_per_s"] = turns.figures(half)["samples_per_s"]
     fastest = best["wdl"] or turns.fastest([job.name for job in wdl.ps.values()])
     return {
         **keys,
@@ -205,6 +225,10 @@ async def _main_cases(
         "configurations": {name: turns.figures(name) for name in turns.windows},
         "stages_ms": {name: stages for name in turns.windows if (stages := stages_of(turns.windows[name]))},
     }
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 async def _load(sides: dict[str, Trains]) -> None:
@@ -261,7 +285,6 @@ def _keys(
     if found["remote_vs_inproc"] is None:
         why["remote_vs_inproc"] = "a worker and a shard with a core each need two"
     found["wdl_bf16_ps_samples_per_s"] = None
-    why["wdl_bf16_ps_samples_per_s"] = "matrix products in bfloat16 are not built"
     return found
 
 

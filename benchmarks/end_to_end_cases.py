@@ -30,11 +30,14 @@ class Form:
     workers: int
     compute_threads: int
     prefetch: int
+    dense_dtype: str = "float32"
 
 
 # Two compute threads in all, as many as the products beside them have. While one waits for its pull the other computes and the
 # shard works: nothing has to be pulled ahead, and all is computed on newer parameters.
 PS_FORMS = {"ps_1": Form(1, 2, 1), "ps_2": Form(2, 1, 1)}
+# Compared with nothing in float32, and so not among those of which the fastest counts.
+BF16, BF16_FORM = "ps_bf16", Form(1, 2, 1, "bfloat16")
 NEAR_FORM = Form(1, 2, 1)
 # One compute thread, for the questions of what a wire costs and how much of a pull is hidden.
 ONE, NEAR_ONE = "ps_one", "inproc_one"
@@ -54,11 +57,13 @@ class Case:
     inprocess: bool = True
     # With jobs of one compute thread beside them.
     ones: bool = False
+    bf16: bool = False
     forms: tuple[str, ...] = tuple(PS_FORMS)
     # By form: each learns by itself, so that the speed of one is not held against the learning of another.
     ps: dict[str, GatedJob] = field(init=False)
     near: GatedJob | None = None
     one: dict[str, GatedJob] = field(default_factory=dict)
+    half: GatedJob | None = None
 
     def __post_init__(self) -> None:
         self.ps = {kind: self._job(kind, PS_FORMS[kind]) for kind in self.forms}
@@ -66,17 +71,19 @@ class Case:
             self.near = self._job("inproc", NEAR_FORM)
         if self.ones:
             self.one = {kind: self._job(kind, form) for kind, form in ONE_FORMS.items()}
+        if self.bf16:
+            self.half = self._job(BF16, BF16_FORM)
 
     def _job(self, kind: str, form: Form) -> GatedJob:
         per_split = BATCHES_PER_SPLIT_NCF if self.model == "ncf" else max(1, SAMPLES_PER_SPLIT // self.batch)
         options: dict[str, object] = {"model": self.model, "dim": self.dim, "batch_samples": self.batch}
-        options["batches_per_split"] = per_split
+        options |= {"batches_per_split": per_split, "dense_dtype": form.dense_dtype}
         name = f"{self.name}_{kind}"
         threads = form.compute_threads
         return GatedJob(name, self.data, self.folder / name, options, prefetch=form.prefetch, compute_threads=threads)
 
     def jobs(self) -> list[GatedJob]:
-        return [*self.ps.values(), *([self.near] if self.near else []), *self.one.values()]
+        return [*self.ps.values(), *(job for job in (self.near, self.half) if job), *self.one.values()]
 
     async def start(self) -> None:
         """Start all processes, create the rows, and wait until everybody could begin."""
@@ -87,6 +94,8 @@ class Case:
                 group.create_task(self._start_far(job, PS_FORMS[kind].workers))
             if self.near:
                 group.create_task(self._start_near(self.near))
+            if self.half:
+                group.create_task(self._start_far(self.half, BF16_FORM.workers))
             if self.one:
                 group.create_task(self._start_far(self.one[ONE], 1, slow=True))
                 group.create_task(self._start_near(self.one[NEAR_ONE]))
@@ -124,7 +133,7 @@ class Case:
             asked = {"layers": shape, "batch": self.batch}
             found[f"{self.name}_gemm"] = CommandSide(gemm, asked)
             found[f"{self.name}_gemm_1"] = CommandSide(one_thread, asked)
-        for job in (*self.ps.values(), *([self.near] if self.near else [])):
+        for job in self._judged():
             found[job.name] = JobSide(job, dict.fromkeys(job.workers, 1))
         return found
 

@@ -34,7 +34,7 @@ NCF_DIM = 40
 
 @dataclass(frozen=True)
 class EndToEndConfig:
-    """What a job trains: one of MODELS, vectors of ``dim``, batches of ``batch_samples``."""
+    """What a job trains: one of MODELS, vectors of ``dim``, batches of ``batch_samples``, matrix products in ``dense_dtype``."""
 
     model: str = "wdl"
     dim: int = 16
@@ -42,6 +42,7 @@ class EndToEndConfig:
     batches_per_split: int = 2
     row_rate: float = 0.02
     dense_rate: float = 0.001
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -73,9 +74,9 @@ def build(config: EndToEndConfig) -> tuple[Model, tuple[TableSpec, ...]]:
         tables = tuple(TableSpec(name, NCF_DIM, adagrad, first) for name in ("user", "item"))
         return ncf.model(ncf.NcfConfig()), tables
     if config.model == "dlrm":
-        graph = dlrm.model(dlrm.DlrmConfig(dim=config.dim), _fitted())
+        graph = dlrm.model(dlrm.DlrmConfig(dim=config.dim, dense_dtype=config.dense_dtype), _fitted())
         return graph, (TableSpec("fields", config.dim, adagrad, first),)
-    deep = wide_deep.WideDeepConfig(dim=config.dim, layers=DEEP[config.model])
+    deep = wide_deep.WideDeepConfig(dim=config.dim, layers=DEEP[config.model], dense_dtype=config.dense_dtype)
     parts = (Part(1, adagrad, Initializer("zeros")), Part(config.dim, adagrad, first))
     return wide_deep.model(deep, _fitted()), (TableSpec("fields", 1 + config.dim, parts=parts),)
 
