@@ -16,7 +16,6 @@ from oarlock.proto.rpc import GrpcTransport
 from oarlock.worker.process import run_worker
 from oarlock.worker.warmup import warm_up
 
-
 # A thread that has computed, or received, waits at most so long for another one to hand the interpreter on; by default it is
 # 5 ms, longer than a pull takes.
 SWITCH_SECONDS = 0.0002
