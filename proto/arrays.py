@@ -114,4 +114,6 @@ def _data(message: pb.Array, what: str, parts: Sequence[Part]) -> memoryview:
 
 def view_of(part: Part) -> memoryview:
     """Return a part's bytes, without a copy."""
-    return memoryview(part).cast("B")  # type: ignore[arg-type]
+    view = memoryview(part)  # type: ignore[arg-type]
+    # A shape with a zero in it cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")

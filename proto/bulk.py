@@ -5,15 +5,42 @@ Invariant: an Array of the message with ``part`` = n > 0 has its data in ``parts
 message is inlined, all data in itself, where bytes of one message are wanted (gRPC). Immutable once sent; any thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from google.protobuf.message import Message
 
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, view_of
 from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import Malformed, OutOfMemory
+
+
+class Parts(Sequence[Part]):
+    """Parts that came from another process. Each is read once: few bytes could stand for many if several arrays named them."""
+
+    def __init__(self, came: Sequence[Part]) -> None:
+        self._came = came
+        self._read = bytearray(len(came))
+
+    def __len__(self) -> int:
+        return len(self._came)
+
+    @overload
+    def __getitem__(self, number: int) -> Part: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Part]: ...
+    def __getitem__(self, number: int | slice) -> Part | Sequence[Part]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if self._read[number]:
+            raise Malformed(f"two arrays are said to be part {number + 1}")
+        self._read[number] = 1
+        return self._came[number]
+
+    def __iter__(self) -> Iterator[Part]:
+        """Go through all of them, which reads none."""
+        return iter(self._came)
 
 
 @dataclass(frozen=True)

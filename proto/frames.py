@@ -13,14 +13,11 @@ calls of the system, without the interpreter's lock. Any thread, one at a time f
 
 import socket
 import struct
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, view_of
+from oarlock.proto.buffers import ALIGNMENT, Buffers
 from oarlock.proto.errors import Malformed, OutOfMemory
 
 VERSION = 1
@@ -31,11 +28,10 @@ BESIDE = 0x80
 
 _MAGIC = b"OARF"
 _HEAD = struct.Struct("<4sBBHIQ")
-ALIGNMENT = 64
 # More arrays than any message has: tables times arrays of a table.
 MAX_PARTS = 1 << 14
-# What a connection keeps for the next frames: one that was needed once for a large frame is not kept.
-KEEP_BYTES, MOST_KEPT, LEAST_BYTES = 16 << 20, 4, 1 << 16
+# Buffers that a connection keeps for the next frames, while some of them are still looked at.
+MOST_KEPT = 4
 # Parts given to the system in one call; it takes 1024.
 _VECTOR = 512
 _PADDING = bytes(ALIGNMENT)
@@ -91,14 +87,11 @@ def send(connection: socket.socket, buffers: list[memoryview]) -> None:
 
 
 class Receiver:
-    """The receiving end of one connection: frames come into buffers that are used again once nobody looks at them.
-
-    Fresh memory costs more than the bytes that are received into it, since the system hands it out page by page.
-    """
+    """The receiving end of one connection: frames come into buffers that are used again once nobody looks at them."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._kept: list[NDArray[np.uint8]] = []
+        self._buffers = Buffers(MOST_KEPT)
 
     def receive(self, most: int | None = None) -> Frame:
         """Wait for a frame, of at most ``most`` bytes after its head, and return it.
@@ -117,7 +110,11 @@ class Receiver:
             raise OutOfMemory(
                 f"a frame of {length} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes in one message"
             )
-        body = view_of(self._buffer(length))
+        try:
+            # The system gives pages as they are written: what was only announced takes none.
+            body = view_of(self._buffers.take(length))
+        except MemoryError:
+            raise OutOfMemory(f"there is no memory for a frame of {length} bytes") from None
         self._fill(body)
         lengths = struct.unpack_from(f"<{parts}I", body)
         at = 4 * parts + size
@@ -141,22 +138,3 @@ class Receiver:
                 raise ConnectionResetError("the connection ended inside a frame")
             at += got
         return True
-
-    def _buffer(self, size: int) -> NDArray[np.uint8]:
-        """Return ``size`` bytes, from a multiple of 64 on, that nobody looks at any more."""
-        for i in range(len(self._kept)):
-            # Every view of a buffer holds a reference to it: beside the list's and the argument's there is none left.
-            if sys.getrefcount(self._kept[i]) == 2:
-                if self._kept[i].nbytes >= size + ALIGNMENT:
-                    return _aligned(self._kept[i], size)
-                del self._kept[i]
-                break
-        array = np.empty(size + size // 4 + LEAST_BYTES, np.uint8)
-        if array.nbytes <= KEEP_BYTES and len(self._kept) < MOST_KEPT:
-            self._kept.append(array)
-        return _aligned(array, size)
-
-
-def _aligned(array: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    begin = -array.ctypes.data % ALIGNMENT
-    return array[begin : begin + size]

@@ -7,7 +7,6 @@ Invariant: every failure leaves as a PSError. One event loop, from the first cal
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from oarlock.proto.arrays import encoded, view_of
-from oarlock.proto.bulk import Bulk, inlined, opened
+from oarlock.proto.bulk import Bulk, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.frames import BESIDE, encode
@@ -29,10 +28,6 @@ from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 
 # What grpc.aio says, in place of the status that came, of a write to a stream that the other side had ended just before.
 WRITE_FAILED = "Internal error from Core"
-# Exchanges of frames at a time, over all addresses.
-MAX_EXCHANGES = 256
-
-
 # How long a process may take to say on which sockets it takes frames.
 OFFER_SECONDS = 5.0
 
@@ -51,7 +46,6 @@ class GrpcTransport:
     def __init__(self, *, frames: bool = True) -> None:
         self._frames = frames
         self._peers: dict[str, FramePeer] = {}
-        self._exchanges: ThreadPoolExecutor | None = None
         self._channels: dict[str, aio.Channel] = {}
         self._calls: dict[tuple[str, str], Any] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
@@ -125,13 +119,11 @@ class GrpcTransport:
             return None
         moved.sent = len(data) + sum(view_of(part).nbytes for part in parts)
         moved.received = len(frame.message) + sum(part.nbytes for part in frame.parts)
-        reply = Bulk(self._read(address, method, frame.message), frame.parts)
+        reply = Bulk(self._read(address, method, frame.message), Parts(frame.parts))
         return reply if isinstance(request, Bulk) else inlined(reply)
 
     def _peer(self, address: str) -> FramePeer:
         self._channel(address)
-        if self._exchanges is None:
-            self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="oarlock-exchange")
 
         async def offer() -> SocketsReply | None:
             try:
@@ -141,7 +133,7 @@ class GrpcTransport:
             except (NotFound, VersionMismatch, Malformed):
                 return None
 
-        return FramePeer(address, self._exchanges, offer)
+        return FramePeer(address, offer)
 
     @staticmethod
     def _read(address: str, method: Method, reply: bytes) -> Any:
@@ -183,11 +175,7 @@ class GrpcTransport:
     async def close(self) -> None:
         """Give back connections and end the streams; idempotent."""
         self._closed = True
-        for peer in self._peers.values():
-            peer.close()
-        if self._exchanges is not None:
-            # Their connections are closed: they end at once.
-            self._exchanges.shutdown(wait=True)
+        await asyncio.gather(*(peer.close() for peer in self._peers.values()))
         for lane in self._lanes.values():
             await lane.close()
         for channel in self._channels.values():

@@ -1,83 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls bulk methods of one process as frames: a few connections, each with one exchange at a time, in threads of a pool.
+"""Calls bulk methods of one process as frames: a few connections, each with one exchange at a time, in threads of its own.
 
-Invariant: a connection whose exchange was not finished, for whatever reason, is closed and never used again, so an answer always
-belongs to the question before it. One event loop; an exchange runs in a thread, where the bytes move without the interpreter's
-lock.
+Invariant: a connection whose exchange was not finished, for whatever reason, is ended and never used again, so an answer always
+belongs to the question before it. A process has its own threads, so one that is slow or unreachable keeps no other waiting.
+One event loop; an exchange runs in a thread, where the bytes move without the interpreter's lock.
 """
 
 import asyncio
-import contextlib
 import logging
-import socket
+import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from oarlock.proto import frames
 from oarlock.proto.common_pb2 import SocketsReply
-from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
+from oarlock.proto.errors import DeadlineExceeded, Malformed, PSError, Unavailable
 from oarlock.proto.rpc import sockets
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Exchanges with one process at a time; more wait. Each has a connection, and while it lasts a thread on both sides.
 CONNECTIONS = 4
-# How long a process without sockets is not asked again: another one may have taken its address.
+# Exchanges that were given up leave their threads a moment later; so many may do so while others begin.
+THREADS = 2 * CONNECTIONS
+# How long a process without sockets, or one that lets nobody in, is not asked again: another one may have taken its address.
 ABSENT_SECONDS = 60.0
+# Addresses of one offer that are tried.
+MAX_ADDRESSES = 4
 
 
 class Connection:
-    """One connection; ``exchange`` is called in a thread, ``end`` from the event loop."""
+    """One connection; ``open`` and ``exchange`` are called in a thread, ``end`` from any."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._receiver = frames.Receiver(connection)
+    def __init__(self) -> None:
+        self._shared: sockets.Shared | None = None
+        self._receiver: frames.Receiver
+        self._ended = threading.Event()
+
+    def open(self, offer: SocketsReply, called: str) -> bool:
+        """Connect to the first of the offered addresses that lets this process in; False if none does."""
+        hello = frames.encode(frames.HELLO, offer.token)
+        for address in offer.addresses[:MAX_ADDRESSES]:
+            if self._ended.is_set():
+                break
+            try:
+                made = sockets.connect(address, called)
+            except (OSError, PSError) as error:
+                logger.debug("event=no_socket address=%s called=%s error=%s", address, called, error)
+                continue
+            self._shared, self._receiver = sockets.Shared(made), frames.Receiver(made)
+            try:
+                self.exchange(hello)
+                sockets.settle(made)
+            except (OSError, frames.Closed, PSError) as error:
+                logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
+                self._shared.end()
+                continue
+            if not self._ended.is_set():
+                return True
+            self._shared.end()
+        return False
 
     def exchange(self, buffers: list[memoryview]) -> frames.Frame:
         """Send a frame and return the answer to it; OSError, Closed or PSError, after which the connection is of no use."""
-        frames.send(self._socket, buffers)
-        return self._receiver.receive()
+        assert self._shared is not None, "open comes first"
+        with self._shared.used() as connection:
+            frames.send(connection, buffers)
+            reply = self._receiver.receive()
+        if reply.kind != frames.REPLY:
+            raise Malformed(f"a frame of kind {reply.kind} came as an answer")
+        return reply
 
     def end(self) -> None:
         """Close; an exchange under way fails."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._ended.set()
+        if self._shared is not None:
+            self._shared.end()
 
 
-def open_connection(offer: SocketsReply, called: str) -> Connection | None:
-    """Connect to the first of the offered addresses that lets this process in; None if none does. In a thread."""
-    hello = frames.encode(frames.HELLO, offer.token)
-    for address in offer.addresses:
-        try:
-            made = Connection(sockets.connect(address, called))
-        except (OSError, PSError) as error:
-            logger.debug("event=no_socket address=%s called=%s error=%s", address, called, error)
-            continue
-        try:
-            made.exchange(hello)
-        except (OSError, frames.Closed, PSError) as error:
-            logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
-            made.end()
-            continue
-        return made
-    return None
+class _Full(Exception):
+    """The other side lets no further connection in, beside those that are open."""
 
 
 class FramePeer:
     """A process at ``address`` that may take frames; ``offer`` asks it on which sockets."""
 
-    def __init__(self, address: str, executor: Executor, offer: Callable[[], Awaitable[SocketsReply | None]]) -> None:
+    def __init__(self, address: str, offer: Callable[[], Awaitable[SocketsReply | None]]) -> None:
         self._address = address
-        self._executor = executor
         self._ask = offer
         self._offer: SocketsReply | None = None
-        self._asking = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="oarlock-exchange")
+        self._working: dict[asyncio.Future[Any], Connection] = {}
+        self._opening = asyncio.Lock()
+        self._open: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._busy: set[Connection] = set()
         self._places = asyncio.Semaphore(CONNECTIONS)
+        # Places for which the other side had no room, and until when they are not tried again.
+        self._aside = 0
+        self._aside_until = 0.0
         # Until when it counts as one that takes none, or that none can reach from here.
         self._absent_until = 0.0
+        self._closed = False
 
     @property
     def absent(self) -> bool:
@@ -88,77 +114,118 @@ class FramePeer:
         """Return the answer to a frame, or None if there are no sockets to send it on (``absent`` then); PSError."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                async with self._places:
-                    connection = await self._connected()
-                    return None if connection is None else await self._exchange(connection, buffers)
+                while True:
+                    found = await self._placed(buffers)
+                    if found is not None or self.absent:
+                        return found
         except TimeoutError:
             raise DeadlineExceeded(f"{method} at {self._address}: no answer in time", address=self._address) from None
 
-    async def _connected(self) -> Connection | None:
-        if self._idle:
-            return self._idle.pop()
-        async with self._asking:
+    async def _placed(self, buffers: list[memoryview]) -> frames.Frame | None:
+        """Return the answer; None if it is absent, or if there is a place less now."""
+        if self._aside and asyncio.get_running_loop().time() >= self._aside_until:
+            self._bring_back()
+        await self._places.acquire()
+        try:
+            connection = self._idle.pop() if self._idle else await self._opened()
+            frame = None if connection is None else await self._exchange(connection, buffers)
+        except _Full:
+            # Not given back: calls wait for the connections that there are, of which at least one is open.
+            self._aside += 1
+            self._aside_until = asyncio.get_running_loop().time() + ABSENT_SECONDS
+            return None
+        except BaseException:
+            self._places.release()
+            raise
+        self._places.release()
+        return frame
+
+    def _bring_back(self) -> None:
+        for _ in range(self._aside):
+            self._places.release()
+        self._aside = 0
+
+    async def _opened(self) -> Connection | None:
+        """Return a new connection, or None if frames cannot travel to the other side."""
+        async with self._opening:
             if self.absent:
                 return None
-            if self._offer is None:
-                self._offer = await self._ask()
-        offer = self._offer
-        found = None
-        if offer is not None:
-            opening = asyncio.get_running_loop().run_in_executor(self._executor, open_connection, offer, self._address)
-            try:
-                found = await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                opening.add_done_callback(_end_late)
-                raise
-        if found is None and not self._busy and not self._idle:
+            asked = False
+            while True:
+                if self._offer is None:
+                    self._offer = await self._ask()
+                    asked = True
+                if self._offer is None:
+                    break
+                connection = Connection()
+                if await self._in_thread(connection, connection.open, self._offer, self._address):
+                    self._open.add(connection)
+                    return connection
+                self._check_open()
+                if self._open:
+                    raise _Full
+                if asked:
+                    break
+                # What was offered earlier may have been another process.
+                self._offer = None
             self._absent_until = asyncio.get_running_loop().time() + ABSENT_SECONDS
-            logger.warning("event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address)
-        if found is None and not self.absent:
-            # It let others of ours in: it is full, or it has ended.
             self._offer = None
-            raise Unavailable(f"{self._address} takes no further connection", address=self._address)
-        return found
+            logger.warning("event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address)
+            return None
 
     async def _exchange(self, connection: Connection, buffers: list[memoryview]) -> frames.Frame:
-        loop = asyncio.get_running_loop()
-        self._busy.add(connection)
-        exchanging = loop.run_in_executor(self._executor, connection.exchange, buffers)
         try:
-            frame = await asyncio.shield(exchanging)
-        except (OSError, frames.Closed) as error:
+            frame = await self._in_thread(connection, connection.exchange, buffers)
+        except BaseException as error:
+            self._open.discard(connection)
+            connection.end()
+            if not isinstance(error, OSError | frames.Closed):
+                raise
             # The process may be another one by now: ask it anew, on new connections.
             self._offer = None
-            connection.end()
             self._end_idle()
+            self._bring_back()
             raise Unavailable(f"the connection to {self._address} broke: {error}", address=self._address) from None
-        except BaseException:
-            connection.end()
-            exchanging.add_done_callback(_heard)
-            raise
-        finally:
-            self._busy.discard(connection)
         self._idle.append(connection)
         return frame
 
-    def close(self) -> None:
-        """End all connections; exchanges under way fail."""
-        for connection in self._busy:
+    async def _in_thread(self, connection: Connection, work: Callable[..., T], *arguments: Any) -> T:
+        """Return ``work(*arguments)``; who gives up waiting ends the connection, and the thread with it."""
+        self._check_open()
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        self._working[working] = connection
+        working.add_done_callback(self._worked)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
             connection.end()
-        self._end_idle()
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable(f"the connection to {self._address} is closed", address=self._address)
+
+    def _worked(self, done: "asyncio.Future[Any]") -> None:
+        del self._working[done]
+        if not done.cancelled():
+            # Perhaps nobody waits for it any more: then its error is no news.
+            done.exception()
 
     def _end_idle(self) -> None:
         for connection in self._idle:
             connection.end()
+        self._open.difference_update(self._idle)
         self._idle.clear()
 
-
-def _heard(done: "asyncio.Future[frames.Frame]") -> None:
-    """Nobody waits for it any more: its error is no news."""
-    if not done.cancelled():
-        done.exception()
-
-
-def _end_late(done: "asyncio.Future[Connection | None]") -> None:
-    if not done.cancelled() and done.exception() is None and (made := done.result()) is not None:
-        made.end()
+    async def close(self) -> None:
+        """End all connections and threads; exchanges under way fail. Idempotent."""
+        self._closed = True
+        self._end_idle()
+        for connection in self._working.values():
+            connection.end()
+        try:
+            # A connection that is being made ends by itself (sockets.CONNECT_SECONDS).
+            if self._working:
+                await asyncio.wait(list(self._working))
+        finally:
+            self._threads.shutdown(wait=not self._working)

@@ -6,27 +6,28 @@ another connection; a wrong one ends its own. A connection holds a thread while 
 the other, so what nobody reads does not pile up; one that stalls gives its place to a newcomer (places.py).
 """
 
-import contextlib
 import hmac
 import logging
 import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from oarlock.proto import frames
-from oarlock.proto.bulk import Bulk
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import Method
 from oarlock.proto.rpc.places import STALL_SECONDS, Place, Places
-from oarlock.proto.rpc.sockets import ABSTRACT, prepare
+from oarlock.proto.rpc.sockets import ABSTRACT, Shared, prepare, settle
 
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
-# Answers a method's request with its reply, a message or a Bulk; whatever goes wrong is in the reply's field `failure`.
-Answer = Callable[[Method, frames.Frame], Bulk]
+# Returns the buffers of the answer to a method's request; whatever goes wrong is in the reply's field `failure`.
+Answer = Callable[[Method, frames.Frame], list[memoryview]]
+# How long nobody is let in after that failed: for want of files, most likely, and the one at the door stays there.
+REST_SECONDS = 0.1
 
 
 class FrameServer:
@@ -49,7 +50,7 @@ class FrameServer:
         self._host = host
         self._places = Places(connections, stall_seconds=stall_seconds)
         self._listening: list[socket.socket] = []
-        self._open: set[threading.Thread] = set()
+        self._open: dict[threading.Thread, Shared] = {}
         self._lock = threading.Lock()
         self._accepting: threading.Thread | None = None
         self._wake: tuple[socket.socket, socket.socket] | None = None
@@ -92,39 +93,48 @@ class FrameServer:
 
     def _accept(self) -> None:
         assert self._wake is not None, "made before the thread"
-        with selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, selectors.DefaultSelector() as ending:
             for listening in (*self._listening, self._wake[1]):
                 selector.register(listening, selectors.EVENT_READ)
+            ending.register(self._wake[1], selectors.EVENT_READ)
             while True:
                 ready = [key.fileobj for key, _ in selector.select()]
                 if self._wake[1] in ready:
                     return
                 for each in (each for each in self._listening if each in ready):
-                    # The newcomer may have gone again.
-                    with contextlib.suppress(OSError):
+                    try:
                         self._welcome(each.accept()[0])
+                    except (BlockingIOError, ConnectionError):
+                        # The newcomer has gone again.
+                        continue
+                    except (OSError, RuntimeError) as error:
+                        logger.warning("event=nobody_let_in error=%s", error)
+                        ending.select(REST_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        prepare(connection)
-        place = self._places.enter(lambda: _shut(connection), patient=False)
-        if place is None:
-            connection.close()
-            return
-        thread = threading.Thread(target=self._serve, args=(connection, place), name="oarlock-frames", daemon=True)
-        with self._lock:
-            self._open.add(thread)
+        """Give a newcomer a place and a thread, or close the connection."""
+        shared = Shared(connection)
+        place = None
         try:
+            prepare(connection)
+            place = self._places.enter(shared.end, patient=False)
+            if place is None:
+                shared.end()
+                return
+            thread = threading.Thread(target=self._serve, args=(shared, place), name="oarlock-frames", daemon=True)
             thread.start()
-        except RuntimeError as error:
-            logger.warning("event=no_thread error=%s", error)
-            self._places.leave(place)
-            connection.close()
-            with self._lock:
-                self._open.discard(thread)
+        except BaseException:
+            if place is not None:
+                self._places.leave(place)
+            shared.end()
+            raise
+        with self._lock:
+            self._open = {t: s for t, s in self._open.items() if t.is_alive()}
+            self._open[thread] = shared
 
-    def _serve(self, connection: socket.socket, place: Place) -> None:
+    def _serve(self, shared: Shared, place: Place) -> None:
         try:
-            with connection:
+            with shared.used() as connection:
                 self._converse(connection, place)
         except (OSError, frames.Closed):
             pass
@@ -133,9 +143,8 @@ class FrameServer:
         except Exception:
             logger.exception("event=frame_failed")
         finally:
+            shared.end()
             self._places.leave(place)
-            with self._lock:
-                self._open.discard(threading.current_thread())
 
     def _converse(self, connection: socket.socket, place: Place) -> None:
         receiver = frames.Receiver(connection)
@@ -143,23 +152,24 @@ class FrameServer:
         if hello.kind != frames.HELLO or not hmac.compare_digest(hello.message, self.token):
             return
         frames.send(connection, frames.encode(frames.REPLY, b""))
+        settle(connection)
         while True:
             frame = receiver.receive()
             method = self._methods.get(frame.kind & ~frames.BESIDE)
             if method is None:
+                logger.warning("event=frame_refused error=a frame of kind %s", frame.kind)
                 return
             place.works()
-            reply = self._answer(method, frame)
-            buffers = frames.encode(frames.REPLY, reply.message, reply.parts)
+            buffers = self._answer(method, frame)
             # The next request may come into the same memory.
             del frame
             place.waits()
             frames.send(connection, buffers)
-            del reply, buffers
+            del buffers
             place.waits()
 
-    def stop(self) -> None:
-        """End all connections and wait for their threads; idempotent."""
+    def stop(self, grace_seconds: float = 0.0) -> None:
+        """Let nobody in and hear nothing more; end all connections after the grace, wait for their threads. Idempotent."""
         if self._accepting is None or self._wake is None:
             return
         self._wake[0].send(b"x")
@@ -168,16 +178,13 @@ class FrameServer:
         for each in (*self._listening, *self._wake):
             each.close()
         self._places.close()
+        with self._lock:
+            left = {t: s for t, s in self._open.items() if t is not threading.current_thread()}
+        for shared in left.values():
+            shared.hush()
+        end = time.monotonic() + grace_seconds
+        for thread in left:
+            thread.join(max(0.0, end - time.monotonic()))
         self._places.end_all()
-        while True:
-            with self._lock:
-                waiting = [t for t in self._open if t is not threading.current_thread()]
-            if not waiting:
-                return
-            waiting[0].join()
-
-
-def _shut(connection: socket.socket) -> None:
-    # Closing alone would not wake the thread that waits on it.
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        for thread in left:
+            thread.join()

@@ -77,9 +77,8 @@ class Places:
     def end_all(self) -> None:
         """End all calls that hold a place."""
         with self._changed:
-            held = list(self._held)
-        for place in held:
-            place.cancel()
+            for place in self._held:
+                place.cancel()
 
     def close(self) -> None:
         """Let nobody in any more, nor wait."""

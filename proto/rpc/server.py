@@ -17,11 +17,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from oarlock.proto.arrays import encoded
-from oarlock.proto.bulk import Bulk, inlined, opened
+from oarlock.proto.arrays import encoded, view_of
+from oarlock.proto.bulk import Bulk, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
-from oarlock.proto.frames import BESIDE, Frame
+from oarlock.proto.frames import BESIDE, REPLY, Frame, encode
 from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.frame_server import FrameServer
@@ -131,20 +131,21 @@ class GrpcServer:
         count.add(len(data), len(reply), time.perf_counter() - begun)
         return reply
 
-    def _framed(self, method: Method, frame: Frame) -> Bulk:
-        """Answer a frame, a failure included; the reply's message is bytes already."""
+    def _framed(self, method: Method, frame: Frame) -> list[memoryview]:
+        """Return the buffers of the answer to a frame, also if that is a failure."""
         begun = time.perf_counter()
         count = self.counts.of(method.name)
         received = len(frame.message) + sum(part.nbytes for part in frame.parts)
         try:
             message, parts = opened(self._answered(method, frame))
-            reply = Bulk(encoded(message, f"{method.name}: the reply"), parts)
+            data = encoded(message, f"{method.name}: the reply")
+            buffers = encode(REPLY, data, parts)
         except PSError as error:
             _log_defect(method, error)
             count.add(received, 0, time.perf_counter() - begun, error)
-            return Bulk(method.reply(failure=failure_of(error)).SerializeToString(), ())
-        count.add(received, len(reply.message) + reply.nbytes, time.perf_counter() - begun)
-        return reply
+            return encode(REPLY, method.reply(failure=failure_of(error)).SerializeToString())
+        count.add(received, len(data) + sum(view_of(part).nbytes for part in parts), time.perf_counter() - begun)
+        return buffers
 
     def _answered(self, method: Method, sent: bytes | Frame) -> Any:
         """Return the handler's reply."""
@@ -156,7 +157,7 @@ class GrpcServer:
         if method.name.startswith(WIRE + "."):
             return self._sockets(request)
         if isinstance(sent, Frame):
-            whole = Bulk(request, sent.parts)
+            whole = Bulk(request, Parts(sent.parts))
             request = whole if sent.kind & BESIDE else inlined(whole)
         return dispatch(self._handler, method.name, request)
 
@@ -217,7 +218,7 @@ class GrpcServer:
     def stop(self, grace_seconds: float = 0.5) -> None:
         """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
         if self._frames is not None:
-            self._frames.stop()
+            self._frames.stop(grace_seconds)
         if self._server is not None and self._pool is not None:
             self._singles.close()
             self._streams.close()

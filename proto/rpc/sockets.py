@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets that carry frames: how their addresses are written, and how they are set up on both sides."""
+"""Sockets that carry frames: how their addresses are written, how they are set up on both sides, and how they are ended.
 
+Invariant: a Shared socket is closed only while nobody uses it, so that no call under way meets another socket that was given
+its number.
+"""
+
+import contextlib
 import socket
+from collections.abc import Iterator
+from threading import Lock
 
 from oarlock.proto.errors import Malformed
 
@@ -9,12 +16,61 @@ from oarlock.proto.errors import Malformed
 ABSTRACT = "unix-abstract:"
 # Two megabytes in flight each way: fewer turns between sender and receiver. The system may allow less.
 BUFFER_BYTES = 1 << 20
+# How long a connection may take to be made, and then each word of its first exchange.
 CONNECT_SECONDS = 2.0
+HELLO_SECONDS = 5.0
+
+
+class Shared:
+    """A socket that one thread at a time uses, and that any thread may end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = Lock()
+        self._used = False
+        self._ended = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[socket.socket]:
+        """Use the socket within the body; OSError if it was ended."""
+        with self._lock:
+            if self._ended:
+                raise ConnectionAbortedError("the connection was ended")
+            self._used = True
+        try:
+            yield self._connection
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._used = False
+            if self._ended:
+                self._connection.close()
+
+    def hush(self) -> None:
+        """Hear nothing more; what is being sent goes on."""
+        with self._lock:
+            self._shut(socket.SHUT_RD)
+
+    def end(self) -> None:
+        """Close; whoever uses it gets OSError, or the end of what comes."""
+        with self._lock:
+            self._shut(socket.SHUT_RDWR)
+            self._ended = True
+            if not self._used:
+                self._connection.close()
+
+    def _shut(self, how: int) -> None:
+        if not self._ended:
+            # It may be at its end already.
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(how)
 
 
 def prepare(connection: socket.socket) -> None:
-    """Set a new connection up for frames; blocking."""
-    connection.setblocking(True)
+    """Set a new connection up for frames. Its first exchange is to be had within a time; `settle` it then."""
+    connection.settimeout(HELLO_SECONDS)
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A machine that lost power says nothing.
@@ -28,20 +84,31 @@ def prepare(connection: socket.socket) -> None:
             connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
+def settle(connection: socket.socket) -> None:
+    """From now on wait without end: a call of the system then moves megabytes, and whoever gives up ends the connection."""
+    connection.setblocking(True)
+
+
 def connect(address: str, called: str) -> socket.socket:
     """Connect to ``address``, as a process that was called at ``called`` (of gRPC) told it; OSError, Malformed."""
     if address.startswith(ABSTRACT):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            # It would wait without end for a process that was stopped.
+            connection.settimeout(CONNECT_SECONDS)
             connection.connect("\0" + address.removeprefix(ABSTRACT))
         except BaseException:
             connection.close()
             raise
     else:
         host, _, port = address.rpartition(":")
-        host = host or called.rpartition(":")[0]
-        if not port.isdecimal() or int(port) > 65535 or not host or host.startswith("unix"):
+        host = host or ("" if called.startswith("unix:") else called.rpartition(":")[0])
+        if not port.isdecimal() or int(port) > 65535 or not host:
             raise Malformed(f"{called} offers a socket at {address[:80]!r}, which is no address")
         connection = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
-    prepare(connection)
+    try:
+        prepare(connection)
+    except BaseException:
+        connection.close()
+        raise
     return connection

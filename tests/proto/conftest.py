@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to run a body against a handler over each transport: TCP, a unix socket, and none at all."""
+"""One way to run a body against a handler over each transport: TCP and a unix socket, each with frames or by gRPC alone, and none
+at all."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,12 +16,14 @@ Body = Callable[[Any, str], Awaitable[Any]]
 Runner = Callable[..., Any]
 
 
-def over_grpc(handler: object, body: Body, *, listen: str = "127.0.0.1:0", service: str = "Shard") -> Any:
+def over_grpc(
+    handler: object, body: Body, *, listen: str = "127.0.0.1:0", service: str = "Shard", frames: bool = True
+) -> Any:
     """Return what ``body(transport, address)`` returns while ``handler`` is served at ``listen``."""
     server = GrpcServer(handler, service, listen=listen)
 
     async def run() -> Any:
-        transport = GrpcTransport()
+        transport = GrpcTransport(frames=frames)
         try:
             return await body(transport, server.address)
         finally:
@@ -38,13 +41,12 @@ def tcp() -> Runner:
     return over_grpc
 
 
-@pytest.fixture(params=["tcp", "unix", "in-process"])
+@pytest.fixture(params=["tcp", "unix", "gRPC over tcp", "gRPC over unix", "in-process"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
     """The contract's runner: ``run(handler, body)``."""
-    if request.param == "tcp":
-        return over_grpc
-    if request.param == "unix":
-        return lambda handler, body: over_grpc(handler, body, listen=f"unix:{tmp_path}/s")
+    if request.param != "in-process":
+        listen = f"unix:{tmp_path}/s" if "unix" in request.param else "127.0.0.1:0"
+        return lambda handler, body: over_grpc(handler, body, listen=listen, frames="gRPC" not in request.param)
 
     def in_process(handler: object, body: Body) -> Any:
         async def inside() -> Any:

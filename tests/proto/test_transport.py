@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a transport, run over TCP, a unix socket and in one process: the same calls give the same results."""
+"""The contract of a transport, over TCP and a unix socket, by frames and by gRPC alone, and in one process: the same calls give the same
+results."""
 
 import asyncio
 
@@ -8,6 +9,7 @@ import pytest
 
 from oarlock import __version__
 from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Header, HelloReply, HelloRequest
 from oarlock.proto.errors import (
     CODES,
@@ -68,6 +70,38 @@ def test_a_call_and_a_stream_carry_messages_whole(run):
         assert list(marks.next) == [4, 8]
 
     run(Handler(), body)
+
+
+class BulkHandler:
+    """Answers with twice the dense array and the tables' keys, beside the message if that is how they came."""
+
+    def pull(self, sent):
+        request, parts = opened(sent)
+        beside = [] if isinstance(sent, Bulk) else None
+        reply = PullReply(dense=pack(unpack(request.dense, np.float32, "dense", parts=parts) * 2, beside))
+        for table in request.tables:
+            reply.rows.append(pack(unpack(table.keys, np.uint64, "keys", parts=parts), beside))
+        return reply if beside is None else Bulk(reply, beside)
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 100_000])
+def test_arrays_beside_a_message_arrive_as_those_within(run, bulk, size):
+    """255 float32 are copied into the message, 256 travel beside it."""
+    values, keys = np.arange(size, dtype=np.float32), [np.arange(n, dtype=np.uint64) for n in (3, 2000)]
+
+    async def body(transport, address):
+        beside = [] if bulk else None
+        request = PullRequest(dense=pack(values, beside), tables=[{"keys": pack(k, beside)} for k in keys])
+        sent = Bulk(request, beside) if bulk else request
+        answer = await transport.call(address, "Shard.Pull", sent, timeout_seconds=10)
+        assert isinstance(answer, Bulk) is bulk
+        reply, parts = opened(answer)
+        assert np.array_equal(unpack(reply.dense, np.float32, "dense", parts=parts), values * 2)
+        for row, wanted in zip(reply.rows, keys, strict=True):
+            assert np.array_equal(unpack(row, np.uint64, "keys", parts=parts), wanted)
+
+    run(BulkHandler(), body)
 
 
 def test_many_calls_at_once_get_their_own_answers(run):
