@@ -18,11 +18,15 @@ from oarlock.client.pull import pull
 from oarlock.client.push import PushCounts, PushIdentity, RowGradients, cut_push, push
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
+from oarlock.proto.buffers import Buffers
 from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import MarksReply, MarksRequest
 from oarlock.telemetry.stages import Stages
 
 T = TypeVar("T")
+
+# Pushes' copies of gradients whose memory is kept: those of the splits that a worker has open, or of as many shards.
+MOST_COPIES = 16
 
 
 class Client:
@@ -30,6 +34,7 @@ class Client:
 
     def __init__(self, membership: Membership) -> None:
         self._member = membership
+        self._copies = Buffers(MOST_COPIES)
         # Pulls and pushes, from the first request to the last answer.
         self.stages = Stages()
 
@@ -98,7 +103,9 @@ class Client:
     ) -> Callable[[], Awaitable[PushCounts]]:
         """As ``push``, but the messages are only made; calling the result sends them. In any thread."""
         identity = PushIdentity(split, group, step, number, seen or {})
-        messages = cut_push(self._member.layout, self.routes, identity, gradients, dense, dense_rate)
+        messages = cut_push(
+            self._member.layout, self.routes, identity, gradients, dense, dense_rate, copies=self._copies
+        )
         work = partial(push, self._member, messages)
         return lambda: self._timed("push", work, split=split, group=group)
 

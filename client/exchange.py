@@ -5,8 +5,8 @@ Invariant: a block counts as answered only when its owner said so; the rest is c
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ class Message(Protocol):
 
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+# Worked out once: annotations of a function within a function are at every call.
+_Blocks = NDArray[np.int32]
 
 
 # Owner of the blocks that a placement in the making gives to nobody yet.
@@ -40,6 +43,16 @@ def shard_of(routes: Routes, shard: int) -> ShardAddress:
 
 def _mendable(error: PSError) -> bool:
     return error.retryable or isinstance(error, WrongIncarnation)
+
+
+async def _all(asking: list[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
+    """Return all results, errors included. One alone, as in a job of one shard, needs no task of its own."""
+    if len(asking) != 1:
+        return await asyncio.gather(*asking, return_exceptions=True)
+    try:
+        return [await asking[0]]
+    except Exception as error:
+        return [error]
 
 
 async def exchange(
@@ -56,7 +69,7 @@ async def exchange(
     retry = member.retry
     clock = asyncio.get_running_loop().time
 
-    async def ask(message: M, timeout: float) -> NDArray[np.int32]:
+    async def ask(message: M, timeout: float) -> _Blocks:
         if message.shard is NOBODY:
             raise Unavailable(f"block {int(message.numbers[0])} belongs to no shard yet", block=int(message.numbers[0]))
         return await send(message, timeout)
@@ -65,7 +78,7 @@ async def exchange(
     pause = retry.first_seconds
     while True:
         timeout = max(0.001, min(retry.call_seconds, end - clock()))
-        answers = await asyncio.gather(*(ask(m, timeout) for m in messages), return_exceptions=True)
+        answers = await _all([ask(m, timeout) for m in messages])
         failed: PSError = StalePlacement("blocks kept moving")
         left = []
         for message, answer in zip(messages, answers, strict=True):

@@ -65,8 +65,7 @@ def by_owner(
     """
     ends = np.cumsum(counts, dtype=np.int64)
     starts = ends - counts
-    for owner in np.unique(owners if wanted is None else owners[wanted]):
-        chosen = np.flatnonzero(owners == owner if wanted is None else (owners == owner) & wanted)
+    for owner, chosen in _by_owner(owners, wanted):
         volume = counts[chosen].astype(np.int64) * (row_bytes + KEY_BYTES) + BLOCK_BYTES
         worst = int(volume.argmax())
         if volume[worst] > limit:
@@ -78,7 +77,7 @@ def by_owner(
             )
         for run, size in _runs(volume, limit):
             part = chosen[run]
-            yield int(owner), Piece(table, blocks[part], counts[part], _rows(counts, starts, ends, part), size)
+            yield owner, Piece(table, blocks[part], counts[part], _rows(counts, starts, ends, part), size)
 
 
 def dense_by_owner(
@@ -90,8 +89,7 @@ def dense_by_owner(
 ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
     """Yield (shard, positions int64[k] in ``numbers``, bytes) for dense blocks, each piece within ``limit`` bytes."""
     lengths = np.array([layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()], np.int64)
-    for owner in np.unique(owners):
-        chosen = np.flatnonzero(owners == owner)
+    for owner, chosen in _by_owner(owners, None):
         volume = lengths[chosen] * 4 + BLOCK_BYTES
         worst = int(volume.argmax())
         if volume[worst] > limit:
@@ -100,7 +98,21 @@ def dense_by_owner(
                 f"dense parameter {name}, block {block}", int(volume[worst]), limit, "give it a smaller slice"
             )
         for run, size in _runs(volume, limit):
-            yield int(owner), chosen[run], size
+            yield owner, chosen[run], size
+
+
+def _by_owner(owners: NDArray[np.int32], wanted: NDArray[np.bool_] | None) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield (owner, positions), ascending in both, of those ``wanted``."""
+    chosen = np.arange(len(owners)) if wanted is None else np.flatnonzero(wanted)
+    of = owners[chosen]
+    order = of.argsort(kind="stable")
+    ordered = of[order]
+    ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, len(ordered))
+    first = 0
+    for end in ends.tolist():
+        if end > first:
+            yield int(ordered[first]), chosen[order[first:end]]
+        first = end
 
 
 def _too_large(what: str, size: int, limit: int, setting: str) -> OutOfMemory:

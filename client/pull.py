@@ -22,6 +22,8 @@ from oarlock.proto.errors import Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import PullRequest
 
 _NONE = np.empty(0, np.int32)
+# Annotations of a function within a function are worked out at every call: names cost less there.
+_Blocks = NDArray[np.int32]
 
 
 @dataclass
@@ -38,6 +40,9 @@ class PullMessage:
     def numbers(self) -> NDArray[np.int32]:
         parts = [self.layout.table_base[p.table] + p.blocks for _, p in self.pieces]
         return np.concatenate([*parts, self.dense])
+
+
+_Left = list[tuple[PullMessage, _Blocks]]
 
 
 def table_number(layout: Layout, name: str) -> int:
@@ -119,7 +124,7 @@ async def pull(
     layout = member.layout
     numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32) if dense is not None else _NONE
 
-    async def send(message: PullMessage, timeout: float) -> NDArray[np.int32]:
+    async def send(message: PullMessage, timeout: float) -> _Blocks:
         beside: list[Part] = []
         request = PullRequest(
             header=member.header(message.shard.incarnation),
@@ -147,7 +152,7 @@ async def pull(
         seen[message.shard.id] = min(seen.get(message.shard.id, reply.pushes), reply.pushes)
         return _NONE
 
-    def recut(newer: Routes, left: list[tuple[PullMessage, NDArray[np.int32]]]) -> list[PullMessage]:
+    def recut(newer: Routes, left: _Left) -> list[PullMessage]:
         wanted = np.zeros(layout.blocks, np.bool_)
         for _, blocks in left:
             wanted[blocks] = True

@@ -21,6 +21,7 @@ from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.store import keeps
 from oarlock.proto.arrays import Part, pack, unpack
+from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Malformed
 from oarlock.proto.shard_pb2 import DenseGradients, PushRequest, TableGradients
@@ -84,6 +85,11 @@ class PushMessage:
         return Bulk(self.request, self.parts)
 
 
+# Annotations of a function within a function are worked out at every call: names cost less there.
+_Blocks = NDArray[np.int32]
+_Left = list[tuple[PushMessage, _Blocks]]
+
+
 @dataclass(frozen=True)
 class _RowPart:
     table: int
@@ -114,7 +120,8 @@ class _Filling:
 class _Packer:
     """Packs parts into one message per shard, or more where a message would be over the limit."""
 
-    def __init__(self, layout: Layout, routes: Routes, identity: PushIdentity, limit: int) -> None:
+    def __init__(self, layout: Layout, routes: Routes, identity: PushIdentity, limit: int, copies: Buffers) -> None:
+        self._copies = copies
         self._layout = layout
         self._routes = routes
         self._identity = identity
@@ -156,14 +163,14 @@ class _Packer:
         )
         for shard, piece in pieces:
             message = self._message(shard, piece.volume)
-            parts = message.parts
+            parts, copy, at = message.parts, self._copies.copy, piece.rows
             message.request.tables.append(
                 TableGradients(
                     keys=piece.keys(part.keys, parts),
-                    gradients=pack(part.gradients[piece.rows].copy(), parts),
+                    gradients=pack(copy(part.gradients[at]), parts),
                     rate=part.rate,
-                    occurrences=None if part.occurrences is None else pack(part.occurrences[piece.rows].copy(), parts),
-                    clicks=None if part.clicks is None else pack(part.clicks[piece.rows].copy(), parts),
+                    occurrences=None if part.occurrences is None else pack(copy(part.occurrences[at]), parts),
+                    clicks=None if part.clicks is None else pack(copy(part.clicks[at]), parts),
                 )
             )
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
@@ -201,9 +208,10 @@ def cut_push(
     dense_rate: float,
     *,
     limit: int = MESSAGE_BYTES,
+    copies: Buffers | None = None,
 ) -> list[PushMessage]:
-    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them."""
-    packer = _Packer(layout, routes, identity, limit)
+    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them, in memory of ``copies``."""
+    packer = _Packer(layout, routes, identity, limit, copies or Buffers(0))
     for name, part in gradients.items():
         for what, beside in (("occurrences", part.occurrences), ("clicks", part.clicks)):
             if beside is not None and beside.shape != part.keys.keys.shape:
@@ -236,7 +244,7 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
         wanted[blocks] = True
         known, parts = message.request, message.parts
         packer = _Packer(
-            layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES
+            layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES, Buffers(0)
         )
         for sent in message.request.tables:
             part = _RowPart(
@@ -264,7 +272,7 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
     """Send the messages until every block answered that it has its part; return what became of them."""
     counts = PushCounts()
 
-    async def send(message: PushMessage, timeout: float) -> NDArray[np.int32]:
+    async def send(message: PushMessage, timeout: float) -> _Blocks:
         request = message.request
         request.header.CopyFrom(member.header(message.shard.incarnation))
         answered = await member.transport.call(
@@ -275,11 +283,11 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         counts.skipped += reply.skipped
         counts.refused += reply.refused
         moved = unpack(reply.moved, np.int32, "moved blocks", parts=parts).astype(np.int32)
-        if not np.isin(moved, message.numbers).all():
+        if len(moved) and not np.isin(moved, message.numbers).all():
             raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
         return moved
 
-    def recut(newer: Routes, left: list[tuple[PushMessage, NDArray[np.int32]]]) -> list[PushMessage]:
+    def recut(newer: Routes, left: _Left) -> list[PushMessage]:
         return recut_push(member.layout, newer, left)
 
     await exchange(member, messages, send, recut)

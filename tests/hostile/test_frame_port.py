@@ -196,12 +196,14 @@ def test_mutated_pushes_with_parts_are_applied_whole_or_not_at_all(seed):
         try:
             job.services[0].push(Bulk(request, Parts(parts)))
         except PSError as error:
-            assert not isinstance(error, Internal)
-            assert rig.state(job) == before
+            failed = error
             refused += 1
         else:
+            failed = None
             applied += 1
             job, before = fresh()
+        assert not isinstance(failed, Internal)
+        assert rig.state(job) == before
     assert applied > 30
     assert refused > 200
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a transport, over TCP and a unix socket, by frames and by gRPC alone, and in one process: the same calls give the same
-results."""
+"""The contract of a transport, over TCP and a unix socket, by frames and by gRPC alone, and in one process: the same calls give
+the same results."""
 
 import asyncio
 
