@@ -43,6 +43,14 @@ def test_rpc(tmp_path: Path) -> None:
         assert set(verbs["pull"]) == {"single calls", "stream", "TCP"}
 
 
+def test_wire(tmp_path: Path) -> None:
+    result = run("wire", tmp_path)
+    assert set(result["sides"]) == {"frames unix", "raw unix", "frames TCP", "raw TCP", "gRPC"}
+    names = {"gb_per_second", "client_cpu_seconds_per_gb", "server_cpu_seconds_per_gb", "call_us"}
+    assert all(set(figures) == names for figures in result["sides"].values())
+    assert all(result[name] > 0 for name in ("bulk_vs_tcp", "grpc_vs_tcp", "call_us", "tcp_us"))
+
+
 @pytest.mark.slow
 def test_ncf(tmp_path: Path) -> None:
     result = run("ncf", tmp_path)
