@@ -7,8 +7,8 @@
     parts     those data, each from a multiple of 64 bytes on (counted from the end of the head)
 
 Invariant: `receive` believes no number before it is checked, takes memory only within the limit of a message, and returns whole
-frames or raises; after an error the connection is of no use. Sockets are blocking; an exchange of megabytes then costs two
-calls of the system, without the interpreter's lock. Any thread, one at a time for each socket and direction.
+frames or raises; after an error the connection is of no use. `send` and `receive` are for blocking sockets, where a
+frame of megabytes costs two calls of the system. Any thread, one at a time for each socket and direction.
 """
 
 import socket
@@ -28,6 +28,7 @@ BESIDE = 0x80
 
 _MAGIC = b"OARF"
 _HEAD = struct.Struct("<4sBBHIQ")
+HEAD_BYTES = _HEAD.size
 # More arrays than any message has: tables times arrays of a table.
 MAX_PARTS = 1 << 14
 # Buffers that a connection keeps for the next frames, while some of them are still looked at.
@@ -75,15 +76,71 @@ def _most(parts: int) -> int:
 
 def send(connection: socket.socket, buffers: list[memoryview]) -> None:
     """Send all of it; OSError if that cannot be."""
-    waiting = [b for b in buffers if b.nbytes]
-    at = 0
-    while at < len(waiting):
+    left = Sending(buffers)
+    while left.some(connection):
+        pass
+
+
+class Sending:
+    """The buffers of a frame, as far as they were not sent yet."""
+
+    def __init__(self, buffers: list[memoryview]) -> None:
+        self._waiting = [b for b in buffers if b.nbytes]
+        self._at = 0
+
+    def some(self, connection: socket.socket) -> bool:
+        """Send as much as one call of the system takes; return whether there is more. BlockingIOError changes nothing."""
+        waiting, at = self._waiting, self._at
         sent = connection.sendmsg(waiting[at : at + _VECTOR])
         while at < len(waiting) and sent >= waiting[at].nbytes:
             sent -= waiting[at].nbytes
             at += 1
         if sent:
             waiting[at] = waiting[at][sent:]
+        self._at = at
+        return at < len(waiting)
+
+
+class Head(NamedTuple):
+    """What a frame says of itself, and can be."""
+
+    kind: int
+    parts: int
+    size: int
+    length: int
+
+    def body(self, buffers: Buffers) -> memoryview:
+        """Return room for what follows the head. The system gives pages as they are written: a mere claim takes none."""
+        try:
+            return view_of(buffers.take(self.length))
+        except MemoryError:
+            raise OutOfMemory(f"there is no memory for a frame of {self.length} bytes") from None
+
+    def frame(self, body: memoryview) -> Frame:
+        """Return the frame, once all of the body is there; Malformed."""
+        lengths = struct.unpack_from(f"<{self.parts}I", body)
+        at = 4 * self.parts + self.size
+        message = bytes(body[4 * self.parts : at])
+        found = []
+        for each in lengths:
+            at += -at % ALIGNMENT
+            found.append(body[at : at + each])
+            at += each
+        if at != self.length:
+            raise Malformed(f"a frame of {self.length} bytes whose parts end at {at}")
+        return Frame(self.kind, message, found)
+
+
+def read_head(head: bytes | bytearray, most: int | None = None) -> Head:
+    """Return what the first HEAD_BYTES say of a frame, of which at most ``most`` bytes may follow; Malformed, OutOfMemory."""
+    magic, version, kind, parts, size, length = _HEAD.unpack(head)
+    if magic != _MAGIC or version != VERSION:
+        raise Malformed(f"no frame of version {VERSION}: it begins with {bytes(head[:5])!r}")
+    if parts > MAX_PARTS or 4 * parts + size > length:
+        raise Malformed(f"a frame of {length} bytes with {parts} parts and a message of {size} bytes cannot be")
+    if length > (_most(parts) if most is None else most):
+        raise OutOfMemory(f"a frame of {length} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
+    return Head(kind, parts, size, length)
 
 
 class Receiver:
@@ -98,35 +155,13 @@ class Receiver:
 
         Raises Closed at its end, OSError (also where a connection ends inside a frame), Malformed, OutOfMemory.
         """
-        head = bytearray(_HEAD.size)
-        if not self._fill(memoryview(head), first=True):
+        begin = bytearray(HEAD_BYTES)
+        if not self._fill(memoryview(begin), first=True):
             raise Closed
-        magic, version, kind, parts, size, length = _HEAD.unpack(head)
-        if magic != _MAGIC or version != VERSION:
-            raise Malformed(f"no frame of version {VERSION}: it begins with {bytes(head[:5])!r}")
-        if parts > MAX_PARTS or 4 * parts + size > length:
-            raise Malformed(f"a frame of {length} bytes with {parts} parts and a message of {size} bytes cannot be")
-        if length > (_most(parts) if most is None else most):
-            raise OutOfMemory(
-                f"a frame of {length} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes in one message"
-            )
-        try:
-            # The system gives pages as they are written: what was only announced takes none.
-            body = view_of(self._buffers.take(length))
-        except MemoryError:
-            raise OutOfMemory(f"there is no memory for a frame of {length} bytes") from None
+        head = read_head(begin, most)
+        body = head.body(self._buffers)
         self._fill(body)
-        lengths = struct.unpack_from(f"<{parts}I", body)
-        at = 4 * parts + size
-        message = bytes(body[4 * parts : at])
-        found = []
-        for each in lengths:
-            at += -at % ALIGNMENT
-            found.append(body[at : at + each])
-            at += each
-        if at != length:
-            raise Malformed(f"a frame of {length} bytes whose parts end at {at}")
-        return Frame(kind, message, found)
+        return head.frame(body)
 
     def _fill(self, view: memoryview, *, first: bool = False) -> bool:
         at = 0

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls bulk methods of one process as frames: a few connections, each with one exchange at a time, in threads of its own.
+"""Calls bulk methods of one process as frames: a few connections, each with one exchange at a time, on the event loop.
 
 Invariant: a connection whose exchange was not finished, for whatever reason, is ended and never used again, so an answer always
-belongs to the question before it. A process has its own threads, so one that is slow or unreachable keeps no other waiting.
-One event loop; an exchange runs in a thread, where the bytes move without the interpreter's lock.
+belongs to the question before it. One event loop. A connection is made in a thread, of which each process has its own, so one
+that cannot be reached keeps no other waiting; an exchange needs none: to hand it there and back cost more than its calls of the
+system.
 """
 
 import asyncio
 import logging
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from oarlock.proto import frames
+from oarlock.proto.buffers import Buffers
 from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import DeadlineExceeded, Malformed, PSError, Unavailable
 from oarlock.proto.rpc import sockets
@@ -22,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Exchanges with one process at a time; more wait. Each has a connection, and while it lasts a thread on both sides.
+# Exchanges with one process at a time; more wait. Each has a connection, and a thread on the other side.
 CONNECTIONS = 4
-# Exchanges that were given up leave their threads a moment later; so many may do so while others begin.
-THREADS = 2 * CONNECTIONS
+# Connections are made one at a time; one that was given up leaves its thread a moment later, while another one begins.
+THREADS = 2
 # How long a process without sockets, or one that lets nobody in, is not asked again: another one may have taken its address.
 ABSENT_SECONDS = 60.0
 # Addresses of one offer that are tried.
@@ -33,11 +36,11 @@ MAX_ADDRESSES = 4
 
 
 class Connection:
-    """One connection; ``open`` and ``exchange`` are called in a thread, ``end`` from any."""
+    """One connection; ``open`` is called in a thread, all else on the event loop."""
 
     def __init__(self) -> None:
         self._shared: sockets.Shared | None = None
-        self._receiver: frames.Receiver
+        self._buffers = Buffers(frames.MOST_KEPT)
         self._ended = threading.Event()
 
     def open(self, offer: SocketsReply, called: str) -> bool:
@@ -51,10 +54,12 @@ class Connection:
             except (OSError, PSError) as error:
                 logger.debug("event=no_socket address=%s called=%s error=%s", address, called, error)
                 continue
-            self._shared, self._receiver = sockets.Shared(made), frames.Receiver(made)
+            self._shared = sockets.Shared(made)
             try:
-                self.exchange(hello)
-                sockets.settle(made)
+                with self._shared.used() as connection:
+                    frames.send(connection, hello)
+                    _checked(frames.Receiver(connection).receive())
+                    connection.setblocking(False)
             except (OSError, frames.Closed, PSError) as error:
                 logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
                 self._shared.end()
@@ -64,21 +69,71 @@ class Connection:
             self._shared.end()
         return False
 
-    def exchange(self, buffers: list[memoryview]) -> frames.Frame:
-        """Send a frame and return the answer to it; OSError, Closed or PSError, after which the connection is of no use."""
+    async def exchange(self, buffers: list[memoryview]) -> frames.Frame:
+        """Send a frame and return the answer to it; OSError or PSError, after which the connection is of no use."""
         assert self._shared is not None, "open comes first"
         with self._shared.used() as connection:
-            frames.send(connection, buffers)
-            reply = self._receiver.receive()
-        if reply.kind != frames.REPLY:
-            raise Malformed(f"a frame of kind {reply.kind} came as an answer")
-        return reply
+            left = frames.Sending(buffers)
+            more = True
+            while more:
+                try:
+                    more = left.some(connection)
+                except BlockingIOError:
+                    await _ready(connection, write=True)
+            begin = bytearray(frames.HEAD_BYTES)
+            await _ready(connection)
+            await _fill(connection, memoryview(begin))
+            head = frames.read_head(begin)
+            body = head.body(self._buffers)
+            await _fill(connection, body)
+            return _checked(head.frame(body))
 
     def end(self) -> None:
         """Close; an exchange under way fails."""
         self._ended.set()
         if self._shared is not None:
             self._shared.end()
+
+
+async def _fill(connection: socket.socket, view: memoryview) -> None:
+    at = 0
+    while at < view.nbytes:
+        try:
+            got = connection.recv_into(view[at:])
+        except BlockingIOError:
+            await _ready(connection)
+            continue
+        if not got:
+            raise ConnectionResetError("the other side has ended it")
+        at += got
+
+
+async def _ready(connection: socket.socket, *, write: bool = False) -> None:
+    """Wait until the connection takes or has some bytes, or is at its end."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    if write:
+        loop.add_writer(connection, _wake, ready)
+    else:
+        loop.add_reader(connection, _wake, ready)
+    try:
+        await ready
+    finally:
+        if write:
+            loop.remove_writer(connection)
+        else:
+            loop.remove_reader(connection)
+
+
+def _wake(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _checked(reply: frames.Frame) -> frames.Frame:
+    if reply.kind != frames.REPLY:
+        raise Malformed(f"a frame of kind {reply.kind} came as an answer")
+    return reply
 
 
 class _Full(Exception):
@@ -175,11 +230,12 @@ class FramePeer:
 
     async def _exchange(self, connection: Connection, buffers: list[memoryview]) -> frames.Frame:
         try:
-            frame = await self._in_thread(connection, connection.exchange, buffers)
+            self._check_open()
+            frame = await connection.exchange(buffers)
         except BaseException as error:
             self._open.discard(connection)
             connection.end()
-            if not isinstance(error, OSError | frames.Closed):
+            if not isinstance(error, OSError):
                 raise
             # The process may be another one by now: ask it anew, on new connections.
             self._offer = None
@@ -218,10 +274,10 @@ class FramePeer:
         self._idle.clear()
 
     async def close(self) -> None:
-        """End all connections and threads; exchanges under way fail. Idempotent."""
+        """End all connections and threads; exchanges under way fail as soon as the loop turns. Idempotent."""
         self._closed = True
         self._end_idle()
-        for connection in self._working.values():
+        for connection in (*self._open, *self._working.values()):
             connection.end()
         try:
             # A connection that is being made ends by itself (sockets.CONNECT_SECONDS).

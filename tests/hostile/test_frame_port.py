@@ -258,17 +258,16 @@ class Dying(Connection):
     rng = random.Random(0)
     broken = 0
 
-    def exchange(self, buffers):
+    async def exchange(self, buffers):
         kind = self.rng.randrange(8)
-        if buffers[0][5] == frames.HELLO or kind > 2:
-            return super().exchange(buffers)
+        if kind > 2:
+            return await super().exchange(buffers)
         Dying.broken += 1
-        with self._shared.used() as connection:
-            if kind == 1:
-                connection.sendall(joined(buffers)[: self.rng.randrange(200)])
-            elif kind == 2:
-                frames.send(connection, buffers)
-                self._receiver.receive()
+        if kind == 1:
+            with self._shared.used() as connection:
+                connection.send(joined(buffers)[: self.rng.randrange(200)])
+        elif kind == 2:
+            await super().exchange(buffers)
         raise ConnectionResetError("broken off")
 
 

@@ -523,6 +523,62 @@ def answer_all(connection, reader):
         frames.send(connection, frames.encode(frames.REPLY, frame.message))
 
 
+gone = threading.Event()
+
+
+def deaf(connection, reader):
+    """Read nothing after the hello."""
+    gone.wait(SECONDS)
+
+
+def test_a_request_that_nobody_reads_is_given_up():
+    """Larger than what the system takes: its sender waits for room, on the event loop, until its time is over."""
+
+    async def body():
+        peer = server.peer()
+        try:
+            large = frames.encode(frames.PULL, b"", [np.zeros(16 << 20, np.uint8)])
+            for _ in range(2):
+                error = await failure(peer.call(large, "m", 0.1))
+                assert type(error) is DeadlineExceeded
+            calls = [asyncio.ensure_future(failure(peer.call(large, "m", SECONDS))) for _ in range(CONNECTIONS)]
+            await until(lambda: len(server.connections) == 2 + CONNECTIONS)
+        finally:
+            await peer.close()
+        assert {type(e) for e in await asyncio.gather(*calls)} == {Unavailable}
+
+    gone.clear()
+    with scripted(deaf) as server:
+        asyncio.run(body())
+        gone.set()
+
+
+def test_an_answer_in_many_pieces():
+    """A byte at a time for its beginning, and what is large as the system hands it out."""
+    part = np.arange(3 << 20, dtype=np.uint8)
+
+    def script(connection, reader):
+        while True:
+            frame = reader.receive()
+            data = b"".join(bytes(b) for b in frames.encode(frames.REPLY, frame.message, [part]))
+            for at in range(100):
+                connection.sendall(data[at : at + 1])
+            connection.sendall(data[100:])
+
+    async def body():
+        peer = server.peer()
+        try:
+            for n in range(3):
+                frame = await peer.call(frames.encode(frames.PULL, b"%d" % n), "m", SECONDS)
+                assert frame.message == b"%d" % n
+                assert np.array_equal(np.frombuffer(frame.parts[0], np.uint8), part)
+        finally:
+            await peer.close()
+
+    with scripted(script) as server:
+        asyncio.run(body())
+
+
 def test_a_server_with_room_for_one_more_is_called_on_that_one(monkeypatch):
     """The others' places are set aside; calls wait for the one connection and none fails. Later, there may be room."""
     room = threading.Semaphore(1)
