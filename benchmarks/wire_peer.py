@@ -11,11 +11,12 @@ import struct
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.proto.arrays import Part, pack, unpack
+from oarlock.proto.arrays import Part, pack, unpack, view_of
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.rpc import GrpcServer
@@ -85,9 +86,9 @@ def send(connection: socket.socket, *buffers: memoryview) -> None:
             left[0] = left[0][sent:]
 
 
-def view(array: NDArray[np.generic]) -> memoryview:
+def view(array: NDArray[Any]) -> memoryview:
     """Return an array's bytes."""
-    return memoryview(array).cast("B")
+    return view_of(array)
 
 
 def serve_raw(connection: socket.socket, table: NDArray[np.float32]) -> None:
