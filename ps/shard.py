@@ -22,6 +22,7 @@ from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable, make_table
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
+from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
@@ -42,6 +43,8 @@ from oarlock.ps.sweep import Sweeper
 
 # A push takes milliseconds, an order of the coordinator may take seconds: those who sweep have other things to do meanwhile.
 SWEEP_WAIT_SECONDS = 0.02
+# Rows of answers whose memory is kept for the next ones, of at most 16 MiB each (proto/buffers.py).
+MOST_ANSWERS = 8
 
 _NONE = np.empty(0, np.int32)
 
@@ -75,6 +78,7 @@ class Shard:
         self.layout = Layout(spec.tables, spec.dense)
         self.push_lock = Lock()
         self._counting = Lock()
+        self._answers = Buffers(MOST_ANSWERS)
         self.counters: Counter[str] = Counter()
         self.staleness = Staleness()
         self.closed = ClosedSet()
@@ -132,7 +136,7 @@ class Shard:
         for keys in asked:
             self._owns(keys.numbers)
             table = self.tables[keys.table]
-            rows = np.empty((len(keys.keys), table.spec.dim), np.float32)
+            rows = self._answers.array((len(keys.keys), table.spec.dim), np.float32)
             table.check(keys.keys, keys.blocks, keys.counts)
             table.pull(keys.keys, keys.blocks, keys.counts, rows)
             reply.rows.append(pack(rows, beside))
