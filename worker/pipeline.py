@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from oarlock.client.push import PushCounts, RowGradients, reads_occurrences
 from oarlock.nn import Program
@@ -28,6 +28,7 @@ from oarlock.worker.splits import OpenSplit
 HAND_OVER_TURNS = 2
 
 Push = Callable[[], Awaitable[PushCounts]]
+T = TypeVar("T")
 
 
 class Group(NamedTuple):
@@ -65,6 +66,10 @@ class Pipeline:
         # Splits of few groups would otherwise pile up behind a slow shard: only pushes of one split wait for each other.
         self._in_flight = asyncio.Semaphore(2 * spec.open_splits)
 
+    async def _charged(self, split: OpenSplit, work: Callable[[], Awaitable[T]]) -> T:
+        """Return what ``work`` gives; an error of it is the split's."""
+        return await self._blame.of(TRAIN, split.id, work())
+
     # First half: encoded and pulled
 
     async def take_in(self, tasks: asyncio.TaskGroup, split: OpenSplit) -> None:
@@ -72,7 +77,7 @@ class Pipeline:
         await self._depth.acquire()
         group = Group(split, split.scheduled, self._clock.number())
         split.scheduled += 1
-        fetching = tasks.create_task(self._blame.of(TRAIN, split.id, self._fetch(group)))
+        fetching = tasks.create_task(self._charged(split, partial(self._fetch, group)))
         await self._fetched.put((group, fetching))
 
     async def end(self) -> None:
@@ -109,7 +114,8 @@ class Pipeline:
                 prepared = await fetching
             # Groups of a split are pushed in their order, whoever has computed first.
             before, group.split.pushed = group.split.pushed, asyncio.Event()
-            tasks.create_task(self._train(tasks, group, prepared, program, before, group.split.pushed))
+            training = partial(self._train, tasks, group, prepared, program, before, group.split.pushed)
+            tasks.create_task(self._charged(group.split, training))
             if group.number == group.split.groups - 1:
                 tasks.create_task(self._closing(group.split))
             # Everything above may have been at hand: let what was begun get under way.
@@ -125,12 +131,14 @@ class Pipeline:
         acknowledged: asyncio.Event,
     ) -> None:
         split, progress = group.split, self._progress
+        # Groups that compute at once were taken up one after the other, and none of them has another one's step.
+        step = progress.step()
+        progress.begins(split.id)
         try:
             with progress.stages.time("compute", split=split.id, group=group.number):
-                loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared))
+                loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared, step))
         finally:
             self._session.give_back(program)
-        progress.sent(split.id)
         split.loss_sum += loss_sum
         split.losses += prepared.samples
         progress.batches += len(prepared.sizes)
@@ -147,7 +155,7 @@ class Pipeline:
         self._pulled.release()
         await pushing
 
-    def _computed(self, program: Program, group: Group, prepared: Prepared) -> tuple[float, Push]:
+    def _computed(self, program: Program, group: Group, prepared: Prepared, step: int) -> tuple[float, Push]:
         """Train a group and make the messages of its push. In a compute thread."""
         split, spec = group.split, self._spec
         done = (split.id + group.number / split.groups) / (spec.splits * spec.epochs)
@@ -174,7 +182,7 @@ class Pipeline:
                 gradients,
                 dense=trained.dense,
                 dense_rate=trained.rates.dense,
-                step=self._progress.step(),
+                step=step,
                 number=self._clock.on_wire(group.turn),
                 seen=prepared.seen,
             )

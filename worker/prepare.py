@@ -6,6 +6,7 @@ Invariant: lookups that share a table share one KeySet, so a key is pulled and p
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,17 @@ class Preparer:
 
 
 def _joined(examples: Sequence[Example]) -> Example:
-    """Return the examples of several batches as one."""
+    """Return the examples of several batches as one; each batch is found in it again by its samples."""
+    for example in examples:
+        arrays: dict[str, NDArray[Any]] = {**example.keys, **example.feeds}
+        for name, values in arrays.items():
+            if len(values) != example.samples:
+                raise InvalidArgument(
+                    f"the recipe's encode() gave {len(values)} rows of {name!r} for {example.samples} samples: with "
+                    "accumulate > 1 every array needs one for each sample"
+                )
+        if example.keys.keys() != examples[0].keys.keys() or example.feeds.keys() != examples[0].feeds.keys():
+            raise InvalidArgument("the recipe's encode() gave other inputs for one batch than for another of its group")
     keys = {name: np.concatenate([e.keys[name] for e in examples]) for name in examples[0].keys}
     feeds = {name: np.concatenate([e.feeds[name] for e in examples]) for name in examples[0].feeds}
     return Example(sum(e.samples for e in examples), keys, feeds)

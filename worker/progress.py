@@ -23,7 +23,7 @@ class Progress:
     batches: int = 0
     samples: int = 0
     refused: int = 0
-    # Groups given to the push: of splits that the coordinator does not count yet, and of all since this worker came.
+    # Groups taken up to be computed: of splits that the coordinator does not count yet, and of all since this worker came.
     _ahead: Counter[int] = field(default_factory=Counter)
     _own: int = 0
     _joined_at: int = field(init=False)
@@ -31,8 +31,8 @@ class Progress:
     def __post_init__(self) -> None:
         self._joined_at = self.member.step
 
-    def sent(self, split: int) -> None:
-        """Note that a group of ``split`` was given to the push."""
+    def begins(self, split: int) -> None:
+        """Note that a group of ``split`` is computed from now on."""
         self._ahead[split] += 1
         self._own += 1
 

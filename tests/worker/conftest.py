@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import random
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,17 @@ from oarlock.worker.process import run_worker
 from oarlock.worker.trainer import Trainer
 
 COORDINATOR = "in-process:coordinator"
+# What faults strike.
+FAULTY = ("Shard.Pull", "Shard.Push")
 
 
 @dataclass
 class Wire:
     """Delivers messages after pauses drawn from ``rng``; some pushes once more, much later. ``log`` tells what happened when.
 
-    ``bend(method, request)``, if given, is awaited before delivery: it may wait, raise, or note.
+    ``bend(method, request)``, if given, is awaited before delivery: it may wait, raise, or note. ``faults`` strike messages of
+    pulls and pushes with these probabilities: ``drop`` (half of the time it is the answer that is lost), ``duplicate``,
+    ``delay`` (by seconds), ``reorder`` (what is sent next arrives before it).
     """
 
     inner: InProcess
@@ -55,21 +61,49 @@ class Wire:
     bend: Callable[[str, Any], Awaitable[None]] | None = None
     log: list[tuple[str, str, Any]] = field(default_factory=list)
     later: set[asyncio.Task[None]] = field(default_factory=set)
+    faults: dict[str, float] = field(default_factory=dict)
+    struck: Counter[str] = field(default_factory=Counter)
+    passed: asyncio.Event | None = None
 
     async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
         data = request.SerializeToString()
         sent = METHODS[method].request.FromString(data)
         self.log.append(("sent", method, sent))
-        if method == "Shard.Push" and self.rng.random() < self.doubled:
+        drop = await self._strike(method)
+        duplicate = method in FAULTY and self._strikes("duplicate")
+        if duplicate or (method == "Shard.Push" and self.rng.random() < self.doubled):
             task = asyncio.ensure_future(self._again(address, method, data))
             self.later.add(task)
         if self.bend is not None:
             await self.bend(method, sent)
         await asyncio.sleep(self.rng.random() * self.seconds)
+        if drop == "request":
+            raise Unavailable("the connection broke")
         reply = await self.inner.call(address, method, sent, timeout_seconds=timeout_seconds)
         await asyncio.sleep(self.rng.random() * self.seconds)
+        if drop:
+            raise Unavailable("the connection broke")
         self.log.append(("answered", method, sent))
         return reply
+
+    def _strikes(self, kind: str) -> bool:
+        strikes = kind in self.faults and self.rng.random() < self.faults[kind]
+        self.struck[kind] += strikes
+        return strikes
+
+    async def _strike(self, method: str) -> str:
+        """Hold a message back, if that is its lot; return what of it is lost."""
+        if method not in FAULTY or not self.faults:
+            return ""
+        if self.passed is not None:
+            self.passed.set()
+        if self._strikes("delay"):
+            await asyncio.sleep(self.rng.random() * 8)
+        if self._strikes("reorder"):
+            self.passed = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.passed.wait(), 1)
+        return self.rng.choice(("request", "answer")) if self._strikes("drop") else ""
 
     async def _again(self, address: str, method: str, data: bytes) -> None:
         await asyncio.sleep(self.rng.random() * 20)
@@ -107,11 +141,17 @@ class Job:
         self.background: list[asyncio.Task[Any]] = []
         self.coordinator: Coordinator
         self.reader: Any = open_reader("arrow")
+        # Reads and encodes, beside compute threads; None: all is done on the loop.
+        self.threads: Executor | None = None
 
     def _spec(self, changes: dict[str, Any]) -> JobSpec:
         import counting_recipe as counting
 
         values = {
+            "recipe": "counting_recipe:recipe",
+            "tables": counting.TABLES,
+            "dense": counting.DENSE,
+            "metrics": ("count",),
             "rows_per_split": 20,
             "evaluation_rows_per_split": 10,
             "batch_rows": 6,
@@ -126,21 +166,17 @@ class Job:
             job="00112233445566778899aabbccddeeff",
             name="count",
             seed=5,
-            recipe="counting_recipe:recipe",
-            tables=counting.TABLES,
-            dense=counting.DENSE,
             files=tuple(files_to_json(files)),
             evaluation_files=tuple(files_to_json(test)),
             splits=len(plan_splits(files, values["rows_per_split"])),
             evaluation_splits=len(plan_splits(test, values["evaluation_rows_per_split"])),
-            metrics=("count",),
             **values,
         )
 
     def run(self, scene: Callable[["Job"], Awaitable[Any]]) -> float:
         """Start coordinator and shards, play ``scene``, end everything; return the virtual seconds it took.
 
-        Nothing may be left running but what the scene cancelled.
+        Nothing may be left running but what the scene cancelled. With ``threads`` time is not virtual.
         """
 
         async def play() -> float:
@@ -166,7 +202,7 @@ class Job:
                 store.close()
             return took
 
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        with asyncio.Runner(loop_factory=None if self.threads is not None else VirtualLoop) as runner:
             return runner.run(play())
 
     def start_shards(self) -> None:
@@ -176,7 +212,14 @@ class Job:
             self.background.append(asyncio.ensure_future(shard))
 
     def start_worker(self) -> asyncio.Task[Trainer | None]:
-        worker = run_worker(self.wire, COORDINATOR, self.reader, Inline(), rng=random.Random(50 + len(self.workers)))
+        worker = run_worker(
+            self.wire,
+            COORDINATOR,
+            self.reader,
+            self.threads or Inline(),
+            rng=random.Random(50 + len(self.workers)),
+            compute_in_threads=self.threads is not None,
+        )
         self.workers.append(asyncio.ensure_future(worker))
         return self.workers[-1]
 
@@ -198,8 +241,13 @@ class Job:
     # What came of it
 
     def counts(self) -> np.ndarray[Any, Any]:
-        """Return the row of each key 0 to 89: how often it was counted."""
-        out = np.zeros(90, np.float32)
+        """Return how often each key 0 to 89 was counted."""
+        return self.rows()[:, 0]
+
+    def rows(self) -> np.ndarray[Any, Any]:
+        """Return the rows of the keys 0 to 89."""
+        dim = self.spec.tables[0].dim
+        out = np.zeros((90, dim), np.float32)
         for service in self.services:
             assert service._joined is not None
             shard = service._joined[1]
@@ -209,14 +257,14 @@ class Job:
             for block, count in zip(found.blocks.tolist(), found.counts.tolist(), strict=True):
                 keys = found.keys[at : at + count]
                 if shard.owned[block]:
-                    rows = np.empty((count, 1), np.float32)
+                    rows = np.empty((count, dim), np.float32)
                     shard.tables[0].pull(keys, np.array([block], np.int32), np.array([count], np.int32), rows)
-                    out[keys.astype(np.int64)] = rows[:, 0]
+                    out[keys.astype(np.int64)] = rows
                 at += count
         return out
 
-    def groups(self) -> float:
-        """Return the dense value: how many groups were counted."""
+    def batches(self) -> float:
+        """Return the dense value: how many batches were counted."""
         for service in self.services:
             assert service._joined is not None
             shard = service._joined[1]
@@ -230,14 +278,19 @@ class Job:
         """Return how often each key 0 to 89 stands in the training files."""
         return np.bincount(self.data["train"].ravel(), minlength=90).astype(np.float32)
 
-    def groups_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         plan = plan_splits(list_files(self.folder / "train"), self.spec.rows_per_split)
         return sum(-(-split.rows // self.spec.batch_rows) for split in plan)
+
+    def groups_per_epoch(self) -> int:
+        plan = plan_splits(list_files(self.folder / "train"), self.spec.rows_per_split)
+        return sum(self.spec.groups(split.rows) for split in plan)
 
     def check_counted_once(self) -> None:
         epochs = self.spec.epochs
         np.testing.assert_array_equal(self.counts(), self.occurrences() * epochs)
-        assert self.groups() == self.groups_per_epoch() * epochs
+        assert self.batches() == self.batches_per_epoch() * epochs
+        assert self.coordinator.work.steps == self.groups_per_epoch() * epochs
         assert [r.samples for r in self.coordinator.work.history] == [len(self.data["train"])] * epochs
 
 
@@ -247,7 +300,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import counting_recipe
 
     yield counting_recipe
-    for part in (counting_recipe.seen, counting_recipe.poison, counting_recipe.bomb):
+    for part in (counting_recipe.seen, counting_recipe.draws, counting_recipe.poison, counting_recipe.bomb):
         part.clear()
     with contextlib.suppress(KeyError):
         del sys.modules["counting_recipe"]

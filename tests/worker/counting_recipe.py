@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe that counts: every occurrence of a key adds one to its row, every group one to a dense value.
+"""A recipe that counts: every occurrence of a key adds one to its row, every batch one to a dense value.
 
 Rows start at zero, and sgd of rate 1 is given a gradient of -1 per occurrence. So what was lost or doubled shows in the rows,
 which must equal the occurrences in the files. Two lookups share the table. One event loop; ``seen`` is the test's to clear.
@@ -20,7 +20,7 @@ from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
 
 SGD, ZEROS = OptimizerSpec("sgd"), Initializer("zeros")
 TABLES = (TableSpec("key", 1, SGD, ZEROS, 8),)
-DENSE = (DenseSpec("groups", (1,), SGD, ZEROS),)
+DENSE = (DenseSpec("batches", (1,), SGD, ZEROS),)
 COLUMNS = (ColumnSpec("a", "key"), ColumnSpec("b", "key"))
 EVALUATION_BATCH = 5
 

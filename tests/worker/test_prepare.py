@@ -105,6 +105,30 @@ def test_a_recipe_that_does_not_fit_its_job_is_refused(rng: np.random.Generator)
         )
 
 
+def test_batches_of_a_group_are_joined_sample_by_sample(rng: np.random.Generator) -> None:
+    model = graph()
+    preparer, routes = Preparer(model, layout_of(model)), routes_of(layout_of(model), rng)
+
+    def example(n: int, label: int, **more: int) -> Example:
+        keys = {name: rng.integers(0, 40, n).astype(np.uint64) for name in "uij"}
+        return Example(
+            n, keys, {"y": np.ones(label, np.float32), **{k: np.ones(v, np.float32) for k, v in more.items()}}
+        )
+
+    three = [example(4, 4), example(3, 3), example(4, 4)]
+    made = preparer.prepare(three, routes)
+    assert (made.sizes, made.samples, made.feeds["y"].shape) == ((4, 3, 4), 11, (11,))
+    for name, table in (("u", "user"), ("i", "item"), ("j", "item")):
+        whole = np.concatenate([one.keys[name] for one in three])
+        np.testing.assert_array_equal(made.keys[table].keys[made.inverse[name]], whole)
+    # What has no row for each sample cannot be given to the batch that it belongs to.
+    preparer.prepare([example(4, 1)], routes)
+    with pytest.raises(InvalidArgument, match="gave 1 rows of 'y' for 4 samples: with accumulate > 1"):
+        preparer.prepare([example(3, 3), example(4, 1)], routes)
+    with pytest.raises(InvalidArgument, match="other inputs for one batch"):
+        preparer.prepare([example(3, 3), example(3, 3, z=3)], routes)
+
+
 @given(st.integers(1, 3000), st.integers(1, 400), st.integers(1, 9))
 def test_batches_partition_a_split_evenly(size: int, batch_rows: int, accumulate: int) -> None:
     split = OpenSplit(0, 0, {"x": np.arange(size)}, size, batch_rows, accumulate)

@@ -29,7 +29,7 @@ def test_every_sample_is_trained_once(make_job: Make, workers: int, open_splits:
     job.check_counted_once()
     trainers = [worker.result() for worker in job.workers]
     assert sum(t.progress.samples for t in trainers) == len(job.data["train"]) * job.spec.epochs
-    assert sum(t.progress.batches for t in trainers) == job.groups()
+    assert sum(t.progress.batches for t in trainers) == job.batches()
     assert all(t.progress.batches > 0 and not t.stats()["open_splits"] for t in trainers)
     assert [r.loss for r in job.coordinator.work.history] == [0.25] * job.spec.epochs
 
@@ -38,7 +38,7 @@ def test_every_batch_has_a_draw_of_its_own(make_job: Make, counting: Any) -> Non
     job = make_job(workers=2, open_splits=2)
     job.run(lambda job: job.to_the_end())
     encoded = {(split, batch) for what, split, batch in counting.seen if what == "encode"}
-    assert len(counting.draws) == len(encoded) == job.groups()
+    assert len(counting.draws) == len(encoded) == job.batches()
     assert {seed for seed, _ in counting.draws} == {job.spec.seed}
     assert {(step >> 32, step & 0xFFFFFFFF) for _, step in counting.draws} == encoded
 
@@ -164,7 +164,7 @@ def test_a_coordinator_without_more_work_is_not_asked_before_every_batch(make_jo
     job = make_job(rows=300, group_rows=150, rows_per_split=150, batch_rows=3, epochs=1, open_splits=3)
     job.wire.seconds = 0.0
     job.run(lambda job: job.to_the_end())
-    assert job.groups() == 100
+    assert job.batches() == 100
     assert len(job.wire.calls("Coordinator.Lease")) < 20
 
 
@@ -267,7 +267,7 @@ def test_a_stop_in_the_middle_leaves_whole_groups_and_gives_back_the_rest(
     # What was encoded was pushed, whole: nothing is half done.
     sent = {(r.split, r.group) for r in job.wire.calls("Shard.Push", "answered")}
     assert sent == {(split, batch) for _, split, batch in counting.seen}
-    assert job.groups() == len(sent)
+    assert job.batches() == len(sent)
     assert job.counts().sum() == 2 * sum(w.result().progress.samples for w in job.workers)
 
 
@@ -338,7 +338,7 @@ def follows_what_was_trained(job: Any, counting: Any) -> None:
     """With one worker, the step of a push is how many batches it had trained before, to the last one."""
     order = {(draw >> 32, draw & 0xFFFFFFFF): number for number, (_, draw) in enumerate(counting.draws)}
     pushes = job.wire.calls("Shard.Push")
-    assert len(pushes) == job.groups()
+    assert len(pushes) == job.batches()
     assert [r.step for r in pushes] == [order[r.split, r.group] for r in pushes]
 
 
