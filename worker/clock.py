@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's clock under ssp(s): which of its groups are acknowledged, and which one may pull.
+"""The worker's clock: which of its groups are acknowledged, and which one may pull.
 
-Invariant: rows for group g are pulled only once every active worker has all of its groups below g - s behind it; so what is
-computed on holds them. Groups are numbered in the order in which they are scheduled. In the other modes nothing waits. One
-event loop.
+Invariant: under ssp(s) rows for group g are pulled only once every active worker has all of its groups below g - s behind it,
+so what is computed on holds them; under geo once this worker's own groups below g are acknowledged, so that its local copy
+begins with all of its own steps. Groups are numbered in the order in which they are scheduled. Under async nothing waits.
+One event loop.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ class WorkerClock:
     def __init__(self, member: Membership) -> None:
         self._member = member
         self._bounded = member.spec.mode == "ssp"
+        self._local = member.spec.mode == "geo"
+        self._moved = asyncio.Event()
         self._staleness = member.spec.staleness
         # Telling of every group would be telling too often where s leaves room.
         self._every = max(1, (self._staleness + 1) // 4)
@@ -51,6 +54,9 @@ class WorkerClock:
         while self._acknowledged in self._early:
             self._early.remove(self._acknowledged)
             self._acknowledged += 1
+        # Those that wait look again; who waits from now on waits for the next one.
+        self._moved.set()
+        self._moved = asyncio.Event()
         if self._bounded and self._telling is None and self._acknowledged - self._told >= self._every:
             # Others may wait for this one, though it waits for nobody itself.
             self._telling = asyncio.ensure_future(self._tell())
@@ -69,6 +75,8 @@ class WorkerClock:
 
     async def may_pull(self, number: int) -> None:
         """Wait until the group of this number may pull its rows."""
+        while self._local and self._acknowledged < number:
+            await self._moved.wait()
         if not self._bounded:
             return
         wanted = number - self._staleness

@@ -90,6 +90,29 @@ def test_outside_ssp_nothing_waits_and_nothing_is_told() -> None:
     play(scene())
 
 
+def test_under_geo_a_group_pulls_once_all_before_it_are_acknowledged() -> None:
+    async def scene() -> None:
+        member = Member(mode="geo", staleness=0)
+        clock = WorkerClock(member)  # type: ignore[arg-type]
+        pulls = [asyncio.ensure_future(clock.may_pull(clock.number())) for _ in range(4)]
+
+        async def may_pull() -> int:
+            await asyncio.sleep(0.1)
+            return sum(pull.done() for pull in pulls)
+
+        assert await may_pull() == 1
+        clock.acknowledged(1)
+        assert await may_pull() == 1
+        clock.acknowledged(0)
+        assert await may_pull() == 3
+        clock.acknowledged(2)
+        assert await may_pull() == 4
+        # Nobody else is asked or told.
+        assert member.beats == 0
+
+    play(scene())
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 5])
 def test_workers_stay_within_s_of_each_other(make_job: Make, staleness: int) -> None:
     # One split for each, as long as the others': nobody is idle before it has done all.
