@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import JobSpec
-from oarlock.simulation.counting import groups_of
+from oarlock.simulation.counting import batches_of
 
 FILES = 4
 GROUP_ROWS = 1024
@@ -73,7 +73,7 @@ def check(data: Path, folder: Path, spec: JobSpec, history: list[dict[str, Any]]
         raise ValueError(f"a key occurs {wanted.max()} times: float32 cannot count that")
     found, groups = _counted(folder, size)
     missing = wanted - found
-    group_count = sum(groups_of(spec)) * spec.epochs
+    group_count = sum(batches_of(spec)) * spec.epochs
     rows = len(train[0])
     return Count(
         lost=int(missing[missing > 0].sum()),

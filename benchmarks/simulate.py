@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from oarlock.benchmarks.surroundings import surroundings
-from oarlock.simulation.campaign import MODES, campaign, files, run_seeds, smallest
-from oarlock.simulation.faults import Schedule, draw
+from oarlock.simulation.campaign import campaign, files, run_seeds, smallest
+from oarlock.simulation.faults import MODES, Schedule, draw
 from oarlock.simulation.world import run
 
 QUICK_SECONDS = 35.0
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"as many schedules as fit into {QUICK_SECONDS:g} s")
     parser.add_argument("--seeds", type=int, default=10_050, metavar="N", help="how many seeds (default: 10050)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--mode", choices=(*MODES, "all"), default="all")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--replay", metavar="SCHEDULE", help="a seed, or a schedule as JSON: run it and tell what happens"
@@ -38,7 +38,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.seeds < 1 or options.first < 0 or options.processes < 1:
         parser.error("--seeds and --processes must be at least 1, --first at least 0")
-    modes = MODES if options.mode == "both" else (options.mode,)
+    modes = MODES if options.mode == "all" else (options.mode,)
     if options.replay is not None:
         return replay(options.replay, modes)
     before = surroundings(("numpy", "numba", "protobuf"))

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import LEAST_EVENTS, Schedule, draw
+from oarlock.simulation.faults import LEAST_EVENTS, MODES, Schedule, draw
 from oarlock.simulation.shrink import shrink
 from oarlock.simulation.world import run
 
-MODES = ("async", "ssp")
 CHUNK = 20
 _data: Data | None = None
 _folder: "tempfile.TemporaryDirectory[str] | None" = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe that counts: every occurrence of a key adds one to its row, every group one to a dense value.
+"""A recipe that counts: every occurrence of a key adds one to its row, every batch one to a dense value.
 
-Invariant: values start at zero and sgd of rate 1 is given a gradient of -1 per occurrence, so a push that was lost or applied
-twice shows in the rows, which must equal the occurrences in the files: no mark is asked. With ``trace`` every group has, in
-each of a few blocks, a key and a dense element of its own, so that the values also tell *which* group was. float32 counts
-exactly below 2^24. One event loop.
+Invariant: values start at zero and sgd of ``RATE`` is given a gradient of -1 / ``RATE`` per occurrence, so a push that was lost
+or applied twice shows in the rows, which must equal the occurrences in the files: no mark is asked; nor does a gradient pass
+for the difference that it makes. With ``trace`` every batch has, in each of a few blocks, a key and a dense element of its own,
+so that the values also tell *which* batches were. float32 counts exactly below 2^24. One event loop.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,8 @@ COLUMNS = (ColumnSpec("a", "key"), ColumnSpec("b", "key"))
 NO_KEYS = np.empty(0, np.uint64)
 # Of every batch.
 LOSS = 0.25
+# A power of two, so that nothing is rounded.
+RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,28 @@ class Config:
     batch_rows: int = 256
 
 
-def parameters(blocks: int, trace: int, groups: int) -> tuple[tuple[TableSpec, ...], tuple[DenseSpec, ...]]:
-    """Return tables and dense parameters; ``groups``: how many groups the whole job has at most, if they are traced."""
+def parameters(blocks: int, trace: int, batches: int) -> tuple[tuple[TableSpec, ...], tuple[DenseSpec, ...]]:
+    """Return tables and dense parameters; ``batches``: how many batches the whole job has at most, if they are traced."""
     tables: tuple[TableSpec, ...] = (TableSpec("key", 1, SGD, ZEROS, blocks),)
-    dense: tuple[DenseSpec, ...] = (DenseSpec("groups", (1,), SGD, ZEROS),)
+    dense: tuple[DenseSpec, ...] = (DenseSpec("batches", (1,), SGD, ZEROS),)
     if trace:
         tables += (TableSpec("trace", 1, SGD, ZEROS, trace),)
-        dense += (DenseSpec("applied", (groups,), SGD, ZEROS),)
+        dense += (DenseSpec("applied", (batches,), SGD, ZEROS),)
     return tables, dense
 
 
 @lru_cache(maxsize=8)
-def trace_keys(trace: int, groups: int) -> NDArray[np.uint64]:
-    """Return uint64[groups, trace]: per group one key in each block of the tracing table, no key twice."""
+def trace_keys(trace: int, batches: int) -> NDArray[np.uint64]:
+    """Return uint64[batches, trace]: per batch one key in each block of the tracing table, no key twice."""
     found: list[NDArray[np.uint64]] = [NO_KEYS] * trace
     first = 0
-    while min(map(len, found)) < groups:
+    while min(map(len, found)) < batches:
         keys = np.arange(first, first + 4096, dtype=np.uint64)
         blocks = np.empty(len(keys), np.int32)
         blocks_of(keys, table_salt("trace"), trace.bit_length() - 1, blocks)
         found = [np.concatenate([f, keys[blocks == b]]) for b, f in enumerate(found)]
         first += len(keys)
-    return np.stack([f[:groups] for f in found], axis=1)
+    return np.stack([f[:batches] for f in found], axis=1)
 
 
 class CountingModel:
@@ -83,23 +85,25 @@ class CountingModel:
 
 
 class CountingProgram:
-    """Gives every row the gradient -1 per occurrence in the batch."""
+    """Gives every row the gradient -1 / ``RATE`` per occurrence in the batch, a row of the trace once."""
 
     def __init__(self, model: CountingModel) -> None:
         self._lookups = [lookup.name for lookup in model.lookups]
         size = sum(spec.size for spec in model.parameters)
         self.flat_parameters = np.zeros(size, np.float32)
         self.flat_gradients = np.zeros(size, np.float32)
-        self.flat_gradients[0] = -1
+        self.flat_gradients[0] = -1 / RATE
         self.row_gradients: dict[str, NDArray[np.float32]] = {}
 
     def train(self, feeds: dict[str, Any], samples: int, *, seed: int, step: int) -> float:
         for name in self._lookups:
             rows, inverse = feeds[name]
-            self.row_gradients[name] = -np.bincount(inverse, minlength=len(rows)).astype(np.float32)[:, None]
-        self.flat_gradients[1:] = 0
+            counts = np.bincount(inverse.reshape(-1), minlength=len(rows)).astype(np.float32)[:, None]
+            self.row_gradients[name] = -(np.minimum(counts, 1) if name == "trace" else counts) / np.float32(RATE)
         # The buffer is used again for the next batch, as a real program's is.
-        self.flat_gradients[1 + feeds["group"].astype(np.int64)] = -1
+        self.flat_gradients[1:] = 0
+        if "batch" in feeds:
+            self.flat_gradients[1 + feeds["batch"].astype(np.int64)] = -1 / RATE
         return LOSS
 
     def predict(self, feeds: dict[str, Any], samples: int) -> NDArray[np.float32]:
@@ -118,8 +122,8 @@ class CountingWorkload:
         self.model: Any = CountingModel(spec.tables, spec.dense)
         self.max_samples = max(spec.batch_rows, spec.evaluation_rows_per_split)
         self._trace = spec.config["trace"]
-        self._groups = spec.dense[-1].size
-        self._per_split = self._groups // (spec.splits * spec.epochs)
+        self._batches = spec.dense[-1].size
+        self._per_split = self._batches // (spec.splits * spec.epochs)
 
     def start(self) -> None:
         pass
@@ -128,15 +132,16 @@ class CountingWorkload:
         return rows
 
     def encode(self, rows: Arrays, *, epoch: int, split: int, batch: int) -> Example:
-        keys = {"a": rows["a"], "b": rows["b"]}
-        group: list[int] = []
+        samples = len(rows["a"])
+        keys, feeds = {"a": rows["a"], "b": rows["b"]}, {}
         if self._trace:
-            group = [split * self._per_split + batch]
-            keys["trace"] = trace_keys(self._trace, self._groups)[group[0]]
-        return Example(len(rows["a"]), keys, {"group": np.array(group, np.float32)})
+            number = split * self._per_split + batch
+            keys["trace"] = np.broadcast_to(trace_keys(self._trace, self._batches)[number], (samples, self._trace))
+            feeds["batch"] = np.full(samples, number, np.float32)
+        return Example(samples, keys, feeds)
 
     def rates(self, done: float) -> Rates:
-        return Rates(1.0, 1.0)
+        return Rates(RATE, RATE)
 
     def evaluation(self, rows: Arrays) -> Iterator[EvaluationBatch]:
         keys = {"a": rows["a"], "b": rows["b"]}
@@ -156,8 +161,8 @@ class CountingRecipe:
     def plan(self, config: Any, data: Path, *, epochs: int) -> Plan:
         train, test = list_files(data / "train"), list_files(data / "test")
         splits = plan_splits(train, config.rows_per_split)
-        groups = epochs * len(splits) * max(-(-s.rows // config.batch_rows) for s in splits)
-        tables, dense = parameters(config.blocks, config.trace, groups)
+        batches = epochs * len(splits) * max(-(-s.rows // config.batch_rows) for s in splits)
+        tables, dense = parameters(config.blocks, config.trace, batches)
         return Plan(
             asdict(config),
             train,
@@ -174,8 +179,8 @@ class CountingRecipe:
         return CountingWorkload(spec)
 
 
-def groups_of(spec: JobSpec) -> list[int]:
-    """Return how many groups each split of the plan has."""
+def batches_of(spec: JobSpec) -> list[int]:
+    """Return how many batches each split of the plan has."""
     return [-(-s.rows // spec.batch_rows) for s in plan_splits(files_from_json(list(spec.files)), spec.rows_per_split)]
 
 

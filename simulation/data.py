@@ -73,8 +73,8 @@ class Data:
         """Return the job of a schedule."""
         train, test = self.files["train"], self.files["test"]
         plan = plan_splits(train, schedule.rows_per_split)
-        groups = schedule.epochs * len(plan) * max(-(-s.rows // schedule.batch_rows) for s in plan)
-        tables, dense = parameters(8, TRACE, groups)
+        batches = schedule.epochs * len(plan) * max(-(-s.rows // schedule.batch_rows) for s in plan)
+        tables, dense = parameters(8, TRACE, batches)
         changes: dict[str, Any] = {}
         if schedule.mode == "ssp":
             changes["staleness"] = schedule.staleness
@@ -101,6 +101,7 @@ class Data:
             checkpoint_epochs=0,
             open_splits=schedule.open_splits,
             prefetch=schedule.prefetch,
+            accumulate=schedule.accumulate,
             lease_seconds=LEASE_SECONDS,
             heartbeat_seconds=HEARTBEAT_SECONDS,
             **changes,

@@ -27,6 +27,7 @@ WORLD = (
     "leave",
 )
 KINDS = (*WIRE, *WORLD)
+MODES = ("async", "ssp", "geo")
 # A message fault waits for the next message of its method. Pushes matter most.
 METHODS = (
     *("Shard.Push",) * 6,
@@ -62,7 +63,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A small job and its faults. ``latency`` is the longest time of a message on its way, in seconds."""
+    """A small job and its faults. ``latency`` is the longest time of a message on its way, in seconds.
+
+    ``accumulate``: batches of a group; the k of geo(k).
+    """
 
     seed: int
     shards: int
@@ -76,6 +80,7 @@ class Schedule:
     staleness: int
     latency: float
     faults: tuple[Fault, ...]
+    accumulate: int = 1
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -91,7 +96,7 @@ class Schedule:
         return Schedule(**values)
 
 
-def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
+def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
     """Return the schedule of a seed."""
     rng = random.Random(seed)
     # Every seed has its favourites, so that some kinds come in crowds and others not at all.
@@ -105,9 +110,12 @@ def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
             faults.append(fault)
     mode = rng.choice(modes)
     shards, rows_per_split, batch_rows = rng.randint(1, 3), rng.choice((6, 9)), rng.choice((2, 3, 4, 5))
+    accumulate = rng.choice((1, 1, 2, 3))
     # Every group is pulled and pushed at every shard, each with an answer; every split is leased and closed.
     splits = TRAIN_ROWS // rows_per_split
-    events = 4 * shards * splits * -(-rows_per_split // batch_rows) + 4 * splits
+    batches = -(-rows_per_split // batch_rows)
+    groups = -(-batches // accumulate)
+    events = 4 * shards * splits * groups + 4 * splits
     return Schedule(
         seed=seed,
         shards=shards,
@@ -121,6 +129,7 @@ def draw(seed: int, modes: tuple[str, ...] = ("async", "ssp")) -> Schedule:
         staleness=rng.randint(0, 4) if mode == "ssp" else 0,
         latency=rng.choice((0.01, 0.1, 0.4)),
         faults=tuple(sorted(faults, key=lambda f: f.at)),
+        accumulate=accumulate,
     )
 
 

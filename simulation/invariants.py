@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold after every event, and what must have come of it at the end. Names are those of docs/consistency.md.
 
-Invariant: what was applied is read off the *values* (each group has keys and dense elements of its own, see counting.py),
+Invariant: what was applied is read off the *values* (each batch has keys and dense elements of its own, see counting.py),
 never off marks, which are what is tested. Checks look only; they change nothing.
 """
 
@@ -18,7 +18,7 @@ from oarlock.embedding.keys import KeySorter
 from oarlock.proto.coordinator_pb2 import TRAIN
 from oarlock.proto.errors import PSError
 from oarlock.ps.shard import Shard
-from oarlock.simulation.counting import LOSS, groups_of, trace_keys
+from oarlock.simulation.counting import LOSS, batches_of, trace_keys
 from oarlock.simulation.data import KEYS, Data
 from oarlock.simulation.state import Committed
 
@@ -54,13 +54,9 @@ class Checker:
         self._have: dict[int, dict[int, int]] = {}
         # Splits that each shard knew as closed.
         self._closed_at: dict[int, set[int]] = {}
-        self._groups = self._groups_by_split()
-
-    def _groups_by_split(self) -> list[int]:
-        counts = set(groups_of(self._spec))
-        # Which split of the plan stands where differs by epoch; with files cut evenly all have equally many groups.
-        assert len(counts) == 1, "the simulation's files make splits of equal size"
-        return [counts.pop()] * (self._spec.splits * self._spec.epochs)
+        # Which split of the plan stands where differs by epoch; with files cut evenly all have equally many batches.
+        assert set(batches_of(spec)) == {self._per_split}, "the simulation's files make splits of equal size"
+        self._groups = -(-self._per_split // spec.accumulate)
 
     # Shards
 
@@ -93,15 +89,19 @@ class Checker:
         have, closed = self._have.setdefault(split, {}), split in shard.closed
         marks = shard.marks.of_split(split)
         for block, values in self._values(shard, split):
-            count = int(values.sum())
-            # Ones and then zeros: every group once, and none before its predecessor.
-            if not (values[:count] == 1).all() or values[count:].any():
-                kind = "M1" if values.max() > 1 else "M3"
+            if not ((values == 0) | (values == 1)).all():
+                raise Violation(f"M1: block {block} has the batches of split {split} {values.tolist()} times")
+            groups = values[:: self._spec.accumulate]
+            if not np.array_equal(np.repeat(groups, self._spec.accumulate)[: len(values)], values):
                 raise Violation(
-                    f"{kind}: block {block} has the groups of split {split} {values.astype(int).tolist()} times"
+                    f"M1: block {block} has parts of groups: the batches of split {split} {values.tolist()} times"
                 )
+            count = int(groups.sum())
+            # Ones and then zeros: none before its predecessor.
+            if groups[count:].any():
+                raise Violation(f"M3: block {block} has the groups of split {split} {groups.tolist()} times")
             if closed:
-                if count != self._groups[split]:
+                if count != self._groups:
                     raise Violation(f"M1: split {split} is closed, and block {block} has {count} groups of it")
             elif count - 1 != (-1 if marks is None else int(marks[block])):
                 raise Violation(f"M1: block {block} has {count} groups of split {split}, and its mark says otherwise")
@@ -111,7 +111,7 @@ class Checker:
             raise Violation(f"M3: blocks have {have} groups of split {split}")
 
     def _values(self, shard: Shard, split: int) -> list[tuple[int, NDArray[np.float32]]]:
-        """Return (block, float32[groups of the split]: how often each group was applied) of the blocks that are here."""
+        """Return (block, float32[batches of the split]: how often each one was applied) of the blocks that are here."""
         here = shard.owned[self._base : self._base + self._trace]
         out: list[tuple[int, NDArray[np.float32]]] = []
         if here.any():
@@ -172,7 +172,7 @@ class Checker:
     def finish(self, coordinator: Coordinator, shards: list[Shard]) -> None:
         """After the last event of a job that is done: the counting table against the files (SEMANTICS section 11)."""
         spec, data = self._spec, self._data
-        counts, groups = np.zeros(KEYS, np.int64), 0.0
+        counts, batches = np.zeros(KEYS, np.int64), 0.0
         found = KeySorter().build(np.arange(KEYS, dtype=np.uint64), table_salt("key"), 3, np.arange(8, dtype=np.int32))
         ends = np.cumsum(found.counts)
         for block, first, last in zip(found.blocks.tolist(), ends - found.counts, ends, strict=True):
@@ -185,23 +185,17 @@ class Checker:
             if shard.owned[self._dense_trace - 1]:
                 value = np.empty(1, np.float32)
                 shard.dense[0].pull_block(0, value)
-                groups += float(value[0])
+                batches += float(value[0])
         expected = data.occurrences() * spec.epochs
         lost, doubled = np.maximum(expected - counts, 0).sum(), np.maximum(counts - expected, 0).sum()
         require(not lost and not doubled, "M1", f"the counting table: {lost} occurrences lost, {doubled} counted twice")
-        require(groups == sum(self._groups), "M1", f"{groups:g} groups were counted, there are {sum(self._groups)}")
+        require(batches == self._total, "M1", f"{batches:g} batches were counted, there are {self._total}")
         for split in range(len(self._keys)):
             for shard in shards:
                 for block, values in self._values(shard, split):
-                    require(
-                        values[: self._groups[split]].all(),
-                        "M1",
-                        f"block {block} lacks groups of split {split}: {values}",
-                    )
-        steps = coordinator.work.steps
-        require(
-            steps == sum(self._groups), "E1", f"{steps} groups were reported trained, there are {sum(self._groups)}"
-        )
+                    require(values.all(), "M1", f"block {block} lacks batches of split {split}: {values}")
+        steps, groups = coordinator.work.steps, self._groups * len(self._keys)
+        require(steps == groups, "E1", f"{steps} groups were reported trained, there are {groups}")
         history = coordinator.work.history
         require(len(history) == spec.epochs, "E1", f"{len(history)} epochs ended of {spec.epochs}")
         for epoch, result in enumerate(history):

@@ -32,7 +32,14 @@ def shrink(schedule: Schedule, fails: Callable[[Schedule], bool], *, most_runs: 
             break
         else:
             parts = min(count, parts * 2)
-    for name, least in (("workers", 1), ("shards", 1), ("open_splits", 1), ("prefetch", 1), ("epochs", 1)):
+    for name, least in (
+        ("workers", 1),
+        ("shards", 1),
+        ("open_splits", 1),
+        ("prefetch", 1),
+        ("epochs", 1),
+        ("accumulate", 1),
+    ):
         while getattr(schedule, name) > least:
             candidate = replace(schedule, **{name: getattr(schedule, name) - 1})
             if not tried(candidate):

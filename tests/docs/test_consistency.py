@@ -21,7 +21,8 @@ def test_every_test_that_is_named_exists() -> None:
 
 
 def test_planted_bugs_exist() -> None:
-    planted = functions(ROOT / "tests" / "simulation" / "planted.py")
+    folder = ROOT / "tests" / "simulation"
+    planted = functions(folder / "planted.py") | functions(folder / "planted_modes.py")
     named = {n for line in re.findall(r"planted bugs? ((?:`\w+`(?:, )?)+)", TEXT) for n in re.findall(r"`(\w+)`", line)}
     assert len(named) > 8
     assert named <= planted

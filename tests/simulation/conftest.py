@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of the simulation its planted bugs: ``import planted``."""
+"""Gives the tests of the simulation its planted bugs: ``import planted``, ``import planted_modes``."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-_SPEC = importlib.util.spec_from_file_location("planted", Path(__file__).parent / "planted.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-if "planted" not in sys.modules:
-    sys.modules["planted"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["planted"])
+for _name in ("planted", "planted_modes"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
+    assert _spec is not None
+    assert _spec.loader is not None
+    if _name not in sys.modules:
+        sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_name])

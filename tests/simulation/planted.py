@@ -135,13 +135,16 @@ def only_equal_marks_are_skipped(patch: Patch) -> None:
 
 def bytes_made_when_sent(patch: Patch) -> None:
     """A push reads buffers that the next batch has filled again."""
-    original = Client.push
+    original = Client.make_push
 
-    async def push(self: Client, *arguments: Any, **named: Any) -> Any:
-        await asyncio.sleep(0.05)
-        return await original(self, *arguments, **named)
+    def make_push(self: Client, *arguments: Any, **named: Any) -> Any:
+        async def push() -> Any:
+            await asyncio.sleep(0.05)
+            return await original(self, *arguments, **named)()
 
-    patch.setattr(Client, "push", push)
+        return push
+
+    patch.setattr(Client, "make_push", make_push)
 
 
 def told_before_recorded(patch: Patch) -> None:

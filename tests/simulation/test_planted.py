@@ -4,6 +4,7 @@
 from collections.abc import Callable
 
 import planted
+import planted_modes
 import pytest
 
 from oarlock.simulation.campaign import files, smallest
@@ -17,6 +18,7 @@ RARE = {
     planted.evaluated_twice,
     planted.restarted_minimum_ignores_the_silent,
     planted.timeout_counts_as_acknowledged,
+    planted_modes.marks_taken_for_batches,
 }
 
 
@@ -32,7 +34,10 @@ def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "plant",
-    [pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__) for p in planted.PLANTED],
+    [
+        pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__)
+        for p in (*planted.PLANTED, *planted_modes.PLANTED)
+    ],
 )
 @pytest.mark.timeout(600)
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
