@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from oarlock import __version__
 from oarlock.cli.rows_options import add_rows
+from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
 
 _EXAMPLES = """\
@@ -53,6 +54,17 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, metavar="N", help="of first values, order and draws (default 0)")
     command.add_argument("--servers", type=int, metavar="N", help="shards, which hold the model (default 2)")
     command.add_argument("--workers", type=int, metavar="N", help="processes that train it (default 2)")
+    command.add_argument(
+        "--mode",
+        choices=MODES,
+        help="how far workers may be apart, and what they push (default async; docs/consistency.md)",
+    )
+    command.add_argument(
+        "--staleness", type=int, metavar="S", help="of --mode ssp: groups that workers may be apart (default 0)"
+    )
+    command.add_argument(
+        "--accumulate", type=int, metavar="K", help="batches that are pushed as one group; the k of geo (default 1)"
+    )
     command.add_argument(
         "--compute-threads", type=int, metavar="N", help="batches that a worker computes at once (default 1)"
     )

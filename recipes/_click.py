@@ -18,7 +18,7 @@ from oarlock.client.job import JobSpec
 from oarlock.data.columns import Arrays
 from oarlock.data.tabular import tabular_files
 from oarlock.data.transforms import Fitted, fit
-from oarlock.embedding.spec import TableSpec
+from oarlock.embedding.spec import OptimizerSpec, TableSpec
 from oarlock.nn import DENSE_DTYPES, Model, check_dense_dtype
 from oarlock.proto.errors import InvalidArgument
 from oarlock.worker.recipe import EvaluationBatch, Example, Plan, Rates
@@ -27,16 +27,24 @@ METRICS = ("auc", "logloss", "accuracy", "calibration")
 SPLITS_PER_EPOCH = 16
 EVALUATION_ROWS = 65_536
 MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 256
+# Rates of rows and of dense parameters by ``optimizer``: a row's gradient is a part of the batch's mean, which adam divides out
+# and sgd does not.
+RATES = {"": Rates(0.01, 0.001), "sgd": Rates(0.5, 0.1)}
 
 
 @dataclass(frozen=True)
 class ClickConfig:
-    """Settings of every such recipe. batch_samples = 0: chosen by the size of the data. ``dense_dtype``: see ``nn.Model``."""
+    """Settings of every such recipe. ``dense_dtype``: see ``nn.Model``.
+
+    ``batch_samples`` = 0: chosen by the size of the data. ``optimizer``: of all parameters; empty: the recipe's own ones.
+    ``row_rate``, ``dense_rate``: None: what suits the optimizer (``RATES``).
+    """
 
     dim: int = 16
     batch_samples: int = 0
-    row_rate: float = 0.01
-    dense_rate: float = 0.001
+    optimizer: str = ""
+    row_rate: float | None = None
+    dense_rate: float | None = None
     final_rate: float = 1.0
     row_scale: float = 0.05
     dense_dtype: str = "float32"
@@ -45,9 +53,12 @@ class ClickConfig:
         for name, low in (("dim", 1), ("batch_samples", 0)):
             if getattr(self, name) < low:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer >= {low}")
+        if self.optimizer not in RATES:
+            raise InvalidArgument(f"optimizer = {self.optimizer!r}: give 'sgd', or '' for the recipe's own")
         for name in ("row_rate", "dense_rate", "final_rate", "row_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidArgument(f"{name} = {getattr(self, name)}: give a finite number >= 0")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InvalidArgument(f"{name} = {value}: give a finite number >= 0")
         if self.dense_dtype not in DENSE_DTYPES:
             raise InvalidArgument(f"dense_dtype = {self.dense_dtype!r}: give one of {', '.join(DENSE_DTYPES)}")
 
@@ -73,7 +84,7 @@ def plan_click(
     schema, train, evaluation = tabular_files(data)
     fitted = fit(schema, train)
     rows = sum(file.rows for file in train)
-    config = replace(config, batch_samples=config.batch_samples or _batch(rows))
+    config = with_rates(replace(config, batch_samples=config.batch_samples or _batch(rows)))
     return Plan(
         config=asdict(config),
         files=train,
@@ -88,6 +99,18 @@ def plan_click(
     )
 
 
+def with_rates(config: Config) -> Config:
+    """Return the config with the rates that were left open."""
+    usual = RATES[config.optimizer]
+    rows = usual.rows if config.row_rate is None else config.row_rate
+    return replace(config, row_rate=rows, dense_rate=usual.dense if config.dense_rate is None else config.dense_rate)
+
+
+def optimizer_of(config: ClickConfig, own: OptimizerSpec) -> OptimizerSpec:
+    """Return the optimizer of a parameter whose recipe has ``own`` for it."""
+    return OptimizerSpec(config.optimizer) if config.optimizer else own
+
+
 def _batch(rows: int) -> int:
     """Return a power of two that gives an epoch ``BATCHES_PER_EPOCH`` batches or more, within bounds."""
     wanted = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES_PER_EPOCH))
@@ -98,7 +121,10 @@ class ClickWorkload:
     """One worker's side: raw rows to keys, numbers and labels."""
 
     def __init__(self, spec: JobSpec, config: ClickConfig, model: Callable[[Any, Fitted], Model]) -> None:
-        self._config = config
+        self._config = config = with_rates(config)
+        assert config.row_rate is not None
+        assert config.dense_rate is not None
+        self._rates = Rates(config.row_rate, config.dense_rate)
         self._fitted = Fitted.from_json(spec.transforms)
         self.model = model(config, self._fitted)
         self.columns = self.evaluation_columns = self._fitted.columns
@@ -120,7 +146,7 @@ class ClickWorkload:
     def rates(self, done: float) -> Rates:
         """Go in a straight line to ``final_rate`` times the first rates."""
         factor = 1.0 + (self._config.final_rate - 1.0) * min(1.0, done)
-        return Rates(self._config.row_rate * factor, self._config.dense_rate * factor)
+        return Rates(self._rates.rows * factor, self._rates.dense * factor)
 
     def evaluation(self, rows: Arrays) -> Iterator[EvaluationBatch]:
         n = len(next(iter(rows.values())))

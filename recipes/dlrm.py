@@ -22,7 +22,7 @@ from oarlock.nn import (
     lookup,
     sigmoid,
 )
-from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, plan_click
+from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, optimizer_of, plan_click
 from oarlock.worker.recipe import Plan
 
 # 1. What a user may set
@@ -48,7 +48,7 @@ class DlrmConfig(ClickConfig):
 def table(config: DlrmConfig) -> TableSpec:
     """Return the rows: a vector of each field's value."""
     rows = Initializer("normal", scale=config.row_scale)
-    return TableSpec("fields", config.dim, OptimizerSpec("adam", beta1=0.0), rows)
+    return TableSpec("fields", config.dim, optimizer_of(config, OptimizerSpec("adam", beta1=0.0)), rows)
 
 
 def model(config: DlrmConfig, fitted: Fitted) -> Model:
@@ -65,7 +65,7 @@ def model(config: DlrmConfig, fitted: Fitted) -> Model:
         hidden = Linear(width, activation="relu", name=f"top{i}")(hidden)
     logit = Linear(1, name="score")(hidden)
     loss = binary_cross_entropy(logit, label="label")
-    optimizer = OptimizerSpec("adam")
+    optimizer = optimizer_of(config, OptimizerSpec("adam"))
     return Model(score=sigmoid(logit), loss=loss, optimizer=optimizer, dense_dtype=config.dense_dtype)
 
 

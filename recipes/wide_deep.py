@@ -25,7 +25,8 @@ from oarlock.nn import (
     pool,
     sigmoid,
 )
-from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, plan_click
+from oarlock.proto.errors import InvalidArgument
+from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, optimizer_of, plan_click
 from oarlock.worker.recipe import Plan
 
 # 1. What a user may set
@@ -42,6 +43,11 @@ class WideDeepConfig(ClickConfig):
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers))
         check_widths("layers", self.layers)
+        if self.wide_l1 and self.optimizer:
+            raise InvalidArgument(
+                f"wide_l1 = {self.wide_l1} and optimizer = {self.optimizer!r} contradict each other: only ftrl, the wide part's "
+                "own optimizer, makes weights zero; leave one of them out"
+            )
 
 
 # 2. The model
@@ -49,8 +55,9 @@ class WideDeepConfig(ClickConfig):
 
 def table(config: WideDeepConfig) -> TableSpec:
     """Return the rows: a wide weight, then a vector, each with its optimizer."""
-    wide = Part(1, OptimizerSpec("ftrl", l1=config.wide_l1), Initializer("zeros"))
-    deep = Part(config.dim, OptimizerSpec("adam", beta1=0.0), Initializer("normal", scale=config.row_scale))
+    wide = Part(1, optimizer_of(config, OptimizerSpec("ftrl", l1=config.wide_l1)), Initializer("zeros"))
+    vector = optimizer_of(config, OptimizerSpec("adam", beta1=0.0))
+    deep = Part(config.dim, vector, Initializer("normal", scale=config.row_scale))
     return TableSpec("fields", 1 + config.dim, parts=(wide, deep))
 
 
@@ -69,7 +76,7 @@ def model(config: WideDeepConfig, fitted: Fitted) -> Model:
         hidden = Linear(width, activation="relu", name=f"deep{i}")(hidden)
     logit = add(wide, Linear(1, name="score")(hidden))
     loss = binary_cross_entropy(logit, label="label")
-    optimizer = OptimizerSpec("adam")
+    optimizer = optimizer_of(config, OptimizerSpec("adam"))
     return Model(score=sigmoid(logit), loss=loss, optimizer=optimizer, dense_dtype=config.dense_dtype)
 
 

@@ -6,7 +6,8 @@ import pytest
 import rig
 
 from oarlock.client.job import JobSpec
-from oarlock.embedding.spec import DenseSpec, TableSpec
+from oarlock.embedding.schedule import Schedule
+from oarlock.embedding.spec import DenseSpec, OptimizerSpec, Part, TableSpec
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -25,6 +26,11 @@ def test_a_job_travels_whole_as_text():
         ({"job": "12"}, "job id '12': give 32 hexadecimal digits"),
         ({"job": "x" * 32}, "give 32 hexadecimal digits"),
         ({"job": None}, "give 32 hexadecimal digits"),
+        ({"accumulate": 0}, "accumulate = 0: give an integer >= 1"),
+        ({"accumulate": 1.5}, "accumulate = 1.5: give an integer >= 1"),
+        ({"accumulate": True}, "accumulate = True: give an integer >= 1"),
+        ({"staleness": 2}, "staleness = 2 and mode = 'async' contradict each other"),
+        ({"staleness": 2, "mode": "geo"}, "staleness = 2 and mode = 'geo' contradict each other"),
         ({"mode": "sync"}, "mode 'sync': choose one of async"),
         ({"batch_rows": 0}, "batch_rows = 0: give an integer >= 1"),
         ({"epochs": 1.5}, "epochs = 1.5: give an integer >= 1"),
@@ -51,6 +57,41 @@ def test_a_job_travels_whole_as_text():
 def test_a_job_that_cannot_be_is_refused_when_it_is_made(changes, problem):
     with pytest.raises(InvalidArgument, match=problem):
         rig.spec_of(**changes)
+
+
+SGD = OptimizerSpec("sgd")
+
+
+def test_geo_is_for_plain_sgd():
+    part = Part(1, SGD)
+    assert rig.spec_of(mode="geo", accumulate=3).mode == "geo"
+    rig.spec_of((TableSpec("user", 2, parts=(part, part)),), (), mode="geo")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSpec("adam"),
+        OptimizerSpec("momentum"),
+        OptimizerSpec("sgd", clip_norm=1.0),
+        OptimizerSpec("sgd", decay=0.1),
+        OptimizerSpec("sgd", lower=-1.0),
+        OptimizerSpec("sgd", schedule=Schedule("cosine", steps=10)),
+    ],
+    ids=str,
+)
+def test_geo_and_any_other_optimizer_contradict_each_other(optimizer):
+    """Of a table, of a part of one, of a dense parameter: the message names mode and parameter."""
+    jobs = [
+        ("user", {"tables": (TableSpec("item", 2, SGD), TableSpec("user", 2, optimizer))}),
+        ("user", {"tables": (TableSpec("user", 2, parts=(Part(1, SGD), Part(1, optimizer))),)}),
+        ("w", {"tables": (TableSpec("item", 2, SGD),), "dense": (DenseSpec("w", (3,), optimizer),)}),
+    ]
+    for name, changes in jobs:
+        problem = f"mode = 'geo' and the optimizer of {name}, '{optimizer.name}', contradict each other"
+        with pytest.raises(InvalidArgument, match=problem):
+            rig.spec_of(**changes, mode="geo")
+        rig.spec_of(**changes, accumulate=3)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '"job"', '{"tables": 1}'])

@@ -20,7 +20,7 @@ from oarlock.launch.job import make_spec
 from oarlock.nn import bfloat16
 from oarlock.proto.errors import InvalidArgument
 from oarlock.recipes import _click, dlrm, wide_deep
-from oarlock.recipes._click import BATCHES_PER_EPOCH, LEAST_BATCH, METRICS, MOST_BATCH, ClickWorkload, _batch
+from oarlock.recipes._click import BATCHES_PER_EPOCH, LEAST_BATCH, METRICS, MOST_BATCH, RATES, ClickWorkload, _batch
 from oarlock.worker.recipe import recipe_name
 
 RECIPES = {"wide_deep": wide_deep, "dlrm": dlrm}
@@ -190,11 +190,11 @@ def test_a_score_is_that_of_the_formula(name: str, data: Path) -> None:
     assert np.allclose(found.reshape(-1), wanted, atol=1e-5)
 
 
-def check_job(name: str, tmp_path: Path, *, numbers: bool, **more: Any) -> JobSpec:
+def check_job(name: str, tmp_path: Path, *, numbers: bool, job: dict[str, Any] | None = None, **more: Any) -> JobSpec:
     folder = write(tmp_path / "data", 6000, 5, numbers=numbers)
     small = {"wide_deep": {"layers": [16]}, "dlrm": {"bottom": [16], "top": [16]}}[name]
     options = {"dim": 4, "batch_samples": 100, "row_rate": 0.02, "dense_rate": 0.01, **small, **more}
-    values = {"recipe": name, "data": str(folder), "epochs": 3, "seed": 1, "servers": 1, "workers": 1}
+    values = {"recipe": name, "data": str(folder), "epochs": 3, "seed": 1, "servers": 1, "workers": 1, **(job or {})}
     run = run_config({**values, "recipe_options": options})
     spec = create(tmp_path / "job", "job", run)
     status = run_in_process(spec, tmp_path / "job", watch=lambda _: True)
@@ -214,6 +214,40 @@ def test_a_job_learns_what_was_planted(name: str, numbers: bool, tmp_path: Path)
     check_job(name, tmp_path, numbers=numbers)
 
 
+@pytest.mark.parametrize("name", ["dlrm", pytest.param("wide_deep", marks=pytest.mark.slow)])
+def test_a_job_learns_by_local_steps(name: str, tmp_path: Path) -> None:
+    spec = check_job(
+        name,
+        tmp_path,
+        numbers=True,
+        job={"mode": "geo", "accumulate": 4, "epochs": 4},
+        optimizer="sgd",
+        row_rate=2.0,
+        dense_rate=0.1,
+        row_scale=0.1,
+    )
+    assert (spec.mode, spec.accumulate) == ("geo", 4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_optimizer_for_all_parameters(name: str, data: Path) -> None:
+    def optimizers(spec: JobSpec) -> set[str]:
+        rows = {part.optimizer.name for table in spec.tables for part in table.all_parts}
+        return rows | {dense.optimizer.name for dense in spec.dense}
+
+    own, sgd = spec_of(name, data, dim=4), spec_of(name, data, dim=4, optimizer="sgd")
+    assert optimizers(own) == {"adam", "ftrl"} - ({"ftrl"} if name == "dlrm" else set())
+    assert optimizers(sgd) == {"sgd"}
+    workload = RECIPES[name].recipe.workload
+    assert workload(own).rates(0.0) == (0.01, 0.001)
+    assert workload(sgd).rates(0.0) == RATES["sgd"] == (sgd.config["row_rate"], sgd.config["dense_rate"])
+    given = spec_of(name, data, dim=4, optimizer="sgd", row_rate=0.0, dense_rate=3)
+    assert workload(given).rates(0.0) == (0.0, 3.0)
+    assert replace(sgd, mode="geo", accumulate=8).mode == "geo"
+    with pytest.raises(InvalidArgument, match=r"mode = 'geo' and the optimizer of fields, '(adam|ftrl)', contradict"):
+        replace(own, mode="geo")
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_job_in_bfloat16_learns_as_well(name: str, tmp_path: Path) -> None:
@@ -231,6 +265,8 @@ def test_a_job_in_bfloat16_learns_as_well(name: str, tmp_path: Path) -> None:
         ("wide_deep", {"layers": []}, "layers"),
         ("wide_deep", {"dim": 0}, "dim"),
         ("wide_deep", {"row_rate": -1.0}, "row_rate"),
+        ("wide_deep", {"optimizer": "adam"}, "optimizer = 'adam': give 'sgd', or ''"),
+        ("wide_deep", {"optimizer": "sgd", "wide_l1": 0.5}, "wide_l1 = 0.5 and optimizer = 'sgd' contradict"),
         ("dlrm", {"top": [4, 0]}, "top"),
         ("dlrm", {"bottom": [0]}, "bottom"),
         ("dlrm", {"layers": [4]}, "layers"),
