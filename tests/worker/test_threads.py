@@ -15,6 +15,7 @@ import pytest
 
 from oarlock.client.job import FAILED
 from oarlock.proto.methods import METHODS
+from oarlock.worker import session
 from oarlock.worker.session import Session
 
 Make = Callable[..., Any]
@@ -22,7 +23,9 @@ PATIENCE = 30.0
 
 
 @pytest.fixture
-def make_threaded(make_job: Make) -> Iterator[Make]:
+def make_threaded(make_job: Make, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    # However little there is to compute here, a thread does it.
+    monkeypatch.setattr(session, "COMPUTE_HERE_SECONDS", 0.0)
     with ThreadPoolExecutor(1) as executor:
 
         def make(**changes: Any) -> Any:
