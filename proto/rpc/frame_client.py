@@ -31,6 +31,8 @@ CONNECTIONS = 4
 THREADS = 2
 # How long a process without sockets, or one that lets nobody in, is not asked again: another one may have taken its address.
 ABSENT_SECONDS = 60.0
+# Calls of the system for one answer in one turn of the event loop; each takes in what a socket's buffer holds.
+TURNS = 16
 # Addresses of one offer that are tried.
 MAX_ADDRESSES = 4
 
@@ -73,20 +75,14 @@ class Connection:
         """Send a frame and return the answer to it; OSError or PSError, after which the connection is of no use."""
         assert self._shared is not None, "open comes first"
         with self._shared.used() as connection:
-            left = frames.Sending(buffers)
-            more = True
-            while more:
-                try:
-                    more = left.some(connection)
-                except BlockingIOError:
-                    await _ready(connection, write=True)
-            begin = bytearray(frames.HEAD_BYTES)
-            await _ready(connection)
-            await _fill(connection, memoryview(begin))
-            head = frames.read_head(begin)
-            body = head.body(self._buffers)
-            await _fill(connection, body)
-            return _checked(head.frame(body))
+            loop = asyncio.get_running_loop()
+            await _send(connection, buffers)
+            arriving = _Arriving(connection, self._buffers, loop.create_future())
+            loop.add_reader(connection, arriving.more)
+            try:
+                return _checked(await arriving.done)
+            finally:
+                loop.remove_reader(connection)
 
     def end(self) -> None:
         """Close; an exchange under way fails."""
@@ -95,34 +91,61 @@ class Connection:
             self._shared.end()
 
 
-async def _fill(connection: socket.socket, view: memoryview) -> None:
-    at = 0
-    while at < view.nbytes:
+class _Arriving:
+    """A frame on its way in: taken in as it comes, with one entry in the loop's list and one wake-up of who waits for it."""
+
+    def __init__(self, connection: socket.socket, buffers: Buffers, done: "asyncio.Future[frames.Frame]") -> None:
+        self._connection = connection
+        self._buffers = buffers
+        self._head: frames.Head | None = None
+        self._view = memoryview(bytearray(frames.HEAD_BYTES))
+        self._at = 0
+        self.done = done
+
+    def more(self) -> None:
+        """Take in what is there, but leave the loop to others after a while."""
         try:
-            got = connection.recv_into(view[at:])
+            for _ in range(TURNS):
+                if self.done.done():
+                    return
+                got = self._connection.recv_into(self._view[self._at :])
+                if not got:
+                    raise ConnectionResetError("the other side has ended it")
+                self._at += got
+                if self._at == self._view.nbytes:
+                    self._whole()
         except BlockingIOError:
-            await _ready(connection)
-            continue
-        if not got:
-            raise ConnectionResetError("the other side has ended it")
-        at += got
+            return
+        except (OSError, PSError) as error:
+            self.done.set_exception(error)
+
+    def _whole(self) -> None:
+        if self._head is None:
+            self._head = frames.read_head(bytes(self._view))
+            self._view, self._at = self._head.body(self._buffers), 0
+        if self._at == self._view.nbytes:
+            self.done.set_result(self._head.frame(self._view))
 
 
-async def _ready(connection: socket.socket, *, write: bool = False) -> None:
-    """Wait until the connection takes or has some bytes, or is at its end."""
+async def _send(connection: socket.socket, buffers: list[memoryview]) -> None:
+    left = frames.Sending(buffers)
+    more = True
+    while more:
+        try:
+            more = left.some(connection)
+        except BlockingIOError:
+            await _writable(connection)
+
+
+async def _writable(connection: socket.socket) -> None:
+    """Wait until the connection takes some bytes, or is at its end."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    if write:
-        loop.add_writer(connection, _wake, ready)
-    else:
-        loop.add_reader(connection, _wake, ready)
+    loop.add_writer(connection, _wake, ready)
     try:
         await ready
     finally:
-        if write:
-            loop.remove_writer(connection)
-        else:
-            loop.remove_reader(connection)
+        loop.remove_writer(connection)
 
 
 def _wake(ready: "asyncio.Future[None]") -> None:
