@@ -244,6 +244,7 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
         "restarts": status.get("restarts", 0),
         "checkpoint": status["checkpoints"][-1]["path"] if status["checkpoints"] else None,
         "config": spec.config,
+        **{n: status[n] for n in ("residual_splits_lost",) if n in status},
         "history": history,
     }
 

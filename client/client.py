@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.client.encoding import PushEncoder
+from oarlock.client.feedback import SplitFeedback
+from oarlock.client.forms import Forms
 from oarlock.client.membership import Membership
 from oarlock.client.pull import pull
 from oarlock.client.push import PushCounts, PushIdentity, RowGradients, cut_push, push
@@ -37,6 +40,8 @@ class Client:
         self._copies = Buffers(MOST_COPIES)
         # Pulls and pushes, from the first request to the last answer.
         self.stages = Stages()
+        spec = membership.spec
+        self._forms = Forms(membership.layout, spec.compression, spec.seed) if spec.compression else None
 
     async def _timed(self, stage: str, work: Callable[[], Coroutine[Any, Any, T]], **arguments: int) -> T:
         with self.stages.time(stage, **arguments):
@@ -56,14 +61,17 @@ class Client:
         *,
         dense: NDArray[np.float32] | None = None,
         number: int = 0,
+        lossless: bool = True,
         about: Mapping[str, int] | None = None,
     ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
         ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
-        it: pushes that each shard had applied. ``about``: what tells the pull from others in a trace.
+        it: pushes that each shard had applied. Unless ``lossless``, values come in the job's forms (``JobSpec.compression``).
+        ``about``: what tells the pull from others in a trace.
         """
-        work = partial(pull, self._member, self.routes, keys, rows, dense, number)
+        forms = None if lossless else self._forms
+        work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms)
         return self._timed("pull", work, rows=sum(len(found.keys) for found in keys.values()), **(about or {}))
 
     def push(
@@ -77,15 +85,27 @@ class Client:
         step: int = 0,
         number: int = 0,
         seen: Mapping[int, int] | None = None,
+        feedback: SplitFeedback | None = None,
+        last: bool = False,
     ) -> Awaitable[PushCounts]:
         """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
 
         ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``; ``seen``: what the pull
-        returned that fed the group, from which shards count staleness. The messages are made before this returns: the
-        arrays may be reused at once, also before the awaitable is done.
+        returned that fed the group, from which shards count staleness. Gradients travel in the job's forms; where these keep
+        what they leave out, ``feedback`` is the split's (``new_feedback``), and ``last`` says that no group follows. The messages
+        are made before this returns: the arrays may be reused at once, also before the awaitable is done.
         """
         made = self.make_push(
-            split, group, gradients, dense=dense, dense_rate=dense_rate, step=step, number=number, seen=seen
+            split,
+            group,
+            gradients,
+            dense=dense,
+            dense_rate=dense_rate,
+            step=step,
+            number=number,
+            seen=seen,
+            feedback=feedback,
+            last=last,
         )
         return made()
 
@@ -100,14 +120,31 @@ class Client:
         step: int = 0,
         number: int = 0,
         seen: Mapping[int, int] | None = None,
+        feedback: SplitFeedback | None = None,
+        last: bool = False,
     ) -> Callable[[], Awaitable[PushCounts]]:
-        """As ``push``, but the messages are only made; calling the result sends them. In any thread."""
-        identity = PushIdentity(split, group, step, number, seen or {})
+        """As ``push``, but the messages are only made; calling the result sends them. In any thread.
+
+        Groups of a split that has ``feedback`` are made in their order, one at a time.
+        """
+        identity, routes = PushIdentity(split, group, step, number, seen or {}), self.routes
+        encoder = None if self._forms is None else PushEncoder(self._forms, routes, identity, feedback, last)
         messages = cut_push(
-            self._member.layout, self.routes, identity, gradients, dense, dense_rate, copies=self._copies
+            self._member.layout,
+            routes,
+            identity,
+            gradients,
+            dense,
+            dense_rate,
+            copies=self._copies,
+            encoder=encoder,
         )
         work = partial(push, self._member, messages)
         return lambda: self._timed("push", work, split=split, group=group)
+
+    def new_feedback(self) -> SplitFeedback | None:
+        """Return what a split that is opened keeps from group to group; None if the job keeps nothing."""
+        return SplitFeedback() if self._forms is not None and self._forms.feedback else None
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""

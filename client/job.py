@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from oarlock.client.compression import WireSpec, check_compression, read_compression
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
@@ -35,6 +36,7 @@ class JobSpec:
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
     ``accumulate``: batches of a group, whose gradients are pushed as one; it is the k of geo(k), where a worker steps rows of its
     own and pushes the difference that the group made.
+    ``compression``: in which form values travel, by table, "dense" for the dense parameters; float32 where nothing is said.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
     every ``checkpoint_epochs`` epochs (0: only at the end). ``compute_threads``: batches that a worker computes at once;
     ``blas_threads``: threads of each matrix product.
@@ -67,6 +69,7 @@ class JobSpec:
     open_splits: int = 2
     prefetch: int = 2
     accumulate: int = 1
+    compression: dict[str, WireSpec] = field(default_factory=dict)
     compute_threads: int = 1
     blas_threads: int = 1
     lease_seconds: float = 5.0
@@ -129,6 +132,8 @@ class JobSpec:
                     f"two parameters are named {name!r}; every table and dense parameter needs its own name"
                 )
 
+        check_compression(self.compression, tuple(t.name for t in self.tables), self.mode)
+
     def _check_geo(self) -> None:
         """Raise InvalidArgument unless the rows that a worker steps by itself move as the shards' would."""
         specs: tuple[TableSpec | DenseSpec, ...] = (*self.tables, *self.dense)
@@ -165,6 +170,7 @@ class JobSpec:
             values["files"] = tuple(values["files"])
             values["evaluation_files"] = tuple(values["evaluation_files"])
             values["metrics"] = tuple(values["metrics"])
+            values["compression"] = read_compression(values["compression"], "job")
             return JobSpec(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

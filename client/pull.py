@@ -4,22 +4,24 @@
 Invariant: every wanted row is written once by the answer of its owner; a pull changes nothing on a shard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.exchange import exchange, shard_of
+from oarlock.client.forms import Forms
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
+from oarlock.client.packed import Form, decode_rows, unpack_dense
 from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.arrays import Part, pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Malformed, UnknownTable
-from oarlock.proto.shard_pb2 import PullRequest
+from oarlock.proto.shard_pb2 import Packed, PullReply, PullRequest
 
 _NONE = np.empty(0, np.int32)
 # Annotations of a function within a function are worked out at every call: names cost less there.
@@ -115,9 +117,11 @@ async def pull(
     rows: Mapping[str, NDArray[np.float32]],
     dense: NDArray[np.float32] | None,
     number: int = 0,
+    forms: Forms | None = None,
 ) -> dict[int, int]:
     """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given.
 
+    ``forms``: in which forms to ask for them; None: all as float32.
     Return how many pushes each shard had applied, by its number: when the oldest of its answers was made.
     """
     seen: dict[int, int] = {}
@@ -132,23 +136,14 @@ async def pull(
             dense=pack(message.dense, beside),
             number=number,
         )
+        asked = _ask_for_forms(request, message, forms, dense is not None)
         answered = await member.transport.call(
             message.shard.address, "Shard.Pull", Bulk(request, beside), timeout_seconds=timeout
         )
         reply, parts = opened(answered)
-        if len(reply.rows) != len(message.pieces):
-            raise Malformed(f"shard {message.shard.id} answered {len(reply.rows)} tables of {len(message.pieces)}")
-        for (name, piece), answer in zip(message.pieces, reply.rows, strict=True):
-            found = unpack(
-                answer, np.float32, f"rows of {name}", dims=2, columns=layout.tables[piece.table].dim, parts=parts
-            )
-            if len(found) != piece.size:
-                raise Malformed(
-                    f"shard {message.shard.id} answered {len(found)} rows of {name}, asked for {piece.size}"
-                )
-            rows[name][piece.rows] = found
+        _take_rows(reply, message, rows, asked, parts)
         if dense is not None:
-            _scatter(layout, message.dense, unpack(reply.dense, np.float32, "dense values", parts=parts), dense)
+            _scatter(layout, message.dense, _dense_values(reply, message, forms, parts), dense)
         seen[message.shard.id] = min(seen.get(message.shard.id, reply.pushes), reply.pushes)
         return _NONE
 
@@ -160,6 +155,64 @@ async def pull(
 
     await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
     return seen
+
+
+def _ask_for_forms(request: PullRequest, message: PullMessage, forms: Forms | None, dense: bool) -> list[Form] | None:
+    """Write into a request in which forms its values are to travel; return those of its pieces, None if all are float32."""
+    if forms is None:
+        return None
+    if dense and not forms.pull_dense.plain:
+        request.dense_codec.CopyFrom(forms.pull_dense.message())
+    asked = [forms.pulls[piece.table] for _, piece in message.pieces]
+    if all(form.plain for form in asked):
+        return None
+    request.codecs.extend(form.message() for form in asked)
+    return asked
+
+
+def _take_rows(
+    reply: PullReply,
+    message: PullMessage,
+    rows: Mapping[str, NDArray[np.float32]],
+    asked: list[Form] | None,
+    parts: Sequence[Part],
+) -> None:
+    """Write the rows of an answer to where they belong. A shard that knows no codecs answers as float32."""
+    layout, who = message.layout, f"shard {message.shard.id}"
+    came = reply.packed if asked is not None and len(reply.packed) else reply.rows
+    if len(came) != len(message.pieces):
+        raise Malformed(f"{who} answered {len(came)} tables of {len(message.pieces)}")
+    for i, (name, piece) in enumerate(message.pieces):
+        dim, into, what = layout.tables[piece.table].dim, rows[name], f"rows of {name}"
+        if came is reply.rows or asked is None:
+            found = unpack(reply.rows[i], np.float32, what, dims=2, columns=dim, parts=parts)
+            if len(found) != piece.size:
+                raise Malformed(f"{who} answered {len(found)} {what}, asked for {piece.size}")
+            into[piece.rows] = found
+            continue
+        _check_form(reply.packed[i], asked[i], f"{who}: {what}")
+        straight = isinstance(piece.rows, slice)
+        target = into[piece.rows] if straight else np.empty((piece.size, dim), np.float32)
+        decode_rows(asked[i], reply.packed[i], target, f"{who}: {what}", parts)
+        if not straight:
+            into[piece.rows] = target
+
+
+def _dense_values(
+    reply: PullReply, message: PullMessage, forms: Forms | None, parts: Sequence[Part]
+) -> NDArray[np.float32]:
+    if forms is None or not reply.HasField("packed_dense"):
+        values: NDArray[np.float32] = unpack(reply.dense, np.float32, "dense values", parts=parts)
+        return values
+    what = f"shard {message.shard.id}: dense values"
+    _check_form(reply.packed_dense, forms.pull_dense, what)
+    lengths = [length for _, length in dense_spans(message.layout, message.dense)]
+    return unpack_dense(forms.pull_dense, reply.packed_dense, lengths, what, parts)
+
+
+def _check_form(packed: Packed, form: Form, what: str) -> None:
+    if packed.codec != form.message():
+        raise Malformed(f"{what} came under another codec than was asked for")
 
 
 def _scatter(

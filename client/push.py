@@ -7,6 +7,7 @@ bytes out of the message that was refused. So a retry never sees a buffer that w
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,15 @@ from numpy.typing import NDArray
 from oarlock.client.exchange import exchange, shard_of
 from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
+from oarlock.client.packed import (
+    CHUNK,
+    NO_LIMIT,
+    Encoded,
+    opened_dense,
+    opened_rows,
+    packed,
+    read_form,
+)
 from oarlock.client.pieces import MESSAGE_BYTES, by_owner, dense_by_owner
 from oarlock.client.pull import dense_spans, table_number
 from oarlock.client.router import Routes, ShardAddress
@@ -39,6 +49,14 @@ class RowGradients:
     rate: float
     occurrences: NDArray[np.uint32] | None = None
     clicks: NDArray[np.float32] | None = None
+
+
+class Encoder(Protocol):
+    """Brings a group's gradients into the form in which they travel; of each table, and of the dense parameters, once."""
+
+    def rows(self, number: int, part: RowGradients) -> tuple[RowGradients, Encoded | None]: ...
+
+    def dense(self, gradients: NDArray[np.float32]) -> tuple[NDArray[np.float32], Encoded | None]: ...
 
 
 def reads_occurrences(spec: TableSpec) -> bool:
@@ -92,21 +110,25 @@ _Left = list[tuple[PushMessage, _Blocks]]
 
 @dataclass(frozen=True)
 class _RowPart:
+    """``gradients`` as float32, or ``encoded``."""
+
     table: int
     keys: NDArray[np.uint64]
     blocks: NDArray[np.int32]
     counts: NDArray[np.int32]
-    gradients: NDArray[np.float32]
+    gradients: NDArray[np.float32] | None
     rate: float
     occurrences: NDArray[np.uint32] | None
     clicks: NDArray[np.float32] | None
+    encoded: Encoded | None = None
 
 
 @dataclass(frozen=True)
 class _DensePart:
     numbers: NDArray[np.int32]
-    gradients: NDArray[np.float32]
+    gradients: NDArray[np.float32] | None
     rate: float
+    encoded: Encoded | None = None
 
 
 @dataclass
@@ -151,28 +173,34 @@ class _Packer:
     def rows(self, part: _RowPart, wanted: NDArray[np.bool_] | None) -> None:
         numbers = self._layout.table_base[part.table] + part.blocks
         beside = (part.occurrences is not None) + (part.clicks is not None)
+        dim = self._layout.tables[part.table].dim
         pieces = by_owner(
             part.table,
             part.blocks,
             part.counts,
             self._routes.owners[numbers],
             name=self._layout.tables[part.table].name,
-            row_bytes=4 * (part.gradients.shape[1] + beside),
+            # As float32, whatever it travels as: so much it is once it was decoded.
+            row_bytes=4 * (dim + beside),
             wanted=None if wanted is None else wanted[numbers],
             limit=self._limit,
         )
         for shard, piece in pieces:
             message = self._message(shard, piece.volume)
             parts, copy, at = message.parts, self._copies.copy, piece.rows
-            message.request.tables.append(
-                TableGradients(
-                    keys=piece.keys(part.keys, parts),
-                    gradients=pack(copy(part.gradients[at]), parts),
-                    rate=part.rate,
-                    occurrences=None if part.occurrences is None else pack(copy(part.occurrences[at]), parts),
-                    clicks=None if part.clicks is None else pack(copy(part.clicks[at]), parts),
-                )
+            found = TableGradients(
+                keys=piece.keys(part.keys, parts),
+                rate=part.rate,
+                occurrences=None if part.occurrences is None else pack(copy(part.occurrences[at]), parts),
+                clicks=None if part.clicks is None else pack(copy(part.clicks[at]), parts),
             )
+            if part.gradients is not None:
+                found.gradients.CopyFrom(pack(copy(part.gradients[at]), parts))
+            elif part.encoded is not None:
+                # Made for this push, so that nobody writes to it any more.
+                form, data = part.encoded
+                found.packed.CopyFrom(packed(form, data[at], piece.size * dim, parts))
+            message.request.tables.append(found)
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
 
     def dense(self, part: _DensePart, wanted: NDArray[np.bool_] | None) -> None:
@@ -185,12 +213,19 @@ class _Packer:
             self._layout, candidates, self._routes.owners[candidates], limit=self._limit
         ):
             mine = chosen[positions]
-            values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
             message = self._message(shard, volume)
             numbers = part.numbers[mine]
-            message.request.dense.append(
-                DenseGradients(blocks=pack(numbers), gradients=pack(values, message.parts), rate=part.rate)
-            )
+            found = DenseGradients(blocks=pack(numbers), rate=part.rate)
+            if part.gradients is not None:
+                values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
+                found.gradients.CopyFrom(pack(values, message.parts))
+            elif part.encoded is not None:
+                form, data = part.encoded
+                sizes = np.array([form.block_bytes(length) for length in lengths.tolist()], np.int64)
+                begins = np.cumsum(sizes) - sizes
+                taken = np.concatenate([data[begins[i] : begins[i] + sizes[i]] for i in mine])
+                found.packed.CopyFrom(packed(form, taken, int(lengths[mine].sum()), message.parts))
+            message.request.dense.append(found)
             message.numbers.append(numbers)
 
     def messages(self) -> list[PushMessage]:
@@ -209,30 +244,40 @@ def cut_push(
     *,
     limit: int = MESSAGE_BYTES,
     copies: Buffers | None = None,
+    encoder: Encoder | None = None,
 ) -> list[PushMessage]:
-    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them, in memory of ``copies``."""
+    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them, in memory of ``copies``.
+
+    Or they are encoded by ``encoder``; without one all values travel as float32.
+    """
     packer = _Packer(layout, routes, identity, limit, copies or Buffers(0))
     for name, part in gradients.items():
         for what, beside in (("occurrences", part.occurrences), ("clicks", part.clicks)):
             if beside is not None and beside.shape != part.keys.keys.shape:
                 raise Malformed(f"table {name}: {what} have shape {beside.shape}, expected {part.keys.keys.shape}")
-        if len(part.keys.keys):
+        number, encoded = table_number(layout, name), None
+        pushed = part
+        if encoder is not None:
+            pushed, encoded = encoder.rows(number, part)
+        if len(pushed.keys.keys):
             packer.rows(
                 _RowPart(
-                    table_number(layout, name),
-                    part.keys.keys,
-                    part.keys.blocks,
-                    part.keys.counts,
-                    part.gradients,
-                    part.rate,
-                    part.occurrences,
-                    part.clicks,
+                    number,
+                    pushed.keys.keys,
+                    pushed.keys.blocks,
+                    pushed.keys.counts,
+                    pushed.gradients if encoded is None else None,
+                    pushed.rate,
+                    pushed.occurrences,
+                    pushed.clicks,
+                    encoded,
                 ),
                 None,
             )
     if dense is not None and layout.dense_blocks:
         numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32)
-        packer.dense(_DensePart(numbers, dense, dense_rate), None)
+        values, encoded = (dense, None) if encoder is None else encoder.dense(dense)
+        packer.dense(_DensePart(numbers, values if encoded is None else None, dense_rate, encoded), None)
     return packer.messages()
 
 
@@ -247,23 +292,36 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
             layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES, Buffers(0)
         )
         for sent in message.request.tables:
+            keys = unpack(sent.keys.keys, np.uint64, "keys", parts=parts)
+            plain, encoded = not sent.HasField("packed"), None
+            if not plain:
+                dim = layout.tables[sent.keys.table].dim
+                form = read_form(sent.packed.codec, dim, "gradients", NO_LIMIT)
+                encoded = Encoded(form, opened_rows(form, sent.packed, len(keys), dim, "gradients", parts))
             part = _RowPart(
                 sent.keys.table,
-                unpack(sent.keys.keys, np.uint64, "keys", parts=parts),
+                keys,
                 unpack(sent.keys.blocks, np.int32, "blocks", parts=parts),
                 unpack(sent.keys.counts, np.int32, "counts", parts=parts),
-                unpack(sent.gradients, np.float32, "gradients", dims=2, parts=parts),
+                unpack(sent.gradients, np.float32, "gradients", dims=2, parts=parts) if plain else None,
                 sent.rate,
                 unpack(sent.occurrences, np.uint32, "occurrences", parts=parts)
                 if sent.HasField("occurrences")
                 else None,
                 unpack(sent.clicks, np.float32, "clicks", parts=parts) if sent.HasField("clicks") else None,
+                encoded,
             )
             packer.rows(part, wanted)
         for each in message.request.dense:
             numbers = unpack(each.blocks, np.int32, "dense blocks")
-            values = unpack(each.gradients, np.float32, "dense gradients", parts=parts)
-            packer.dense(_DensePart(numbers, values, each.rate), wanted)
+            if each.HasField("packed"):
+                form = read_form(each.packed.codec, CHUNK, "dense gradients", NO_LIMIT)
+                lengths = [length for _, length in dense_spans(layout, numbers)]
+                data = opened_dense(form, each.packed, lengths, "dense gradients", parts)
+                packer.dense(_DensePart(numbers, None, each.rate, Encoded(form, data)), wanted)
+            else:
+                values = unpack(each.gradients, np.float32, "dense gradients", parts=parts)
+                packer.dense(_DensePart(numbers, values, each.rate), wanted)
         out.extend(packer.messages())
     return out
 

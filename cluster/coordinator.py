@@ -202,6 +202,7 @@ class Coordinator:
             "loss_sum": work.loss_sum,
             "train_seconds": work.train_seconds,
             "evaluate_seconds": work.evaluate_seconds,
+            "given_back": work.given_back,
         }
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
@@ -258,6 +259,8 @@ class Coordinator:
         with self.lock:
             if not self.work.release(worker, kind, split, reason):
                 self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
+            with self.store as store:
+                store.set_fact("counted", self.counted())
 
     def member_gone(self, member: Member, state: str, error: str = "") -> None:
         """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from oarlock import __version__
+from oarlock.client.compression import feedback_of
 
 if TYPE_CHECKING:
     from oarlock.cluster.coordinator import Coordinator
@@ -29,6 +30,8 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         # Where the coordinator's page of metrics is, if it has one; members tell theirs among their counters.
         "metrics": c.metrics_address,
         **c.work.progress(),
+        # Splits whose worker ended, or gave them back, with what error feedback had kept of them; of other jobs nothing is said.
+        **({"residual_splits_lost": c.work.given_back} if feedback_of(c.spec.compression) else {}),
         "best": asdict(best) if best else None,
         "history": [asdict(r) for r in c.work.history],
         "checkpoints": c.checkpoints,

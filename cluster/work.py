@@ -65,6 +65,8 @@ class Work:
     failures: dict[tuple[str, int], dict[int, str]] = field(default_factory=dict)
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
+    # Training splits of this line of history that came back unfinished: what error feedback had kept of them is lost.
+    given_back: int = 0
 
     @property
     def finished(self) -> bool:
@@ -168,6 +170,7 @@ class Work:
         if self.leases.get((kind, split)) != worker:
             return True
         del self.leases[kind, split]
+        self.given_back += kind == "train"
         if reason:
             self.failures.setdefault((kind, split), {})[worker] = reason
         return len(self.failures.get((kind, split), ())) < MAX_FAILURES

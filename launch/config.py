@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
 from oarlock.proto.errors import InvalidArgument, NotFound
@@ -28,7 +29,10 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``)."""
+    """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``).
+
+    ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
+    """
 
     recipe: str = "ncf"
     data: str = ""
@@ -54,6 +58,7 @@ class RunConfig:
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
     restarts: int = 1000
+    compression: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +102,8 @@ class RunConfig:
             raise InvalidArgument(
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"
             )
+        # Which tables there are only the recipe knows; see JobSpec.
+        read_compression(self.compression, "job file")
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -179,8 +186,10 @@ def to_toml(run: RunConfig, options: Mapping[str, Any]) -> str:
     """Return the resolved run as TOML: ``options`` are the recipe's fields after it saw the data."""
     lines = []
     for f in dataclasses.fields(run):
-        if f.name != "recipe_options":
+        if f.name not in ("recipe_options", "compression"):
             lines.append(f"{f.name} = {_toml(getattr(run, f.name))}")
+    for table, settings in run.compression.items():
+        lines += ["", f"[compression.{_key(table)}]", *(f"{_key(k)} = {_toml(v)}" for k, v in settings.items())]
     # TOML has no null: what is left open stays away.
     lines += ["", "[recipe_options]", *(f"{_key(k)} = {_toml(v)}" for k, v in options.items() if v is not None)]
     return "\n".join(lines) + "\n"

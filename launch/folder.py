@@ -15,6 +15,7 @@ from typing import Any
 
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.store import LocalStore
+from oarlock.client.compression import feedback_of
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
 from oarlock.cluster.store import Store
@@ -75,7 +76,8 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
         raise Unavailable(f"job {old.name} is running: stop it before it is resumed")
     values = load_toml(folder / "job.toml")
     options = {**values.get("recipe_options", {}), **changes.get("recipe_options", {})}
-    run = run_config({**values, **changes, "recipe_options": options})
+    compression = _merged(values.get("compression", {}), changes.get("compression", {}))
+    run = run_config({**values, **changes, "recipe_options": options, "compression": compression})
     store = LocalStore(folder / "checkpoints")
     manifest = store.latest()
     if manifest is None:
@@ -92,6 +94,17 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
         raise CorruptCheckpoint(f"{error}; move {cut} away to go on from an older one", **error.details) from None
     _write(folder, run, spec)
     return spec, str(folder / "checkpoints" / cut_folder(manifest.cut))
+
+
+def _merged(old: dict[str, Any], changes: Any) -> Any:
+    """Return the settings of each table with those that change; what is no table is refused where it is read."""
+    if not isinstance(changes, dict):
+        return changes
+    out = dict(old)
+    for table, settings in changes.items():
+        was = old.get(table)
+        out[table] = {**was, **settings} if isinstance(was, dict) and isinstance(settings, dict) else settings
+    return out
 
 
 def _plain(spec: JobSpec, name: str) -> Any:
@@ -225,6 +238,11 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "evaluated": 0,
         "evaluation_splits": spec.evaluation_splits,
         "samples": (facts["counted"] or {}).get("samples", 0),
+        **(
+            {"residual_splits_lost": (facts["counted"] or {}).get("given_back", 0)}
+            if feedback_of(spec.compression)
+            else {}
+        ),
         "servers": spec.servers,
         "workers": spec.workers,
         "best": best,

@@ -4,6 +4,7 @@
 import secrets
 from pathlib import Path
 
+from oarlock.client.compression import read_compression
 from oarlock.client.job import JobSpec
 from oarlock.data.files import files_to_json
 from oarlock.data.splits import plan_splits
@@ -41,6 +42,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         mode=run.mode,
         staleness=run.staleness,
         accumulate=run.accumulate,
+        compression=read_compression(run.compression, "job file"),
         reader=run.reader,
         open_splits=run.open_splits,
         prefetch=run.prefetch,

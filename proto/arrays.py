@@ -31,6 +31,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     pb.INT32: np.dtype("<i4"),
     pb.FLOAT32: np.dtype("<f4"),
     pb.UINT32: np.dtype("<u4"),
+    pb.UINT8: np.dtype("u1"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -48,7 +49,7 @@ def encoded(message: Message, what: str) -> bytes:
 
 
 def pack(array: NDArray[Any], parts: list[Part] | None = None) -> pb.Array:
-    """Return ``array`` (uint64, int32, uint32 or float32, up to 4 dimensions) as a message.
+    """Return ``array`` (uint64, int32, uint32, uint8 or float32, up to 4 dimensions) as a message.
 
     The data is copied into it; or, if it is not small, put into ``parts`` as it is: it must not change any more then.
     """

@@ -14,11 +14,13 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INT32: _ClassVar[DType]
     FLOAT32: _ClassVar[DType]
     UINT32: _ClassVar[DType]
+    UINT8: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 UINT64: DType
 INT32: DType
 FLOAT32: DType
 UINT32: DType
+UINT8: DType
 
 class Array(_message.Message):
     __slots__ = ("data", "dtype", "shape", "part")

@@ -35,53 +35,85 @@ class TableKeys(_message.Message):
     counts: _common_pb2.Array
     def __init__(self, table: _Optional[int] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
+class Codec(_message.Message):
+    __slots__ = ("codec", "k", "zstd")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    ZSTD_FIELD_NUMBER: _ClassVar[int]
+    codec: int
+    k: int
+    zstd: bool
+    def __init__(self, codec: _Optional[int] = ..., k: _Optional[int] = ..., zstd: bool = ...) -> None: ...
+
+class Packed(_message.Message):
+    __slots__ = ("codec", "payload", "values")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    codec: Codec
+    payload: _common_pb2.Array
+    values: int
+    def __init__(self, codec: _Optional[_Union[Codec, _Mapping]] = ..., payload: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., values: _Optional[int] = ...) -> None: ...
+
 class PullRequest(_message.Message):
-    __slots__ = ("header", "tables", "dense", "number")
+    __slots__ = ("header", "tables", "dense", "number", "codecs", "dense_codec")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_CODEC_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
     dense: _common_pb2.Array
     number: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    codecs: _containers.RepeatedCompositeFieldContainer[Codec]
+    dense_codec: Codec
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, _Mapping]]] = ..., dense_codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("rows", "dense", "pushes", "failure")
+    __slots__ = ("rows", "dense", "pushes", "packed", "packed_dense", "failure")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    PACKED_DENSE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     dense: _common_pb2.Array
     pushes: int
+    packed: _containers.RepeatedCompositeFieldContainer[Packed]
+    packed_dense: Packed
     failure: _common_pb2.Failure
-    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., packed: _Optional[_Iterable[_Union[Packed, _Mapping]]] = ..., packed_dense: _Optional[_Union[Packed, _Mapping]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class TableGradients(_message.Message):
-    __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks")
+    __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks", "packed")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
     OCCURRENCES_FIELD_NUMBER: _ClassVar[int]
     CLICKS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     keys: TableKeys
     gradients: _common_pb2.Array
     rate: float
     occurrences: _common_pb2.Array
     clicks: _common_pb2.Array
-    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., occurrences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., clicks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    packed: Packed
+    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., occurrences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., clicks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., packed: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class DenseGradients(_message.Message):
-    __slots__ = ("blocks", "gradients", "rate")
+    __slots__ = ("blocks", "gradients", "rate", "packed")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     blocks: _common_pb2.Array
     gradients: _common_pb2.Array
     rate: float
-    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ...) -> None: ...
+    packed: Packed
+    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., packed: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
     __slots__ = ("header", "split", "group", "tables", "dense", "step", "number", "seen")

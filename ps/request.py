@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
+from oarlock.client.packed import CHUNK, Form, decode_rows, read_form, read_pull_form, unpack_dense
+from oarlock.embedding.refusal import GRADIENT_LIMIT
 from oarlock.embedding.table import RATE_LIMIT
-from oarlock.proto.arrays import Part, unpack
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, unpack
 from oarlock.proto.common_pb2 import Array
-from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable
-from oarlock.proto.shard_pb2 import DenseGradients, TableGradients, TableKeys
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, UnknownTable
+from oarlock.proto.shard_pb2 import Codec, DenseGradients, PullRequest, PushRequest, TableGradients, TableKeys
 
 # The longest path that Linux takes.
 MAX_PATH = 4096
@@ -123,9 +125,17 @@ def refuse_repeated(numbers: NDArray[np.int32]) -> None:
 def read_rows(layout: Layout, message: TableGradients, parts: Sequence[Part] = ()) -> RowPush:
     keys = read_keys(layout, message.keys, parts)
     spec = layout.tables[keys.table]
-    gradients = unpack(
-        message.gradients, np.float32, f"gradients of {spec.name}", dims=2, columns=spec.dim, parts=parts
-    )
+    what = f"gradients of {spec.name}"
+    if message.HasField("packed"):
+        _refuse_both(message, what)
+        # Room for as many values as the message has told of, all of them within the limit of a message.
+        form = read_form(message.packed.codec, spec.dim, what, spec.guard.limit)
+        if message.packed.values != len(keys.keys) * spec.dim:
+            raise Malformed(f"{what}: {message.packed.values} packed values for {len(keys.keys)} keys")
+        gradients = np.empty((len(keys.keys), spec.dim), np.float32)
+        decode_rows(form, message.packed, gradients, what, parts)
+    else:
+        gradients = unpack(message.gradients, np.float32, what, dims=2, columns=spec.dim, parts=parts)
     if len(gradients) != len(keys.keys):
         raise Malformed(f"table {spec.name}: {len(gradients)} gradients for {len(keys.keys)} keys")
     occurrences = unpack(message.occurrences, np.uint32, f"occurrences of {spec.name}", parts=parts)
@@ -136,6 +146,35 @@ def read_rows(layout: Layout, message: TableGradients, parts: Sequence[Part] = (
     if not (np.isfinite(clicks) & (clicks >= 0)).all():
         raise Malformed(f"table {spec.name}: clicks must be finite and >= 0")
     return RowPush(keys, gradients, read_rate(message.rate, f"table {spec.name}"), occurrences, clicks)
+
+
+def _refuse_both(message: TableGradients | DenseGradients, what: str) -> None:
+    if message.HasField("gradients"):
+        raise Malformed(f"{what} came twice, as float32 and packed: send one of them")
+
+
+def refuse_unpacked(request: PushRequest) -> None:
+    """Raise OutOfMemory if what came packed is more than a message may hold, once it is unpacked."""
+    packed = [part.packed.values for part in (*request.tables, *request.dense) if part.HasField("packed")]
+    if sum(packed) * 4 > MAX_MESSAGE_BYTES:
+        raise OutOfMemory(
+            f"packed gradients of {sum(packed) * 4} bytes are over the limit of {MAX_MESSAGE_BYTES} bytes in one message"
+        )
+
+
+def read_codecs(layout: Layout, request: PullRequest) -> list[Form] | None:
+    """Return in which form the rows of each TableKeys are wanted; None: as float32 arrays."""
+    if not len(request.codecs):
+        return None
+    if len(request.codecs) != len(request.tables):
+        raise Malformed(f"{len(request.codecs)} codecs for {len(request.tables)} tables: name one for each, or none")
+    tables = [layout.tables[keys.table] for keys in request.tables]
+    return [read_pull_form(c, t.dim, f"rows of {t.name}") for c, t in zip(request.codecs, tables, strict=True)]
+
+
+def read_dense_codec(message: Codec) -> Form:
+    """Return in which form dense values are wanted."""
+    return read_pull_form(message, CHUNK, "dense values")
 
 
 def read_step(told: int) -> int:
@@ -156,8 +195,13 @@ def read_dense_numbers(layout: Layout, message: Array, parts: Sequence[Part] = (
 
 def read_dense(layout: Layout, message: DenseGradients, parts: Sequence[Part] = ()) -> DensePush:
     numbers = read_dense_numbers(layout, message.blocks, parts)
-    values = unpack(message.gradients, np.float32, "dense gradients", parts=parts)
     lengths = [layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()]
+    if message.HasField("packed"):
+        _refuse_both(message, "dense gradients")
+        form = read_form(message.packed.codec, CHUNK, "dense gradients", GRADIENT_LIMIT)
+        values = unpack_dense(form, message.packed, lengths, "dense gradients", parts)
+    else:
+        values = unpack(message.gradients, np.float32, "dense gradients", parts=parts)
     if sum(lengths) != len(values):
         raise Malformed(f"{len(values)} dense gradients came for blocks of {sum(lengths)} values")
     gradients = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
+from oarlock.client.packed import encode_dense, encode_rows, packed
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
@@ -30,13 +31,16 @@ from oarlock.ps.marks import Marks
 from oarlock.ps.request import (
     DensePush,
     RowPush,
+    read_codecs,
     read_dense,
+    read_dense_codec,
     read_dense_numbers,
     read_keys,
     read_rows,
     read_step,
     refuse_parts,
     refuse_repeated,
+    refuse_unpacked,
 )
 from oarlock.ps.staleness import Staleness
 from oarlock.ps.sweep import Sweeper
@@ -65,6 +69,12 @@ def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[Ro
     for part in parts:
         yield part, chosen[at : at + len(part.keys.numbers)]
         at += len(part.keys.numbers)
+
+
+def _saved(request: PushRequest) -> int:
+    """Return how many bytes fewer a push's gradients took than as float32."""
+    came = [part.packed for part in (*request.tables, *request.dense) if part.HasField("packed")]
+    return sum(4 * each.values - each.payload.shape[0] for each in came)
 
 
 class Shard:
@@ -118,7 +128,7 @@ class Shard:
             table.close()
 
     def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
-        """Answer with the rows and dense values asked for, as a Bulk if that is what asks; creates nothing."""
+        """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk."""
         layout = self.layout
         request, parts = opened(sent)
         beside: list[Part] | None = [] if isinstance(sent, Bulk) else None
@@ -126,32 +136,49 @@ class Shard:
         refuse_parts(layout, len(request.tables))
         asked = [read_keys(layout, message, parts) for message in request.tables]
         numbers = read_dense_numbers(layout, request.dense, parts)
+        forms = read_codecs(layout, request)
+        dense_form = read_dense_codec(request.dense_codec) if request.HasField("dense_codec") else None
         # Known before any of it is allocated: a small request may ask for an enormous answer.
-        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked) + self._dense_length(numbers)
+        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked) + sum(
+            self._dense_lengths(numbers)
+        )
         if values * 4 > MAX_MESSAGE_BYTES:
             raise OutOfMemory(
                 f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
                 "ask for fewer at once"
             )
-        for keys in asked:
+        saved = 0
+        for i, keys in enumerate(asked):
             self._owns(keys.numbers)
             table = self.tables[keys.table]
             rows = self._answers.array((len(keys.keys), table.spec.dim), np.float32)
             table.check(keys.keys, keys.blocks, keys.counts)
             table.pull(keys.keys, keys.blocks, keys.counts, rows)
-            reply.rows.append(pack(rows, beside))
+            if forms is None:
+                reply.rows.append(pack(rows, beside))
+            else:
+                reply.packed.append(packed(forms[i], encode_rows(forms[i], rows), rows.size, beside))
+                saved += rows.nbytes - reply.packed[i].payload.shape[0]
         self._owns(numbers)
-        reply.dense.CopyFrom(pack(self._dense_values(numbers), beside))
+        dense = self._dense_values(numbers)
+        if dense_form is None:
+            reply.dense.CopyFrom(pack(dense, beside))
+        else:
+            encoded = encode_dense(dense_form, dense, self._dense_lengths(numbers))
+            reply.packed_dense.CopyFrom(packed(dense_form, encoded, dense.size, beside))
+            saved += dense.nbytes - reply.packed_dense.payload.shape[0]
         with self._counting:
+            self.counters["pull_bytes"] += values * 4 - saved
+            self.counters["pull_bytes_saved"] += saved
             self.counters["rows_pulled"] += sum(len(keys.keys) for keys in asked)
             self.counters["pulls"] += 1
             for keys in asked:
                 self.rows_pulled[keys.table] += len(keys.keys)
         return reply if beside is None else Bulk(reply, beside)
 
-    def _dense_length(self, numbers: NDArray[np.int32]) -> int:
+    def _dense_lengths(self, numbers: NDArray[np.int32]) -> list[int]:
         layout = self.layout
-        return sum(layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist())
+        return [layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()]
 
     def _owns(self, numbers: NDArray[np.int32]) -> None:
         elsewhere = numbers[~self.owned[numbers]]
@@ -163,7 +190,7 @@ class Shard:
     def _dense_values(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         layout = self.layout
         blocks = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
-        out = np.empty(self._dense_length(numbers), np.float32)
+        out = np.empty(sum(self._dense_lengths(numbers)), np.float32)
         at = 0
         for block in blocks:
             self.dense[block.parameter].pull_block(block.block, out[at : at + block.length])
@@ -177,6 +204,7 @@ class Shard:
         if request.group >= 1 << 31:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
         refuse_parts(layout, len(request.tables) + len(request.dense))
+        refuse_unpacked(request)
         rows = [read_rows(layout, message, parts) for message in request.tables]
         dense = [read_dense(layout, message, parts) for message in request.dense]
         split, group, step = request.split, request.group, read_step(request.step)
@@ -212,6 +240,10 @@ class Shard:
                 if request.seen:
                     self.staleness.note(self.counters["pushes"] - (request.seen - 1))
                 self.counters["pushes"] += 1
+                values = sum(p.gradients.size for p in rows) + sum(g.size for p in dense for g in p.gradients)
+                saved = _saved(request)
+                self.counters["push_bytes"] += 4 * values - saved
+                self.counters["push_bytes_saved"] += saved
         return reply
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -29,6 +29,8 @@ HAND_OVER_TURNS = 2
 
 Push = Callable[[], Awaitable[PushCounts]]
 T = TypeVar("T")
+# Set once the group before this one of a split has been encoded, and once this one has.
+Turns = tuple[asyncio.Event | None, asyncio.Event]
 
 
 class Group(NamedTuple):
@@ -99,7 +101,7 @@ class Pipeline:
         await self._pulled.acquire()
         await self._clock.may_pull(group.turn)
         begun = time.perf_counter()
-        await self._session.pull(prepared, self._clock.on_wire(group.turn), **about)
+        await self._session.pull(prepared, self._clock.on_wire(group.turn), lossless=False, **about)
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
         return prepared
 
@@ -113,9 +115,14 @@ class Pipeline:
             with self._progress.stages.time("wait_for_pull", split=group.split.id, group=group.number):
                 prepared = await fetching
             # Groups of a split are pushed in their order, whoever has computed first.
-            before, group.split.pushed = group.split.pushed, asyncio.Event()
-            training = partial(self._train, tasks, group, prepared, program, before, group.split.pushed)
-            tasks.create_task(self._charged(group.split, training))
+            split = group.split
+            before, split.pushed = split.pushed, asyncio.Event()
+            encoding = None
+            if split.feedback is not None:
+                encoding = split.encoded, asyncio.Event()
+                split.encoded = encoding[1]
+            training = partial(self._train, tasks, group, prepared, program, before, split.pushed, encoding)
+            tasks.create_task(self._charged(split, training))
             if group.number == group.split.groups - 1:
                 tasks.create_task(self._closing(group.split))
             # Everything above may have been at hand: let what was begun get under way.
@@ -129,14 +136,26 @@ class Pipeline:
         program: Program,
         before: asyncio.Event | None,
         acknowledged: asyncio.Event,
+        encoding: Turns | None,
     ) -> None:
         split, progress = group.split, self._progress
         # Groups that compute at once were taken up one after the other, and none of them has another one's step.
         step = progress.step()
         progress.begins(split.id)
+        # What the groups before it left out goes along, so they come first; they have their programs already.
+        waits = encoding is not None and encoding[0] is not None and not encoding[0].is_set()
         try:
             with progress.stages.time("compute", split=split.id, group=group.number):
-                loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared, step))
+                if not waits:
+                    loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared, step))
+                else:
+                    computing = partial(self._trained, program, group, prepared, step)
+                    loss_sum, encode = await self._session.compute(computing)
+            if encoding is not None:
+                if encoding[0] is not None and waits:
+                    await encoding[0].wait()
+                    push = await self._session.compute(encode)
+                encoding[1].set()
         finally:
             self._session.give_back(program)
         split.loss_sum += loss_sum
@@ -157,6 +176,13 @@ class Pipeline:
 
     def _computed(self, program: Program, group: Group, prepared: Prepared, step: int) -> tuple[float, Push]:
         """Train a group and make the messages of its push. In a compute thread."""
+        loss_sum, encode = self._trained(program, group, prepared, step)
+        return loss_sum, encode()
+
+    def _trained(
+        self, program: Program, group: Group, prepared: Prepared, step: int
+    ) -> tuple[float, Callable[[], Push]]:
+        """Train a group; return its loss and what makes the messages, as long as nobody else has the program."""
         split, spec = group.split, self._spec
         done = (split.id + group.number / split.groups) / (spec.splits * spec.epochs)
         # A number of each batch alone, the same when another worker trains it again.
@@ -175,18 +201,23 @@ class Pipeline:
             keys = prepared.keys[table]
             counted = keys.occurrences().view("uint32") if table in self._counted else None
             gradients[table] = RowGradients(keys, found, trained.rates.rows, counted)
-        with self._progress.stages.time("encode_push", split=split.id, group=group.number):
-            push = self._session.client.make_push(
-                split.id,
-                group.number,
-                gradients,
-                dense=trained.dense,
-                dense_rate=trained.rates.dense,
-                step=step,
-                number=self._clock.on_wire(group.turn),
-                seen=prepared.seen,
-            )
-        return trained.loss_sum, push
+
+        def encode() -> Push:
+            with self._progress.stages.time("encode_push", split=split.id, group=group.number):
+                return self._session.client.make_push(
+                    split.id,
+                    group.number,
+                    gradients,
+                    dense=trained.dense,
+                    dense_rate=trained.rates.dense,
+                    step=step,
+                    number=self._clock.on_wire(group.turn),
+                    seen=prepared.seen,
+                    feedback=split.feedback,
+                    last=group.number == split.groups - 1,
+                )
+
+        return trained.loss_sum, encode
 
     async def _push(self, group: Group, push: Push, acknowledged: asyncio.Event) -> None:
         begun = time.perf_counter()

@@ -14,7 +14,8 @@ from oarlock.telemetry.stages import Stages
 
 @dataclass
 class Progress:
-    """Counts of one worker. ``refused``: gradients that shards did not take."""
+    """Counts of one worker. ``refused``: gradients that shards did not take; ``residuals_lost``: keys of closed splits whose
+    rest error feedback could not keep."""
 
     member: Membership
     stages: Stages = field(default_factory=Stages)
@@ -23,6 +24,7 @@ class Progress:
     batches: int = 0
     samples: int = 0
     refused: int = 0
+    residuals_lost: int = 0
     # Groups taken up to be computed: of splits that the coordinator does not count yet, and of all since this worker came.
     _ahead: Counter[int] = field(default_factory=Counter)
     _own: int = 0

@@ -77,9 +77,12 @@ class Session:
 
         return await self._encoding.call(prepare)
 
-    async def pull(self, prepared: Prepared, number: int = 0, **about: int) -> Prepared:
-        """Fill the group with its rows and dense values. ``number``: of the group on the wire, under ssp."""
+    async def pull(self, prepared: Prepared, number: int = 0, *, lossless: bool = True, **about: int) -> Prepared:
+        """Fill the group with its rows and dense values, in the job's forms unless ``lossless``.
+
+        ``number``: of the group on the wire, under ssp.
+        """
         prepared.seen = await self.client.pull(
-            prepared.keys, prepared.rows, dense=prepared.dense, number=number, about=about
+            prepared.keys, prepared.rows, dense=prepared.dense, number=number, lossless=lossless, about=about
         )
         return prepared

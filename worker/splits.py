@@ -7,6 +7,7 @@ Invariant: group n + 1 is pushed only after the push of group n was acknowledged
 import asyncio
 from dataclasses import dataclass, field
 
+from oarlock.client.feedback import SplitFeedback
 from oarlock.data.columns import Arrays, ColumnSpec, offsets_of
 from oarlock.data.order import row_order
 from oarlock.data.reader import Reader
@@ -19,7 +20,8 @@ class OpenSplit:
 
     A short last batch would move the parameters as far as a full one on a fraction of the evidence. A group is ``accumulate``
     batches, aligned; the last one may have fewer. ``scheduled`` is the next group to prepare; ``pushed`` is set
-    once the last group that was computed is acknowledged.
+    once the last group that was computed is acknowledged. ``feedback``: what its groups have left out, where the job keeps that;
+    ``encoded`` is set once the last group that was computed has gone through it.
     """
 
     id: int
@@ -32,6 +34,8 @@ class OpenSplit:
     loss_sum: float = 0.0
     losses: int = 0
     pushed: asyncio.Event | None = field(default=None, repr=False)
+    feedback: SplitFeedback | None = field(default=None, repr=False)
+    encoded: asyncio.Event | None = field(default=None, repr=False)
 
     @property
     def batches(self) -> int:

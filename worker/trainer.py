@@ -64,6 +64,8 @@ class Trainer:
             "batches": done.batches,
             "samples": done.samples,
             "refused": done.refused,
+            # Of most jobs there is nothing to say here.
+            **({"residuals_lost": done.residuals_lost} if done.residuals_lost else {}),
             "open_splits": sorted(self._open),
             "stages": {**done.stages.rounded(), **self._evaluator.stages.rounded()},
         }
@@ -189,6 +191,7 @@ class Trainer:
 
         with self.progress.stages.time("read", split=split):
             opened = await self._session.in_thread(read)
+        opened.feedback = self._session.client.new_feedback()
         if not fresh:
             # Another worker may have come some way: go on from there.
             opened.scheduled = min(await self._session.client.next_group(split), opened.groups - 1)
@@ -206,4 +209,6 @@ class Trainer:
         request = CloseSplitRequest(work=TRAIN, split=split.id, samples=samples, loss_sum=loss, groups=split.groups)
         with self.progress.stages.time("close", split=split.id):
             await self._blame.of(TRAIN, split.id, self._member.call("Coordinator.CloseSplit", request))
+        if split.feedback is not None:
+            self.progress.residuals_lost += split.feedback.lost
         del self._open[split.id]

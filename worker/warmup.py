@@ -11,6 +11,7 @@ from oarlock.data.negatives import NegativeSampler, group_positives
 from oarlock.data.order import permutation
 from oarlock.data.ranking import rank_lists
 from oarlock.embedding.keys import KeySorter
+from oarlock.embedding.warmup import warm_up_compression
 from oarlock.nn import (
     Linear,
     Model,
@@ -55,3 +56,4 @@ def warm_up() -> None:
     NegativeSampler(positives, keys, per_positive=1, seed=0).draw(keys, epoch=0, split=0, batch=0)
     warm_up_cache()
     rank_lists(np.ones(8, np.float32), np.array([0, 4, 8], np.int64), keys)
+    warm_up_compression()

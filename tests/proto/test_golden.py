@@ -57,9 +57,11 @@ from oarlock.proto.shard_pb2 import (
     AdoptReply,
     AdoptRequest,
     CloseRequest,
+    Codec,
     DenseGradients,
     MarksReply,
     MarksRequest,
+    Packed,
     PullReply,
     PullRequest,
     PushReply,
@@ -110,11 +112,23 @@ def gradients() -> TableGradients:
 
 def full_gradients() -> TableGradients:
     more = {"occurrences": pack(np.array([3, 1], np.uint32)), "clicks": float32(2.0, 0.5)}
-    return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5, **more)
+    return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5, packed=packed(1, 2, 3, 4), **more)
 
 
 def dense() -> DenseGradients:
     return DenseGradients(blocks=int32(7), gradients=float32(0.25), rate=0.125)
+
+
+def full_dense() -> DenseGradients:
+    return DenseGradients(blocks=int32(7), gradients=float32(0.25), rate=0.125, packed=packed(5, 6))
+
+
+def codec(k: int = 3) -> Codec:
+    return Codec(codec=4, k=k, zstd=True)
+
+
+def packed(*payload: int) -> Packed:
+    return Packed(codec=codec(), payload=pack(np.array(payload, np.uint8)), values=300)
 
 
 def placement() -> Placement:
@@ -146,16 +160,27 @@ MESSAGES: dict[str, Message] = {
         CLOSED,
         Empty(),
         keys(),
-        PullRequest(header=FULL, tables=[keys()], dense=int32(7), number=301),
-        PullReply(rows=[pack(GRADIENTS)], dense=float32(0.25), pushes=500, failure=failure()),
+        codec(),
+        packed(1, 2, 3),
+        PullRequest(
+            header=FULL, tables=[keys()], dense=int32(7), number=301, codecs=[codec(), Codec()], dense_codec=codec(5)
+        ),
+        PullReply(
+            rows=[pack(GRADIENTS)],
+            dense=float32(0.25),
+            pushes=500,
+            packed=[packed(9)],
+            packed_dense=packed(8, 7),
+            failure=failure(),
+        ),
         full_gradients(),
-        dense(),
+        full_dense(),
         PushRequest(
             header=FULL,
             split=300,
             group=5,
             tables=[full_gradients()],
-            dense=[dense()],
+            dense=[full_dense()],
             step=70000,
             number=301,
             seen=40_001,
@@ -289,7 +314,7 @@ def test_numbers_of_enums_never_change_meaning() -> None:
     files = (common_pb2, coordinator_pb2, shard_pb2)
     enums = [e for file in files for e in file.DESCRIPTOR.enum_types_by_name.values()]
     assert {e.name: {v.name: v.number for v in e.values} for e in enums} == {
-        "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4},
+        "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4, "UINT8": 5},
         "Role": {"ROLE_UNSPECIFIED": 0, "SHARD": 1, "WORKER": 2},
         "Work": {"WORK_UNSPECIFIED": 0, "TRAIN": 1, "EVALUATE": 2, "WAIT": 3, "FINISHED": 4},
         "RowsVerb": {"ROWS_UNSPECIFIED": 0, "GET": 1, "EXPLAIN": 2, "EXPORT": 3, "UNDO": 4, "QUARANTINE": 5},
