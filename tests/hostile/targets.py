@@ -19,12 +19,13 @@ import numpy as np
 import rig
 
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.client.packed import CHUNK, encode_dense, encode_rows, packed, read_form
 from oarlock.cluster.coordinator import MAX_WARNINGS
 from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
 from oarlock.embedding.policy import Guard
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto import coordinator_pb2 as pb
-from oarlock.proto.arrays import pack
+from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.errors import Internal, Malformed, PSError
 from oarlock.proto.methods import METHODS, PROTOCOL
@@ -36,6 +37,7 @@ from oarlock.proto.shard_pb2 import (
     QUARANTINE,
     UNDO,
     CloseRequest,
+    Codec,
     MarksRequest,
     PullRequest,
     RowsRequest,
@@ -140,6 +142,26 @@ class Target:
                 raise AssertionError(f"input {i}, {method} {data.hex()}: {type(error).__name__}: {error}") from error
 
 
+# In which forms pushes come beside float32.
+PACKED = (Codec(codec=1, zstd=True), Codec(codec=2), Codec(codec=3), Codec(codec=4, k=1), Codec(zstd=True))
+
+
+def packed_push(job, split, group, codec):
+    """Return a right push of some rows and all dense blocks in a form."""
+    request = rig.request_of(job, split, group, raw=range(8))
+    for part in request.tables:
+        values = unpack(part.gradients, np.float32, "rows", dims=2)
+        form = read_form(codec, values.shape[1], "rows")
+        part.packed.CopyFrom(packed(form, encode_rows(form, values), values.size, None))
+        part.ClearField("gradients")
+    for part in request.dense:
+        values = unpack(part.gradients, np.float32, "dense")
+        form, lengths = read_form(codec, CHUNK, "dense"), [block.length for block in job.layout.dense_blocks]
+        part.packed.CopyFrom(packed(form, encode_dense(form, values, lengths), values.size, None))
+        part.ClearField("gradients")
+    return request
+
+
 def small_spec():
     """Return a job of two tables and two dense parameters in eleven blocks, half of it under adam."""
     adam = OptimizerSpec("adam")
@@ -198,10 +220,12 @@ class ShardTarget(Target):
         header = job.header(0)
         return {
             "Shard.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
-            "Shard.Pull": [PullRequest(header=header, tables=[part], dense=dense, number=1)],
-            "Shard.Push": [
-                rig.request_of(job, split, group, raw=range(8)) for split, group in ((1, 1), (1, 2), (2, 0))
+            "Shard.Pull": [
+                PullRequest(header=header, tables=[part], dense=dense, number=1),
+                PullRequest(header=header, tables=[part], dense=dense, codecs=[Codec(codec=3)], dense_codec=PACKED[0]),
             ],
+            "Shard.Push": [rig.request_of(job, split, group, raw=range(8)) for split, group in ((1, 1), (1, 2), (2, 0))]
+            + [packed_push(job, 2, group, codec) for group, codec in enumerate(PACKED)],
             "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
             "Shard.Adopt": [adoption, newer, partly],
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import Array
-from oarlock.proto.shard_pb2 import DenseGradients, PullRequest, PushRequest, TableGradients, TableKeys
+from oarlock.proto.shard_pb2 import Codec, DenseGradients, Packed, PullRequest, PushRequest, TableGradients, TableKeys
 
 EXAMPLES = 400
 JOB = rig.Job(targets.small_spec(), shards=1).place()
@@ -41,6 +41,21 @@ float32 = st.one_of(st.floats(width=32), st.sampled_from([1.0, float("nan"), flo
 odd_array = st.builds(Array, data=st.binary(max_size=12), dtype=st.integers(0, 5), shape=st.lists(few, max_size=3))
 
 
+codecs = st.builds(Codec, codec=st.integers(0, 5), k=st.sampled_from([0, 0, 1, 2, 4]), zstd=st.booleans())
+
+
+@st.composite
+def packings(draw, values):
+    """What may be packed values: of the right number of bytes, or nearly."""
+    codec = draw(codecs)
+    dim = draw(st.sampled_from([2, 3]))
+    row = {0: 4 * dim, 1: 4 * ((dim + 1) // 2), 2: 4 * ((dim + 1) // 2), 3: 8, 4: 4 * codec.k + 4}.get(codec.codec, 4)
+    size = max(0, values // dim * row + draw(st.sampled_from([0, 0, 0, -1, 4])))
+    payload = pack(np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8))
+    values += draw(st.sampled_from([0, 0, 0, 1, -1, 1 << 30]))
+    return Packed(codec=codec, payload=draw(st.one_of(st.just(payload), odd_array)), values=max(0, values))
+
+
 @st.composite
 def table_keys(draw):
     """Keys grouped as they should be, of which one thing or nothing is then replaced."""
@@ -65,9 +80,14 @@ def table_gradients(draw):
     rows += draw(st.sampled_from([0, 0, 0, 1, -1]))
     values = draw(st.lists(float32, min_size=max(rows, 0) * dim, max_size=max(rows, 0) * dim))
     gradients = pack(np.array(values, np.float32).reshape(max(rows, 0), dim))
-    return TableGradients(
+    made = TableGradients(
         keys=keys, gradients=gradients, rate=draw(st.sampled_from([0.0, 0.1, 1.0, -1.0, 1e15, float("nan")]))
     )
+    if draw(st.booleans()):
+        made.packed.CopyFrom(draw(packings(max(rows, 0) * dim)))
+        if draw(st.integers(0, 5)):
+            made.ClearField("gradients")
+    return made
 
 
 dense_gradients = st.builds(
@@ -75,6 +95,7 @@ dense_gradients = st.builds(
     blocks=array(np.int32, st.integers(5, 12), max_size=5),
     gradients=array(np.float32, float32, max_size=20),
     rate=st.sampled_from([0.0, 0.1, 1e300]),
+    packed=st.one_of(st.none(), st.integers(0, 9).flatmap(packings)),
 )
 HEADER = JOB.header(0)
 
@@ -92,10 +113,17 @@ def test_pushes_that_are_nearly_right(shard, split, group, tables, dense):
     assert rig.state(shard.job)
 
 
-@given(tables=st.lists(table_keys(), max_size=3), dense=st.one_of(array(np.int32, int32, max_size=5), odd_array))
+@given(
+    tables=st.lists(table_keys(), max_size=3),
+    dense=st.one_of(array(np.int32, int32, max_size=5), odd_array),
+    asked=st.lists(codecs, max_size=3),
+    dense_codec=st.one_of(st.none(), codecs),
+)
 @settings(max_examples=EXAMPLES)
-def test_pulls_that_are_nearly_right(shard, tables, dense):
-    request = PullRequest(header=HEADER, tables=[keys for keys, _, _ in tables], dense=dense)
+def test_pulls_that_are_nearly_right(shard, tables, dense, asked, dense_codec):
+    request = PullRequest(
+        header=HEADER, tables=[keys for keys, _, _ in tables], dense=dense, codecs=asked, dense_codec=dense_codec
+    )
     shard.attack("Shard.Pull", request.SerializeToString())
 
 
