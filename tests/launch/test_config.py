@@ -50,6 +50,15 @@ def test_the_defaults_are_valid() -> None:
         ({"restarts": -1}, r"restarts = -1: give an integer from 0 \(killed processes are not started again\)"),
         ({"restarts": 1.5}, "restarts = 1.5: give an integer"),
         ({"recipe_options": 3}, "recipe_options = 3: give a table"),
+        ({"compression": 3}, "compression = 3: give a table"),
+        (
+            {"compression": {"user": {"push": "int7"}}},
+            "compression.user: compression: push = 'int7'.*did you mean 'int8'",
+        ),
+        (
+            {"compression": {"user": {"pull": "topk:0.1"}}},
+            "compression.user: compression: pull = 'topk:0.1': nothing is kept",
+        ),
     ],
 )
 def test_wrong_fields_are_named(values: dict[str, Any], match: str) -> None:
@@ -153,6 +162,21 @@ def test_what_is_written_reads_back(data: str, options: dict[str, Any]) -> None:
     run = RunConfig(data=data, seed=12, lease_seconds=7.25)
     read = tomllib.loads(to_toml(run, options))
     assert read.pop("recipe_options") == options
+    assert RunConfig(**read) == run
+
+
+def test_compression_is_written_and_set_by_table() -> None:
+    values: dict[str, Any] = {}
+    for setting in (
+        "compression.fields.push=int8+feedback",
+        "compression.dense.push=topk:0.01",
+        "compression.dense.zstd=true",
+    ):
+        assign(values, setting)
+    run = run_config(values)
+    assert run.compression == {"fields": {"push": "int8+feedback"}, "dense": {"push": "topk:0.01", "zstd": True}}
+    read = tomllib.loads(to_toml(run, {"dim": 4}))
+    assert read.pop("recipe_options") == {"dim": 4}
     assert RunConfig(**read) == run
 
 

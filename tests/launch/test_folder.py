@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from oarlock.checkpoint.store import LocalStore
+from oarlock.client.compression import WireSpec
 from oarlock.client.entry import write_address
 from oarlock.cluster.store import Store
 from oarlock.launch.folder import create, is_running, job_folder, locate, record_failure, resume, stored_status
@@ -122,6 +123,18 @@ def test_resume_may_change_epochs_and_processes(job: Path) -> None:
     assert path == str(job / "checkpoints" / "cut-000001")
     again, _ = resume(job, {})
     assert again.epochs == 5, "what was changed stays"
+
+
+def test_resume_may_change_how_values_travel(job: Path) -> None:
+    spec, _ = resume(job, {"compression": {"user": {"push": "int8+feedback"}}})
+    assert spec.compression == {"user": WireSpec(push="int8+feedback")}
+    spec, _ = resume(job, {"compression": {"user": {"pull": "float16"}, "dense": {"push": "int8"}}})
+    assert spec.compression == {"user": WireSpec("float16", "int8+feedback"), "dense": WireSpec(push="int8")}
+    assert stored_status(job)["residual_splits_lost"] == 0
+    with pytest.raises(InvalidArgument, match=r"compression.usr: the job has no such table; did you mean 'user'"):
+        resume(job, {"compression": {"usr": {"pull": "float16"}}})
+    with pytest.raises(InvalidArgument, match=r"compression.user = 'int8': give a table"):
+        resume(job, {"compression": {"user": "int8"}})
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from oarlock.embedding.optimizers import OPTIMIZERS
 from oarlock.embedding.optimizer_spec import OptimizerSpec
 from oarlock.embedding.spec import Admission, CacheSpec, DenseSpec, Eviction, Guard, Initializer, TableSpec
 from oarlock.embedding.warmup import warm_up
-from oarlock.proto.shard_pb2 import PullRequest, ShardStatsRequest
+from oarlock.client.packed import CHUNK, encode_dense, encode_rows, packed, read_form
+from oarlock.proto.arrays import unpack
+from oarlock.proto.shard_pb2 import Codec, PullRequest, ShardStatsRequest
 
 
 def loaded():
@@ -84,6 +86,26 @@ with tempfile.TemporaryDirectory() as folder:
     dense.services[0].push(rig.request_of(dense, 0, 0, tables=()))
     dense.dense()
     rig.state(dense)
+# Values that come and go packed.
+packing = rig.Job(rig.spec_of(), shards=1).place()
+for group, codec in enumerate((Codec(codec=1), Codec(codec=2, zstd=True), Codec(codec=3), Codec(codec=4, k=1))):
+    request = rig.request_of(packing, 0, group)
+    for part in request.tables:
+        values = unpack(part.gradients, np.float32, "rows", dims=2)
+        form = read_form(codec, values.shape[1], "rows")
+        part.packed.CopyFrom(packed(form, encode_rows(form, values), values.size, None))
+        part.ClearField("gradients")
+    for part in request.dense:
+        values = unpack(part.gradients, np.float32, "dense")
+        form, lengths = read_form(codec, CHUNK, "dense"), [b.length for b in packing.layout.dense_blocks]
+        part.packed.CopyFrom(packed(form, encode_dense(form, values, lengths), values.size, None))
+        part.ClearField("gradients")
+    assert packing.services[0].push(request).applied == packing.layout.blocks
+    if codec.codec != 4:
+        keys = [part.keys for part in request.tables]
+        blocks = request.dense[0].blocks
+        asked = {"codecs": [codec] * 2, "dense_codec": codec}
+        packing.services[0].pull(PullRequest(header=packing.header(0), tables=keys, dense=blocks, **asked))
 late = {name: n for name, n in loaded().items() if n != before.get(name, 0)}
 print(json.dumps({"before": sum(before.values()), "late": late}))
 """
