@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.checkpoint.manifest import Manifest
+from oarlock.client.compression import feedback_of
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, WRITING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
@@ -195,15 +196,8 @@ class Coordinator:
 
     def counted(self) -> dict[str, Any]:
         """Return what the current epoch has counted so far."""
-        work = self.work
-        return {
-            "samples": work.samples,
-            "steps": work.steps,
-            "loss_sum": work.loss_sum,
-            "train_seconds": work.train_seconds,
-            "evaluate_seconds": work.evaluate_seconds,
-            "given_back": work.given_back,
-        }
+        names = ("samples", "steps", "loss_sum", "train_seconds", "evaluate_seconds", "given_back")
+        return {name: getattr(self.work, name) for name in names}
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
         """Count a split as trained."""
@@ -259,8 +253,9 @@ class Coordinator:
         with self.lock:
             if not self.work.release(worker, kind, split, reason):
                 self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
-            with self.store as store:
-                store.set_fact("counted", self.counted())
+            if kind == "train" and feedback_of(self.spec.compression):
+                with self.store as store:
+                    store.set_fact("counted", self.counted())
 
     def member_gone(self, member: Member, state: str, error: str = "") -> None:
         """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""

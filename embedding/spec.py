@@ -70,7 +70,7 @@ class Part:
 class TableSpec:
     """A named set of rows: ``dim`` weights per key, cut into ``blocks`` (a power of two) hash ranges.
 
-    ``dtype``: how weights are stored (``embedding/precision.py``); values are handed in and out as float32. ``parts``: columns with
+    ``dtype``: how weights are stored (``embedding/precision.py``); they come and go as float32. ``parts``: columns with
     optimizers of their own, in place of ``optimizer`` and ``initializer``. ``absent``: what a key without a row reads as,
     its ``first`` value or ``zeros``. ``usage``: keep occurrences and tick of the last update of each row, also where no
     policy needs them. ``memory_bytes``: beyond so many bytes of rows a shard spills cold ones to a file, 0 = never.

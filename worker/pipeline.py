@@ -147,7 +147,9 @@ class Pipeline:
         try:
             with progress.stages.time("compute", split=split.id, group=group.number):
                 if not waits:
-                    loss_sum, push = await self._session.compute(partial(self._computed, program, group, prepared, step))
+                    loss_sum, push = await self._session.compute(
+                        partial(self._computed, program, group, prepared, step)
+                    )
                 else:
                     computing = partial(self._trained, program, group, prepared, step)
                     loss_sum, encode = await self._session.compute(computing)

@@ -162,6 +162,22 @@ def test_errors_about_splits_that_one_does_not_hold_count_for_nothing() -> None:
     assert w.failures == {}
 
 
+def test_training_splits_that_come_back_are_counted() -> None:
+    w = work()
+    w.grant(1, 3)
+    w.close(1, 0, 5, 0.0)
+    w.release(1, "train", 1, "")
+    w.release(1, "train", 1, "")
+    w.release(2, "train", 2, "not its own")
+    assert w.given_back == 1
+    w.grant(2, 1)
+    w.close(2, 1, 5, 0.0)
+    w.close(1, 2, 5, 0.0)
+    assert w.grant(1, 2).kind == "evaluate"
+    w.release(1, "evaluate", 0, "")
+    assert w.given_back == 1, "an evaluation keeps nothing"
+
+
 def test_the_best_epoch_is_the_earliest_of_equals() -> None:
     w = work(1, 1, 3)
     for hr in (0.2, 0.5, 0.5):
