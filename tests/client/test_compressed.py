@@ -12,7 +12,7 @@ from oarlock.client.client import Client
 from oarlock.client.compression import DENSE, WireSpec
 from oarlock.client.feedback import SplitFeedback
 from oarlock.client.forms import Forms
-from oarlock.client.packed import CHUNK, decode_dense, encode_dense, encode_rows
+from oarlock.client.packed import decode_dense, encode_dense, encode_rows
 from oarlock.client.push import RowGradients
 from oarlock.client.retry import Retry
 from oarlock.embedding.spec import DenseSpec, TableSpec
@@ -374,23 +374,6 @@ def test_what_is_kept_of_a_key_survives_a_gradient_that_is_refused():
 
     rig.run(body())
     assert np.allclose(-job.rows("user", [7])[0], total, rtol=1e-6)
-
-
-def test_a_dense_block_is_packed_in_rows_of_its_own():
-    job = job_of("topk:0.1").place()
-    form = Forms(job.layout, job.spec.compression, 1).push_dense
-    lengths = [1, 255, 256, 257, 700]
-    values = np.random.default_rng(0).normal(size=sum(lengths)).astype(np.float32)
-    out = np.full_like(values, np.nan)
-    decode_dense(form, encode_dense(form, values, lengths), lengths, out)
-    kept = out != 0
-    assert np.array_equal(out[kept], values[kept])
-    at = 0
-    for length in lengths:
-        for begin in range(0, length, CHUNK):
-            width = min(CHUNK, length - begin)
-            assert kept[at + begin : at + begin + width].sum() == -(-26 * width // CHUNK)
-        at += length
 
 
 def test_a_push_of_old_is_as_it_was():
