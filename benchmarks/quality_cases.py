@@ -49,7 +49,9 @@ def read_case(text: str) -> Case:
     """Return a case; InvalidArgument says how one is written."""
     mode, *forms = text.split("/")
     mode, _, number = mode.partition(":")
-    packed = len(forms) == 3 and forms.pop() == "zstd"
+    packed = forms[2:] == ["zstd"]
+    if packed:
+        forms.pop()
     if mode not in MODES or len(forms) > 2 or not (number.isdecimal() or not number):
         raise InvalidArgument(
             f"case {text!r}: write MODE[:N][/PUSH[/PULL[/zstd]]] with a mode of {', '.join(MODES)}, as in {CASES[4]!r}"

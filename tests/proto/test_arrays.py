@@ -43,6 +43,7 @@ def test_numbers_of_dtypes_never_change():
         "INT32": 2,
         "FLOAT32": 3,
         "UINT32": 4,
+        "UINT8": 5,
     }
 
 
