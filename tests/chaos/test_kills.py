@@ -43,13 +43,22 @@ def warnings_are_not_printed() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mode": "geo", "accumulate": 3},
+        {"mode": "ssp", "staleness": 2, "accumulate": 2, "compute_threads": 2},
+    ],
+    ids=["async", "geo", "ssp"],
+)
 def test_a_job_that_is_killed_all_the_time_counts_exactly(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setenv(MARKER, "chaos")
     data = tmp_path / "data"
     write_data(data, rows=60_000, keys=5_000, seed=seed)
-    run = plan(data, recipe=RECIPE, epochs=8, seed=seed)
+    run = plan(data, recipe=RECIPE, epochs=8, seed=seed, **changes)
     ended = run_job(tmp_path / "job", run, Rhythm(worker=1.5, coordinator=3.0, stop=5.0), seed)
     count = check(data, ended.folder, ended.spec, ended.status["history"])
     assert count.exact, count

@@ -29,7 +29,7 @@ def make_threaded(make_job: Make, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     with ThreadPoolExecutor(1) as executor:
 
         def make(**changes: Any) -> Any:
-            job = make_job(**{"heartbeat_seconds": 0.05, **changes})
+            job = make_job(**{"heartbeat_seconds": 0.05, "lease_seconds": 60.0, **changes})
             job.threads, job.wire.seconds = executor, 0.0
             return job
 
@@ -142,10 +142,10 @@ def test_a_failing_compute_is_charged_to_its_split(
     async def scene(job: Any) -> None:
         job.start()
         ends.extend(await asyncio.gather(*job.workers, return_exceptions=True))
+        assert job.coordinator.phase == FAILED
         await asyncio.gather(*job.background)
 
     job.run(scene)
-    assert job.coordinator.phase == FAILED
     assert "split 3 met an error on 3 workers" in job.coordinator.reason
     assert "this batch cannot be computed" in job.coordinator.reason
     assert sum(isinstance(end, ValueError) for end in ends) == 3
