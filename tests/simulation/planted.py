@@ -36,9 +36,9 @@ def mark_before_apply(patch: Patch) -> None:
 
     original = Shard._push_rows
 
-    def push_rows(self: Shard, split: int, group: int, part: Any, todo: Any, reply: PushReply) -> None:
-        self.marks.record(split, group, part.keys.numbers[todo])
-        original(self, split, group, part, todo, reply)
+    def push_rows(self: Shard, split: int, group: int, step: int, part: Any, reply: PushReply) -> None:
+        self.marks.record(split, group, part.keys.numbers)
+        original(self, split, group, step, part, reply)
 
     patch.setattr(Shard, "_push_rows", push_rows)
 
