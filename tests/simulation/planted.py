@@ -100,10 +100,11 @@ def block_cut_in_two(patch: Patch) -> None:
             out.append(push.RowGradients(half, part.gradients[rows], part.rate))
         return out
 
-    def cut(layout: Any, routes: Any, identity: Any, gradients: Any, dense: Any, rate: float) -> Any:
+    def cut(layout: Any, routes: Any, identity: Any, gradients: Any, dense: Any, rate: float, **named: Any) -> Any:
         cut_parts = {name: halves(part) for name, part in gradients.items()}
-        first = original(layout, routes, identity, {n: p[0] for n, p in cut_parts.items()}, dense, rate)
-        return first + original(layout, routes, identity, {n: p[1] for n, p in cut_parts.items()}, None, rate)
+        first = original(layout, routes, identity, {n: p[0] for n, p in cut_parts.items()}, dense, rate, **named)
+        others = {n: p[1] for n, p in cut_parts.items()}
+        return first + original(layout, routes, identity, others, None, rate, **named)
 
     patch.setattr(client, "cut_push", cut)
 
