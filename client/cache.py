@@ -137,6 +137,33 @@ class RowCache:
         self.outdated += int(np.count_nonzero(kept[positions]))
         take_answer(self._memory, keys, came, address_of(rows), versions, np.empty(n, np.int64), address_of(out))
 
+    def merge_in_place(
+        self, keys: Keys, kept: Versions, came: NDArray[np.bool_], versions: Versions, out: Rows
+    ) -> None:
+        """As ``merge``, where the rows that came, those with came: bool[n], are in their lines of ``out`` already.
+
+        versions: uint32[n]; those of the other rows say nothing.
+        """
+        keys = kernel_array("keys", keys, np.uint64)
+        kept = kernel_array("kept", kept, np.uint32)
+        came = kernel_array("came", came, np.bool_)
+        versions = kernel_array("versions", versions, np.uint32)
+        n = len(keys)
+        self._fits("out", out, n)
+        check_output("out", out)
+        if not len(kept) == len(came) == len(versions) == n:
+            raise Malformed(f"{len(kept)} and {len(versions)} versions, {len(came)} marks for {n} keys")
+        lacking = (kept == 0) & ~came
+        if lacking.any():
+            at = int(lacking.argmax())
+            raise Malformed(f"the row of key {int(keys[at])}, at position {at}, did not come, and no row of it is kept")
+        m = int(np.count_nonzero(came))
+        self.hits += n - m
+        self.misses += m
+        self.outdated += int(np.count_nonzero(kept[came]))
+        numbers = np.where(came, np.arange(1, n + 1, dtype=np.int32), np.int32(0))
+        take_answer(self._memory, keys, numbers, address_of(out), versions, np.empty(n, np.int64), address_of(out))
+
     def _fits(self, name: str, values: Rows, n: int) -> None:
         if values.dtype != np.float32 or values.shape != (n, self.dim):
             raise Malformed(f"{name} is {values.dtype}{list(values.shape)}, expected float32[{n}, {self.dim}]")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.client.caches import Caches
 from oarlock.client.encoding import PushEncoder
 from oarlock.client.feedback import SplitFeedback
 from oarlock.client.forms import Forms
@@ -62,16 +63,17 @@ class Client:
         dense: NDArray[np.float32] | None = None,
         number: int = 0,
         lossless: bool = True,
+        caches: Caches | None = None,
         about: Mapping[str, int] | None = None,
     ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
         ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
         it: pushes that each shard had applied. Unless ``lossless``, values come in the job's forms (``JobSpec.compression``).
-        ``about``: what tells the pull from others in a trace.
+        ``caches``: rows that are kept there and new enough do not come. ``about``: what tells the pull from others in a trace.
         """
         forms = None if lossless else self._forms
-        work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms)
+        work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms, caches)
         return self._timed("pull", work, rows=sum(len(found.keys) for found in keys.values()), **(about or {}))
 
     def push(

@@ -112,6 +112,12 @@ class JobSpec:
                 f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "
                 "give mode = 'ssp', or staleness = 0"
             )
+        for table in self.tables:
+            if table.cache is not None and self.mode != "async":
+                raise InvalidArgument(
+                    f"mode = {self.mode!r} and the cache of table {table.name} contradict each other: kept rows lack updates "
+                    f"that {self.mode} promises; give mode = 'async', or no cache"
+                )
         if self.mode == "geo":
             self._check_geo()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.client.caches import Asked, Caches
 from oarlock.client.exchange import exchange, shard_of
 from oarlock.client.forms import Forms
 from oarlock.client.layout import Layout
@@ -24,6 +25,8 @@ from oarlock.proto.errors import Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import Packed, PullReply, PullRequest
 
 _NONE = np.empty(0, np.int32)
+# The version of a row that is kept goes with its key, that of one that comes with its position.
+VERSION_BYTES = 12
 # Annotations of a function within a function are worked out at every call: names cost less there.
 _Blocks = NDArray[np.int32]
 
@@ -97,7 +100,7 @@ def cut_pull(
             keyset.counts,
             routes.owners[numbers],
             name=name,
-            row_bytes=4 * layout.tables[table].dim,
+            row_bytes=4 * layout.tables[table].dim + (VERSION_BYTES if layout.tables[table].cache else 0),
             wanted=None if wanted is None else wanted[numbers],
             limit=limit,
         ):
@@ -118,15 +121,18 @@ async def pull(
     dense: NDArray[np.float32] | None,
     number: int = 0,
     forms: Forms | None = None,
+    caches: Caches | None = None,
 ) -> dict[int, int]:
     """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given.
 
-    ``forms``: in which forms to ask for them; None: all as float32.
-    Return how many pushes each shard had applied, by its number: when the oldest of its answers was made.
+    ``forms``: in which forms to ask for them; None: all as float32. Of tables in ``caches`` only those rows come that are not
+    kept there, or are too old. Return how many pushes each shard had applied, by its number: when the oldest of its answers
+    was made.
     """
     seen: dict[int, int] = {}
     layout = member.layout
     numbers = np.arange(layout.dense_base, layout.blocks, dtype=np.int32) if dense is not None else _NONE
+    asked = caches.ask(member.run, routes.generation, keys, rows) if caches is not None else None
 
     async def send(message: PullMessage, timeout: float) -> _Blocks:
         beside: list[Part] = []
@@ -136,12 +142,16 @@ async def pull(
             dense=pack(message.dense, beside),
             number=number,
         )
-        asked = _ask_for_forms(request, message, forms, dense is not None)
+        formed = _ask_for_forms(request, message, forms, dense is not None)
+        if asked is not None:
+            for made, (name, piece) in zip(request.tables, message.pieces, strict=True):
+                if name in asked:
+                    asked.request(request.header, name, piece, made, beside)
         answered = await member.transport.call(
             message.shard.address, "Shard.Pull", Bulk(request, beside), timeout_seconds=timeout
         )
         reply, parts = opened(answered)
-        _take_rows(reply, message, rows, asked, parts)
+        _take_rows(reply, message, rows, formed, asked, parts)
         if dense is not None:
             _scatter(layout, message.dense, _dense_values(reply, message, forms, parts), dense)
         seen[message.shard.id] = min(seen.get(message.shard.id, reply.pushes), reply.pushes)
@@ -154,6 +164,8 @@ async def pull(
         return cut_pull(layout, newer, keys, numbers, wanted)
 
     await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
+    if asked is not None:
+        asked.keep()
     return seen
 
 
@@ -174,28 +186,50 @@ def _take_rows(
     reply: PullReply,
     message: PullMessage,
     rows: Mapping[str, NDArray[np.float32]],
-    asked: list[Form] | None,
+    formed: list[Form] | None,
+    asked: Asked | None,
     parts: Sequence[Part],
 ) -> None:
     """Write the rows of an answer to where they belong. A shard that knows no codecs answers as float32."""
     layout, who = message.layout, f"shard {message.shard.id}"
-    came = reply.packed if asked is not None and len(reply.packed) else reply.rows
+    came = reply.packed if formed is not None and len(reply.packed) else reply.rows
     if len(came) != len(message.pieces):
         raise Malformed(f"{who} answered {len(came)} tables of {len(message.pieces)}")
     for i, (name, piece) in enumerate(message.pieces):
-        dim, into, what = layout.tables[piece.table].dim, rows[name], f"rows of {name}"
-        if came is reply.rows or asked is None:
-            found = unpack(reply.rows[i], np.float32, what, dims=2, columns=dim, parts=parts)
+        dim, what = layout.tables[piece.table].dim, f"rows of {name}"
+        form = None if came is reply.rows or formed is None else formed[i]
+        if asked is not None and name in asked:
+            positions, versions = _newer(reply, len(came), i, piece, name, parts)
+            found = _rows(reply, i, form, np.empty((len(positions), dim), np.float32), who, what, parts)
+            asked.take(name, piece, positions, versions, found)
+        elif form is not None and isinstance(piece.rows, slice):
+            _rows(reply, i, form, rows[name][piece.rows], who, what, parts)
+        else:
+            target = np.empty((piece.size if form is not None else 0, dim), np.float32)
+            found = _rows(reply, i, form, target, who, what, parts)
             if len(found) != piece.size:
                 raise Malformed(f"{who} answered {len(found)} {what}, asked for {piece.size}")
-            into[piece.rows] = found
-            continue
-        _check_form(reply.packed[i], asked[i], f"{who}: {what}")
-        straight = isinstance(piece.rows, slice)
-        target = into[piece.rows] if straight else np.empty((piece.size, dim), np.float32)
-        decode_rows(asked[i], reply.packed[i], target, f"{who}: {what}", parts)
-        if not straight:
-            into[piece.rows] = target
+            rows[name][piece.rows] = found
+
+
+def _rows(
+    reply: PullReply,
+    i: int,
+    form: Form | None,
+    target: NDArray[np.float32],
+    who: str,
+    what: str,
+    parts: Sequence[Part],
+) -> NDArray[np.float32]:
+    """Return the rows of the reply's table ``i``: as they came, or, if they are packed, in ``target``."""
+    if form is None:
+        plain: NDArray[np.float32] = unpack(
+            reply.rows[i], np.float32, what, dims=2, columns=target.shape[1], parts=parts
+        )
+        return plain
+    _check_form(reply.packed[i], form, f"{who}: {what}")
+    decode_rows(form, reply.packed[i], target, f"{who}: {what}", parts)
+    return target
 
 
 def _dense_values(
@@ -213,6 +247,24 @@ def _dense_values(
 def _check_form(packed: Packed, form: Form, what: str) -> None:
     if packed.codec != form.message():
         raise Malformed(f"{what} came under another codec than was asked for")
+
+
+def _newer(
+    reply: PullReply, tables: int, at: int, piece: Piece, name: str, parts: Sequence[Part]
+) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
+    """Return positions and versions of the rows that came of a piece that was asked for with versions."""
+    if not reply.positions and not reply.versions:
+        # A shard that knows no versions sends every row, and none of them can be kept.
+        return np.arange(piece.size, dtype=np.int32), np.zeros(piece.size, np.uint32)
+    if not len(reply.positions) == len(reply.versions) == tables:
+        raise Malformed(
+            f"positions and versions of {len(reply.positions)} and {len(reply.versions)} tables for {tables}"
+        )
+    positions = unpack(reply.positions[at], np.int32, f"positions of {name}", parts=parts)
+    versions = unpack(reply.versions[at], np.uint32, f"versions of {name}", parts=parts)
+    if len(positions) > piece.size:
+        raise Malformed(f"{len(positions)} positions of {name} came, asked for {piece.size}")
+    return positions, versions
 
 
 def _scatter(

@@ -32,6 +32,7 @@ class RunConfig:
     """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``).
 
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
+    ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
 
     recipe: str = "ncf"
@@ -59,6 +60,7 @@ class RunConfig:
     heartbeat_seconds: float = 0.5
     restarts: int = 1000
     compression: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

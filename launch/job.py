@@ -8,6 +8,7 @@ from oarlock.client.compression import read_compression
 from oarlock.client.job import JobSpec
 from oarlock.data.files import files_to_json
 from oarlock.data.splits import plan_splits
+from oarlock.launch.cache import with_caches
 from oarlock.launch.config import RunConfig, recipe_config
 from oarlock.worker.recipe import load_recipe, recipe_name
 
@@ -24,7 +25,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         name=name,
         seed=run.seed,
         recipe=full,
-        tables=plan.tables,
+        tables=with_caches(plan.tables, run.cache),
         dense=plan.model.parameters,
         files=tuple(files_to_json(plan.files)),
         evaluation_files=tuple(files_to_json(plan.evaluation_files)),

@@ -24,16 +24,20 @@ UNDO: RowsVerb
 QUARANTINE: RowsVerb
 
 class TableKeys(_message.Message):
-    __slots__ = ("table", "keys", "blocks", "counts")
+    __slots__ = ("table", "keys", "blocks", "counts", "versions", "bound")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
     table: int
     keys: _common_pb2.Array
     blocks: _common_pb2.Array
     counts: _common_pb2.Array
-    def __init__(self, table: _Optional[int] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    versions: _common_pb2.Array
+    bound: int
+    def __init__(self, table: _Optional[int] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., versions: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., bound: _Optional[int] = ...) -> None: ...
 
 class Codec(_message.Message):
     __slots__ = ("codec", "k", "zstd")
@@ -72,20 +76,24 @@ class PullRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, _Mapping]]] = ..., dense_codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("rows", "dense", "pushes", "packed", "packed_dense", "failure")
+    __slots__ = ("rows", "dense", "pushes", "packed", "packed_dense", "positions", "versions", "failure")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
     PACKED_DENSE_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     dense: _common_pb2.Array
     pushes: int
     packed: _containers.RepeatedCompositeFieldContainer[Packed]
     packed_dense: Packed
+    positions: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
+    versions: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     failure: _common_pb2.Failure
-    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., packed: _Optional[_Iterable[_Union[Packed, _Mapping]]] = ..., packed_dense: _Optional[_Union[Packed, _Mapping]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., packed: _Optional[_Iterable[_Union[Packed, _Mapping]]] = ..., packed_dense: _Optional[_Union[Packed, _Mapping]] = ..., positions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class TableGradients(_message.Message):
     __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks", "packed")

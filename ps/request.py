@@ -90,6 +90,21 @@ def read_keys(layout: Layout, message: TableKeys, parts: Sequence[Part] = ()) ->
     return Keys(message.table, keys, blocks, counts, layout.table_base[message.table] + blocks)
 
 
+def read_kept(layout: Layout, message: TableKeys, keys: Keys, parts: Sequence[Part] = ()) -> NDArray[np.uint32] | None:
+    """Return which versions the sender of a pull keeps of ``keys``: uint32[n]; None if all rows are to come."""
+    if not message.HasField("versions"):
+        return None
+    spec = layout.tables[keys.table]
+    kept = unpack(message.versions, np.uint32, f"versions of {spec.name}", parts=parts)
+    if spec.cache is None:
+        raise InvalidArgument(f"table {spec.name} keeps no versions of rows: pull without them, or give it a cache")
+    if message.bound > spec.cache.bound:
+        raise InvalidArgument(f"table {spec.name}: bound = {message.bound} is above cache.bound = {spec.cache.bound}")
+    if len(kept) != len(keys.keys):
+        raise Malformed(f"table {spec.name}: {len(kept)} versions for {len(keys.keys)} keys")
+    return kept
+
+
 def refuse_parts(layout: Layout, parts: int) -> None:
     """Raise Malformed if a message has more parts than the job has blocks.
 

@@ -22,6 +22,7 @@ from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable, make_table
+from oarlock.embedding.newer import Newer
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
@@ -30,11 +31,13 @@ from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushReque
 from oarlock.ps.marks import Marks
 from oarlock.ps.request import (
     DensePush,
+    Keys,
     RowPush,
     read_codecs,
     read_dense,
     read_dense_codec,
     read_dense_numbers,
+    read_kept,
     read_keys,
     read_rows,
     read_step,
@@ -51,6 +54,7 @@ SWEEP_WAIT_SECONDS = 0.02
 MOST_ANSWERS = 8
 
 _NONE = np.empty(0, np.int32)
+_NO_VERSIONS = np.empty(0, np.uint32)
 
 # What policies did, by table: keys that wait for a row, rows in the spill file, rows that were expanded, and since the shard
 # began rows evicted and gradients refused.
@@ -96,6 +100,7 @@ class Shard:
         self.step = 0
         self.tables = [make_table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
         # By table; pulls count under their own lock, pushes under theirs.
+        self.rows_asked = [0] * len(self.tables)
         self.rows_pulled = [0] * len(self.tables)
         self.rows_pushed = [0] * len(self.tables)
         self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
@@ -135,6 +140,7 @@ class Shard:
         reply = PullReply(pushes=self.counters["pushes"])
         refuse_parts(layout, len(request.tables))
         asked = [read_keys(layout, message, parts) for message in request.tables]
+        kept = [read_kept(layout, m, keys, parts) for m, keys in zip(request.tables, asked, strict=True)]
         numbers = read_dense_numbers(layout, request.dense, parts)
         forms = read_codecs(layout, request)
         dense_form = read_dense_codec(request.dense_codec) if request.HasField("dense_codec") else None
@@ -142,39 +148,60 @@ class Shard:
         values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked) + sum(
             self._dense_lengths(numbers)
         )
+        # A row of a cache comes with its position and version.
+        values += 2 * sum(len(versions) for versions in kept if versions is not None)
         if values * 4 > MAX_MESSAGE_BYTES:
             raise OutOfMemory(
                 f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
                 "ask for fewer at once"
             )
-        saved = 0
-        for i, keys in enumerate(asked):
-            self._owns(keys.numbers)
-            table = self.tables[keys.table]
-            rows = self._answers.array((len(keys.keys), table.spec.dim), np.float32)
-            table.check(keys.keys, keys.blocks, keys.counts)
-            table.pull(keys.keys, keys.blocks, keys.counts, rows)
+        # A block may have been elsewhere between two placements, where it did not take along what is said of evicted rows.
+        believed = request.header.generation == self.generation
+        found = [
+            self._rows(keys, versions if believed or versions is None else np.zeros_like(versions), message.bound)
+            for keys, versions, message in zip(asked, kept, request.tables, strict=True)
+        ]
+        travelled = 0
+        for i, newer in enumerate(found):
             if forms is None:
-                reply.rows.append(pack(rows, beside))
+                reply.rows.append(pack(newer.rows, beside))
+                travelled += newer.rows.nbytes
             else:
-                reply.packed.append(packed(forms[i], encode_rows(forms[i], rows), rows.size, beside))
-                saved += rows.nbytes - reply.packed[i].payload.shape[0]
+                encoded = encode_rows(forms[i], newer.rows)
+                reply.packed.append(packed(forms[i], encoded, newer.rows.size, beside))
+                travelled += reply.packed[i].payload.shape[0]
+        if any(versions is not None for versions in kept):
+            reply.positions.extend(pack(newer.positions, beside) for newer in found)
+            reply.versions.extend(pack(newer.versions, beside) for newer in found)
         self._owns(numbers)
         dense = self._dense_values(numbers)
         if dense_form is None:
             reply.dense.CopyFrom(pack(dense, beside))
+            travelled += dense.nbytes
         else:
             encoded = encode_dense(dense_form, dense, self._dense_lengths(numbers))
             reply.packed_dense.CopyFrom(packed(dense_form, encoded, dense.size, beside))
-            saved += dense.nbytes - reply.packed_dense.payload.shape[0]
+            travelled += reply.packed_dense.payload.shape[0]
         with self._counting:
-            self.counters["pull_bytes"] += values * 4 - saved
-            self.counters["pull_bytes_saved"] += saved
-            self.counters["rows_pulled"] += sum(len(keys.keys) for keys in asked)
+            self.counters["pull_bytes"] += travelled
+            self.counters["pull_bytes_saved"] += sum(newer.rows.nbytes for newer in found) + dense.nbytes - travelled
             self.counters["pulls"] += 1
-            for keys in asked:
-                self.rows_pulled[keys.table] += len(keys.keys)
+            for keys, newer in zip(asked, found, strict=True):
+                self.counters["rows_pulled"] += len(newer.rows)
+                self.rows_pulled[keys.table] += len(newer.rows)
+                self.rows_asked[keys.table] += len(keys.keys)
         return reply if beside is None else Bulk(reply, beside)
+
+    def _rows(self, keys: Keys, kept: NDArray[np.uint32] | None, bound: int) -> Newer:
+        """Return the rows of ``keys``: those that who keeps these versions must get, or all (None), without versions."""
+        self._owns(keys.numbers)
+        table = self.tables[keys.table]
+        table.check(keys.keys, keys.blocks, keys.counts)
+        if kept is not None:
+            return table.pull_newer(keys.keys, keys.blocks, keys.counts, kept, bound=bound)
+        rows = self._answers.array((len(keys.keys), table.spec.dim), np.float32)
+        table.pull(keys.keys, keys.blocks, keys.counts, rows)
+        return Newer(_NONE, rows, _NO_VERSIONS)
 
     def _dense_lengths(self, numbers: NDArray[np.int32]) -> list[int]:
         layout = self.layout

@@ -64,6 +64,7 @@ def _tables(shard: Shard) -> dict[str, dict[str, int]]:
     return {
         "oarlock_table_rows": {name: t.rows for name, t in tables.items()},
         "oarlock_table_bytes": {name: t.nbytes for name, t in tables.items()},
+        "oarlock_table_asked_rows_total": dict(zip(tables, shard.rows_asked, strict=True)),
         "oarlock_table_pulled_rows_total": dict(zip(tables, shard.rows_pulled, strict=True)),
         "oarlock_table_pushed_rows_total": dict(zip(tables, shard.rows_pushed, strict=True)),
         "oarlock_table_refused_gradients_total": {name: t.refused for name, t in tables.items()},

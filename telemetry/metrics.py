@@ -96,7 +96,8 @@ _TABLE = _metrics(
     ("shard", "table"),
     ("rows", "gauge", "Rows, in memory and spilled."),
     ("bytes", "gauge", "Memory of rows, indexes and sketches."),
-    ("pulled_rows_total", "counter", "Rows that pulls were answered with, unknown keys included."),
+    ("asked_rows_total", "counter", "Rows that pulls asked for, unknown keys included."),
+    ("pulled_rows_total", "counter", "Rows that pulls were answered with: those asked for, less what workers keep."),
     ("pushed_rows_total", "counter", "Rows that pushes brought gradients for."),
     ("refused_gradients_total", "counter", "Gradients refused, not finite or too large."),
     ("waiting_keys", "gauge", "Keys that are counted and have no row yet."),
@@ -120,6 +121,21 @@ _WORKER = _metrics(
     ("stage_entries_total stage", "counter", "How often a stage was entered and left."),
     ("pull_seconds", "histogram", "Time from a pull to its last answer, repetitions included."),
     ("push_seconds", "histogram", "Time from a push to its last acknowledgement, repetitions included."),
+)
+_CACHE = _metrics(
+    "worker, by table with a cache",
+    "oarlock_cache_",
+    ("worker", "table"),
+    ("rows", "gauge", "Rows that the worker keeps."),
+    (
+        "hits_total",
+        "counter",
+        "Rows that training pulls asked for and that did not come, since a kept one is new enough.",
+    ),
+    ("misses_total", "counter", "Rows that came; with the hits, all that training pulls asked for."),
+    ("outdated_total", "counter", "Rows that came though they were kept, since these were too old."),
+    ("evictions_total", "counter", "Kept rows that gave their place to others."),
+    ("saved_bytes_total", "counter", "Bytes of the rows that did not come."),
 )
 _MEMBER = _metrics(
     "shard and worker",
@@ -173,5 +189,5 @@ _PROCESS = (
     Metric("every process", "process_threads", "gauge", (), "Threads of the process."),
 )
 
-METRICS = (*_COORDINATOR, *_SHARD, *_TABLE, *_WORKER, *_MEMBER, *_SERVER, *_CLIENT, *_PROCESS)
+METRICS = (*_COORDINATOR, *_SHARD, *_TABLE, *_WORKER, *_CACHE, *_MEMBER, *_SERVER, *_CLIENT, *_PROCESS)
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -101,7 +101,7 @@ class Pipeline:
         await self._pulled.acquire()
         await self._clock.may_pull(group.turn)
         begun = time.perf_counter()
-        await self._session.pull(prepared, self._clock.on_wire(group.turn), lossless=False, **about)
+        await self._session.pull(prepared, self._clock.on_wire(group.turn), lossless=False, cached=True, **about)
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
         return prepared
 

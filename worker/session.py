@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from oarlock.client.caches import Caches
 from oarlock.client.client import Client
 from oarlock.client.membership import Membership
 from oarlock.data.reader import Reader
@@ -49,6 +50,8 @@ class Session:
         self.reader = reader
         self._executor = executor
         self._preparer = Preparer(workload.model, member.layout)
+        # Rows that training keeps from batch to batch. What an evaluation finds does not depend on who keeps what.
+        self.caches = Caches(member.layout.tables)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return ``function(*arguments)``, called in the reading thread."""
@@ -77,12 +80,21 @@ class Session:
 
         return await self._encoding.call(prepare)
 
-    async def pull(self, prepared: Prepared, number: int = 0, *, lossless: bool = True, **about: int) -> Prepared:
+    async def pull(
+        self, prepared: Prepared, number: int = 0, *, lossless: bool = True, cached: bool = False, **about: int
+    ) -> Prepared:
         """Fill the group with its rows and dense values, in the job's forms unless ``lossless``.
 
-        ``number``: of the group on the wire, under ssp.
+        ``number``: of the group on the wire, under ssp. ``cached``: rows that are kept and new enough need not come.
         """
+        caches = self.caches if cached and self.caches.of else None
         prepared.seen = await self.client.pull(
-            prepared.keys, prepared.rows, dense=prepared.dense, number=number, lossless=lossless, about=about
+            prepared.keys,
+            prepared.rows,
+            dense=prepared.dense,
+            number=number,
+            lossless=lossless,
+            caches=caches,
+            about=about,
         )
         return prepared

@@ -7,9 +7,20 @@ Invariant: nothing is changed and nobody waited for: the worker's thread goes on
 from collections.abc import Callable
 from typing import Any
 
+from oarlock.client.caches import Caches
 from oarlock.telemetry.registry import Source
 from oarlock.telemetry.stages import Stages
 from oarlock.worker.trainer import Trainer
+
+# By their names in ``Caches.told``.
+_OF_CACHES = {
+    "rows": "oarlock_cache_rows",
+    "hits": "oarlock_cache_hits_total",
+    "misses": "oarlock_cache_misses_total",
+    "outdated": "oarlock_cache_outdated_total",
+    "evictions": "oarlock_cache_evictions_total",
+    "saved_bytes": "oarlock_cache_saved_bytes_total",
+}
 
 
 def worker_source(trainer: Callable[[], Trainer | None], client: Stages) -> Source:
@@ -36,6 +47,12 @@ def worker_source(trainer: Callable[[], Trainer | None], client: Stages) -> Sour
             "oarlock_worker_stage_entries_total": entries,
             "oarlock_worker_pull_seconds": done.pull_seconds,
             "oarlock_worker_push_seconds": done.push_seconds,
+            **_caches(found.caches),
         }
 
     return source
+
+
+def _caches(caches: Caches) -> dict[str, dict[str, int]]:
+    told = caches.told()
+    return {metric: {table: values[name] for table, values in told.items()} for name, metric in _OF_CACHES.items()}

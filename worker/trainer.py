@@ -10,6 +10,7 @@ import contextlib
 import logging
 from typing import Any
 
+from oarlock.client.caches import Caches
 from oarlock.data.files import files_from_json
 from oarlock.data.splits import locate, plan_splits
 from oarlock.proto.coordinator_pb2 import (
@@ -68,7 +69,12 @@ class Trainer:
             **({"residuals_lost": done.residuals_lost} if done.residuals_lost else {}),
             "open_splits": sorted(self._open),
             "stages": {**done.stages.rounded(), **self._evaluator.stages.rounded()},
+            **({"caches": self.caches.told()} if self.caches.of else {}),
         }
+
+    @property
+    def caches(self) -> Caches:
+        return self._session.caches
 
     @property
     def evaluation_stages(self) -> Stages:

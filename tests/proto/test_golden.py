@@ -106,6 +106,11 @@ def keys() -> TableKeys:
     return TableKeys(table=1, keys=pack(KEYS), blocks=pack(BLOCKS), counts=pack(COUNTS))
 
 
+def full_keys() -> TableKeys:
+    versions = pack(np.array([300, 0], np.uint32))
+    return TableKeys(table=1, keys=pack(KEYS), blocks=pack(BLOCKS), counts=pack(COUNTS), versions=versions, bound=10)
+
+
 def gradients() -> TableGradients:
     return TableGradients(keys=keys(), gradients=pack(GRADIENTS), rate=0.5)
 
@@ -159,11 +164,16 @@ MESSAGES: dict[str, Message] = {
         MEMBER,
         CLOSED,
         Empty(),
-        keys(),
+        full_keys(),
         codec(),
         packed(1, 2, 3),
         PullRequest(
-            header=FULL, tables=[keys()], dense=int32(7), number=301, codecs=[codec(), Codec()], dense_codec=codec(5)
+            header=FULL,
+            tables=[full_keys()],
+            dense=int32(7),
+            number=301,
+            codecs=[codec(), Codec()],
+            dense_codec=codec(5),
         ),
         PullReply(
             rows=[pack(GRADIENTS)],
@@ -171,6 +181,8 @@ MESSAGES: dict[str, Message] = {
             pushes=500,
             packed=[packed(9)],
             packed_dense=packed(8, 7),
+            positions=[int32(0, 1)],
+            versions=[pack(np.array([311, 1], np.uint32))],
             failure=failure(),
         ),
         full_gradients(),
