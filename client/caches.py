@@ -51,7 +51,7 @@ class Asked:
     def __contains__(self, name: str) -> bool:
         return name in self._tables
 
-    def request(self, header: Header, name: str, piece: Piece, message: TableKeys, parts: list[Part]) -> None:
+    def request(self, header: Header, name: str, piece: Piece, message: TableKeys, parts: list[Part] | None) -> None:
         """Add to ``message``, which asks for a piece of table ``name``, what is kept of it."""
         table = self._tables[name]
         if (header.run, header.generation) != self._place:

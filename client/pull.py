@@ -25,8 +25,6 @@ from oarlock.proto.errors import Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import Packed, PullReply, PullRequest
 
 _NONE = np.empty(0, np.int32)
-# The version of a row that is kept goes with its key, that of one that comes with its position.
-VERSION_BYTES = 12
 # Annotations of a function within a function are worked out at every call: names cost less there.
 _Blocks = NDArray[np.int32]
 
@@ -77,7 +75,8 @@ def cut_pull(
 ) -> list[PullMessage]:
     """Cut a pull into messages by owner: all blocks, or those marked in ``wanted`` bool[blocks of the job].
 
-    Neither a message nor its answer is over ``limit`` bytes.
+    Neither a message nor its answer is over ``limit`` bytes: both of them, without versions, are counted as one, so there is room
+    for versions.
     """
     filling: dict[int, PullMessage] = {}
     full: list[PullMessage] = []
@@ -100,7 +99,7 @@ def cut_pull(
             keyset.counts,
             routes.owners[numbers],
             name=name,
-            row_bytes=4 * layout.tables[table].dim + (VERSION_BYTES if layout.tables[table].cache else 0),
+            row_bytes=4 * layout.tables[table].dim,
             wanted=None if wanted is None else wanted[numbers],
             limit=limit,
         ):

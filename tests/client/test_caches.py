@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pulls of a worker that keeps rows: what it computes on lacks ``bound`` updates at most, whatever the wire, placements and shards do.
+"""Pulls of a worker that keeps rows: what it computes on lacks ``bound`` updates at most, whatever the wire and placements do.
 
-Every push adds 1 to each of its rows, so a row tells how many updates it has. The last tests put wrong answers in.
+Every push adds 1 to each of its rows, so a row tells how many updates it has.
 """
 
 import asyncio
@@ -11,69 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import rig
+from cache_rig import DIM, Worker, counted, job_of, move, owner_of
 
-from oarlock.client.caches import Caches
-from oarlock.client.client import Client
 from oarlock.client.pull import cut_pull
-from oarlock.client.push import RowGradients
-from oarlock.client.retry import Retry
 from oarlock.embedding.spec import CacheSpec, Eviction, TableSpec
-from oarlock.proto.arrays import pack
-from oarlock.proto.errors import DeadlineExceeded, Malformed
-from oarlock.proto.shard_pb2 import PullReply, PullRequest
+from oarlock.proto.common_pb2 import Header
+from oarlock.proto.errors import DeadlineExceeded
+from oarlock.proto.shard_pb2 import PullRequest
 
-PATIENT = Retry(deadline_seconds=10000.0)
-DIM = 2
+NO_DENSE = np.empty(0, np.int32)
 FAULTS = {"lose": 0.1, "deaf": 0.1, "late": 0.2, "slow": 0.1}
-
-
-def job_of(bound=0, rows=100, policy="lru", shards=3, **changes):
-    """A job with a table ``user`` that workers keep rows of, and ``item`` that they do not."""
-    user = TableSpec("user", DIM, rig.SGD, rig.ZEROS, 8, cache=CacheSpec(rows, bound, policy), **changes)
-    return rig.Job(rig.spec_of(tables=(user, TableSpec("item", 3, rig.SGD, rig.ZEROS, 4))), shards).place()
-
-
-class Worker:
-    """A client with caches, whose groups count up."""
-
-    def __init__(self, job, split=0, transport=None, seed=0):
-        self.job, self.split, self.group = job, split, 0
-        self.member = job.member(transport, retry=PATIENT, seed=seed)
-        self.client, self.caches = Client(self.member), Caches(job.spec.tables)
-        self.cache = self.caches.of["user"]
-
-    async def pull(self, raw, *, tables=("user",), caches=True):
-        """Return {key: first value of its row}."""
-        keys = {name: rig.group_keys(self.job.layout, self.client.routes, name, raw) for name in tables}
-        dims = {t.name: t.dim for t in self.job.layout.tables}
-        rows = {name: np.full((len(found.keys), dims[name]), np.nan, np.float32) for name, found in keys.items()}
-        await self.client.pull(keys, rows, caches=self.caches if caches else None)
-        for found in rows.values():
-            assert (found == found[:, :1]).all()
-        return dict(zip(keys["user"].keys.tolist(), rows["user"][:, 0].tolist(), strict=True))
-
-    async def push(self, raw, value=-1.0, step=0):
-        keys = rig.group_keys(self.job.layout, self.client.routes, "user", raw)
-        gradients = np.full((len(keys.keys), DIM), value, np.float32)
-        await self.client.push(self.split, self.group, {"user": RowGradients(keys, gradients, 1.0)}, step=step)
-        self.group += 1
-
-
-def move(job, number, to):
-    """Move a block, and have all shards go by the new placement."""
-    job.move(number, to)
-    for shard in job.shards.values():
-        shard.generation = job.generation
-
-
-def owner_of(job, key):
-    """Return (number of the key's block, its owner)."""
-    block = int(rig.group_keys(job.layout, job.routes(), "user", [key]).blocks[0])
-    return block, int(job.owners[block])
-
-
-def counted(job, what):
-    return sum(getattr(shard, what)[0] for shard in job.shards.values())
 
 
 def test_only_rows_that_are_too_old_come(spy):
@@ -95,7 +42,10 @@ def test_only_rows_that_are_too_old_come(spy):
     assert worker.cache.saved_bytes == 40 * 4 * DIM
     assert (counted(job, "rows_asked"), counted(job, "rows_pulled")) == (100, 60)
     requests = [PullRequest.FromString(data) for _, _, data, _ in spy.sent("Shard.Pull")]
-    assert {(t.table, t.HasField("versions"), t.bound) for r in requests for t in r.tables} == {(0, True, 1), (1, False, 0)}
+    assert {(t.table, t.HasField("versions"), t.bound) for r in requests for t in r.tables} == {
+        (0, True, 1),
+        (1, False, 0),
+    }
 
 
 def test_without_caches_a_pull_is_as_ever_and_leaves_them_alone():
@@ -207,8 +157,10 @@ def test_a_row_of_a_block_that_was_elsewhere_comes_whatever_its_version_says(way
             await other.push([1], value=10.0, step=100)
         _, now = owner_of(job, 1)
         found = rig.group_keys(job.layout, job.routes(), "user", [1])
-        newer = job.shards[now].tables[0].pull_newer(
-            found.keys, found.blocks, found.counts, np.array([4], np.uint32), bound=3
+        newer = (
+            job.shards[now]
+            .tables[0]
+            .pull_newer(found.keys, found.blocks, found.counts, np.array([4], np.uint32), bound=3)
         )
         assert len(newer.rows) == 0, "its version says that nothing has to come"
         if way == "known":
@@ -244,6 +196,10 @@ def test_a_new_run_and_a_new_placement_empty_the_caches_also_for_a_pull_under_wa
         await worker.push(raw)
         await worker.pull([1])
         assert len(worker.cache) == 1
+        (message,) = cut_pull(
+            job.layout, replace(worker.client.routes, owners=job.owners * 0), {"user": keys}, NO_DENSE
+        )
+        under_way.take("user", message.pieces[0][1], np.arange(8, dtype=np.int32), np.full(8, 9, np.uint32), rows)
         under_way.keep()
         assert len(worker.cache) == 1
         assert await worker.pull(raw) == dict.fromkeys(raw, 2)
@@ -301,78 +257,47 @@ def test_a_shard_that_knows_no_versions_is_understood():
     rig.run(body())
 
 
-def test_an_answer_of_kept_rows_fits_a_message():
-    job = job_of()
-    keys = {"user": rig.group_keys(job.layout, job.routes(), "user", range(500))}
-    limit = 4000
-    messages = cut_pull(job.layout, job.routes(), keys, np.empty(0, np.int32), limit=limit)
+@pytest.mark.parametrize("dim", [1, 2, 16])
+def test_questions_and_answers_of_kept_rows_fit_a_message(dim):
+    table = TableSpec("user", dim, rig.SGD, rig.ZEROS, 8, cache=CacheSpec(100))
+    job = rig.Job(rig.spec_of(tables=(table,))).place()
+    worker = Worker(job)
+    keys = {"user": rig.group_keys(job.layout, job.routes(), "user", range(4000))}
+    rows = {"user": np.zeros((4000, dim), np.float32)}
+    asked = worker.caches.ask(job.run, job.generation, keys, rows)
+    limit = 700 * (4 * dim + 8)
+    messages = cut_pull(job.layout, job.routes(), keys, NO_DENSE, limit=limit)
+    assert len(messages) > 6
     for message in messages:
+        request = PullRequest(header=Header(run=job.run, generation=job.generation))
+        for name, piece in message.pieces:
+            made = request.tables.add()
+            made.CopyFrom(piece.keys(keys[name].keys))
+            asked.request(request.header, name, piece, made, None)
         n = sum(piece.size for _, piece in message.pieces)
-        blocks = sum(len(piece.blocks) for _, piece in message.pieces)
-        assert max(12 * n + 8 * blocks, (4 * DIM + 8) * n) <= limit
-    assert sum(piece.size for m in messages for _, piece in m.pieces) == 500
+        # The envelope has room of its own: MAX_MESSAGE_BYTES - MESSAGE_BYTES.
+        assert request.ByteSize() <= limit + 200
+        assert (4 * dim + 8) * n <= limit
+    assert sum(piece.size for m in messages for _, piece in m.pieces) == 4000
 
 
-def int32(*values):
-    return pack(np.array(values, np.int32))
+def test_of_a_piece_that_was_answered_twice_the_last_answer_counts():
+    job = job_of(bound=5, shards=1)
+    worker = Worker(job)
+    keys = {"user": rig.group_keys(job.layout, job.routes(), "user", [1])}
+    rows = {"user": np.zeros((1, DIM), np.float32)}
+    (message,) = cut_pull(job.layout, job.routes(), keys, NO_DENSE)
+    (name, piece), place = message.pieces[0], (job.run, job.generation)
 
+    def came(version):
+        return np.zeros(1, np.int32), np.full(1, version, np.uint32), np.full((1, DIM), version, np.float32)
 
-def uint32(*values):
-    return pack(np.array(values, np.uint32))
-
-
-def rows_of(n):
-    return pack(np.full((n, DIM), 7, np.float32))
-
-
-# What a shard answers to a pull of four keys, of which the last is not kept, and what is wrong with that.
-ANSWERS = {
-    "a row that is not kept is missing": (rows_of(1), int32(0), uint32(5), "did not come, and no row of it is kept"),
-    "nothing came": (rows_of(0), int32(), uint32(), "did not come, and no row of it is kept"),
-    "beyond the end": (rows_of(2), int32(3, 4), uint32(5, 5), "not ascending within 0 to 3"),
-    "below 0": (rows_of(2), int32(-1, 3), uint32(5, 5), "not ascending within 0 to 3"),
-    "twice": (rows_of(2), int32(3, 3), uint32(5, 5), "not ascending within 0 to 3"),
-    "not in order": (rows_of(4), int32(0, 2, 1, 3), uint32(5, 5, 5, 5), "not ascending within 0 to 3"),
-    "more rows": (rows_of(3), int32(0, 3), uint32(5, 5), "3 rows and 2 versions of user for 2 positions"),
-    "fewer rows": (rows_of(1), int32(0, 3), uint32(5, 5), "1 rows and 2 versions of user for 2 positions"),
-    "fewer versions": (rows_of(2), int32(0, 3), uint32(5), "2 rows and 1 versions of user for 2 positions"),
-    "no positions": (rows_of(4), None, uint32(5, 5, 5, 5), "positions and versions of 0 and 1 tables for 1"),
-    "no versions": (rows_of(4), int32(0, 1, 2, 3), None, "positions and versions of 1 and 0 tables for 1"),
-    "neither, and rows are missing": (rows_of(2), None, None, "2 rows and 4 versions of user for 4 positions"),
-    "positions of another type": (rows_of(2), uint32(0, 3), uint32(5, 5), "positions of user: dtype uint32, wanted int32"),
-    "versions of another type": (rows_of(2), int32(0, 3), int32(5, 5), "versions of user: dtype int32, wanted uint32"),
-    "rows of another width": (
-        pack(np.zeros((2, 3), np.float32)),
-        int32(0, 3),
-        uint32(5, 5),
-        "rows of user: 3 columns, wanted 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_that_cannot_be_changes_nothing(name, spy):
-    rows, positions, versions, problem = ANSWERS[name]
-    job = job_of(bound=1, shards=1)
-    spy.inner = job.transport
-    answer = PullReply(
-        rows=[rows],
-        positions=[] if positions is None else [positions],
-        versions=[] if versions is None else [versions],
-    )
-
-    async def body():
-        worker = Worker(job, transport=spy)
-        *there, absent = rig.group_keys(job.layout, worker.client.routes, "user", [1, 2, 3, 4]).keys.tolist()
-        await worker.push(there)
-        await worker.pull(there)
-        told, state = worker.caches.told(), rig.state(job)
-        spy.answers.append(lambda a, m, r: answer if m == "Shard.Pull" else None)
-        with pytest.raises(Malformed, match=problem):
-            await worker.pull([1, 2, 3, 4])
-        assert worker.caches.told() == told
-        assert rig.state(job) == state
-        spy.answers.clear()
-        assert await worker.pull([1, 2, 3, 4]) == {**dict.fromkeys(there, 1), absent: 0}
-
-    rig.run(body())
+    first = worker.caches.ask(*place, keys, rows)
+    first.take(name, piece, *came(1))
+    first.keep()
+    second = worker.caches.ask(*place, keys, rows)
+    second.take(name, piece, *came(9))
+    second.take(name, piece, *(array[:0] for array in came(9)))
+    second.keep()
+    assert (worker.cache.hits, worker.cache.misses) == (1, 1)
+    assert worker.cache.versions_of(keys["user"].keys, rows["user"]).tolist() == [1]

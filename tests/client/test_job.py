@@ -7,7 +7,7 @@ import rig
 
 from oarlock.client.job import JobSpec
 from oarlock.embedding.schedule import Schedule
-from oarlock.embedding.spec import DenseSpec, OptimizerSpec, Part, TableSpec
+from oarlock.embedding.spec import CacheSpec, DenseSpec, OptimizerSpec, Part, TableSpec
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -50,6 +50,14 @@ def test_a_job_travels_whole_as_text():
         ({"heartbeat_seconds": 0}, "must be above 0 and below lease_seconds"),
         ({"heartbeat_seconds": 5.0}, "must be above 0 and below lease_seconds = 5.0"),
         ({"lease_seconds": float("nan")}, "must be above 0 and below lease_seconds = nan"),
+        (
+            {"mode": "ssp", "tables": (TableSpec("a", 2), TableSpec("b", 2, cache=CacheSpec(9)))},
+            "mode = 'ssp' and the cache of table b contradict each other: .*give mode = 'async', or no cache",
+        ),
+        (
+            {"mode": "geo", "tables": (TableSpec("a", 2, rig.SGD, cache=CacheSpec(9)),)},
+            "mode = 'geo' and the cache of table a",
+        ),
         ({"tables": (TableSpec("a", 2), TableSpec("a", 3))}, "two parameters are named 'a'"),
         ({"tables": (TableSpec("a", 2),), "dense": (DenseSpec("a", (3,)),)}, "two parameters are named 'a'"),
     ],
