@@ -23,7 +23,7 @@ from oarlock.client.packed import CHUNK, encode_dense, encode_rows, packed, read
 from oarlock.cluster.coordinator import MAX_WARNINGS
 from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
 from oarlock.embedding.policy import Guard
-from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.spec import CacheSpec, DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import HelloRequest
@@ -167,7 +167,7 @@ def small_spec():
     adam = OptimizerSpec("adam")
     return rig.spec_of(
         tables=(
-            TableSpec("user", 2, adam, Initializer("normal"), 4, guard=Guard(undo=2)),
+            TableSpec("user", 2, adam, Initializer("normal"), 4, guard=Guard(undo=2), cache=CacheSpec(50, 3)),
             TableSpec("item", 3, rig.SGD, rig.ZEROS, 2),
         ),
         dense=(DenseSpec("w", (3, 3), adam, rig.ZEROS, slice=4), DenseSpec("b", (5,), rig.SGD, rig.ZEROS, slice=3)),
@@ -209,6 +209,9 @@ class ShardTarget(Target):
         job = self.job
         keyset = rig.group_keys(job.layout, job.routes(), "user", range(12))
         part = TableKeys(table=0, keys=pack(keyset.keys), blocks=pack(keyset.blocks), counts=pack(keyset.counts))
+        kept = TableKeys(versions=pack(np.arange(12, dtype=np.uint32) % 4), bound=2)
+        kept.MergeFrom(part)
+        believed = job.header(0, generation=job.generation)
         dense = pack(np.arange(job.layout.dense_base, job.layout.blocks, dtype=np.int32))
         adoption = job.adoption(0)
         job.generation += 1
@@ -223,6 +226,7 @@ class ShardTarget(Target):
             "Shard.Pull": [
                 PullRequest(header=header, tables=[part], dense=dense, number=1),
                 PullRequest(header=header, tables=[part], dense=dense, codecs=[Codec(codec=3)], dense_codec=PACKED[0]),
+                PullRequest(header=believed, tables=[kept, part]),
             ],
             "Shard.Push": [rig.request_of(job, split, group, raw=range(8)) for split, group in ((1, 1), (1, 2), (2, 0))]
             + [packed_push(job, 2, group, codec) for group, codec in enumerate(PACKED)],

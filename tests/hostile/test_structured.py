@@ -113,6 +113,24 @@ def test_pushes_that_are_nearly_right(shard, split, group, tables, dense):
     assert rig.state(shard.job)
 
 
+@st.composite
+def kept_keys(draw):
+    """Keys with versions of rows that the sender says it keeps, nearly as many as there are keys."""
+    keys, rows, _ = draw(table_keys())
+    n = max(0, rows + draw(st.sampled_from([0, 0, 0, 0, 1, -1])))
+    versions = draw(st.lists(st.one_of(few, st.integers(0, (1 << 32) - 1)), min_size=n, max_size=n))
+    keys.versions.CopyFrom(draw(st.one_of(st.just(pack(np.array(versions, np.uint32))), odd_array)))
+    keys.bound = draw(st.one_of(few, st.integers(0, (1 << 32) - 1)))
+    return keys
+
+
+@given(tables=st.lists(kept_keys(), max_size=3), generation=st.integers(0, 2))
+@settings(max_examples=EXAMPLES // 4)
+def test_pulls_with_versions_that_are_nearly_right(shard, tables, generation):
+    request = PullRequest(header=JOB.header(0, generation=generation), tables=tables)
+    shard.attack("Shard.Pull", request.SerializeToString())
+
+
 @given(
     tables=st.lists(table_keys(), max_size=3),
     dense=st.one_of(array(np.int32, int32, max_size=5), odd_array),
