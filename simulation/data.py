@@ -5,6 +5,7 @@ Invariant: the expected counts come from the files alone. Files are read once; t
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from oarlock.data.columns import Arrays, ColumnSpec
 from oarlock.data.files import files_to_json, list_files
 from oarlock.data.reader import open_reader
 from oarlock.data.splits import SplitPlan, plan_splits
+from oarlock.embedding.spec import CacheSpec
 from oarlock.simulation.counting import Config, parameters
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
 
@@ -78,6 +80,9 @@ class Data:
         changes: dict[str, Any] = {}
         if schedule.mode == "ssp":
             changes["staleness"] = schedule.staleness
+        if schedule.cache_rows:
+            counting, *others = tables
+            tables = (replace(counting, cache=CacheSpec(schedule.cache_rows, schedule.cache_bound)), *others)
         return JobSpec(
             job=JOB,
             name="simulated",

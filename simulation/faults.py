@@ -65,7 +65,7 @@ class Fault:
 class Schedule:
     """A small job and its faults. ``latency`` is the longest time of a message on its way, in seconds.
 
-    ``accumulate``: batches of a group; the k of geo(k).
+    ``accumulate``: batches of a group; the k of geo(k). ``cache_rows``: rows of the counting table that a worker keeps, 0: none.
     """
 
     seed: int
@@ -81,6 +81,8 @@ class Schedule:
     latency: float
     faults: tuple[Fault, ...]
     accumulate: int = 1
+    cache_rows: int = 0
+    cache_bound: int = 0
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -130,6 +132,9 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
         latency=rng.choice((0.01, 0.1, 0.4)),
         faults=tuple(sorted(faults, key=lambda f: f.at)),
         accumulate=accumulate,
+        # Some rows give their places to others, or all have one.
+        cache_rows=rng.choice((0, 5, 100)) if mode == "async" else 0,
+        cache_bound=rng.choice((0, 1, 3)),
     )
 
 

@@ -27,6 +27,7 @@ from oarlock.ps.shard import Shard
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Schedule
 from oarlock.simulation.invariants import Checker, Violation
+from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Process, Stalled, VirtualLoop
 from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
@@ -65,6 +66,7 @@ class World:
         self.committed = Committed()
         self.checker = Checker(self.spec, data, self.committed)
         self.bound = Bound(schedule.staleness)
+        self.kept = Kept(self.spec)
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -178,12 +180,15 @@ class World:
     def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
         if method == "Shard.Push":
             self.checker.pushed(shard, request.split)
+            self.kept.pushed(shard)
             if not isinstance(reply, PSError):
                 self.bound.pushed(number, request)
         elif method == "Shard.Pull" and not isinstance(reply, PSError):
             self.checker.pulled(number, self.loop.now - self._renewed.get(f"shard-{number}", BEGIN))
             if lacking := self.bound.violation(number, request):
                 raise Violation(f"S1: {lacking}")
+            if wrong := self.kept.violation(request, reply):
+                raise Violation(f"V1: {wrong}")
         elif method in ("Shard.Close", "Shard.Adopt"):
             self.checker.told_closed(shard)
 

@@ -22,7 +22,9 @@ def test_every_test_that_is_named_exists() -> None:
 
 def test_planted_bugs_exist() -> None:
     folder = ROOT / "tests" / "simulation"
-    planted = functions(folder / "planted.py") | functions(folder / "planted_modes.py")
+    planted = set().union(
+        *(functions(folder / f"{name}.py") for name in ("planted", "planted_modes", "planted_caches"))
+    )
     named = {n for line in re.findall(r"planted bugs? ((?:`\w+`(?:, )?)+)", TEXT) for n in re.findall(r"`(\w+)`", line)}
     assert len(named) > 8
     assert named <= planted

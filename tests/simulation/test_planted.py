@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import planted
+import planted_caches
 import planted_modes
 import pytest
 
@@ -41,7 +42,7 @@ def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch
     "plant",
     [
         pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__)
-        for p in (*planted.PLANTED, *planted_modes.PLANTED)
+        for p in (*planted.PLANTED, *planted_modes.PLANTED, *planted_caches.PLANTED)
     ],
 )
 @pytest.mark.timeout(600)
