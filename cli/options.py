@@ -73,6 +73,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--network-threads", type=int, metavar="N", help="requests that a shard serves at once (default 512)"
     )
     command.add_argument(
+        "--request-memory-bytes",
+        type=int,
+        metavar="N",
+        help="memory of each shard for requests in work, beside its tables (default 1073741824)",
+    )
+    command.add_argument(
         "--server-pin-cores",
         metavar="LIST",
         help="cores of the shards, like 0-3,8; auto: share out all cores (default: anywhere)",

@@ -40,6 +40,7 @@ _OPTIONS = (
     "compute_threads",
     "blas_threads",
     "network_threads",
+    "request_memory_bytes",
     "server_pin_cores",
     "worker_pin_cores",
     "reader",

@@ -106,7 +106,13 @@ def server_source(server: GrpcServer) -> Source:
     """Return the source of what a server was asked."""
 
     def source() -> dict[str, Any]:
-        return {**_calls("server", server), "oarlock_rpc_server_open_calls": server.open_calls()}
+        return {
+            **_calls("server", server),
+            "oarlock_rpc_server_open_calls": server.open_calls(),
+            "oarlock_rpc_server_refused_total": server.memory.refused,
+            "oarlock_rpc_server_memory_bytes": server.memory.nbytes,
+            "oarlock_rpc_server_waiting_requests": server.memory.received.waiting,
+        }
 
     return source
 

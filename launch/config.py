@@ -19,6 +19,7 @@ from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
 from oarlock.proto.errors import InvalidArgument, NotFound
+from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.worker.recipe import Recipe
 
 READERS = ("petastorm", "arrow", "auto")
@@ -54,6 +55,7 @@ class RunConfig:
     compute_threads: int = 1
     blas_threads: int = 1
     network_threads: int = NETWORK_THREADS
+    request_memory_bytes: int = REQUEST_MEMORY_BYTES
     server_pin_cores: str = ""
     worker_pin_cores: str = ""
     lease_seconds: float = 5.0
@@ -76,6 +78,7 @@ class RunConfig:
             ("compute_threads", 1, MAX_THREADS),
             ("blas_threads", 1, MAX_THREADS),
             ("network_threads", *NETWORK_THREADS_RANGE),
+            ("request_memory_bytes", *REQUEST_MEMORY_RANGE),
         ):
             if not least <= getattr(self, name) <= most:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer from {least} to {most}")

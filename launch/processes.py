@@ -109,6 +109,7 @@ class LocalProcesses:
                 arguments += ["--reader", self._spec.reader]
             else:
                 arguments += ["--spill-folder", str(self._folder)]
+                arguments += ["--request-memory-bytes", str(self._processors.request_memory_bytes)]
                 arguments += ["--network-threads", str(self._processors.network_threads)]
         arguments += self._metrics(role, number)
         arguments += self._trace.options(role, number) if self._trace is not None else []

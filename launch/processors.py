@@ -6,7 +6,7 @@ before it had. With ``auto`` no two processes share a core as long as there is o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import (
@@ -20,6 +20,7 @@ from oarlock.client.processors import (
 )
 from oarlock.launch.config import AUTO, RunConfig
 from oarlock.proto.rpc.frame_client import CONNECTIONS
+from oarlock.proto.work import REQUEST_MEMORY_BYTES
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Processors:
     network_threads: int = NETWORK_THREADS
     servers: tuple[Cores, ...] = ()
     workers: tuple[Cores, ...] = ()
+    # Of each shard, beside its tables.
+    request_memory_bytes: int = REQUEST_MEMORY_BYTES
 
     def of(self, role: str, number: int) -> Cores:
         """Return the cores of a process, none if it is not pinned."""
@@ -70,7 +73,11 @@ class Processors:
 
 def processors_of(run: RunConfig, allowed: Cores | None = None) -> Processors:
     """Decide for the processes of ``run``, on the cores that this process may use."""
-    allowed = allowed or allowed_cores()
+    shared = _shared_out(run, allowed or allowed_cores())
+    return replace(shared, request_memory_bytes=run.request_memory_bytes)
+
+
+def _shared_out(run: RunConfig, allowed: Cores) -> Processors:
     weight = run.compute_threads * run.blas_threads
     workers = [] if run.worker_pin_cores == "" else [weight] * run.workers
     servers = [] if run.server_pin_cores == "" else [1] * run.servers

@@ -13,6 +13,7 @@ from oarlock.client.trace import trace_requests
 from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.rpc.frame_client import CONNECTIONS
+from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.ps.process import SWITCH_SECONDS, run_shard
 from oarlock.ps.service import ShardService
 
@@ -31,6 +32,13 @@ def main() -> int:
         help=f"requests and connections served at once; a worker has up to {CONNECTIONS} (default {NETWORK_THREADS})",
     )
     options.add_argument(
+        "--request-memory-bytes",
+        type=int,
+        default=REQUEST_MEMORY_BYTES,
+        metavar="N",
+        help=f"memory of all requests in work, beside the tables; more wait or are refused (default {REQUEST_MEMORY_BYTES})",
+    )
+    options.add_argument(
         "--spill-folder",
         type=Path,
         metavar="FOLDER",
@@ -42,9 +50,20 @@ def main() -> int:
     least, most = NETWORK_THREADS_RANGE
     if not least <= given.network_threads <= most:
         options.error(f"--network-threads {given.network_threads}: give an integer from {least} to {most}")
+    fewest, largest = REQUEST_MEMORY_RANGE
+    if not fewest <= given.request_memory_bytes <= largest:
+        options.error(
+            f"--request-memory-bytes {given.request_memory_bytes}: give an integer from {fewest} to {largest}"
+        )
     transport = GrpcTransport()
     service = ShardService(spill_folder=given.spill_folder)
-    server = GrpcServer(service, "Shard", listen=given.listen, threads=given.network_threads)
+    server = GrpcServer(
+        service,
+        "Shard",
+        listen=given.listen,
+        threads=given.network_threads,
+        request_memory_bytes=given.request_memory_bytes,
+    )
 
     sys.setswitchinterval(SWITCH_SECONDS)
 

@@ -28,6 +28,7 @@ from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
+from oarlock.proto.work import expects, refuse_late
 from oarlock.ps.marks import Marks
 from oarlock.ps.request import (
     DensePush,
@@ -155,6 +156,8 @@ class Shard:
                 f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
                 "ask for fewer at once"
             )
+        # Encoded rows lie beside those that they were made of.
+        expects(values * (4 if forms is None else 8))
         # A block may have been elsewhere between two placements, where it did not take along what is said of evicted rows.
         believed = request.header.generation == self.generation
         found = [
@@ -238,6 +241,8 @@ class Shard:
         numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
         refuse_repeated(numbers)
         with self.push_lock:
+            # Pushes before it may have taken long.
+            refuse_late()
             if split - self.closed.floor >= SPLIT_WINDOW:
                 # Nobody was leased such a split, unless word of closed ones has not come yet; it would keep marks for ever.
                 raise Unavailable(

@@ -158,7 +158,18 @@ _SERVER = _rpc(
     ("received_bytes_total method", "counter", "Bytes of requests, without the frames of HTTP/2."),
     ("sent_bytes_total method", "counter", "Bytes of answers, without the frames of HTTP/2."),
     ("seconds_total method", "counter", "Time from a whole request to its whole answer, summed over threads."),
-    ("open_calls kind", "gauge", "Calls that hold a thread; a worker has two streams to each shard."),
+    (
+        "open_calls kind",
+        "gauge",
+        "Calls and connections that hold a thread; a worker has up to four connections of frames to each shard, or two streams.",
+    ),
+    (
+        "refused_total why",
+        "counter",
+        "Requests refused for want of memory, or because nobody waited for them any more.",
+    ),
+    ("memory_bytes what", "gauge", "Memory taken for requests, answers and kept buffers, and the limit of all."),
+    ("waiting_requests", "gauge", "Frames that wait for memory before they are received."),
 )
 _CLIENT = _rpc(
     "client",

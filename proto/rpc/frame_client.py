@@ -191,22 +191,22 @@ class FramePeer:
     async def call(self, buffers: list[memoryview], method: str, timeout_seconds: float) -> frames.Frame | None:
         """Return the answer to a frame, or None if there are no sockets to send it on (``absent`` then); PSError."""
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(timeout_seconds) as timeout:
                 while True:
-                    found = await self._placed(buffers)
+                    found = await self._placed(buffers, timeout.when())
                     if found is not None or self.absent:
                         return found
         except TimeoutError:
             raise DeadlineExceeded(f"{method} at {self._address}: no answer in time", address=self._address) from None
 
-    async def _placed(self, buffers: list[memoryview]) -> frames.Frame | None:
-        """Return the answer; None if it is absent, or if there is a place less now."""
+    async def _placed(self, buffers: list[memoryview], until: float | None) -> frames.Frame | None:
+        """Return the answer, which is waited for ``until`` then; None if it is absent, or if there is a place less now."""
         if self._aside and asyncio.get_running_loop().time() >= self._aside_until:
             self._bring_back()
         await self._places.acquire()
         try:
             connection = self._idle.pop() if self._idle else await self._opened()
-            frame = None if connection is None else await self._exchange(connection, buffers)
+            frame = None if connection is None else await self._exchange(connection, buffers, until)
         except _Full:
             # Not given back: calls wait for the connections that there are, of which at least one is open.
             self._aside += 1
@@ -251,9 +251,12 @@ class FramePeer:
             logger.warning("event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address)
             return None
 
-    async def _exchange(self, connection: Connection, buffers: list[memoryview]) -> frames.Frame:
+    async def _exchange(self, connection: Connection, buffers: list[memoryview], until: float | None) -> frames.Frame:
         try:
             self._check_open()
+            if until is not None:
+                # What is left of it may be less than the caller gave: it had to wait for a place.
+                buffers = frames.stamped(buffers, until - asyncio.get_running_loop().time())
             frame = await connection.exchange(buffers)
         except BaseException as error:
             self._open.discard(connection)

@@ -3,7 +3,8 @@
 
 Invariant: a connection that does not begin with the token is closed unheard. No frame, however wrong, ends the process or
 another connection; a wrong one ends its own. A connection holds a thread while it is open; its requests are answered one after
-the other, so what nobody reads does not pile up; one that stalls gives its place to a newcomer (places.py).
+the other, so what nobody reads does not pile up; one that stalls gives its place to a newcomer (places.py). A frame is received
+once there is memory for it (work.py); one for which there is none in time is read to its end, kept by nobody, and refused.
 """
 
 import hmac
@@ -20,12 +21,14 @@ from oarlock.proto.errors import PSError
 from oarlock.proto.methods import Method
 from oarlock.proto.rpc.places import STALL_SECONDS, Place, Places
 from oarlock.proto.rpc.sockets import ABSTRACT, Shared, prepare, settle
+from oarlock.proto.work import Memory, Work
 
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
-# Returns the buffers of the answer to a method's request; whatever goes wrong is in the reply's field `failure`.
-Answer = Callable[[Method, frames.Frame], list[memoryview]]
+# Returns the buffers of the answer to a method's request, or to one that was refused unread; whatever goes wrong is in the
+# reply's field `failure`.
+Answer = Callable[[Method, frames.Frame | PSError, Work], list[memoryview]]
 # How long nobody is let in after that failed: for want of files, most likely, and the one at the door stays there.
 REST_SECONDS = 0.1
 
@@ -43,8 +46,10 @@ class FrameServer:
         *,
         host: str,
         connections: int,
+        memory: Memory | None = None,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
+        self._memory = Memory() if memory is None else memory
         self._methods = methods
         self._answer = answer
         self._host = host
@@ -135,7 +140,7 @@ class FrameServer:
     def _serve(self, shared: Shared, place: Place) -> None:
         try:
             with shared.used() as connection:
-                self._converse(connection, place)
+                self._converse(connection, shared, place)
         except (OSError, frames.Closed):
             pass
         except PSError as error:
@@ -146,27 +151,59 @@ class FrameServer:
             shared.end()
             self._places.leave(place)
 
-    def _converse(self, connection: socket.socket, place: Place) -> None:
-        receiver = frames.Receiver(connection)
+    def _converse(self, connection: socket.socket, shared: Shared, place: Place) -> None:
+        receiver = frames.Receiver(connection, self._memory.buffers)
         hello = receiver.receive(most=4 * TOKEN_BYTES)
         if hello.kind != frames.HELLO or not hmac.compare_digest(hello.message, self.token):
             return
+        del hello
         frames.send(connection, frames.encode(frames.REPLY, b""))
         settle(connection)
         while True:
-            frame = receiver.receive()
-            method = self._methods.get(frame.kind & ~frames.BESIDE)
+            head = receiver.head()
+            method = self._methods.get(head.kind & ~frames.BESIDE)
             if method is None:
-                logger.warning("event=frame_refused error=a frame of kind %s", frame.kind)
+                logger.warning("event=frame_refused error=a frame of kind %s", head.kind)
                 return
+            with Work(self._memory, method.name, seconds=head.seconds, end=shared.end) as work:
+                self._exchange(connection, receiver, head, method, work, place)
+
+    def _exchange(
+        self,
+        connection: socket.socket,
+        receiver: frames.Receiver,
+        head: frames.Head,
+        method: Method,
+        work: Work,
+        place: Place,
+    ) -> None:
+        """Answer the request that begins with ``head``."""
+
+        def moved() -> None:
+            place.waits()
+            work.moved()
+
+        came: frames.Frame | PSError
+        try:
+            # Who waits for memory stalls nobody.
             place.works()
-            buffers = self._answer(method, frame)
-            # The next request may come into the same memory.
-            del frame
+            work.receives(head.memory)
+        except PSError as error:
             place.waits()
-            frames.send(connection, buffers)
-            del buffers
+            frames.skip(connection, head.length)
+            came = error
+        else:
             place.waits()
+            came = receiver.body(head, moved)
+        place.works()
+        work.works()
+        buffers = self._answer(method, came, work)
+        # The next request may come into the same memory.
+        del came
+        work.received()
+        moved()
+        frames.send(connection, buffers, moved)
+        place.waits()
 
     def stop(self, grace_seconds: float = 0.0) -> None:
         """Let nobody in and hear nothing more; end all connections after the grace, wait for their threads. Idempotent."""
@@ -182,6 +219,7 @@ class FrameServer:
             left = {t: s for t, s in self._open.items() if t is not threading.current_thread()}
         for shared in left.values():
             shared.hush()
+        self._memory.close()
         end = time.monotonic() + grace_seconds
         for thread in left:
             thread.join(max(0.0, end - time.monotonic()))

@@ -4,7 +4,8 @@
 Invariant: no message, however wrong, ends the process or another caller's stream. A call holds a thread while it is open, also
 one whose peer does nothing; streams and single calls have places of their own (places.py), so that neither keeps out the
 other, nor those that stall those that do not. An answer is in the hands of gRPC one at a time for each call, so what nobody
-reads does not pile up.
+reads does not pile up. What requests hold at a time is bounded (proto/work.py): frames before they are received, messages of
+gRPC, which receives them by itself, before they are worked on.
 """
 
 import logging
@@ -30,6 +31,7 @@ from oarlock.proto.rpc.places import STALL_SECONDS, Places
 from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
 from oarlock.proto.transport import dispatch
 from oarlock.proto.version import check_protocol
+from oarlock.proto.work import REQUEST_MEMORY_BYTES, Memory, Work
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ WIRE = "Wire"
 
 # Fewer could not be shared out.
 MIN_THREADS = 16
+# Of a message over gRPC there are, at a time, its bytes, the parsed message and its arrays.
+COPIES = 3
 
 
 class GrpcServer:
@@ -52,7 +56,9 @@ class GrpcServer:
         threads: int = 256,
         stall_seconds: float = STALL_SECONDS,
         frames: bool = True,
+        request_memory_bytes: int = REQUEST_MEMORY_BYTES,
     ) -> None:
+        self.memory = Memory(request_memory_bytes, stall_seconds=stall_seconds)
         self._handler = handler
         self._service = service
         self._listen = listen
@@ -66,7 +72,9 @@ class GrpcServer:
         bulk = {m.frame: m for m in self._methods() if m.frame} if frames else {}
         host = "" if listen.startswith("unix:") else listen.rpartition(":")[0]
         self._frames = (
-            FrameServer(bulk, self._framed, host=host, connections=streams, stall_seconds=stall_seconds)
+            FrameServer(
+                bulk, self._framed, host=host, connections=streams, memory=self.memory, stall_seconds=stall_seconds
+            )
             if bulk
             else None
         )
@@ -120,35 +128,47 @@ class GrpcServer:
                 methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
         return methods
 
-    def _reply(self, method: Method, data: bytes) -> bytes:
+    def _reply(self, method: Method, data: bytes, work: Work) -> bytes:
         begun = time.perf_counter()
         count = self.counts.of(method.name)
         try:
-            reply = encoded(inlined(self._answered(method, data)), f"{method.name}: the reply")
+            work.copies = COPIES
+            work.receives(COPIES * len(data))
+            work.works()
+            reply = encoded(inlined(self._answered(method, data, work)), f"{method.name}: the reply")
         except PSError as error:
             count.add(len(data), 0, time.perf_counter() - begun, error)
             raise
         count.add(len(data), len(reply), time.perf_counter() - begun)
+        work.answers(len(reply))
+        work.received()
         return reply
 
-    def _framed(self, method: Method, frame: Frame) -> list[memoryview]:
-        """Return the buffers of the answer to a frame, also if that is a failure."""
+    def _framed(self, method: Method, came: Frame | PSError, work: Work) -> list[memoryview]:
+        """Return the buffers of the answer to a frame, also if that is a failure; a PSError: why it was not received."""
         begun = time.perf_counter()
         count = self.counts.of(method.name)
-        received = len(frame.message) + sum(part.nbytes for part in frame.parts)
+        received = 0
         try:
-            message, parts = opened(self._answered(method, frame))
+            if isinstance(came, PSError):
+                raise came
+            received = len(came.message) + sum(part.nbytes for part in came.parts)
+            work.copies = 1 if came.kind & BESIDE else COPIES
+            message, parts = opened(self._answered(method, came, work))
             data = encoded(message, f"{method.name}: the reply")
             buffers = encode(REPLY, data, parts)
         except PSError as error:
             _log_defect(method, error)
             count.add(received, 0, time.perf_counter() - begun, error)
             return encode(REPLY, method.reply(failure=failure_of(error)).SerializeToString())
-        count.add(received, len(data) + sum(view_of(part).nbytes for part in parts), time.perf_counter() - begun)
+        made = len(data) + sum(view_of(part).nbytes for part in parts)
+        count.add(received, made, time.perf_counter() - begun)
+        work.answers(made)
         return buffers
 
-    def _answered(self, method: Method, sent: bytes | Frame) -> Any:
+    def _answered(self, method: Method, sent: bytes | Frame, work: Work) -> Any:
         """Return the handler's reply."""
+        work.refuse_late()
         data = sent.message if isinstance(sent, Frame) else sent
         try:
             request = method.request.FromString(data)
@@ -159,7 +179,8 @@ class GrpcServer:
         if isinstance(sent, Frame):
             whole = Bulk(request, Parts(sent.parts))
             request = whole if sent.kind & BESIDE else inlined(whole)
-        return dispatch(self._handler, method.name, request)
+        with work.here():
+            return dispatch(self._handler, method.name, request)
 
     def _sockets(self, request: Any) -> SocketsReply:
         check_protocol(request.protocol)
@@ -181,9 +202,11 @@ class GrpcServer:
                 place.works()
                 if data is None:
                     raise Malformed(f"{method.name}: the call came without a message")
-                reply = self._reply(method, data)
-                place.waits()
-                yield reply
+                with Work(self.memory, method.name, seconds=context.time_remaining(), end=context.cancel) as work:
+                    reply = self._reply(method, data, work)
+                    del data
+                    place.waits()
+                    yield reply
             except PSError as error:
                 _log_defect(method, error)
                 _refuse(context, error)
@@ -202,13 +225,15 @@ class GrpcServer:
             try:
                 for data in requests:
                     place.works()
-                    try:
-                        reply = self._reply(method, data)
-                    except PSError as error:
-                        _log_defect(method, error)
-                        reply = method.reply(failure=failure_of(error)).SerializeToString()
-                    place.waits()
-                    yield reply
+                    with Work(self.memory, method.name, end=context.cancel) as work:
+                        try:
+                            reply = self._reply(method, data, work)
+                        except PSError as error:
+                            _log_defect(method, error)
+                            reply = method.reply(failure=failure_of(error)).SerializeToString()
+                        del data
+                        place.waits()
+                        yield reply
                     place.waits()
             finally:
                 self._streams.leave(place)
@@ -220,6 +245,7 @@ class GrpcServer:
         if self._frames is not None:
             self._frames.stop(grace_seconds)
         if self._server is not None and self._pool is not None:
+            self.memory.close()
             self._singles.close()
             self._streams.close()
             self._server.stop(grace_seconds).wait()

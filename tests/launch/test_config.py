@@ -44,6 +44,7 @@ def test_the_defaults_are_valid() -> None:
         ({"blas_threads": 257}, "blas_threads = 257: give an integer from 1 to 256"),
         ({"blas_threads": True}, "blas_threads = True: give an integer"),
         ({"network_threads": 15}, "network_threads = 15: give an integer from 16 to 65536"),
+        ({"request_memory_bytes": 1 << 20}, "request_memory_bytes = 1048576: give an integer from 67108864 to"),
         ({"server_pin_cores": "0-"}, "server_pin_cores = '0-': give cores like 0-3,8"),
         ({"worker_pin_cores": "Auto"}, "worker_pin_cores = 'Auto': give cores"),
         ({"worker_pin_cores": 3}, "worker_pin_cores = 3: give a string"),

@@ -129,6 +129,7 @@ def test_processes_are_told_their_cores_and_threads_also_when_they_are_started_a
 
     stage.play(script, processors=Processors(40, ((0, 1, 5),), ((), (3,))))
     found = {(role, number): arguments for role, number, arguments in stage.started if role != "coordinator"}
+    assert found["shard", 0][-6:-4] == ["--request-memory-bytes", str(1 << 30)]
     assert found["shard", 0][-4:] == ["--network-threads", "40", "--pin-cores", "0-1,5"]
     assert "--pin-cores" not in found["worker", 0]
     again = [arguments[-2:] for role, number, arguments in stage.started if (role, number) == ("worker", 1)]

@@ -20,7 +20,7 @@ from oarlock.proto.arrays import MAX_MESSAGE_BYTES
 from oarlock.proto.errors import Malformed, OutOfMemory, PSError
 from oarlock.proto.frames import BESIDE, HELLO, MAX_PARTS, PULL, PUSH, REPLY, Closed, Receiver, encode, send
 
-HEAD = struct.Struct("<4sBBHIQ")
+HEAD = struct.Struct("<4sBBHIII")
 
 # A push with two parts of 4 and 66 bytes: head; lengths; message; then each part from a multiple of 64 bytes on.
 GOLDEN = (
@@ -72,7 +72,7 @@ def received(data, **options):
 
 
 def head(magic=b"OARF", version=1, kind=PULL, parts=0, size=0, length=0):
-    return HEAD.pack(magic, version, kind, parts, size, length)
+    return HEAD.pack(magic, version, kind, parts, size, length, 0)
 
 
 def resident():
@@ -140,6 +140,32 @@ def test_a_frame_cut_at_every_byte():
             received(data[:end])
 
 
+def test_a_frame_says_how_long_its_sender_waits():
+    buffers = encode(PUSH | BESIDE, b"abc", [b"\1\2\3\4", bytes(range(66))])
+    golden = bytes.fromhex(GOLDEN)
+    assert joined(frames.stamped(buffers, 12.3456)) == golden[:16] + (12345).to_bytes(4, "little") + golden[20:]
+    said = [frames.read_head(bytes(frames.stamped(buffers, s)[0])).seconds for s in (0.0, 1e-9, 2.0, 1e300)]
+    assert said == [0.001, 0.001, 2.0, ((1 << 32) - 1) / 1000]
+    assert frames.read_head(golden[:20]).seconds is None
+
+
+def test_a_frame_that_nobody_wants_is_skipped_to_its_end(pair):
+    ours, theirs = pair
+    data = joined(encode(PULL, b"x" * 200_000))
+    with sending(theirs, data + joined(encode(REPLY, b"z")), ends=False):
+        found = Receiver(ours).head()
+        frames.skip(ours, found.length)
+        assert Receiver(ours).receive() == (REPLY, b"z", [])
+
+
+def test_a_frame_that_nobody_wants_and_that_breaks_off(pair):
+    ours, theirs = pair
+    with sending(theirs, joined(encode(PULL, b"x" * 200_000))[:1000]):
+        found = Receiver(ours).head()
+        with pytest.raises(OSError, match="ended inside a frame"):
+            frames.skip(ours, found.length)
+
+
 def test_two_frames_side_by_side(pair):
     ours, theirs = pair
     data = bytes.fromhex(GOLDEN)
@@ -162,12 +188,12 @@ def test_two_frames_side_by_side(pair):
         ({"size": 1}, Malformed, "cannot be"),
         ({"size": (1 << 32) - 1, "length": 100}, Malformed, "cannot be"),
         ({"parts": MAX_PARTS + 1, "length": 1 << 20}, Malformed, "cannot be"),
-        ({"parts": 65535, "size": (1 << 32) - 1, "length": (1 << 64) - 1}, Malformed, "cannot be"),
+        ({"parts": 65535, "size": (1 << 32) - 1, "length": (1 << 32) - 1}, Malformed, "cannot be"),
         ({"length": MAX_MESSAGE_BYTES + 1}, OutOfMemory, "over the limit"),
         ({"parts": 1, "length": MAX_MESSAGE_BYTES + 69}, OutOfMemory, "over the limit"),
-        ({"length": (1 << 64) - 1}, OutOfMemory, "over the limit"),
-        ({"length": 1 << 63}, OutOfMemory, "over the limit"),
-        ({"size": (1 << 32) - 1, "length": 1 << 32}, OutOfMemory, "over the limit"),
+        ({"length": (1 << 32) - 1}, OutOfMemory, "over the limit"),
+        ({"length": 1 << 31}, OutOfMemory, "over the limit"),
+        ({"size": (1 << 32) - 1, "length": (1 << 32) - 1}, OutOfMemory, "over the limit"),
     ],
 )
 def test_a_head_that_cannot_be_is_refused_by_itself(wrong, kind, says):

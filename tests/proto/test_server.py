@@ -196,7 +196,7 @@ def test_replies_that_are_no_such_message_are_malformed(handler):
     """A newer server, or a broken one, under the right name."""
 
     class Broken(GrpcServer):
-        def _reply(self, method, data):
+        def _reply(self, method, data, work):
             return b"\xff\xff"
 
     server = Broken(handler, "Shard", listen="127.0.0.1:0")
