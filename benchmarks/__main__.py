@@ -4,7 +4,7 @@
 import subprocess
 import sys
 
-MODULES = ("rpc", "wire", "table", "compress", "cache", "dense", "ncf", "exactly_once", "kills")
+MODULES = ("rpc", "wire", "table", "compress", "cache", "dense", "ncf", "overload", "exactly_once", "kills")
 
 
 def main() -> int:

@@ -52,6 +52,14 @@ def test_wire(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_overload(tmp_path: Path) -> None:
+    result = run("overload", tmp_path)
+    assert result["died"] is False
+    assert result["refused_not_retryable"] == 0
+    assert {"rss_over_limit", "refused", "throughput_after", "slow_shard_pull_ratio"} < set(result)
+
+
+@pytest.mark.slow
 def test_ncf(tmp_path: Path) -> None:
     result = run("ncf", tmp_path)
     ways = {"ps", "ps_1x1", "inprocess", "torch", "torch_given_batches", "local"}
