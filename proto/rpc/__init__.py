@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """gRPC: the only folder that knows it. No gRPC type leaves it.
 
-Reading order: status (errors), server, client, lane (the streams that pulls and pushes travel on).
+Reading order: status (errors), server, client, frame_server and frame_client (the sockets that pulls and pushes travel on), lane
+(the streams that take their place).
 """
 
 from oarlock.proto.rpc.client import GrpcTransport

@@ -15,7 +15,7 @@ _BOTH = [
 ]
 SERVER_OPTIONS = [
     *_BOTH,
-    # A process has two streams here and few calls beside them; more of them wait at the client that makes them.
+    # A process without frames has two streams here, and few calls beside them; more of them wait at the client that makes them.
     ("grpc.max_concurrent_streams", 128),
     # Nobody of ours compresses: a message of some kilobytes could take all the memory that a message may.
     ("grpc.compression_enabled_algorithms_bitset", 1),

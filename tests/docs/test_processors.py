@@ -13,7 +13,11 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "processors.md").read_tex
 
 def test_every_field_stands_in_the_table_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \| (?:worker|shard) \|", PAGE, re.MULTILINE))
-    defaults = {f.name: f.default for f in dataclasses.fields(RunConfig) if re.search("_threads$|_pin_cores$", f.name)}
+    defaults = {
+        f.name: f.default
+        for f in dataclasses.fields(RunConfig)
+        if re.search("_threads$|_pin_cores$|^request_memory", f.name)
+    }
     assert rows == {name: str(default or "anywhere") for name, default in defaults.items()}
 
 
