@@ -7,6 +7,7 @@ failing one is shrunk. Pure.
 
 import json
 import random
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 # What happens to messages. "lose": it never arrives; "deaf": its answer does not; "late": it arrives a second time, later;
@@ -149,3 +150,13 @@ def _fault(rng: random.Random, kind: str, method: str) -> Fault:
     if kind in ("kill_worker", "kill_coordinator", "tear", "leave"):
         return Fault(at, kind, who, rng.random() * rng.choice((0.5, 3.0)))
     return Fault(at, kind, who, rng.random() * rng.choice((0.5, 1.0, 2.5)) * LEASE_SECONDS)
+
+
+@dataclass
+class Outcome:
+    """What became of a schedule: the invariant that broke (empty: none), the number of events, what happened how often."""
+
+    violation: str
+    events: int
+    seconds: float
+    counts: Counter[str]

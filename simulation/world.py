@@ -11,7 +11,6 @@ import contextvars
 import random
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Schedule
+from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Process, Stalled, VirtualLoop
@@ -38,16 +37,6 @@ COORDINATOR = "in-process:coordinator"
 # A job that is not over so long after it began will never be: its faults have all passed by then.
 MOST_SECONDS = 600.0
 RESTART_SECONDS = 0.2
-
-
-@dataclass
-class Outcome:
-    """What became of a schedule: the invariant that broke (empty: none), the number of events, what happened how often."""
-
-    violation: str
-    events: int
-    seconds: float
-    counts: Counter[str]
 
 
 class World:
