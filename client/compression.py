@@ -97,6 +97,8 @@ def read_compression(values: Mapping[str, Any], owner: str) -> dict[str, WireSpe
     """Return what was written of each table; ``owner`` begins the messages."""
     known = [f.name for f in fields(WireSpec)]
     out = {}
+    if not isinstance(values, Mapping):
+        raise InvalidArgument(f"{owner}: compression = {values!r}: give a table for each of the job's tables that it is about")
     for name, given in values.items():
         if isinstance(given, WireSpec):
             out[name] = given

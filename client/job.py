@@ -176,7 +176,7 @@ class JobSpec:
             values["files"] = tuple(values["files"])
             values["evaluation_files"] = tuple(values["evaluation_files"])
             values["metrics"] = tuple(values["metrics"])
-            values["compression"] = read_compression(values["compression"], "job")
+            values["compression"] = read_compression(values.get("compression", {}), "job")
             return JobSpec(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

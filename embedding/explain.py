@@ -107,7 +107,7 @@ def _row(table: "Upkeep", slot: int, state: Any, counters: Any, tick: int | None
         "age": None if tick is None or updated is None else max(0, tick - updated),
         "state": state.tolist(),
         "state_norm": float(np.sqrt(np.square(state, dtype=np.float64).sum())),
-        "version": counter(shape.version),
+        "row_version": counter(shape.version),
         "undo_kept": int(counters[shape.recorded]) >> 16 if shape.recorded >= 0 else 0,
     }
     eviction = spec.eviction

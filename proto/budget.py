@@ -22,11 +22,12 @@ STALL_SECONDS = 1.0
 class Claim:
     """Bytes of one request: how many, since when its peer is to move some of them, and how to end it."""
 
-    __slots__ = ("_end", "size", "stalled_since")
+    __slots__ = ("_end", "ended", "size", "stalled_since")
 
     def __init__(self, size: int, end: Callable[[], object] | None) -> None:
         self.size = size
         self._end = end
+        self.ended = False
         self.stalled_since: float | None = None
 
     def waits(self) -> None:
@@ -40,6 +41,7 @@ class Claim:
     def end(self) -> None:
         """End the connection; the bytes come back once its thread has seen that."""
         self.stalled_since = None
+        self.ended = True
         if self._end is not None:
             self._end()
 
@@ -151,7 +153,8 @@ class Budget:
         """End claims whose peers stall, the longest first, until what they give back is enough."""
         now = time.monotonic()
         stalled = [(c.stalled_since, c) for c in self._held if c.stalled_since is not None]
-        missing = self.taken + wanted.size - self.limit
+        # What was ended is on its way back.
+        missing = self.taken + wanted.size - self.limit - sum(c.size for c in self._held if c.ended)
         for since, claim in sorted(stalled, key=lambda pair: pair[0]):
             if missing <= 0 or now - since < self._stall_seconds:
                 return

@@ -307,7 +307,7 @@ class TableMachine(RuleBasedStateMachine):
         age = None if tick is None or "updated" not in names else max(0, tick - row.updated)
         assert found["age"] == age
         assert found["undo_kept"] == len(row.ring)
-        assert found["version"] == (row.version if self.spec.cache else None)
+        assert found["row_version"] == (row.version if self.spec.cache else None)
         assert ("shows" in found) == ("shows" in names)
         if "shows" in names:
             assert (found["shows"], found["clicks"]) == (float(row.shows), float(row.clicks))

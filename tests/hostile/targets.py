@@ -45,6 +45,7 @@ from oarlock.proto.shard_pb2 import (
     TableKeys,
     WriteRequest,
 )
+from oarlock.proto.work import Work
 from oarlock.ps.rows import ANSWERS_KEPT
 
 READ_ONLY = (
@@ -105,7 +106,8 @@ class Target:
         error = None
         term = self.term()
         try:
-            self.server._reply(METHODS[method], data)
+            with Work(self.server.memory, method) as work:
+                self.server._reply(METHODS[method], data, work)
         except PSError as refusal:
             error = refusal
         now = self.fingerprint()
