@@ -98,7 +98,9 @@ def read_compression(values: Mapping[str, Any], owner: str) -> dict[str, WireSpe
     known = [f.name for f in fields(WireSpec)]
     out = {}
     if not isinstance(values, Mapping):
-        raise InvalidArgument(f"{owner}: compression = {values!r}: give a table for each of the job's tables that it is about")
+        raise InvalidArgument(
+            f"{owner}: compression = {values!r}: give a table for each of the job's tables that it is about"
+        )
     for name, given in values.items():
         if isinstance(given, WireSpec):
             out[name] = given
