@@ -15,7 +15,6 @@ import asyncio
 import json
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from oarlock.benchmarks.peer import PeerProcess
 from oarlock.benchmarks.rpc_peer import ROW, receive
 from oarlock.proto.arrays import pack
 from oarlock.proto.methods import METHODS
@@ -56,35 +56,12 @@ def single_calls() -> Iterator[None]:
         METHODS.update(before)
 
 
-class Peer:
-    """The other process: a gRPC server and a TCP server, and a clock of its processor time."""
+class Peer(PeerProcess):
+    """The other process: a gRPC server and a TCP server."""
 
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "oarlock.benchmarks.rpc_peer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address, self.tcp_port = self._read()
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None, "made with a pipe"
-        return json.loads(self._process.stdout.readline())
-
-    def processor_seconds(self) -> float:
-        """Return the processor time that the other process has used."""
-        assert self._process.stdin is not None, "made with a pipe"
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._read())
-
-    def close(self) -> None:
-        assert self._process.stdin is not None, "made with a pipe"
-        assert self._process.stdout is not None, "made with a pipe"
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+    def __init__(self) -> None:
+        super().__init__("oarlock.benchmarks.rpc_peer")
+        self.address, self.tcp_port = self.started
 
 
 class Figures:
@@ -164,7 +141,6 @@ def ways(transport: GrpcTransport, peer: Peer, tcp: socket.socket, size: int) ->
 async def measure(turns: int, calls: int, most_seconds: float) -> dict[str, Any]:
     """Return the figures by payload, verb and way."""
     peer = Peer()
-    peer.start()
     transport = GrpcTransport(frames=False)
     found: dict[str, dict[tuple[str, str], Figures]] = {payload: {} for payload in PAYLOADS}
     begun = time.monotonic()

@@ -18,7 +18,6 @@ import json
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from oarlock.benchmarks.peer import PeerProcess
 from oarlock.benchmarks.wire_peer import DIM, FLIGHT, HEAD, KEYS, PING, PULL, PUSH, prepare, receive, send, view
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
@@ -48,28 +48,12 @@ BLOCKS = 16
 Window = Callable[[int], Awaitable[None]]
 
 
-class Peer:
-    """The other process, and a clock of its processor time."""
+class Peer(PeerProcess):
+    """The other process: a gRPC server with frames, and raw sockets."""
 
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "oarlock.benchmarks.wire_peer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address, self.tcp_port, self.unix_name = self._read()
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None, "made with a pipe"
-        return json.loads(self._process.stdout.readline())
-
-    def processor_seconds(self) -> float:
-        """Return the processor time that the other process has used."""
-        assert self._process.stdin is not None, "made with a pipe"
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._read())
+    def __init__(self) -> None:
+        super().__init__("oarlock.benchmarks.wire_peer")
+        self.address, self.tcp_port, self.unix_name = self.started
 
     def connect(self, *, unix: bool) -> socket.socket:
         """Return a raw connection."""
@@ -80,13 +64,6 @@ class Peer:
             connection = socket.create_connection(("127.0.0.1", self.tcp_port))
         prepare(connection)
         return connection
-
-    def close(self) -> None:
-        assert self._process.stdin is not None, "made with a pipe"
-        assert self._process.stdout is not None, "made with a pipe"
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 class OneKind(GrpcTransport):
@@ -227,7 +204,6 @@ async def turn(side: Ours | Raw, times: int, calls: int, peer: Peer, figures: Fi
 async def measure(turns: int, times: int, calls: int, most_seconds: float) -> dict[str, dict[str, float]]:
     """Return the figures by side."""
     peer = Peer()
-    peer.start()
     sides: dict[str, Ours | Raw] = {
         "frames unix": Ours(OneKind(unix=True), peer.address),
         "raw unix": Raw(peer, unix=True),
