@@ -2,7 +2,8 @@
 """A request whose caller has given up changes nothing, and is applied once when it comes again; one without memory for its answer
 is refused before that is made."""
 
-import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,24 +20,25 @@ def job():
     return rig.Job(rig.spec_of(), shards=1).place()
 
 
-def test_a_push_that_waited_too_long_for_others_is_not_applied_and_then_once(job):
+def test_a_push_that_waited_too_long_for_others_is_not_applied_and_then_once(job, monkeypatch):
     memory, request, before = Memory(), rig.request_of(job, 3, 0), rig.state(job)
-    failed = []
+    now = [time.monotonic()]
+    monkeypatch.setattr("oarlock.proto.work.time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def late():
-        with Work(memory, "Shard.Push", seconds=0.01) as work, work.here():
-            try:
-                job.services[0].push(request)
-            except DeadlineExceeded as error:
-                failed.append(error)
+    class Taken:
+        """Another push is applied for longer than the caller waits."""
 
-    with job.shards[0].push_lock:
-        # Another push is applied for longer than the caller waits.
-        thread = threading.Thread(target=late)
-        thread.start()
-        threading.Event().wait(0.05)
-    thread.join(30)
-    assert len(failed) == 1
+        def __enter__(self):
+            now[0] += 2.0
+            real.acquire()
+
+        def __exit__(self, *_):
+            real.release()
+
+    real = job.shards[0].push_lock
+    monkeypatch.setattr(job.shards[0], "push_lock", Taken())
+    with Work(memory, "Shard.Push", seconds=1.0) as work, work.here(), pytest.raises(DeadlineExceeded):
+        job.services[0].push(request)
     assert rig.state(job) == before
     assert memory.refused["late"] == 1
     with Work(memory, "Shard.Push", seconds=60.0) as work, work.here():
