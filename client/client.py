@@ -6,7 +6,7 @@ calls may be in flight at once, but groups of one split are pushed one after ano
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +31,16 @@ T = TypeVar("T")
 
 # Pushes' copies of gradients whose memory is kept: those of the splits that a worker has open, or of as many shards.
 MOST_COPIES = 16
+
+
+class Pushing:
+    """A push whose messages are made; to be awaited once, which sends them."""
+
+    def __init__(self, send: Callable[[], Coroutine[Any, Any, PushCounts]]) -> None:
+        self._send = send
+
+    def __await__(self) -> Generator[Any, None, PushCounts]:
+        return self._send().__await__()
 
 
 class Client:
@@ -89,45 +99,14 @@ class Client:
         seen: Mapping[int, int] | None = None,
         feedback: SplitFeedback | None = None,
         last: bool = False,
-    ) -> Awaitable[PushCounts]:
+    ) -> Pushing:
         """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
 
         ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``; ``seen``: what the pull
         returned that fed the group, from which shards count staleness. Gradients travel in the job's forms; where these keep
-        what they leave out, ``feedback`` is the split's (``new_feedback``), and ``last`` says that no group follows. The messages
-        are made before this returns: the arrays may be reused at once, also before the awaitable is done.
-        """
-        made = self.make_push(
-            split,
-            group,
-            gradients,
-            dense=dense,
-            dense_rate=dense_rate,
-            step=step,
-            number=number,
-            seen=seen,
-            feedback=feedback,
-            last=last,
-        )
-        return made()
-
-    def make_push(
-        self,
-        split: int,
-        group: int,
-        gradients: Mapping[str, RowGradients],
-        *,
-        dense: NDArray[np.float32] | None = None,
-        dense_rate: float = 0.0,
-        step: int = 0,
-        number: int = 0,
-        seen: Mapping[int, int] | None = None,
-        feedback: SplitFeedback | None = None,
-        last: bool = False,
-    ) -> Callable[[], Awaitable[PushCounts]]:
-        """As ``push``, but the messages are only made; calling the result sends them. In any thread.
-
-        Groups of a split that has ``feedback`` are made in their order, one at a time.
+        what they leave out, ``feedback`` is the split's (``new_feedback``), and ``last`` says that no group follows; groups of
+        such a split are made in their order, one at a time. The messages are made before this returns, in any thread: the
+        arrays may be reused at once. They are sent when the result is awaited.
         """
         identity, routes = PushIdentity(split, group, step, number, seen or {}), self.routes
         encoder = None if self._forms is None else PushEncoder(self._forms, routes, identity, feedback, last)
@@ -142,7 +121,7 @@ class Client:
             encoder=encoder,
         )
         work = partial(push, self._member, messages)
-        return lambda: self._timed("push", work, split=split, group=group)
+        return Pushing(partial(self._timed, "push", work, split=split, group=group))
 
     def new_feedback(self) -> SplitFeedback | None:
         """Return what a split that is opened keeps from group to group; None if the job keeps nothing."""

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from oarlock.client.push import PushCounts, RowGradients, reads_occurrences
+from oarlock.client.client import Pushing
+from oarlock.client.push import RowGradients, reads_occurrences
 from oarlock.nn import Program
 from oarlock.proto.coordinator_pb2 import TRAIN
 from oarlock.worker.blame import Blame
@@ -27,7 +28,6 @@ from oarlock.worker.splits import OpenSplit
 # Turns of the event loop until a push is with the transport: its own task's, and that of the task for each shard.
 HAND_OVER_TURNS = 2
 
-Push = Callable[[], Awaitable[PushCounts]]
 T = TypeVar("T")
 # Set once the group before this one of a split has been encoded, and once this one has.
 Turns = tuple[asyncio.Event | None, asyncio.Event]
@@ -176,14 +176,14 @@ class Pipeline:
         self._pulled.release()
         await pushing
 
-    def _computed(self, program: Program, group: Group, prepared: Prepared, step: int) -> tuple[float, Push]:
+    def _computed(self, program: Program, group: Group, prepared: Prepared, step: int) -> tuple[float, Pushing]:
         """Train a group and make the messages of its push. In a compute thread."""
         loss_sum, encode = self._trained(program, group, prepared, step)
         return loss_sum, encode()
 
     def _trained(
         self, program: Program, group: Group, prepared: Prepared, step: int
-    ) -> tuple[float, Callable[[], Push]]:
+    ) -> tuple[float, Callable[[], Pushing]]:
         """Train a group; return its loss and what makes the messages, as long as nobody else has the program."""
         split, spec = group.split, self._spec
         done = (split.id + group.number / split.groups) / (spec.splits * spec.epochs)
@@ -204,9 +204,9 @@ class Pipeline:
             counted = keys.occurrences().view("uint32") if table in self._counted else None
             gradients[table] = RowGradients(keys, found, trained.rates.rows, counted)
 
-        def encode() -> Push:
+        def encode() -> Pushing:
             with self._progress.stages.time("encode_push", split=split.id, group=group.number):
-                return self._session.client.make_push(
+                return self._session.client.push(
                     split.id,
                     group.number,
                     gradients,
@@ -221,10 +221,10 @@ class Pipeline:
 
         return trained.loss_sum, encode
 
-    async def _push(self, group: Group, push: Push, acknowledged: asyncio.Event) -> None:
+    async def _push(self, group: Group, push: Pushing, acknowledged: asyncio.Event) -> None:
         begun = time.perf_counter()
         try:
-            counts = await push()
+            counts = await push
         except Exception as error:
             self._blame.note(TRAIN, group.split.id, error)
             raise

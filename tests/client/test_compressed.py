@@ -309,12 +309,12 @@ def test_a_group_goes_through_once_and_in_order():
         client = Client(job.member())
         rows, dense = group(job, client, 0, 0)
         feedback = client.new_feedback()
-        client.make_push(0, 1, rows, dense=dense, feedback=feedback)
+        client.push(0, 1, rows, dense=dense, feedback=feedback)
         for number in (1, 0):
             with pytest.raises(InvalidArgument, match=f"group {number} of a split after group 1"):
-                client.make_push(0, number, rows, dense=dense, feedback=feedback)
+                client.push(0, number, rows, dense=dense, feedback=feedback)
         with pytest.raises(InvalidArgument, match="push with what its split has kept"):
-            client.make_push(0, 2, rows, dense=dense)
+            client.push(0, 2, rows, dense=dense)
 
     rig.run(body())
 
@@ -326,7 +326,7 @@ def test_a_rest_of_another_split_is_seen():
         client = Client(job.member())
         other = client.new_feedback()
         rows, dense = group(job, client, 5, 0)
-        client.make_push(5, 0, rows, dense=dense, feedback=other)
+        client.push(5, 0, rows, dense=dense, feedback=other)
         other._next = 0
         return await train(job, client, 0, kept=other)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oarlock.client.client import Client
+from oarlock.client.client import Client, Pushing
 from oarlock.client.closed import ClosedSet
 from oarlock.client.exchange import Message
 from oarlock.client.membership import Membership
@@ -136,16 +136,16 @@ def only_equal_marks_are_skipped(patch: Patch) -> None:
 
 def bytes_made_when_sent(patch: Patch) -> None:
     """A push reads buffers that the next batch has filled again."""
-    original = Client.make_push
+    original = Client.push
 
-    def make_push(self: Client, *arguments: Any, **named: Any) -> Any:
-        async def push() -> Any:
+    def push(self: Client, *arguments: Any, **named: Any) -> Any:
+        async def late() -> Any:
             await asyncio.sleep(0.05)
-            return await original(self, *arguments, **named)()
+            return await original(self, *arguments, **named)
 
-        return push
+        return Pushing(late)
 
-    patch.setattr(Client, "make_push", make_push)
+    patch.setattr(Client, "push", push)
 
 
 def told_before_recorded(patch: Patch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oarlock.client.client import Client
+from oarlock.client.client import Client, Pushing
 from oarlock.worker import compute, pipeline
 from oarlock.worker.clock import WorkerClock
 from oarlock.worker.compute import Trained
@@ -25,7 +25,7 @@ def short_group_is_forgotten(patch: Patch) -> None:
 
 def batches_of_a_group_pushed_one_by_one(patch: Patch) -> None:
     """accumulate: each batch is pushed by itself; the first marks the group, and the others pass for repetitions."""
-    original, make = pipeline.train_group, Client.make_push
+    original, make = pipeline.train_group, Client.push
     others: list[Trained] = []
 
     def train_group(program: Any, lookups: Any, prepared: Prepared, rates: Any, *, draw: int, **named: Any) -> Trained:
@@ -46,7 +46,7 @@ def batches_of_a_group_pushed_one_by_one(patch: Patch) -> None:
         others[:] = out[1:]
         return out[0]._replace(loss_sum=sum(found.loss_sum for found in out))
 
-    def make_push(self: Client, split: int, group: int, gradients: Any, *, dense: Any, **named: Any) -> Any:
+    def push(self: Client, split: int, group: int, gradients: Any, *, dense: Any, **named: Any) -> Any:
         pushes = [make(self, split, group, gradients, dense=dense, **named)]
         for found in others:
             again = {name: replace(part, gradients=found.rows[name]) for name, part in gradients.items()}
@@ -54,13 +54,13 @@ def batches_of_a_group_pushed_one_by_one(patch: Patch) -> None:
         others.clear()
 
         async def one_by_one() -> Any:
-            counts = [await push() for push in pushes]
+            counts = [await push for push in pushes]
             return counts[0]
 
-        return one_by_one
+        return Pushing(one_by_one)
 
     patch.setattr(pipeline, "train_group", train_group)
-    patch.setattr(Client, "make_push", make_push)
+    patch.setattr(Client, "push", push)
 
 
 def marks_taken_for_batches(patch: Patch) -> None:
