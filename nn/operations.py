@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from oarlock.nn import kernels, mask_kernels, pairs, row_kernels
+from oarlock.embedding.tile import ROWS
+from oarlock.nn import kernels, mask_kernels, pairs, row_kernels, tiled
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed
 from oarlock.nn.graph import Dropout, Fields, Linear, Node
 from oarlock.nn.layout import Piece, Route, Strip
@@ -26,7 +27,9 @@ Feed = LookupFeed | DenseFeed | LabelFeed
 class Step:
     """One node, bound: where it reads and writes. Of ``targets``, ``routes`` and ``moves`` see ``nn.layout.Layout``.
 
-    ``mask_key``: where a dropout's draws of this step begin; None while predicting, when nothing is dropped.
+    ``mask_key``: where a dropout's draws of this step begin; None while predicting, when nothing is dropped. Of a Linear
+    ``tiled``: whether its products are taken by ``nn.tiled``; ``before``: the one with relu and bias whose gradient it alone
+    writes; ``masked``: whether the one after it has written this one's gradient as it is before the relu, and the bias's.
     """
 
     node: Node
@@ -42,6 +45,9 @@ class Step:
     pieces: list[tuple[Piece, Strip, Strip | None]] = field(default_factory=list)
     mask_key: np.uint64 | None = None
     scratch: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    tiled: bool = False
+    before: "Step | None" = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,15 @@ def _linear_forward(step: Step) -> None:
     layer = step.node.detail
     assert out is not None
     assert isinstance(layer, Linear)
-    np.matmul(step.inputs[0].matrix, step.parameters[0], out=out.matrix)
+    source, weight = step.inputs[0], step.parameters[0]
+    if step.tiled and len(out.rows) >= ROWS:
+        bias = step.parameters[1] if layer.bias else NO_BIAS
+        clipped = layer.activation == "relu"
+        tiled.forward(source.rows, source.start, weight, bias, clipped, step.scratch, out.rows, out.start)
+        if layer.activation is not None and not clipped:
+            ACTIVATE[layer.activation](out.rows, out.start, out.rows, out.start, out.width)
+        return
+    np.matmul(source.matrix, weight, out=out.matrix)
     if layer.activation == "relu":
         if layer.bias:
             kernels.add_bias_relu(out.rows, out.start, step.parameters[1])
@@ -118,6 +132,7 @@ def _linear_forward(step: Step) -> None:
         ACTIVATE[layer.activation](out.rows, out.start, out.rows, out.start, out.width)
 
 
+NO_BIAS: Array = np.empty(0, np.float32)
 ACTIVATE = {"relu": kernels.relu, "sigmoid": kernels.sigmoid, "tanh": kernels.tanh}
 IN_PLACE = {"relu": kernels.relu_gradient, "sigmoid": kernels.sigmoid_gradient, "tanh": kernels.tanh_gradient}
 
@@ -128,15 +143,22 @@ def _linear_backward(step: Step) -> None:
     assert out is not None
     assert g is not None
     assert isinstance(layer, Linear)
-    if layer.activation == "relu" and layer.bias:
+    if step.masked:
+        pass
+    elif layer.activation == "relu" and layer.bias:
         kernels.relu_bias_gradient(out.rows, out.start, g.rows, g.start, step.scratch, step.gradients[1])
     else:
         if layer.activation is not None:
             IN_PLACE[layer.activation](out.rows, out.start, g.rows, g.start, g.rows, g.start, g.width)
         if layer.bias:
             kernels.bias_gradient(g.rows, g.start, step.scratch, step.gradients[1])
+    if step.tiled and len(g.rows) >= ROWS:
+        _tiled_products(step, g)
+        return
     np.matmul(step.inputs[0].matrix.T, g.matrix, out=step.gradients[0])
     target = step.targets[0]
+    if step.before is not None:
+        step.before.masked = False
     if target is None:
         return
     if layer.units == 1:
@@ -144,6 +166,29 @@ def _linear_backward(step: Step) -> None:
         kernels.outer(g.rows, g.start, step.parameters[0], target.rows, target.start)
     else:
         np.matmul(g.matrix, step.parameters[0].T, out=target.matrix)
+
+
+def _tiled_products(step: Step, g: Strip) -> None:
+    source, weight, target, before = step.inputs[0], step.parameters[0], step.targets[0], step.before
+    tiled.weight_gradient(source.rows, source.start, g.rows, g.start, step.gradients[0])
+    if target is None:
+        return
+    if before is None:
+        tiled.backward(g.rows, g.start, weight, step.scratch, target.rows, target.start)
+        return
+    bias_gradient = before.gradients[1]
+    tiled.backward_relu(
+        g.rows,
+        g.start,
+        weight,
+        step.scratch,
+        source.rows,
+        source.start,
+        target.rows,
+        target.start,
+        bias_gradient,
+    )
+    before.masked = True
 
 
 def _multiply_forward(step: Step) -> None:
@@ -268,7 +313,7 @@ OPERATIONS: dict[str, Operation] = {
             _linear_forward,
             _linear_backward,
             lambda node: node.inputs[0].width * node.width,
-            lambda node: node.width,
+            lambda node: max(node.width, tiled.scratch_size(node.inputs[0].width, node.width)),
         ),
         Operation("pool", _pool_forward, _pool_backward, lambda node: node.inputs[0].width),
         Operation(

@@ -7,13 +7,14 @@ thread at a time; the arrays that it gives out are views that the next call over
 process's business. Under ``dense_dtype = "bfloat16"`` this holds as far as PyTorch's products keep it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oarlock.nn import kernels
-from oarlock.nn.bfloat16 import HalfLinears
+from oarlock.embedding.tile import suits_cpu
+from oarlock.nn import kernels, tiled
+from oarlock.nn.bfloat16 import HalfLinears, blas_threads
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
 from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, topological, trainable
 from oarlock.nn.layout import Layout, Route, aligned, plan
@@ -57,6 +58,8 @@ class Program:
         self._sum_shared(self._train)
         self._halves = HalfLinears(nodes, steps, self.max_batch) if model.dense_dtype == "bfloat16" else None
         halves = self._halves.operations if self._halves else {}
+        if by_tiles():
+            self._choose_tiles(steps, halves)
         operations = {node: halves.get(node) or OPERATIONS[node.operation] for node in nodes}
         self._forward = [(operations[step.node].forward, step) for step in self._train]
         learning = trainable(model.loss_nodes)
@@ -123,6 +126,19 @@ class Program:
                 self._shared[id(step)] = [(own.reshape(1, -1), total.reshape(1, -1)) for own, total in pairs]
                 step.gradients = scratch
             seen.add(step.node.detail.name)
+
+    def _choose_tiles(self, steps: dict[Node, Step], others: Container[Node]) -> None:
+        """Take the products of wide Linears by tiles, with the relu's gradient wherever it is nobody else's business."""
+        for node, step in steps.items():
+            if not isinstance(node.detail, Linear) or node in others or not tiled.fits(*step.parameters[0].shape):
+                continue
+            step.tiled = True
+            before, target = steps[node.inputs[0]], step.targets[0] if step.targets else None
+            layer, own = before.node.detail, before.gradient
+            if isinstance(layer, Linear) and layer.bias and layer.activation == "relu" and target and own:
+                alone = sum(child is before.node for one in self._train for child in one.node.inputs) == 1
+                if alone and target.same(own) and before.node not in others:
+                    step.before = before
 
     def _resize(self, batch: int) -> None:
         if batch == self._batch:
@@ -195,6 +211,11 @@ class Program:
         for forward, one in self._predict:
             forward(one)
         return self._score.matrix[:, 0]
+
+
+def by_tiles() -> bool:
+    """Return whether products are better taken by tiles: BLAS has no other threads to take a part of them."""
+    return suits_cpu() and blas_threads() == 1
 
 
 def _run(route: Route) -> None:

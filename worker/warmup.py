@@ -29,6 +29,7 @@ from oarlock.nn import (
     relu,
     sigmoid,
     tanh,
+    tiled,
 )
 
 
@@ -51,6 +52,7 @@ def warm_up() -> None:
     feeds["c"] = (rows, np.stack([found.inverse, found.inverse], axis=1))
     program.train(feeds, 8, step=0)
     program.predict(feeds, 8)
+    tiled.warm_up()
     permutation(8, 0, 1)
     positives = group_positives(keys, keys)
     NegativeSampler(positives, keys, per_positive=1, seed=0).draw(keys, epoch=0, split=0, batch=0)
