@@ -6,7 +6,7 @@ process the same classes share a process. Invariant: both train the same batches
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ class Form:
 # Two compute threads in all, as many as the products beside them have. While one waits for its pull the other computes and the
 # shard works: nothing has to be pulled ahead, and all is computed on newer parameters.
 PS_FORMS = {"ps_1": Form(1, 2, 1), "ps_2": Form(2, 1, 1)}
-# Compared with nothing in float32, and so not among those of which the fastest counts.
-BF16, BF16_FORM = "ps_bf16", Form(1, 2, 1, "bfloat16")
+# Its speed is compared with nothing in float32, so it is not among those of which the fastest counts; how it learns is, with
+# its twin. Two compute threads overshoot at the beginning, each time in another way, and one does not: that is no rounding.
+BF16, BF16_TWIN = "ps_bf16", "ps_1"
+BF16_FORM = replace(PS_FORMS[BF16_TWIN], dense_dtype="bfloat16")
 NEAR_FORM = Form(1, 2, 1)
 # One compute thread, for the questions of what a wire costs and how much of a pull is hidden.
 ONE, NEAR_ONE = "ps_one", "inproc_one"
@@ -154,18 +156,23 @@ class Case:
         return turns.fastest(learned) if learned else None
 
     def learning(self) -> dict[str, dict[str, Any]]:
-        """Return, by side, the loss before and after, beside that of the same samples in process, and whether it fell alike."""
-        near = self.near.gate.losses if self.near else None
+        """Return, by side, the loss before and after, beside that of the same samples in process, and whether it fell alike.
+
+        In bfloat16 it has to fall as in float32 with the same form, which itself has to fall as in process.
+        """
         found: dict[str, dict[str, Any]] = {}
         for job in self._judged():
             curve = job.gate.losses
+            twin = self.ps.get(BF16_TWIN) if job is self.half else None
+            beside = None if job is self.near else twin or self.near
+            near = beside.gate.losses if beside else None
             common = min(samples_of(curve), samples_of(near) if near else samples_of(curve))
             behind = max(common // 2, common - MOST_BEHIND * self.batch)
             mine, other = ends_of(curve, common), ends_of(near, behind) if near else None
-            learned = learns(mine, None if job is self.near else other)
+            learned = learns(mine, other) and (twin is None or found[twin.name]["learns"])
             found[job.name] = {"samples": common, "loss": _rounded(mine), "learns": learned}
             if job is not self.near:
-                found[job.name]["inproc"] = _rounded(other)
+                found[job.name]["float32" if twin else "inproc"] = _rounded(other)
         return found
 
 

@@ -12,12 +12,14 @@ import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from oarlock.benchmarks.end_to_end_cases import ends_of, learns
+from oarlock.benchmarks.end_to_end_cases import Case, ends_of, learns
 from oarlock.benchmarks.end_to_end_data import (
     CRITEO,
     NUMBERS,
@@ -281,6 +283,31 @@ def test_what_counts_as_learning() -> None:
     assert not learns((0.70, 0.71), (0.695, 0.69))
     assert learns((0.70, 0.60), None)
     assert not learns((0.70, 0.75), None)
+
+
+@pytest.mark.parametrize(
+    ("far", "half", "learned"),
+    [
+        # Behind what came of the same samples in process, but as its twin of as many threads was some batches before.
+        (0.53, 0.545, (True, True)),
+        (0.53, 0.62, (True, False)),
+        # Nothing is learned by falling as one that does not learn.
+        (0.66, 0.66, (False, False)),
+    ],
+)
+def test_bfloat16_learns_if_it_does_as_its_twin_that_learns(
+    far: float, half: float, learned: tuple[bool, bool], tmp_path: Path
+) -> None:
+    def job(name: str, end: float) -> Any:
+        return SimpleNamespace(name=name, gate=SimpleNamespace(losses=[(2048, 0.7), *[(2048, end)] * 95]))
+
+    case = Case("c", "wdl", tmp_path, tmp_path, inprocess=False, forms=())
+    case.ps, case.near, case.half = {"ps_1": job("c_ps_1", far)}, job("c_inproc", 0.52), job("c_ps_bf16", half)
+    found = case.learning()
+    assert found["c_inproc"]["learns"]
+    assert (found["c_ps_1"]["learns"], found["c_ps_bf16"]["learns"]) == learned
+    assert found["c_ps_bf16"]["float32"] == [0.7, far]
+    assert found["c_ps_1"]["inproc"] == [0.7, 0.52]
 
 
 # 5. A run
