@@ -2,9 +2,9 @@
 """A tile of a matrix product in the processor's registers: what BLAS's kernels are, with what follows a product done in them.
 
 A tile has ``ROWS`` rows and one or two vectors of ``LANES`` float32; its sums stay in registers over the whole loop, so a
-result is written once, biased and clipped or masked already. Invariant: nothing here checks bounds; each sum is one chain of fused
-multiply-adds in order of the summed index, so it depends on its own factors alone, not on which tile holds it. Callable from
-kernels only. No state, any thread.
+result is written once, biased and clipped or masked already. Invariant: nothing here checks bounds; each sum is one chain of
+fused multiply-adds in order of the summed index, so it depends on its own factors alone, not on which tile holds it. Callable
+from kernels only. No state, any thread.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@ thread at a time; the arrays that it gives out are views that the next call over
 process's business. Under ``dense_dtype = "bfloat16"`` this holds as far as PyTorch's products keep it.
 """
 
+import os
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -214,8 +215,11 @@ class Program:
 
 
 def by_tiles() -> bool:
-    """Return whether products are better taken by tiles: BLAS has no other threads to take a part of them."""
-    return suits_cpu() and blas_threads() == 1
+    """Return whether products are better taken by tiles: BLAS has no other threads to take a part of them.
+
+    Who chose BLAS's kernels wants the bits that they give on every CPU.
+    """
+    return suits_cpu() and blas_threads() == 1 and not os.environ.get("OPENBLAS_CORETYPE")
 
 
 def _run(route: Route) -> None:

@@ -97,7 +97,7 @@ def test_backward(batch, widths, rng):
 
 def test_backward_through_a_relu_adds_every_sample_to_the_bias_once(batch, widths, rng):
     inputs, units = widths
-    gradient, g0, g = strip(rng, batch, units)
+    gradient, g0, _ = strip(rng, batch, units)
     output, o0, active = strip(rng, batch, inputs, begin=5)
     np.maximum(active, 0, out=active)
     target, t0, found = strip(rng, batch, inputs, begin=1)
@@ -201,7 +201,8 @@ def test_bits_do_not_depend_on_the_bound_or_on_earlier_batches(bound, reference)
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("threads", "chosen"), [(1, True), (2, False)])
-def test_blas_with_threads_of_its_own_takes_the_products(monkeypatch, threads, chosen):
+@pytest.mark.parametrize(("threads", "kernels", "chosen"), [(1, "", True), (2, "", False), (1, "Haswell", False)])
+def test_blas_takes_the_products_where_it_was_told_how(monkeypatch, threads, kernels, chosen):
     monkeypatch.setattr(program, "blas_threads", lambda: threads)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", kernels)
     assert program.by_tiles() is chosen
