@@ -12,7 +12,7 @@ So what an answer says about a kept row is always said of the row that is kept. 
 that have no key in common.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from oarlock.client.cache import RowCache
 from oarlock.client.pieces import Piece
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import TableSpec
+from oarlock.embedding.versions import MOST
 from oarlock.proto.arrays import Part, pack
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import Malformed
@@ -33,8 +34,8 @@ Rows = NDArray[np.float32]
 class _Table:
     """What a pull keeps in mind of one table: by key the version that was kept, whether its row came, and with which version."""
 
-    def __init__(self, cache: RowCache, keys: NDArray[np.uint64], rows: Rows) -> None:
-        self.cache, self.keys, self.rows = cache, keys, rows
+    def __init__(self, cache: RowCache, keys: NDArray[np.uint64], rows: Rows, bound: int) -> None:
+        self.cache, self.keys, self.rows, self.bound = cache, keys, rows, bound
         self.kept = cache.versions_of(keys, rows)
         self.came: NDArray[np.bool_] = np.zeros(len(keys), np.bool_)
         self.versions: NDArray[np.uint32] = np.zeros(len(keys), np.uint32)
@@ -58,7 +59,7 @@ class Asked:
             # Cut anew by a newer placement, or one came between: these rows have to come.
             table.kept[piece.rows] = 0
         message.versions.CopyFrom(pack(table.kept[piece.rows].copy(), parts))
-        message.bound = table.cache.spec.bound
+        message.bound = table.bound
 
     def take(
         self, name: str, piece: Piece, positions: NDArray[np.int32], versions: NDArray[np.uint32], rows: Rows
@@ -84,6 +85,17 @@ class Asked:
         table.versions[where] = versions
         table.rows[where] = rows
 
+    def lags(self, name: str) -> NDArray[np.int64]:
+        """Return how many updates each row that was kept of a table lacked: int64[n], once the pull is complete.
+
+        -1: none was kept, or it could not be used under any bound. Of rows that did not come nobody here knows it: 0, which
+        holds if the bound was 0.
+        """
+        table = self._tables[name]
+        lags = np.where(table.came, table.versions.astype(np.int64) - table.kept, 0)
+        lags[(table.kept == 0) | (lags < 0) | (table.came & (table.versions == MOST))] = -1
+        return lags
+
     def keep(self) -> None:
         """Keep what came, now that all of it did; unless the caches were emptied since the pull began."""
         if self._caches.place != self._place:
@@ -93,20 +105,36 @@ class Asked:
 
 
 class Caches:
-    """A RowCache for each of ``tables`` whose spec has one, by name."""
+    """A RowCache for each of ``tables`` whose spec has one, by name; ``bounds``: those that pulls ask with, from now on."""
 
     def __init__(self, tables: Iterable[TableSpec]) -> None:
         self.of = {spec.name: RowCache(spec.cache, spec.dim) for spec in tables if spec.cache is not None}
+        self.bounds = {name: cache.spec.bound for name, cache in self.of.items()}
         self.place = (0, 0)
 
-    def ask(self, run: int, generation: int, keys: Mapping[str, KeySet], rows: Mapping[str, Rows]) -> Asked:
-        """Begin a pull under a placement: write what is kept of ``keys`` to ``rows``, and remember which that is."""
+    def ask(
+        self,
+        run: int,
+        generation: int,
+        keys: Mapping[str, KeySet],
+        rows: Mapping[str, Rows],
+        *,
+        fresh: Container[str] = (),
+    ) -> Asked:
+        """Begin a pull under a placement: write what is kept of ``keys`` to ``rows``, and remember which that is.
+
+        ``fresh``: tables whose rows come if they lack a single update.
+        """
         place = (run, generation)
         if place != self.place:
             for cache in self.of.values():
                 cache.clear()
             self.place = place
-        tables = {name: _Table(cache, keys[name].keys, rows[name]) for name, cache in self.of.items() if name in keys}
+        tables = {
+            name: _Table(cache, keys[name].keys, rows[name], 0 if name in fresh else self.bounds[name])
+            for name, cache in self.of.items()
+            if name in keys
+        }
         return Asked(self, place, tables)
 
     def told(self) -> dict[str, dict[str, Any]]:
@@ -114,6 +142,7 @@ class Caches:
         return {
             name: {
                 "rows": len(cache),
+                "bound": self.bounds[name],
                 "hits": cache.hits,
                 "misses": cache.misses,
                 "outdated": cache.outdated,

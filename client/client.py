@@ -18,6 +18,7 @@ from oarlock.client.encoding import PushEncoder
 from oarlock.client.feedback import SplitFeedback
 from oarlock.client.forms import Forms
 from oarlock.client.membership import Membership
+from oarlock.client.probe import Probe
 from oarlock.client.pull import pull
 from oarlock.client.push import PushCounts, PushIdentity, RowGradients, cut_push, push
 from oarlock.client.router import Routes, ShardAddress
@@ -73,7 +74,7 @@ class Client:
         dense: NDArray[np.float32] | None = None,
         number: int = 0,
         lossless: bool = True,
-        caches: Caches | None = None,
+        caches: Caches | Probe | None = None,
         about: Mapping[str, int] | None = None,
     ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.

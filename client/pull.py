@@ -17,6 +17,7 @@ from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
 from oarlock.client.packed import Form, decode_rows, unpack_dense
 from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
+from oarlock.client.probe import Probe
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.arrays import Part, pack, unpack
@@ -120,7 +121,7 @@ async def pull(
     dense: NDArray[np.float32] | None,
     number: int = 0,
     forms: Forms | None = None,
-    caches: Caches | None = None,
+    caches: Caches | Probe | None = None,
 ) -> dict[int, int]:
     """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given.
 

@@ -110,14 +110,18 @@ class CacheSpec:
 
     ``rows``: how many rows of the table a worker keeps. ``bound``: updates of a row that a kept one may lack; beyond that
     it is pulled again. ``policy``: who goes when it is full, the least recently (lru) or least frequently (lfu) used.
+    ``adaptive``: each worker finds a bound of its own, from 0 to ``bound``, by what staleness costs and saves.
     """
 
     rows: int
     bound: int = 0
     policy: str = "lru"
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in CACHE_POLICIES:
             raise InvalidArgument(f"cache.policy = {self.policy!r}: choose one of {', '.join(CACHE_POLICIES)}")
         _check("cache", "rows", self.rows, 1, 1 << 30, whole=True)
         _check("cache", "bound", self.bound, 0, 1 << 30, whole=True)
+        if not isinstance(self.adaptive, bool):
+            raise InvalidArgument(f"cache.adaptive = {self.adaptive!r}: give true or false")

@@ -82,7 +82,8 @@ class Data:
             changes["staleness"] = schedule.staleness
         if schedule.cache_rows:
             counting, *others = tables
-            tables = (replace(counting, cache=CacheSpec(schedule.cache_rows, schedule.cache_bound)), *others)
+            cache = CacheSpec(schedule.cache_rows, schedule.cache_bound, adaptive=schedule.cache_adaptive)
+            tables = (replace(counting, cache=cache), *others)
         return JobSpec(
             job=JOB,
             name="simulated",

@@ -66,7 +66,8 @@ class Fault:
 class Schedule:
     """A small job and its faults. ``latency`` is the longest time of a message on its way, in seconds.
 
-    ``accumulate``: batches of a group; the k of geo(k). ``cache_rows``: rows of the counting table that a worker keeps, 0: none.
+    ``accumulate``: batches of a group; the k of geo(k). ``cache_rows``: rows of the counting table that a worker keeps, 0: none;
+    ``cache_adaptive``: each worker finds its bound, up to ``cache_bound``.
     """
 
     seed: int
@@ -84,6 +85,7 @@ class Schedule:
     accumulate: int = 1
     cache_rows: int = 0
     cache_bound: int = 0
+    cache_adaptive: bool = False
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -136,6 +138,7 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
         # Some rows give their places to others, or all have one.
         cache_rows=rng.choice((0, 5, 100)) if mode == "async" else 0,
         cache_bound=rng.choice((0, 1, 3)),
+        cache_adaptive=rng.choice((False, False, True)),
     )
 
 

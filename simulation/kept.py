@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that workers keep, tested at every pull: what does not come lacks at most ``bound`` updates.
+"""The rows that workers keep, tested at every pull: what does not come lacks at most as many updates as was said.
 
 Invariant: how often a row was updated is counted by its values, which every push that was applied raises, and not by the versions
 that are tested. A shard that answers and a check of its answer are one instant.
@@ -56,11 +56,11 @@ class Kept:
                 return f"rows of keys {keys[came].tolist()} came with versions {versions.tolist()}"
             left = np.setdiff1d(np.arange(len(keys)), came)
             lacking = self._updates[keys[left]] - told[left]
-            wrong = (told[left] == 0) | (lacking < 0) | (lacking > self._cache.bound)
+            wrong = (told[left] == 0) | (lacking < 0) | (lacking > asked.bound)
             if wrong.any():
                 at = int(wrong.argmax())
                 return (
                     f"the row of key {keys[left][at]} did not come; the one that is kept lacks {lacking[at]} updates, "
-                    f"with a bound of {self._cache.bound}"
+                    f"with a bound of {asked.bound}"
                 )
         return ""

@@ -134,6 +134,13 @@ _CACHE = _metrics(
     ),
     ("misses_total", "counter", "Rows that came; with the hits, all that training pulls asked for."),
     ("outdated_total", "counter", "Rows that came though they were kept, since these were too old."),
+    ("bound", "gauge", "Updates that a kept row may lack at present."),
+    (
+        "excess",
+        "gauge",
+        "Of an adaptive bound: how much higher the loss is with kept rows than with fresh ones, relative to it.",
+    ),
+    ("probes_total", "counter", "Of an adaptive bound: groups that were pulled fresh to find that out."),
     ("evictions_total", "counter", "Kept rows that gave their place to others."),
     ("saved_bytes_total", "counter", "Bytes of the rows that did not come."),
 )

@@ -100,6 +100,7 @@ class Pipeline:
         prepared = await self._session.encode(encode, **about)
         await self._pulled.acquire()
         await self._clock.may_pull(group.turn)
+        prepared.probe = self._session.probing.probe(group.turn)
         begun = time.perf_counter()
         await self._session.pull(prepared, self._clock.on_wire(group.turn), lossless=False, cached=True, **about)
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
@@ -160,6 +161,8 @@ class Pipeline:
                 encoding[1].set()
         finally:
             self._session.give_back(program)
+        if prepared.probe is not None:
+            self._session.probing.learn(prepared.probe, loss_sum, prepared.stale_loss)
         split.loss_sum += loss_sum
         split.losses += prepared.samples
         progress.batches += len(prepared.sizes)
@@ -189,6 +192,8 @@ class Pipeline:
         done = (split.id + group.number / split.groups) / (spec.splits * spec.epochs)
         # A number of each batch alone, the same when another worker trains it again.
         draw = split.id << 32 | split.batches_of(group.number).start
+        if prepared.probe is not None:
+            prepared.stale_loss = self._session.probing.stale_loss(program, prepared, seed=spec.seed, draw=draw)
         trained = train_group(
             program,
             self._workload.model.lookups,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
+from oarlock.client.probe import Probe
 from oarlock.client.router import Routes
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySet, KeySorter
@@ -35,6 +36,9 @@ class Prepared:
     dense: NDArray[np.float32]
     # Pushes that each shard had applied when the rows were pulled.
     seen: dict[int, int] = field(default_factory=dict)
+    # What its rows are compared with, if its pull is one that finds out what staleness costs.
+    probe: Probe | None = None
+    stale_loss: float | None = None
 
     @property
     def samples(self) -> int:

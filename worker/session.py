@@ -17,6 +17,7 @@ from oarlock.data.reader import Reader
 from oarlock.nn import Program
 from oarlock.worker.hop import Hop
 from oarlock.worker.prepare import Prepared, Preparer
+from oarlock.worker.probing import Probing
 from oarlock.worker.recipe import Example, Workload
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Session:
         self._preparer = Preparer(workload.model, member.layout)
         # Rows that training keeps from batch to batch. What an evaluation finds does not depend on who keeps what.
         self.caches = Caches(member.layout.tables)
+        self.probing = Probing(self.caches, workload.model.lookups)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return ``function(*arguments)``, called in the reading thread."""
@@ -87,7 +89,7 @@ class Session:
 
         ``number``: of the group on the wire, under ssp. ``cached``: rows that are kept and new enough need not come.
         """
-        caches = self.caches if cached and self.caches.of else None
+        caches = (prepared.probe or self.caches) if cached and self.caches.of else None
         prepared.seen = await self.client.pull(
             prepared.keys,
             prepared.rows,

@@ -7,7 +7,6 @@ Invariant: nothing is changed and nobody waited for: the worker's thread goes on
 from collections.abc import Callable
 from typing import Any
 
-from oarlock.client.caches import Caches
 from oarlock.telemetry.registry import Source
 from oarlock.telemetry.stages import Stages
 from oarlock.worker.trainer import Trainer
@@ -18,6 +17,9 @@ _OF_CACHES = {
     "hits": "oarlock_cache_hits_total",
     "misses": "oarlock_cache_misses_total",
     "outdated": "oarlock_cache_outdated_total",
+    "bound": "oarlock_cache_bound",
+    "excess": "oarlock_cache_excess",
+    "probes": "oarlock_cache_probes_total",
     "evictions": "oarlock_cache_evictions_total",
     "saved_bytes": "oarlock_cache_saved_bytes_total",
 }
@@ -47,12 +49,15 @@ def worker_source(trainer: Callable[[], Trainer | None], client: Stages) -> Sour
             "oarlock_worker_stage_entries_total": entries,
             "oarlock_worker_pull_seconds": done.pull_seconds,
             "oarlock_worker_push_seconds": done.push_seconds,
-            **_caches(found.caches),
+            **_caches(found.told_of_caches()),
         }
 
     return source
 
 
-def _caches(caches: Caches) -> dict[str, dict[str, int]]:
-    told = caches.told()
-    return {metric: {table: values[name] for table, values in told.items()} for name, metric in _OF_CACHES.items()}
+def _caches(told: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = {
+        metric: {table: values[name] for table, values in told.items() if name in values}
+        for name, metric in _OF_CACHES.items()
+    }
+    return {metric: values for metric, values in found.items() if values}

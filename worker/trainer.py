@@ -69,12 +69,17 @@ class Trainer:
             **({"residuals_lost": done.residuals_lost} if done.residuals_lost else {}),
             "open_splits": sorted(self._open),
             "stages": {**done.stages.rounded(), **self._evaluator.stages.rounded()},
-            **({"caches": self.caches.told()} if self.caches.of else {}),
+            **({"caches": self.told_of_caches()} if self.caches.of else {}),
         }
 
     @property
     def caches(self) -> Caches:
         return self._session.caches
+
+    def told_of_caches(self) -> dict[str, dict[str, Any]]:
+        """Return what each cache holds and has done, and what its bound was found by, if that is adaptive."""
+        probing = self._session.probing.told()
+        return {name: {**told, **probing.get(name, {})} for name, told in self.caches.told().items()}
 
     @property
     def evaluation_stages(self) -> Stages:

@@ -70,17 +70,20 @@ def version(table, key):
 
 
 def test_the_spec_of_a_cache_goes_both_ways_and_is_checked():
-    for cache in (None, CacheSpec(1), CacheSpec(1 << 30, 100, "lfu")):
+    for cache in (None, CacheSpec(1), CacheSpec(1 << 30, 100, "lfu"), CacheSpec(1, 9, adaptive=True)):
         spec = TableSpec("t", 2, cache=cache)
         assert table_from_json(to_json(spec)) == spec
     before = {k: v for k, v in to_json(TableSpec("t", 2)).items() if k != "cache"}
     assert table_from_json(before).cache is None  # a spec of before there were caches
+    old = table_from_json(before | {"cache": {"rows": 1, "bound": 2, "policy": "lru"}}).cache
+    assert old == CacheSpec(1, 2)  # of before bounds were adaptive
     for wrong in (
         {"rows": 0},
         {"rows": 1.5},
         {"rows": True},
         {"rows": 1, "bound": -1},
         {"rows": 1, "policy": "fifo"},
+        {"rows": 1, "adaptive": 1},
         {},
     ):
         with pytest.raises(InvalidArgument, match="cache"):

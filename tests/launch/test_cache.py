@@ -9,6 +9,7 @@ import pytest
 
 from oarlock.checkpoint.store import LocalStore
 from oarlock.embedding.spec import CacheSpec
+from oarlock.launch.cache import HIGHEST
 from oarlock.launch.config import load_toml, run_config, to_toml
 from oarlock.launch.folder import resume
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
@@ -25,6 +26,14 @@ def test_a_job_file_says_which_rows_workers_keep(start: Any) -> None:
     assert to_toml(again, again.recipe_options) == (folder / "job.toml").read_text()
 
 
+@pytest.mark.parametrize(("more", "highest"), [({}, HIGHEST), ({"highest": 7}, 7)])
+def test_a_bound_may_be_left_to_the_workers(start: Any, more: dict[str, int], highest: int) -> None:
+    caches = {"item": {"rows": 50, "bound": "auto", **more}}
+    spec, folder = start(cache=caches)
+    assert {t.name: t.cache for t in spec.tables if t.cache} == {"item": CacheSpec(50, highest, adaptive=True)}
+    assert run_config(load_toml(folder / "job.toml")).cache == caches
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -36,6 +45,13 @@ def test_a_job_file_says_which_rows_workers_keep(start: Any) -> None:
         ({"cache": {"item": {"rows": 1.5}}}, "cache.item: rows = 1.5: give an integer"),
         ({"cache": {"item": {"rows": 5, "bonud": 1}}}, "cache.item: unknown field 'bonud'; did you mean 'bound'"),
         ({"cache": {"item": {"rows": 5, "policy": "x"}}}, "cache.policy = 'x': choose one of lru, lfu"),
+        ({"cache": {"item": {"rows": 5, "bound": "max"}}}, "cache.item: bound = 'max': give an integer, or 'auto'"),
+        ({"cache": {"item": {"rows": 5, "bound": "auto", "highest": 0}}}, "highest = 0: give an integer from 1 to 10"),
+        ({"cache": {"item": {"rows": 5, "bound": "auto", "highest": True}}}, "highest = True: give an integer"),
+        ({"cache": {"item": {"rows": 5, "bound": "auto", "highest": 2**31}}}, "highest = 2147483648: give"),
+        ({"cache": {"item": {"rows": 5, "bound": "auto", "highest": "9"}}}, "highest = '9': give an integer"),
+        ({"cache": {"item": {"rows": 5, "bound": 3, "highest": 9}}}, "highest = 9 is the upper end of bound = 'auto'"),
+        ({"cache": {"item": {"rows": 5, "adaptive": True}}}, "unknown field 'adaptive'; write bound = 'auto'"),
         ({"cache": 5}, "cache = 5: give a table"),
         ({"cache": {"item": {"rows": 5}}, "mode": "ssp"}, "mode = 'ssp' and the cache of table item contradict"),
     ],
@@ -75,6 +91,28 @@ def test_with_bound_0_a_worker_that_is_alone_trains_as_without_a_cache(start: An
     # Every batch changes every row that it pulls: what is kept is always a little too old.
     assert max(c[table]["outdated"] for c in told for table in caches) > 0
     assert max(c[table]["evictions"] for c in told for table in caches) > 0
+
+
+def test_a_worker_that_is_alone_chooses_the_same_bounds_every_time(start: Any, run_job: Any) -> None:
+    """With probes among its groups, and bounds that change, it trains the same bits."""
+    runs, seen = [], []
+    for name in ("one", "other"):
+        spec, folder = start(
+            name,
+            cache={"item": {"rows": 150, "bound": "auto"}, "user": {"rows": 60, "bound": "auto", "highest": 2}},
+            recipe_options={"batch_samples": 64},
+            **ALONE,
+        )
+        status = run_job(spec, folder, stop_when=lambda status: seen.append(status) or False)
+        runs.append((status["history"][0]["loss"], status["history"][0]["metrics"], contents(folder)))
+    assert runs[0][:2] == runs[1][:2]
+    for block, arrays in runs[0][2].items():
+        for a, b in zip(arrays, runs[1][2][block], strict=True):
+            assert np.array_equal(a, b), block
+    told = [m["stats"]["caches"] for s in seen for m in s["members"] if "caches" in m["stats"]]
+    assert max(c[table]["probes"] for c in told for table in c) > 3
+    assert len({c["item"]["bound"] for c in told}) > 1
+    assert max(c["user"]["bound"] for c in told) <= 2
 
 
 def test_a_job_that_goes_on_keeps_its_caches(start: Any, run_job: Any) -> None:

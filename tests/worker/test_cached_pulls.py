@@ -47,14 +47,44 @@ def test_a_worker_tells_of_its_caches(make_job: Make) -> None:
     job = with_cache(make_job(workers=1, epochs=1), rows=50, bound=1000)
     job.run(lambda j: j.to_the_end())
     trainer = job.workers[0].result()
+    assert trainer.told_of_caches() == trainer.caches.told()
     told, (found,) = trainer.caches.told()["key"], [worker_source(lambda: trainer, trainer._session.client.stages)()]
     assert trainer.stats()["caches"] == {"key": told}
     assert found["oarlock_cache_hits_total"] == {"key": told["hits"]}
     assert found["oarlock_cache_saved_bytes_total"] == {"key": 4 * told["hits"]}
     assert {name for name in found if name.startswith("oarlock_cache_")} == {
         f"oarlock_cache_{name}"
-        for name in ("rows", "hits_total", "misses_total", "outdated_total", "evictions_total", "saved_bytes_total")
+        for name in (
+            "rows",
+            "bound",
+            "hits_total",
+            "misses_total",
+            "outdated_total",
+            "evictions_total",
+            "saved_bytes_total",
+        )
     }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_adaptive_bound_counts_every_occurrence_once_and_is_told(make_job: Make, workers: int) -> None:
+    """What is trained does not look at its rows here, so staleness costs nothing, and each worker climbs to the top."""
+    job = with_cache(make_job(workers=workers, rows=960, batch_rows=6), rows=100, bound=4, adaptive=True)
+    job.run(lambda j: j.to_the_end())
+    job.check_counted_once()
+    asked = [table for r in job.wire.calls("Shard.Pull") for table in r.tables if table.HasField("versions")]
+    bounds = [table.bound for table in asked]
+    assert set(bounds) == {0, 1, 2, 3, 4}
+    # All probes ask for fresh rows, and whoever changed its bound asks with the new one.
+    told = [worker.result().stats()["caches"]["key"] for worker in job.workers]
+    assert sum(c["probes"] for c in told) <= bounds.count(0) < len(bounds) / 3
+    assert {c["bound"] for c in told} == {4}
+    assert {c["excess"] for c in told} == {0.0}
+    trainer = job.workers[0].result()
+    (found,) = [worker_source(lambda: trainer, trainer._session.client.stages)()]
+    assert found["oarlock_cache_bound"] == {"key": 4}
+    assert found["oarlock_cache_probes_total"] == {"key": told[0]["probes"]}
+    assert found["oarlock_cache_excess"] == {"key": 0.0}
 
 
 def test_a_worker_without_caches_tells_nothing_of_them(make_job: Make) -> None:
