@@ -103,14 +103,23 @@ def scraped(address: str) -> dict[str, float]:
 
 
 class _Watch:
-    """Reads the pages of all members as long as nothing was evaluated: evaluation pulls all rows."""
+    """Reads the pages of all members as long as nothing was evaluated: evaluation pulls all rows.
+
+    ``bounds``: of each worker's cache the batches that it had trained when its bound was seen to change, and to which.
+    """
 
     def __init__(self) -> None:
         self.pages: dict[tuple[str, int], dict[str, float]] = {}
+        self.bounds: dict[int, list[tuple[int, int]]] = {}
 
     def __call__(self, status: dict[str, Any]) -> bool:
         if status and not status["evaluated"]:
             for member in status["members"]:
+                stats = member["stats"] or {}
+                if cache := stats.get("caches", {}).get("fields"):
+                    known = self.bounds.setdefault(member["id"], [])
+                    if not known or known[-1][1] != cache["bound"]:
+                        known.append((stats["batches"], cache["bound"]))
                 if address := (member["stats"] or {}).get("metrics"):
                     try:
                         self.pages[member["role"], member["id"]] = scraped(address)
@@ -122,7 +131,7 @@ class _Watch:
         return [page.get(name, 0.0) for (r, _), page in self.pages.items() if r == role]
 
 
-def run_job(folder: Path, data: Path, *, bound: int | None, seed: int, batch: int) -> dict[str, Any]:
+def run_job(folder: Path, data: Path, *, bound: int | str | None, seed: int, batch: int) -> dict[str, Any]:
     """Train one epoch; ``bound`` None: without caches. Return what was seen until the evaluation began, and the AUC."""
     run = RunConfig(
         recipe="dlrm",
@@ -159,6 +168,8 @@ def run_job(folder: Path, data: Path, *, bound: int | None, seed: int, batch: in
         "bound": bound,
         "seed": seed,
         "auc": status["history"][-1]["metrics"].get("auc"),
+        "train_seconds": status["history"][-1]["train_seconds"],
+        "bounds": list(watch.bounds.values()),
         "loss": round(status["history"][-1]["loss"], 5),
         "pull_bytes_per_sample": round(sum(pulled) / samples, 1),
         "hit_rate": round(hits / (hits + misses), 4) if hits + misses else 0.0,

@@ -178,7 +178,11 @@ class Program:
         wrong feed raises InvalidArgument or Malformed before anything is computed. A model with dropout needs ``step``,
         and drops the same for the same (seed, step).
         """
-        mean = self.loss(feeds, batch, seed=seed, step=step)
+        if self._dropouts:
+            self._draw(seed, step)
+        self._take(feeds, batch, self._known)
+        for forward, one in self._forward:
+            forward(one)
         for strip in self._layout.zeros:
             kernels.zero(strip.rows, strip.start, strip.width)
         for lookup in self._lookups:
@@ -193,15 +197,6 @@ class Program:
                     kernels.accumulate(own, 0, total, 0, own.shape[1])
         for lookup in self._lookups:
             self.row_gradients[lookup.spec.name] = lookup.gradient
-        return mean
-
-    def loss(self, feeds: Mapping[str, Any], batch: int, *, seed: int = 0, step: int | None = None) -> float:
-        """Return the mean loss that ``train`` would, of the forward pass alone; gradients stay as they are."""
-        if self._dropouts:
-            self._draw(seed, step)
-        self._take(feeds, batch, self._known)
-        for forward, one in self._forward:
-            forward(one)
         label = self._feeds[self.model.label]
         assert isinstance(label, LabelFeed)
         return float(label.total[0]) / self._batch

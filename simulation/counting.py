@@ -106,9 +106,6 @@ class CountingProgram:
             self.flat_gradients[1 + feeds["batch"].astype(np.int64)] = -1 / RATE
         return LOSS
 
-    def loss(self, feeds: dict[str, Any], samples: int, *, seed: int, step: int) -> float:
-        return LOSS
-
     def predict(self, feeds: dict[str, Any], samples: int) -> NDArray[np.float32]:
         rows, inverse = feeds["a"]
         counts: NDArray[np.float32] = rows[inverse, 0]

@@ -70,18 +70,16 @@ def train_group(
     return Trained(loss_sum, total, dense, rates)
 
 
-def loss_of(
-    program: Program, lookups: tuple[Lookup, ...], prepared: Prepared, rows: Rows, *, seed: int, draw: int
-) -> float:
-    """Return the sum of losses that ``train_group`` would find with these ``rows``; no gradient changes."""
+def scores_with(program: Program, lookups: tuple[Lookup, ...], prepared: Prepared, rows: Rows) -> NDArray[np.float32]:
+    """Return the scores float32[samples] of a group, batch by batch, with these ``rows``; no gradient changes."""
     program.flat_parameters[:] = prepared.dense
     group = replace(prepared, rows=rows)
-    loss_sum, at = 0.0, 0
-    for number, size in enumerate(prepared.sizes):
-        feeds = _feeds(lookups, group, slice(at, at + size))
+    scores, at = np.empty(prepared.samples, np.float32), 0
+    for size in prepared.sizes:
+        run = slice(at, at + size)
+        scores[run] = program.predict(_feeds(lookups, group, run), size)
         at += size
-        loss_sum += program.loss(feeds, size, seed=seed, step=draw + number) * size
-    return loss_sum
+    return scores
 
 
 def predict(program: Program, lookups: tuple[Lookup, ...], prepared: Prepared) -> NDArray[np.float32]:

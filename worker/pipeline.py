@@ -162,7 +162,7 @@ class Pipeline:
         finally:
             self._session.give_back(program)
         if prepared.probe is not None:
-            self._session.probing.learn(prepared.probe, loss_sum, prepared.stale_loss)
+            self._session.probing.learn(prepared.probe, prepared.excess)
         split.loss_sum += loss_sum
         split.losses += prepared.samples
         progress.batches += len(prepared.sizes)
@@ -193,7 +193,7 @@ class Pipeline:
         # A number of each batch alone, the same when another worker trains it again.
         draw = split.id << 32 | split.batches_of(group.number).start
         if prepared.probe is not None:
-            prepared.stale_loss = self._session.probing.stale_loss(program, prepared, seed=spec.seed, draw=draw)
+            prepared.excess = self._session.probing.excess(program, prepared)
         trained = train_group(
             program,
             self._workload.model.lookups,

@@ -36,9 +36,9 @@ class Prepared:
     dense: NDArray[np.float32]
     # Pushes that each shard had applied when the rows were pulled.
     seen: dict[int, int] = field(default_factory=dict)
-    # What its rows are compared with, if its pull is one that finds out what staleness costs.
+    # If its pull is one that finds out what staleness costs: what its rows are compared with, and what came of that.
     probe: Probe | None = None
-    stale_loss: float | None = None
+    excess: float = 0.0
 
     @property
     def samples(self) -> int:

@@ -68,28 +68,6 @@ def test_bits_depend_on_nothing_but_the_feeds(kind, reference):
             assert outcome(program, feeds, batch) == expected
 
 
-@pytest.mark.parametrize("kind", ["neumf", "fields", 0, 1, 2, 3])
-def test_the_loss_alone_is_that_of_training_and_changes_no_gradient(kind, reference):
-    models = {"neumf": reference.neumf, "fields": wide_deep_and_crossed}
-    model = models[kind]() if kind in models else reference.random_model(kind)
-    program, other = model.bind(513), model.bind(513)
-    for p in (program, other):
-        reference.fill(p, 5)
-    for number, batch in enumerate((1, 64, 513)):
-        feeds = reference.make_feeds(model, batch, batch, rows=batch)
-        expected = outcome(other, feeds, batch)
-        before = reference.make_feeds(model, 100, 9 + number, rows=50)
-        program.loss(before, 100)
-        loss = program.train(feeds, batch)
-        gradients = program.flat_gradients.copy(), [g.copy() for g in program.row_gradients.values()]
-        assert program.loss(feeds, batch) == loss == expected[0]
-        program.loss(before, 100)
-        assert np.array_equal(program.flat_gradients, gradients[0])
-        for found, kept in zip(program.row_gradients.values(), gradients[1], strict=True):
-            assert np.array_equal(found, kept)
-        assert outcome(program, feeds, batch) == expected
-
-
 def test_nan_does_not_outlive_its_step(reference):
     """Also in columns of a buffer that no gradient reaches."""
     hidden = Linear(6, activation="tanh", name="fc")(lookup("a", table="t", dim=3))
