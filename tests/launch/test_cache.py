@@ -100,7 +100,7 @@ def test_a_worker_that_is_alone_chooses_the_same_bounds_every_time(start: Any, r
         spec, folder = start(
             name,
             cache={"item": {"rows": 150, "bound": "auto"}, "user": {"rows": 60, "bound": "auto", "highest": 2}},
-            recipe_options={"batch_samples": 64},
+            recipe_options={"batch_samples": 128},
             **ALONE,
         )
         status = run_job(spec, folder, stop_when=lambda status: seen.append(status) or False)

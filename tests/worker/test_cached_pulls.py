@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from oarlock.embedding.spec import CacheSpec
@@ -66,24 +67,34 @@ def test_a_worker_tells_of_its_caches(make_job: Make) -> None:
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_adaptive_bound_counts_every_occurrence_once_and_is_told(make_job: Make, workers: int) -> None:
-    """Scores are counts here, taken for logits: beyond some, one more or less costs nothing, and workers climb to the top."""
-    job = with_cache(make_job(workers=workers, rows=960, batch_rows=6), rows=100, bound=4, adaptive=True)
+@pytest.mark.parametrize(("workers", "costs"), [(2, False), (1, True)])
+def test_an_adaptive_bound_counts_every_occurrence_once_and_is_told(
+    make_job: Make, counting: Any, monkeypatch: pytest.MonkeyPatch, workers: int, costs: bool
+) -> None:
+    """Scores are counts here, taken for logits: one update more or less costs a lot, unless scores are all the same."""
+    if not costs:
+        monkeypatch.setattr(
+            counting.CountingProgram, "predict", lambda self, feeds, samples: np.full(samples, 0.5, np.float32)
+        )
+    job = with_cache(make_job(workers=workers, rows=240 * workers, batch_rows=6), rows=100, bound=4, adaptive=True)
     job.run(lambda j: j.to_the_end())
     job.check_counted_once()
     asked = [table for r in job.wire.calls("Shard.Pull") for table in r.tables if table.HasField("versions")]
     bounds = [table.bound for table in asked]
-    assert set(bounds) == {0, 1, 2, 3, 4}
-    # All probes ask for fresh rows, and whoever changed its bound asks with the new one.
     told = [worker.result().stats()["caches"]["key"] for worker in job.workers]
-    assert sum(c["probes"] for c in told) <= bounds.count(0) < len(bounds) / 3
-    assert {c["bound"] for c in told} == {4}
+    if costs:
+        assert set(bounds) == {0, 1}
+        assert bounds.count(0) > len(bounds) / 2
+    else:
+        # All probes ask for fresh rows, and whoever changed its bound asks with the new one.
+        assert {1, 2, 3} < set(bounds) <= {0, 1, 2, 3, 4}
+        assert sum(c["probes"] for c in told) <= bounds.count(0) < len(bounds) / 3
+        assert {c["bound"] for c in told} <= {3, 4}
+        assert {c["excess"] for c in told} == {0.0}
     trainer = job.workers[0].result()
     (found,) = [worker_source(lambda: trainer, trainer._session.client.stages)()]
-    assert found["oarlock_cache_bound"] == {"key": 4}
-    assert found["oarlock_cache_probes_total"] == {"key": told[0]["probes"]}
-    assert found["oarlock_cache_excess"] == {"key": told[0]["excess"]}
+    for name, metric in (("bound", "bound"), ("probes", "probes_total"), ("excess", "excess")):
+        assert found[f"oarlock_cache_{metric}"] == {"key": told[0][name]}
 
 
 def test_a_worker_without_caches_tells_nothing_of_them(make_job: Make) -> None:
