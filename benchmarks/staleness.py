@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m oarlock.benchmarks.staleness [--json] [--quick] [--seeds N]`: fixed bounds of a row cache beside the adaptive one.
 
-The job of ``cache_job`` (DLRM on planted clicks, two shards and two workers, real processes), longer and in smaller batches,
+The job of ``cache_job`` (DLRM on planted clicks, two shards and two workers, real processes) in smaller batches,
 once for each bound and each seed; the cases of a seed take turns. The best fixed bound is the one whose mean AUC is highest, and
 the adaptive one is compared with that: AUC, seconds of the epoch, bytes of pulls. What differs from seed to seed is told, too,
 since two workers train a little differently every time. Invariant: it writes to a temporary folder alone, and no process outlives
@@ -42,7 +42,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(4_096, 1, 128, (1,)),
     "quick": Scale(32_768, 1, 256, (1, 10)),
-    "full": Scale(262_144, 5, 256, (0, 1, 3, 10, 30)),
+    "full": Scale(131_072, 5, 256, (0, 1, 3, 10, 30)),
 }
 
 

@@ -11,7 +11,6 @@ from oarlock.worker.adaptive import (
     LOOK,
     PATIENCE,
     TOLERANCE,
-    WINDOW,
     AdaptiveBound,
     Measured,
     is_probe,
@@ -93,7 +92,7 @@ def test_it_goes_down_again_when_what_it_stands_on_begins_to_cost(rng):
 def test_what_was_measured_long_ago_is_forgotten(rng):
     policy = AdaptiveBound(100)
     assert train(policy, square, 400, rng)[-1] == 10
-    assert train(policy, lambda bound: square(bound) / 100, 2 * WINDOW + 40, rng)[-1] == 100
+    assert train(policy, lambda bound: square(bound) / 100, 120, rng)[-1] == 100
 
 
 def test_a_bound_that_would_save_nothing_is_not_tried(rng):
