@@ -20,6 +20,7 @@ from oarlock.proto.buffers import Buffers
 from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import DeadlineExceeded, Malformed, PSError, Unavailable
 from oarlock.proto.rpc import sockets
+from oarlock.proto.rpc.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class FramePeer:
         self._opening = asyncio.Lock()
         self._open: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._places = asyncio.Semaphore(CONNECTIONS)
+        self._places = Turns(CONNECTIONS)
         # Places for which the other side had no room, and until when they are not tried again.
         self._aside = 0
         self._aside_until = 0.0
@@ -191,19 +192,20 @@ class FramePeer:
     async def call(self, buffers: list[memoryview], method: str, timeout_seconds: float) -> frames.Frame | None:
         """Return the answer to a frame, or None if there are no sockets to send it on (``absent`` then); PSError."""
         try:
-            async with asyncio.timeout(timeout_seconds) as timeout:
+            until = asyncio.get_running_loop().time() + timeout_seconds
+            async with asyncio.timeout_at(until):
                 while True:
-                    found = await self._placed(buffers, timeout.when())
+                    found = await self._placed(buffers, until)
                     if found is not None or self.absent:
                         return found
         except TimeoutError:
             raise DeadlineExceeded(f"{method} at {self._address}: no answer in time", address=self._address) from None
 
-    async def _placed(self, buffers: list[memoryview], until: float | None) -> frames.Frame | None:
+    async def _placed(self, buffers: list[memoryview], until: float) -> frames.Frame | None:
         """Return the answer, which is waited for ``until`` then; None if it is absent, or if there is a place less now."""
         if self._aside and asyncio.get_running_loop().time() >= self._aside_until:
             self._bring_back()
-        await self._places.acquire()
+        await self._places.acquire(until)
         try:
             connection = self._idle.pop() if self._idle else await self._opened()
             frame = None if connection is None else await self._exchange(connection, buffers, until)
@@ -251,12 +253,11 @@ class FramePeer:
             logger.warning("event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address)
             return None
 
-    async def _exchange(self, connection: Connection, buffers: list[memoryview], until: float | None) -> frames.Frame:
+    async def _exchange(self, connection: Connection, buffers: list[memoryview], until: float) -> frames.Frame:
         try:
             self._check_open()
-            if until is not None:
-                # What is left of it may be less than the caller gave: it had to wait for a place.
-                buffers = frames.stamped(buffers, until - asyncio.get_running_loop().time())
+            # What is left of it may be less than the caller gave: it had to wait for a place.
+            buffers = frames.stamped(buffers, until - asyncio.get_running_loop().time())
             frame = await connection.exchange(buffers)
         except BaseException as error:
             self._open.discard(connection)
