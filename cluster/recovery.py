@@ -109,7 +109,12 @@ def _check_fits(c: "Coordinator", manifest: Manifest, path: str) -> None:
     spec = c.spec
     tables, dense = [to_json(t) for t in spec.tables], [to_json(d) for d in spec.dense]
     mine = {"seed": spec.seed, "tables": tables, "dense": dense}
-    theirs = {"seed": manifest.seed, "tables": list(manifest.tables), "dense": list(manifest.dense)}
+    # Not as they were written: what a spec did not have yet is as it is by default.
+    theirs = {
+        "seed": manifest.seed,
+        "tables": [to_json(t) for t in manifest.table_specs().values()],
+        "dense": [to_json(d) for d in manifest.dense_specs().values()],
+    }
     for name, value in mine.items():
         if json.dumps(value, sort_keys=True) != json.dumps(theirs[name], sort_keys=True):
             raise SpecMismatch(f"the checkpoint {path} has another {name} than job {spec.name}", field=name)

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import secrets
-from dataclasses import replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from oarlock.data.scores import merit
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, Unavailable
+from oarlock.worker.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
     spec = make_spec(run, old.name, job=old.job)
     for name in _FIXED:
         was, wanted = _plain(old, name), _plain(spec, name)
+        if name == "config":
+            was |= _newer(load_recipe(spec.recipe).Config, was, wanted, options)
         if was != wanted:
             raise SpecMismatch(_difference(name, was, wanted), field=name)
     try:
@@ -109,6 +112,20 @@ def _merged(old: dict[str, Any], changes: Any) -> Any:
 
 def _plain(spec: JobSpec, name: str) -> Any:
     return json.loads(spec.to_json())[name]
+
+
+def _newer(kind: type, was: dict[str, Any], wanted: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe's Config that there were not yet when the job was made, as the job then did without them.
+
+    That is their default, or what the plan made of it; whoever gives another value changes them.
+    """
+    out = {}
+    for f in fields(kind):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if f.name not in was and f.name in wanted and default is not MISSING:
+            default = json.loads(json.dumps(default))
+            out[f.name] = wanted[f.name] if given.get(f.name, default) == default else default
+    return out
 
 
 def _difference(name: str, was: Any, wanted: Any) -> str:
@@ -242,6 +259,9 @@ def stored_status(folder: Path) -> dict[str, Any]:
             {"residual_splits_lost": (facts["counted"] or {}).get("given_back", 0)}
             if feedback_of(spec.compression)
             else {}
+        ),
+        **(
+            {"compression": {name: asdict(wire) for name, wire in spec.compression.items()}} if spec.compression else {}
         ),
         "servers": spec.servers,
         "workers": spec.workers,

@@ -113,7 +113,10 @@ class Summed(Protocol):
 
 
 class Recipe(Protocol):
-    """A model, its data and its defaults. ``Config`` is a frozen dataclass of what a user may set."""
+    """A model, its data and its defaults. ``Config`` is a frozen dataclass of what a user may set.
+
+    Jobs that were made before ``Config`` had a field go on with its default, at which the recipe does what it did without it.
+    """
 
     Config: type
 
