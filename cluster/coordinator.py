@@ -5,7 +5,6 @@ Invariant: one lock covers all state; every answer that depends on a change is g
 Decisions are in members.py, work.py and placement.py; orders to shards are carried out by orders.py. Called from many threads.
 """
 
-import json
 import logging
 import random
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING,
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.clocks import Clocks
+from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
@@ -72,6 +72,8 @@ class Coordinator:
         self.stop_wanted: bool | None = None
         self.stop_reason = ""
         self.stopping_since = 0.0
+        # Whether an epoch's evaluation is being merged, by whoever reported its last split: the epoch ends in a moment.
+        self.merging = False
         # When time was last counted, and when leases were last judged: a message may count before the first judgement.
         self.last_tick = 0.0
         self.judged = 0.0
@@ -211,7 +213,7 @@ class Coordinator:
             # A report that is repeated is answered from memory, which a write that failed leaves ahead of the disk.
             self.store.check()
             # The time until now was training, also if this split is the epoch's last.
-            self._count_time()
+            self.count_time()
             if self.work.close(worker, split, samples, loss_sum, groups):
                 with self.store as store:
                     self.record_work(store)
@@ -224,30 +226,7 @@ class Coordinator:
                 return
             with self.store as store:
                 store.set_evaluation(split, found)
-                self.end_epoch_if_done(store)
-
-    def end_epoch_if_done(self, store: Store) -> None:
-        """Finish the epoch when it is trained and evaluated; begin a checkpoint if one is due."""
-        work = self.work
-        if work.finished or not (work.trained and work.evaluated):
-            return
-        self._count_time()
-        result = work.finish_epoch()
-        store.set_epoch(result.epoch, asdict(result))
-        store.clear_evaluations()
-        self.record_work(store)
-        without = ", ".join(name for name, value in result.metrics.items() if value is None)
-        if without and work.evaluation_splits:
-            what = f"the {result.evaluated} evaluated samples lack a class of labels that it takes"
-            self.warn(f"epoch {result.epoch + 1} has no {without}: {what}")
-        every = self.spec.checkpoint_epochs
-        due = work.finished or (every > 0 and work.epoch % every == 0)
-        if due:
-            self.phase = WRITING
-            store.set_fact("phase", WRITING)
-        logger.info(
-            "event=epoch_done epoch=%d loss=%.6f metrics=%s", result.epoch, result.loss, json.dumps(result.metrics)
-        )
+        end_epoch_if_done(self)
 
     def release(self, worker: int, kind: str, split: int, reason: str) -> None:
         with self.lock:
@@ -302,7 +281,8 @@ class Coordinator:
             where = f"shard {member.id} ({member.address}, pid {member.pid})"
             self.fail(f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume")
 
-    def _count_time(self) -> None:
+    def count_time(self) -> None:
+        """Count the time until now as training, or as evaluation if all is trained. Under the lock."""
         now = self.clock()
         passed = max(0.0, now - self.last_tick)
         self.last_tick = now
@@ -322,7 +302,7 @@ class Coordinator:
                 self.members.grant_full_term(now)
                 self.stopping_since = now
             self.judged = now
-            self._count_time()
+            self.count_time()
             for member in self.members.expired(now):
                 self.member_gone(member, "dead", "its lease ended")
             if self.phase == STOPPING and now - self.stopping_since > STOP_SECONDS:
@@ -332,9 +312,9 @@ class Coordinator:
                 self.set_phase(STOPPING, self.stop_reason)
             if self.phase == TRAINING and self.work.finished:
                 self.set_phase(DONE)
-            elif self.phase == TRAINING and self.work.trained and self.work.evaluated:
-                with self.store as store:
-                    self.end_epoch_if_done(store)
+            due = self.phase == TRAINING
+        if due:
+            end_epoch_if_done(self)
 
     def stop(self, checkpoint: bool, reason: str) -> None:
         """Ask the job to end: workers finish their groups and leave, then a checkpoint is written (or not)."""

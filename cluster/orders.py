@@ -82,7 +82,8 @@ class Orders:
             await self._adopt()
         if c.placed:
             await self._tell_closed()
-        stopping = c.phase == STOPPING and not c.members.alive("worker")
+        # An epoch that is all evaluated is not left open by its last moment.
+        stopping = c.phase == STOPPING and not c.members.alive("worker") and not c.merging
         if stopping and c.stop_wanted is False:
             c.set_phase(STOPPED, c.stop_reason)
         elif c.placed and (stopping or c.phase == WRITING):

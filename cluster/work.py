@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
-from oarlock.cluster.evaluation import Found, Metrics, check_alike, merge
+from oarlock.cluster.evaluation import Evaluation, Found, Metrics, check_alike, merge
 from oarlock.data.scores import merit
 from oarlock.proto.errors import LeaseLost, NotFound
 
@@ -195,9 +195,13 @@ class Work:
         """Return (kind, split) of all leases of a worker."""
         return sorted(key for key, holder in self.leases.items() if holder == worker)
 
-    def finish_epoch(self) -> EpochResult:
-        """Merge the evaluation in order of split and begin the next epoch. Only when trained and evaluated."""
-        metrics, evaluated = merge([self.results[split] for split in sorted(self.results)], self.metrics)
+    def found(self) -> list[Found]:
+        """Return what evaluation has found so far, in order of split."""
+        return [self.results[split] for split in sorted(self.results)]
+
+    def finish_epoch(self, merged: Evaluation | None = None) -> EpochResult:
+        """Begin the next epoch. Only when trained and evaluated. ``merged``: what was ``found``, None: to be merged here."""
+        metrics, evaluated = merge(self.found(), self.metrics) if merged is None else merged
         loss = self.loss_sum / self.samples if self.samples else 0.0
         result = EpochResult(
             self.epoch, self.samples, loss, metrics, self.train_seconds, self.evaluate_seconds, evaluated

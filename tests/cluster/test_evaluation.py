@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of evaluation splits at the coordinator: kept by split, merged alike in any order, and refused when they are wrong."""
 
+import asyncio
 import itertools
 import sqlite3
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from oarlock.cluster.evaluation import check, check_alike, merge
+from oarlock.cluster.orders import Orders
 from oarlock.cluster.store import Store
 from oarlock.cluster.work import EpochResult, Work
 from oarlock.data.scores import MAX_BYTES, MAX_SAMPLES, METRICS, Scores
@@ -20,6 +24,8 @@ from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 Make = Callable[..., Any]
+# Nobody waits so long but for what never comes.
+SECONDS = 30
 
 
 def scores(score: list[float], label: list[float]) -> bytes:
@@ -279,3 +285,98 @@ def test_scores_come_back_as_they_were(tmp_path: Path) -> None:
     store = Store(tmp_path / "s").open()
     assert store.evaluations() == {0: [1.0, 0.5], 1: SECOND}
     store.close()
+
+
+class Gate:
+    """A merge that says when it has begun, and goes on when it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.merges = 0
+        monkeypatch.setattr("oarlock.cluster.epoch_end.merge", self._merge)
+
+    def _merge(self, *arguments: Any) -> Any:
+        self.merges += 1
+        self.begun.set()
+        assert self.go.wait(SECONDS)
+        return merge(*arguments)
+
+
+def promptly(work: Callable[[], Any]) -> Any:
+    """Return what ``work()`` does in a thread of its own; fail if it waits for what only comes later."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result(SECONDS)
+
+
+@pytest.fixture
+def merging(trained: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The same job while the thread that reported its last split merges what was found."""
+    evaluate(trained)
+    trained.scored(trained.one, 0, FIRST)
+    trained.gate = Gate(monkeypatch)
+    with ThreadPoolExecutor(1) as threads:
+        trained.reported = threads.submit(trained.scored, trained.two, 1, SECOND)
+        assert trained.gate.begun.wait(SECONDS)
+        yield trained
+        trained.gate.go.set()
+
+
+def test_members_are_answered_while_an_evaluation_is_merged(merging: Any) -> None:
+    """Nobody's lease may run out for want of an answer, and nobody may merge it twice."""
+    c = merging.coordinator
+    shards = [m.incarnation for m in c.members.alive("shard")]
+    promptly(lambda: merging.pass_time(3 * merging.spec.lease_seconds, merging.one, merging.two, *shards))
+    assert promptly(lambda: merging.lease(merging.one)).work == pb.WAIT
+    # Its answer was lost: what it says is known.
+    promptly(lambda: merging.scored(merging.two, 1, SECOND))
+    status = promptly(merging.status)
+    assert (status["epoch"], status["evaluated"], status["history"], status["phase"]) == (0, 2, [], "training")
+    assert len(c.members.alive("worker")) == 2
+    assert merging.gate.merges == 1
+    merging.gate.go.set()
+    merging.reported.result(SECONDS)
+    (result,) = merging.status()["history"]
+    assert result["metrics"] == TOGETHER
+    assert (merging.status()["epoch"], merging.status()["phase"], merging.gate.merges) == (1, "writing", 1)
+    assert result["evaluate_seconds"] == pytest.approx(3 * merging.spec.lease_seconds)
+
+
+def test_a_job_that_failed_while_an_evaluation_was_merged_stays_so(merging: Any) -> None:
+    merging.coordinator.fail("no reason")
+    merging.gate.go.set()
+    merging.reported.result(SECONDS)
+    assert (merging.status()["phase"], merging.status()["history"]) == ("failed", [])
+
+
+def test_a_stop_waits_for_an_evaluation_that_is_merged(merging: Any) -> None:
+    """Else the checkpoint that it ends with would have the epoch evaluated anew."""
+    c = merging.coordinator
+    c.stop(True, "asked")
+    for worker in (merging.one, merging.two):
+        c.member_gone(c.members.all[worker], "left")
+    orders = Orders(c, None, merging.path.parent / "checkpoints")
+    cuts = []
+    orders._checkpoint = lambda: cuts.append(len(c.work.history)) or asyncio.sleep(0)
+    orders._tell_closed = lambda: asyncio.sleep(0)
+    asyncio.run(orders.step())
+    assert cuts == []
+    merging.gate.go.set()
+    merging.reported.result(SECONDS)
+    asyncio.run(orders.step())
+    assert cuts == [1]
+
+
+def test_a_merge_that_fails_is_tried_again(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(trained)
+    trained.scored(trained.one, 0, FIRST)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("oarlock.cluster.epoch_end.merge", fail)
+        with pytest.raises(MemoryError):
+            trained.scored(trained.two, 1, SECOND)
+    assert trained.status()["history"] == []
+    trained.coordinator.tick()
+    assert [r["metrics"] for r in trained.status()["history"]] == [TOGETHER]
