@@ -106,6 +106,49 @@ class RunView:
             self._safely(lambda: self._console.print(epochs_table(status)))
 
 
+def wire_lines(status: dict[str, Any]) -> list[str]:
+    """Return a line on the forms in which a job's values travel, if it says any, and one for each table of which rows are kept.
+
+    Counts are of the members that are alive, each since it joined.
+    """
+    stats = [m["stats"] for m in status["members"]]
+    lines = []
+    if forms := status.get("compression"):
+        forms_of = "; ".join(f"{name}: {_ways(wire)}" for name, wire in forms.items())
+        saved = [_saved(stats, way, words) for way, words in (("pull", "pulls"), ("push", "pushes"))]
+        lines.append(f"compression of {forms_of}" + "".join(f"; {each}" for each in saved if each))
+    for name in sorted({n for each in stats if isinstance(kept := each.get("caches"), dict) for n in kept}):
+        told = [
+            found
+            for each in stats
+            if isinstance(kept := each.get("caches"), dict) and isinstance(found := kept.get(name), dict)
+        ]
+        hits, asked = _sum(told, "hits"), _sum(told, "hits") + _sum(told, "misses")
+        if asked:
+            saved_bytes = _sum(told, "saved_bytes")
+            lines.append(
+                f"cache of {name}: {hits / asked:.1%} of {asked:,} rows did not have to come; {saved_bytes / 1e6:,.1f} MB saved"
+            )
+    return lines
+
+
+def _ways(wire: dict[str, Any]) -> str:
+    """Return both forms of a WireSpec as they are spelt."""
+    return f"pull {wire['pull']}, push {wire['push']}" + (", zstd" if wire["zstd"] else "")
+
+
+def _saved(stats: list[dict[str, Any]], way: str, named: str) -> str:
+    """Return what compression saved of one direction, empty while nothing was moved."""
+    saved = _sum(stats, f"{way}_bytes_saved")
+    whole = saved + _sum(stats, f"{way}_bytes")
+    return f"{named}: {saved / 1e6:,.1f} of {whole / 1e6:,.1f} MB saved ({saved / whole:.0%})" if whole else ""
+
+
+def _sum(told: list[dict[str, Any]], name: str) -> int:
+    """Return the sum of a count; members may tell anything."""
+    return sum(value for each in told if isinstance(value := each.get(name), int))
+
+
 def metric(value: float | None) -> str:
     """Return how a metric is shown; one that the evaluated samples leave without a meaning as a dash."""
     return "-" if value is None else f"{value:.4f}"

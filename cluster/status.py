@@ -32,6 +32,12 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         **c.work.progress(),
         # Splits whose worker ended, or gave them back, with what error feedback had kept of them; of other jobs nothing is said.
         **({"residual_splits_lost": c.work.given_back} if feedback_of(c.spec.compression) else {}),
+        # In which forms values travel, where the job says so.
+        **(
+            {"compression": {name: asdict(wire) for name, wire in c.spec.compression.items()}}
+            if c.spec.compression
+            else {}
+        ),
         "best": asdict(best) if best else None,
         "history": [asdict(r) for r in c.work.history],
         "checkpoints": c.checkpoints,

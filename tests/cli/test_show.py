@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from oarlock.cli.show import RunView, epochs_table
+from oarlock.cli.show import RunView, epochs_table, wire_lines
 from oarlock.cli.train import _sentence
 
 NOTE = "the coordinator is being started again"
@@ -97,3 +97,54 @@ def test_the_last_line_names_the_best_epochs_metrics() -> None:
     assert told == "auc 0.7500  hr@10 0.2500  best_epoch 1  seconds 3.0"
     assert _sentence({"auc": None, "hr@10": 0.25, "history": history}) == "auc -  hr@10 0.2500"
     assert _sentence({"seconds": 3.0, "history": []}) == "seconds 3.0"
+
+
+# What travels
+
+
+def of(role: str, **stats: Any) -> dict[str, Any]:
+    return {"role": role, "stats": stats}
+
+
+def test_a_job_without_compression_and_caches_has_no_line_on_them() -> None:
+    shard = of("shard", pull_bytes=100, pull_bytes_saved=0, push_bytes=100, push_bytes_saved=0)
+    assert wire_lines(status(members=[shard, of("worker")])) == []
+    assert wire_lines(status(members=[], compression={})) == []
+
+
+def test_the_forms_of_a_job_and_what_they_saved() -> None:
+    compression = {
+        "user": {"pull": "float16", "push": "int8+feedback", "zstd": True},
+        "dense": {"pull": "float32", "push": "bfloat16", "zstd": False},
+    }
+    forms = "compression of user: pull float16, push int8+feedback, zstd; dense: pull float32, push bfloat16"
+    assert wire_lines(status(members=[], compression=compression)) == [forms], "a job that is over"
+    fresh = of("shard", pull_bytes=0, pull_bytes_saved=0, push_bytes=0, push_bytes_saved=0)
+    assert wire_lines(status(members=[fresh], compression=compression)) == [forms]
+    shards = [
+        of("shard", pull_bytes=1_500_000, pull_bytes_saved=1_000_000, push_bytes=3_000_000, push_bytes_saved=9_000_000),
+        of("shard", pull_bytes=500_000, pull_bytes_saved=1_000_000, push_bytes=1_000_000, push_bytes_saved=3_000_000),
+    ]
+    (line,) = wire_lines(status(members=[*shards, of("worker", samples=3)], compression=compression))
+    assert line == f"{forms}; pulls: 2.0 of 4.0 MB saved (50%); pushes: 12.0 of 16.0 MB saved (75%)"
+
+
+def test_the_share_of_rows_that_caches_had() -> None:
+    members = [
+        of(
+            "worker",
+            caches={"user": {"hits": 700, "misses": 100, "saved_bytes": 2_000_000}, "item": {"hits": 0, "misses": 0}},
+        ),
+        of("worker", caches={"user": {"hits": 100, "misses": 100, "saved_bytes": 1_000_000}}),
+        of("shard"),
+    ]
+    assert wire_lines(status(members=members)) == [
+        "cache of user: 80.0% of 1,000 rows did not have to come; 3.0 MB saved"
+    ]
+
+
+@pytest.mark.parametrize(
+    "told", [{"caches": 3}, {"caches": {"user": 3}}, {"caches": {"user": {"hits": "x", "misses": [1]}}}]
+)
+def test_members_may_tell_anything(told: dict[str, Any]) -> None:
+    assert wire_lines(status(members=[of("worker", **told)])) == []
