@@ -66,6 +66,11 @@ class Peer:
             return 0
         return int(words[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def processor_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None, "made with pipes"
@@ -105,10 +110,38 @@ def together(loads: list[Peer], at: int, seconds: float, rate: float = 0.0) -> t
     return ended, answered
 
 
-def in_turns(loads: list[Peer], seconds: float) -> list[float]:
+class Used:
+    """Processor seconds of a process, and calls that it answered meanwhile: what other work on the machine changes little."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._from = 0.0
+        self.seconds = 0.0
+        self.calls = 0
+
+    def __enter__(self) -> "Used":
+        self._from = self._peer.processor_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += self._peer.processor_seconds() - self._from
+
+    def of_a_call(self) -> float:
+        """Return processor milliseconds of a call that was answered."""
+        return round(self.seconds / max(1, self.calls) * 1e3, 3)
+
+
+def in_turns(loads: list[Peer], shards: list[Peer], seconds: float) -> tuple[list[float], list[Used]]:
     """Return how many calls a second each shard answers: other work on the machine takes as much of one as of the other."""
-    rates = [[together(loads, at, seconds / TURNS)[1] for at in range(2)] for _ in range(TURNS)]
-    return [statistics.mean(found) for found in zip(*rates, strict=True)]
+    used = [Used(each) for each in shards]
+    rates: list[list[float]] = [[] for _ in shards]
+    for _ in range(TURNS):
+        for at, each in enumerate(used):
+            with each:
+                ended, rate = together(loads, at, seconds / TURNS)
+            each.calls += ended["ok"]
+            rates[at].append(rate)
+    return [statistics.mean(found) for found in rates], used
 
 
 def overloaded(shards: list[Peer], loads: list[Peer], steady: float, over: float) -> dict[str, Any]:
@@ -118,10 +151,13 @@ def overloaded(shards: list[Peer], loads: list[Peer], steady: float, over: float
     watched = Watched(shard)
     try:
         # Tables filled, connections made.
-        in_turns(loads, steady / 2)
-        before, twin_before = in_turns(loads, steady)
-        ended, during = together(loads, 0, over, OVER * before)
-        after, twin_after = in_turns(loads, steady)
+        in_turns(loads, shards, steady / 2)
+        (before, twin_before), used_before = in_turns(loads, shards, steady)
+        used = Used(shard)
+        with used:
+            ended, during = together(loads, 0, over, OVER * before)
+        used.calls = ended["ok"]
+        (after, twin_after), used_after = in_turns(loads, shards, steady)
         died = shard.process.poll() is not None
         told = {} if died else shard.ask(0.0)
     finally:
@@ -140,7 +176,15 @@ def overloaded(shards: list[Peer], loads: list[Peer], steady: float, over: float
             "twin_before": round(twin_before, 1),
             "twin_after": round(twin_after, 1),
         },
+        "answered_over_sustainable": round(during / before, 3),
         "asked_over_sustainable": round(calls / over / before, 2),
+        "shard_processor_ms_of_a_call": {
+            "before": used_before[0].of_a_call(),
+            "during": used.of_a_call(),
+            "after": used_after[0].of_a_call(),
+            "twin_before": used_before[1].of_a_call(),
+            "twin_after": used_after[1].of_a_call(),
+        },
         "ended": dict(ended),
         "rss_mib": {"at_first": at_first >> 20, "most": watched.most >> 20, "tables": told.get("tables", 0) >> 20},
         "limit_mib": LIMIT >> 20,
