@@ -20,12 +20,14 @@ from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
 from oarlock.client.probe import Probe
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
-from oarlock.proto.arrays import Part, pack, unpack
-from oarlock.proto.bulk import Bulk, opened
+from oarlock.proto.arrays import Part, pack, unpack, view_of
+from oarlock.proto.bulk import Bulk, Landing, opened
 from oarlock.proto.errors import Malformed, UnknownTable
 from oarlock.proto.shard_pb2 import Packed, PullReply, PullRequest
 
 _NONE = np.empty(0, np.int32)
+# As it travels, and so not on a machine of another order of bytes.
+_VALUES = np.dtype("<f4")
 # Annotations of a function within a function are worked out at every call: names cost less there.
 _Blocks = NDArray[np.int32]
 
@@ -147,8 +149,9 @@ async def pull(
             for made, (name, piece) in zip(request.tables, message.pieces, strict=True):
                 if name in asked:
                     asked.request(request.header, name, piece, made, beside)
+        landing = _landing(message, rows, dense) if forms is None and asked is None else None
         answered = await member.transport.call(
-            message.shard.address, "Shard.Pull", Bulk(request, beside), timeout_seconds=timeout
+            message.shard.address, "Shard.Pull", Bulk(request, beside, landing), timeout_seconds=timeout
         )
         reply, parts = opened(answered)
         _take_rows(reply, message, rows, formed, asked, parts)
@@ -209,7 +212,37 @@ def _take_rows(
             found = _rows(reply, i, form, target, who, what, parts)
             if len(found) != piece.size:
                 raise Malformed(f"{who} answered {len(found)} {what}, asked for {piece.size}")
-            rows[name][piece.rows] = found
+            # They may have been received where they belong.
+            if not isinstance(piece.rows, slice) or not np.may_share_memory(found, rows[name]):
+                rows[name][piece.rows] = found
+
+
+def _landing(
+    message: PullMessage, rows: Mapping[str, NDArray[np.float32]], dense: NDArray[np.float32] | None
+) -> Landing:
+    """Return who says where the values of an answer are to be received: where they belong, if those of a piece, or all dense
+    blocks of the message, are side by side."""
+
+    def land(reply: PullReply, lengths: Sequence[int]) -> list[memoryview | None]:
+        told: list[memoryview | None] = [None] * len(lengths)
+
+        def tell(part: int, target: NDArray[np.float32]) -> None:
+            # Whatever is wrong with the answer is said by who reads it afterwards.
+            fits = target.dtype == _VALUES and target.flags.c_contiguous and target.flags.writeable
+            if 0 < part <= len(lengths) and fits and target.nbytes == lengths[part - 1]:
+                told[part - 1] = view_of(target)
+
+        for array, (name, piece) in zip(reply.rows, message.pieces, strict=False):
+            if isinstance(piece.rows, slice):
+                tell(array.part, rows[name][piece.rows])
+        if dense is not None and len(message.dense) and reply.dense.part:
+            spans = dense_spans(message.layout, message.dense)
+            ends = [offset + length for offset, length in spans]
+            if ends[:-1] == [offset for offset, _ in spans[1:]]:
+                tell(reply.dense.part, dense[spans[0][0] : ends[-1]])
+        return told
+
+    return land
 
 
 def _rows(
@@ -273,6 +306,8 @@ def _scatter(
     spans = dense_spans(layout, numbers)
     if sum(length for _, length in spans) != len(values):
         raise Malformed(f"{len(values)} dense values answered, asked for {sum(length for _, length in spans)}")
+    if np.may_share_memory(values, dense):
+        return
     at = 0
     for offset, length in spans:
         dense[offset : offset + length] = values[at : at + length]

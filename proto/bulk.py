@@ -5,7 +5,7 @@ Invariant: an Array of the message with ``part`` = n > 0 has its data in ``parts
 message is inlined, all data in itself, where bytes of one message are wanted (gRPC). Immutable once sent; any thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -43,12 +43,22 @@ class Parts(Sequence[Part]):
         return iter(self._came)
 
 
+# Told the message of an answer and the lengths of its parts, says where each is to be received: in memory of just its length, or
+# (None) anywhere.
+Landing = Callable[[Any, Sequence[int]], Sequence[memoryview | None]]
+
+
 @dataclass(frozen=True)
 class Bulk:
-    """A message and its parts: C-contiguous arrays or other buffers."""
+    """A message and its parts: C-contiguous arrays or other buffers.
+
+    ``landing``, of a request: where its sender wants the answer's parts. A transport need not ask it; the parts of an answer are
+    where that says they are. What it names is written to, if at all, before the call is over, also if that fails.
+    """
 
     message: Any
     parts: Sequence[Part]
+    landing: Landing | None = None
 
     @property
     def nbytes(self) -> int:

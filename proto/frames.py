@@ -38,14 +38,22 @@ MOST_KEPT = 4
 STEP_BYTES = 4 << 20
 # Room for what nobody wants.
 SKIP_BYTES = 1 << 16
+# Bytes that are taken in before it is known how long a frame is: all of a small one, and of others what leads to their parts.
+FIRST_BYTES = 1 << 12
 # Parts given to the system in one call; it takes 1024.
 _VECTOR = 512
 _MOST_MILLISECONDS = (1 << 32) - 1
 _PADDING = bytes(ALIGNMENT)
 
 
+# Told the message of a frame and the lengths of its parts, says where each is to lie: in memory of just its length, or (None)
+# anywhere. It is written to as the bytes come, also if the frame then breaks off.
+Landing = Callable[[bytes, tuple[int, ...]], Sequence[memoryview | None]]
+
+
 class Frame(NamedTuple):
-    """A frame that came: its kind, the bytes of its message, and its parts, which lie in the receiver's buffer."""
+    """A frame that came: its kind, the bytes of its message, and its parts, which lie in the receiver's buffer, or where they
+    were told to."""
 
     kind: int
     message: bytes
@@ -100,8 +108,12 @@ def skip(connection: socket.socket, length: int) -> None:
     while length:
         got = connection.recv_into(into, min(length, into.nbytes))
         if not got:
-            raise ConnectionResetError("the connection ended inside a frame")
+            raise _broken_off()
         length -= got
+
+
+def _broken_off() -> ConnectionResetError:
+    return ConnectionResetError("the connection ended inside a frame")
 
 
 class Sending:
@@ -153,29 +165,32 @@ class Head(NamedTuple):
         """Bytes that it takes to read it: the message is copied and parsed, and so are the parts if the answer may have none."""
         return self.length + 2 * (self.size if self.kind & BESIDE else self.length)
 
-    def body(self, buffers: Buffers) -> memoryview:
-        """Return room for what follows the head. The system gives pages as they are written: a mere claim takes none."""
+    def room(self, size: int, buffers: Buffers) -> memoryview:
+        """Return room for ``size`` of its bytes. The system gives pages as they are written: a mere claim takes none."""
         try:
-            return view_of(buffers.take(self.length))
+            return view_of(buffers.take(size))
         except MemoryError:
             raise OutOfMemory(f"there is no memory for a frame of {self.length} bytes") from None
 
-    def frame(self, body: memoryview) -> Frame:
-        """Return the frame, once all of the body is there; Malformed."""
-        lengths = struct.unpack_from(f"<{self.parts}I", body)
-        at = 4 * self.parts + self.size
-        message = bytes(body[4 * self.parts : at])
-        found = []
+    @property
+    def before(self) -> int:
+        """Bytes between the head and the parts, without padding: their lengths and the message."""
+        return 4 * self.parts + self.size
+
+    def beginning(self, view: memoryview) -> tuple[tuple[int, ...], list[int], bytes]:
+        """Return the parts' lengths and where each begins, and the message, of the ``before`` first bytes; Malformed."""
+        lengths = struct.unpack_from(f"<{self.parts}I", view)
+        begins, at = [], self.before
         for each in lengths:
             at += -at % ALIGNMENT
-            found.append(body[at : at + each])
+            begins.append(at)
             at += each
         if at != self.length:
             raise Malformed(f"a frame of {self.length} bytes whose parts end at {at}")
-        return Frame(self.kind, message, found)
+        return lengths, begins, bytes(view[4 * self.parts : self.before])
 
 
-def read_head(head: bytes | bytearray, most: int | None = None) -> Head:
+def read_head(head: bytes | memoryview, most: int | None = None) -> Head:
     """Return what the first HEAD_BYTES say of a frame, of which at most ``most`` bytes may follow; Malformed, OutOfMemory."""
     magic, version, kind, parts, size, length, milliseconds = _HEAD.unpack(head)
     if magic != _MAGIC or version != VERSION:
@@ -187,12 +202,90 @@ def read_head(head: bytes | bytearray, most: int | None = None) -> Head:
     return Head(kind, parts, size, length, milliseconds)
 
 
+class Body:
+    """What follows the head of a frame, on its way in: `room` is where the next bytes are to be put, `took` says how many were.
+
+    ``came``: those that were taken in together with the head, of which nothing behind the frame's end is looked at.
+    """
+
+    def __init__(self, head: Head, came: memoryview, buffers: Buffers, landing: Landing | None = None) -> None:
+        self._head = head
+        self._buffers = buffers
+        self._landing = landing if head.parts else None
+        self._frame: Frame | None = None
+        # All of it, or what comes before the parts.
+        self._view = head.room(head.length if self._landing is None else head.before, buffers)
+        self._room = [self._view] if self._view.nbytes else []
+        self._put(came[: head.length])
+
+    @property
+    def room(self) -> list[memoryview]:
+        """Where the next bytes belong, of one call of the system; empty: all are there."""
+        return _step(self._room[:_VECTOR])
+
+    def took(self, count: int) -> None:
+        """Go on behind so many bytes; Malformed, OutOfMemory."""
+        self._room = _behind(self._room, count)
+        if not self._room and self._landing is not None:
+            self._land(self._landing)
+
+    def _put(self, data: memoryview) -> None:
+        """Take in bytes that lie elsewhere."""
+        while data.nbytes and self._room:
+            count = min(data.nbytes, self._room[0].nbytes)
+            self._room[0][:count] = data[:count]
+            data = data[count:]
+            self.took(count)
+
+    def _land(self, landing: Landing) -> None:
+        """Make room for the parts, now that it is known what they are."""
+        lengths, begins, message = self._head.beginning(self._view)
+        self._landing = None
+        told = [
+            view if view is not None and view.nbytes == length else None
+            for view, length in zip(landing(message, lengths), lengths, strict=True)
+        ]
+        # The others lie as far apart as they would in a buffer of the whole frame.
+        rest = sum(length + ALIGNMENT for view, length in zip(told, lengths, strict=True) if view is None)
+        anywhere = self._head.room(rest, self._buffers)
+        padding = memoryview(bytearray(ALIGNMENT))
+        parts: list[memoryview] = []
+        at, used = self._head.before, 0
+        for view, length, begin in zip(told, lengths, begins, strict=True):
+            if view is None:
+                view = anywhere[used : used + length]
+                used += length + -length % ALIGNMENT
+            parts.append(view)
+            self._room.extend(each for each in (padding[: begin - at], view) if each.nbytes)
+            at = begin + length
+        self._frame = Frame(self._head.kind, message, parts)
+
+    def frame(self) -> Frame:
+        """Return the frame, once there is no room any more; Malformed."""
+        if self._frame is None:
+            lengths, begins, message = self._head.beginning(self._view)
+            parts = [self._view[at : at + length] for at, length in zip(begins, lengths, strict=True)]
+            self._frame = Frame(self._head.kind, message, parts)
+        return self._frame
+
+
+def _behind(views: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of them behind their first ``count`` bytes."""
+    at = 0
+    while at < len(views) and count >= views[at].nbytes:
+        count -= views[at].nbytes
+        at += 1
+    return [views[at][count:], *views[at + 1 :]] if count else views[at:]
+
+
 class Receiver:
     """The receiving end of one connection: frames come into buffers that are used again once nobody looks at them."""
 
     def __init__(self, connection: socket.socket, buffers: Buffers | None = None) -> None:
         self._connection = connection
         self._buffers = Buffers(MOST_KEPT) if buffers is None else buffers
+        self._first = memoryview(bytearray(FIRST_BYTES))
+        self._at = 0
 
     def receive(self, most: int | None = None) -> Frame:
         """Wait for a frame, of at most ``most`` bytes after its head, and return it.
@@ -202,26 +295,37 @@ class Receiver:
         return self.body(self.head(most))
 
     def head(self, most: int | None = None) -> Head:
-        """Wait for the head of a frame; as ``receive``."""
-        begin = bytearray(HEAD_BYTES)
-        if not self._fill(memoryview(begin), first=True):
-            raise Closed
-        return read_head(begin, most)
+        """Wait for the head of a frame; as ``receive``. `body` or `skip` comes next."""
+        while self._at < HEAD_BYTES:
+            got = self._connection.recv_into(self._first[self._at :])
+            if not got:
+                if not self._at:
+                    raise Closed
+                raise _broken_off()
+            self._at += got
+        return read_head(self._first[:HEAD_BYTES], most)
 
     def body(self, head: Head, moved: Callable[[], object] = lambda: None) -> Frame:
         """Return the frame whose head has come; ``moved`` hears of every step of it."""
-        body = head.body(self._buffers)
-        self._fill(body, moved=moved)
-        return head.frame(body)
-
-    def _fill(self, view: memoryview, *, first: bool = False, moved: Callable[[], object] = lambda: None) -> bool:
-        at = 0
-        while at < view.nbytes:
-            got = self._connection.recv_into(view[at:], min(view.nbytes - at, STEP_BYTES), socket.MSG_WAITALL)
+        body = Body(head, self._first[HEAD_BYTES : self._at], self._buffers)
+        self._keep(head)
+        while room := body.room:
+            got = self._connection.recv_into(room[0], 0, socket.MSG_WAITALL)
             if not got:
-                if first and not at:
-                    return False
-                raise ConnectionResetError("the connection ended inside a frame")
-            at += got
+                raise _broken_off()
+            body.took(got)
             moved()
-        return True
+        return body.frame()
+
+    def skip(self, head: Head) -> None:
+        """Receive the frame whose head has come, and keep none of it; OSError."""
+        skip(self._connection, max(0, HEAD_BYTES + head.length - self._at))
+        self._keep(head)
+
+    def _keep(self, head: Head) -> None:
+        """Keep what came of the next frame already."""
+        end = HEAD_BYTES + head.length
+        left = max(0, self._at - end)
+        if left:
+            self._first[:left] = bytes(self._first[end : self._at])
+        self._at = left

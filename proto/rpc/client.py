@@ -7,6 +7,7 @@ Invariant: every failure leaves as a PSError. One event loop, from the first cal
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from oarlock.proto.arrays import encoded, view_of
-from oarlock.proto.bulk import Bulk, Parts, inlined, opened
+from oarlock.proto.bulk import Bulk, Landing, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.frames import BESIDE, encode
@@ -98,7 +99,7 @@ class GrpcTransport:
         else:
             reply = await self._single(address, method, data, timeout_seconds)
         moved.received = len(reply)
-        message = self._read(address, method, reply)
+        message = _Reader(address, method).read(reply)
         return Bulk(message, ()) if isinstance(request, Bulk) else message
 
     async def _framed(
@@ -114,12 +115,13 @@ class GrpcTransport:
         kind = method.frame | (BESIDE if isinstance(request, Bulk) else 0)
         data = encoded(message, f"{method.name} to {address}: the request")
         buffers = encode(kind, data, parts)
-        frame = await peer.call(buffers, method.name, timeout_seconds)
+        reader = _Reader(address, method, request.landing if isinstance(request, Bulk) else None)
+        frame = await peer.call(buffers, method.name, timeout_seconds, reader.land if reader.landing else None)
         if frame is None:
             return None
         moved.sent = len(data) + sum(view_of(part).nbytes for part in parts)
         moved.received = len(frame.message) + sum(part.nbytes for part in frame.parts)
-        reply = Bulk(self._read(address, method, frame.message), Parts(frame.parts))
+        reply = Bulk(reader.read(frame.message), Parts(frame.parts))
         return reply if isinstance(request, Bulk) else inlined(reply)
 
     def _peer(self, address: str) -> FramePeer:
@@ -134,18 +136,6 @@ class GrpcTransport:
                 return None
 
         return FramePeer(address, offer)
-
-    @staticmethod
-    def _read(address: str, method: Method, reply: bytes) -> Any:
-        try:
-            answer: Any = method.reply.FromString(reply)
-        except DecodeError as error:
-            raise Malformed(
-                f"{address} answered {method.name} with {len(reply)} bytes that are no such message"
-            ) from error
-        if method.streamed and answer.HasField("failure"):
-            raise from_failure(answer.failure)
-        return answer
 
     async def _single(self, address: str, method: Method, data: bytes, timeout_seconds: float) -> bytes:
         channel = self._channel(address)
@@ -184,6 +174,38 @@ class GrpcTransport:
         self._lanes.clear()
         self._channels.clear()
         self._calls.clear()
+
+
+class _Reader:
+    """Reads the answer to one request: once, though where its parts belong has to be known before all of it is there."""
+
+    def __init__(self, address: str, method: Method, landing: Landing | None = None) -> None:
+        self._address = address
+        self._method = method
+        self._answer: Any = None
+        self.landing = landing
+
+    def _parsed(self, data: bytes) -> Any:
+        if self._answer is None:
+            try:
+                self._answer = self._method.reply.FromString(data)
+            except DecodeError as error:
+                raise Malformed(
+                    f"{self._address} answered {self._method.name} with {len(data)} bytes that are no such message"
+                ) from error
+        return self._answer
+
+    def land(self, data: bytes, lengths: Sequence[int]) -> Sequence[memoryview | None]:
+        """Return where the parts of an answer are to lie; Malformed."""
+        assert self.landing is not None, "looked at before"
+        return self.landing(self._parsed(data), lengths)
+
+    def read(self, data: bytes) -> Any:
+        """Return the answer, or raise what it says; Malformed."""
+        answer = self._parsed(data)
+        if self._method.streamed and answer.HasField("failure"):
+            raise from_failure(answer.failure)
+        return answer
 
 
 def error_of(error: aio.AioRpcError, address: str, method: str) -> PSError:

@@ -9,17 +9,14 @@ system.
 
 import asyncio
 import logging
-import socket
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from oarlock.proto import frames
-from oarlock.proto.buffers import Buffers
 from oarlock.proto.common_pb2 import SocketsReply
-from oarlock.proto.errors import DeadlineExceeded, Malformed, PSError, Unavailable
-from oarlock.proto.rpc import sockets
+from oarlock.proto.errors import DeadlineExceeded, Unavailable
+from oarlock.proto.rpc.connection import Connection, Late
 from oarlock.proto.rpc.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -32,132 +29,6 @@ CONNECTIONS = 4
 THREADS = 2
 # How long a process without sockets, or one that lets nobody in, is not asked again: another one may have taken its address.
 ABSENT_SECONDS = 60.0
-# Calls of the system for one answer in one turn of the event loop; each takes in what a socket's buffer holds.
-TURNS = 16
-# Addresses of one offer that are tried.
-MAX_ADDRESSES = 4
-
-
-class Connection:
-    """One connection; ``open`` is called in a thread, all else on the event loop."""
-
-    def __init__(self) -> None:
-        self._shared: sockets.Shared | None = None
-        self._buffers = Buffers(frames.MOST_KEPT)
-        self._ended = threading.Event()
-
-    def open(self, offer: SocketsReply, called: str) -> bool:
-        """Connect to the first of the offered addresses that lets this process in; False if none does."""
-        hello = frames.encode(frames.HELLO, offer.token)
-        for address in offer.addresses[:MAX_ADDRESSES]:
-            if self._ended.is_set():
-                break
-            try:
-                made = sockets.connect(address, called)
-            except (OSError, PSError) as error:
-                logger.debug("event=no_socket address=%s called=%s error=%s", address, called, error)
-                continue
-            self._shared = sockets.Shared(made)
-            try:
-                with self._shared.used() as connection:
-                    frames.send(connection, hello)
-                    _checked(frames.Receiver(connection).receive())
-                    connection.setblocking(False)
-            except (OSError, frames.Closed, PSError) as error:
-                logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
-                self._shared.end()
-                continue
-            if not self._ended.is_set():
-                return True
-            self._shared.end()
-        return False
-
-    async def exchange(self, buffers: list[memoryview]) -> frames.Frame:
-        """Send a frame and return the answer to it; OSError or PSError, after which the connection is of no use."""
-        assert self._shared is not None, "open comes first"
-        with self._shared.used() as connection:
-            loop = asyncio.get_running_loop()
-            await _send(connection, buffers)
-            arriving = _Arriving(connection, self._buffers, loop.create_future())
-            loop.add_reader(connection, arriving.more)
-            try:
-                return _checked(await arriving.done)
-            finally:
-                loop.remove_reader(connection)
-
-    def end(self) -> None:
-        """Close; an exchange under way fails."""
-        self._ended.set()
-        if self._shared is not None:
-            self._shared.end()
-
-
-class _Arriving:
-    """A frame on its way in: taken in as it comes, with one entry in the loop's list and one wake-up of who waits for it."""
-
-    def __init__(self, connection: socket.socket, buffers: Buffers, done: "asyncio.Future[frames.Frame]") -> None:
-        self._connection = connection
-        self._buffers = buffers
-        self._head: frames.Head | None = None
-        self._view = memoryview(bytearray(frames.HEAD_BYTES))
-        self._at = 0
-        self.done = done
-
-    def more(self) -> None:
-        """Take in what is there, but leave the loop to others after a while."""
-        try:
-            for _ in range(TURNS):
-                if self.done.done():
-                    return
-                got = self._connection.recv_into(self._view[self._at :])
-                if not got:
-                    raise ConnectionResetError("the other side has ended it")
-                self._at += got
-                if self._at == self._view.nbytes:
-                    self._whole()
-        except BlockingIOError:
-            return
-        except (OSError, PSError) as error:
-            self.done.set_exception(error)
-
-    def _whole(self) -> None:
-        if self._head is None:
-            self._head = frames.read_head(bytes(self._view))
-            self._view, self._at = self._head.body(self._buffers), 0
-        if self._at == self._view.nbytes:
-            self.done.set_result(self._head.frame(self._view))
-
-
-async def _send(connection: socket.socket, buffers: list[memoryview]) -> None:
-    left = frames.Sending(buffers)
-    more = True
-    while more:
-        try:
-            more = left.some(connection)
-        except BlockingIOError:
-            await _writable(connection)
-
-
-async def _writable(connection: socket.socket) -> None:
-    """Wait until the connection takes some bytes, or is at its end."""
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_writer(connection, _wake, ready)
-    try:
-        await ready
-    finally:
-        loop.remove_writer(connection)
-
-
-def _wake(ready: "asyncio.Future[None]") -> None:
-    if not ready.done():
-        ready.set_result(None)
-
-
-def _checked(reply: frames.Frame) -> frames.Frame:
-    if reply.kind != frames.REPLY:
-        raise Malformed(f"a frame of kind {reply.kind} came as an answer")
-    return reply
 
 
 class _Full(Exception):
@@ -189,26 +60,40 @@ class FramePeer:
         """Whether frames cannot travel to it now."""
         return asyncio.get_running_loop().time() < self._absent_until
 
-    async def call(self, buffers: list[memoryview], method: str, timeout_seconds: float) -> frames.Frame | None:
-        """Return the answer to a frame, or None if there are no sockets to send it on (``absent`` then); PSError."""
+    async def call(
+        self, buffers: list[memoryview], method: str, timeout_seconds: float, landing: frames.Landing | None = None
+    ) -> frames.Frame | None:
+        """Return the answer to a frame, or None if there are no sockets to send it on (``absent`` then); PSError.
+
+        Its parts lie where ``landing`` says.
+        """
+        until = asyncio.get_running_loop().time() + timeout_seconds
         try:
-            until = asyncio.get_running_loop().time() + timeout_seconds
-            async with asyncio.timeout_at(until):
-                while True:
-                    found = await self._placed(buffers, until)
-                    if found is not None or self.absent:
-                        return found
-        except TimeoutError:
+            if not self._aside and self._places.free and self._unused() is not None:
+                # It has to wait for nobody but the other side, which has a clock of its own.
+                return await self._placed(buffers, until, landing)
+            while True:
+                async with asyncio.timeout_at(until):
+                    found = await self._placed(buffers, until, landing)
+                if found is not None or self.absent:
+                    return found
+        except (TimeoutError, Late):
             raise DeadlineExceeded(f"{method} at {self._address}: no answer in time", address=self._address) from None
 
-    async def _placed(self, buffers: list[memoryview], until: float) -> frames.Frame | None:
+    async def _placed(
+        self, buffers: list[memoryview], until: float, landing: frames.Landing | None
+    ) -> frames.Frame | None:
         """Return the answer, which is waited for ``until`` then; None if it is absent, or if there is a place less now."""
         if self._aside and asyncio.get_running_loop().time() >= self._aside_until:
             self._bring_back()
         await self._places.acquire(until)
         try:
-            connection = self._idle.pop() if self._idle else await self._opened()
-            frame = None if connection is None else await self._exchange(connection, buffers, until)
+            connection = self._unused()
+            if connection is None:
+                connection = await self._opened()
+            else:
+                self._idle.pop()
+            frame = None if connection is None else await self._exchange(connection, buffers, until, landing)
         except _Full:
             # Not given back: calls wait for the connections that there are, of which at least one is open.
             self._aside += 1
@@ -219,6 +104,14 @@ class FramePeer:
             raise
         self._places.release()
         return frame
+
+    def _unused(self) -> Connection | None:
+        """Return the connection that was idle last, without those that the other side has ended meanwhile."""
+        while self._idle:
+            if not self._idle[-1].ended:
+                return self._idle[-1]
+            self._open.discard(self._idle.pop())
+        return None
 
     def _bring_back(self) -> None:
         for _ in range(self._aside):
@@ -242,7 +135,7 @@ class FramePeer:
                     self._open.add(connection)
                     return connection
                 self._check_open()
-                if self._open:
+                if any(not each.ended for each in self._open):
                     raise _Full
                 if asked:
                     break
@@ -253,12 +146,14 @@ class FramePeer:
             logger.warning("event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address)
             return None
 
-    async def _exchange(self, connection: Connection, buffers: list[memoryview], until: float) -> frames.Frame:
+    async def _exchange(
+        self, connection: Connection, buffers: list[memoryview], until: float, landing: frames.Landing | None
+    ) -> frames.Frame:
         try:
             self._check_open()
-            # What is left of it may be less than the caller gave: it had to wait for a place.
+            # What is left of the time may be less than the caller gave: it had to wait for a place.
             buffers = frames.stamped(buffers, until - asyncio.get_running_loop().time())
-            frame = await connection.exchange(buffers)
+            frame = await connection.exchange(buffers, until, landing)
         except BaseException as error:
             self._open.discard(connection)
             connection.end()

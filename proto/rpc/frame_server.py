@@ -190,7 +190,7 @@ class FrameServer:
             work.receives(head.memory)
         except PSError as error:
             place.waits()
-            frames.skip(connection, head.length)
+            receiver.skip(head)
             came = error
         else:
             place.waits()

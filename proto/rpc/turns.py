@@ -19,6 +19,11 @@ class Turns:
         # By arrival; until when each goes before those that come later.
         self._waiting: OrderedDict[asyncio.Future[None], float] = OrderedDict()
 
+    @property
+    def free(self) -> bool:
+        """Whether one could be had without waiting."""
+        return self._free > 0
+
     async def acquire(self, until: float) -> None:
         """Take a place, which ``release`` gives back, or wait for one; the caller gives up at ``until``, a time of the loop."""
         if self._free:

@@ -24,7 +24,7 @@ from oarlock.proto.common_pb2 import Array, SocketsRequest
 from oarlock.proto.errors import Internal, Malformed, PSError
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import GrpcTransport
-from oarlock.proto.rpc.frame_client import Connection
+from oarlock.proto.rpc.connection import Connection
 from oarlock.proto.rpc.sockets import ABSTRACT, connect
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushRequest, TableKeys
 
@@ -260,16 +260,16 @@ class Dying(Connection):
     rng = random.Random(0)
     broken = 0
 
-    async def exchange(self, buffers):
+    async def exchange(self, buffers, *more):
         kind = self.rng.randrange(8)
         if kind > 2:
-            return await super().exchange(buffers)
+            return await super().exchange(buffers, *more)
         Dying.broken += 1
         if kind == 1:
             with self._shared.used() as connection:
                 connection.send(joined(buffers)[: self.rng.randrange(200)])
         elif kind == 2:
-            await super().exchange(buffers)
+            await super().exchange(buffers, *more)
         raise ConnectionResetError("broken off")
 
 

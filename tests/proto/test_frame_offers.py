@@ -8,7 +8,7 @@ import pytest
 from client_rig import Handler, by_frames, pull, run, serve
 
 from oarlock.proto.errors import Malformed
-from oarlock.proto.rpc import GrpcTransport, frame_client, sockets
+from oarlock.proto.rpc import GrpcTransport, connection, sockets
 from oarlock.proto.rpc.sockets import ABSTRACT, connect
 
 
@@ -85,7 +85,7 @@ def test_few_addresses_are_tried(server, monkeypatch):
 
     monkeypatch.setattr(sockets, "connect", refuse)
     assert offered(server, lambda _: [f":{n}" for n in range(1, 1000)]) == (0, 1)
-    assert len(tried) == frame_client.MAX_ADDRESSES
+    assert len(tried) == connection.MAX_ADDRESSES
 
 
 def test_a_server_without_frames_is_called_by_grpc(handler):
