@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Push: a group's gradients, one request per shard, under the identity (split, group).
 
-Invariant: the bytes of a block's part are made once, before the first send; a block that has to go elsewhere takes its own
-bytes out of the message that was refused. So a retry never sees a buffer that was reused meanwhile.
+Invariant: the bytes of a block's part are made once, before the first send, or are the caller's, who keeps them as they are; a
+block that has to go elsewhere takes its own bytes out of the message that was refused. So a retry never sees a buffer that was
+reused meanwhile.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ class RowGradients:
     """Gradients of a batch for one table: float32[u, dim], one per unique key of ``keys``, and the learning rate.
 
     ``occurrences`` uint32[u] and ``clicks`` float32[u] go along where a policy of the table reads them; None: once, none.
+    ``kept``: nobody writes to any of these arrays until the push was acknowledged, or failed, so they are sent from where they
+    lie; others are copied.
     """
 
     keys: KeySet
@@ -49,6 +52,7 @@ class RowGradients:
     rate: float
     occurrences: NDArray[np.uint32] | None = None
     clicks: NDArray[np.float32] | None = None
+    kept: bool = False
 
 
 class Encoder(Protocol):
@@ -121,6 +125,7 @@ class _RowPart:
     occurrences: NDArray[np.uint32] | None
     clicks: NDArray[np.float32] | None
     encoded: Encoded | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,10 @@ class _Filling:
     parts: list[Part] = field(default_factory=list)
     numbers: list[NDArray[np.int32]] = field(default_factory=list)
     volume: int = 0
+
+
+def _as_it_is(values: NDArray[Any]) -> NDArray[Any]:
+    return values
 
 
 class _Packer:
@@ -187,7 +196,9 @@ class _Packer:
         )
         for shard, piece in pieces:
             message = self._message(shard, piece.volume)
-            parts, copy, at = message.parts, self._copies.copy, piece.rows
+            parts, at = message.parts, piece.rows
+            # Rows that are picked one by one are a copy already.
+            copy = self._copies.copy if isinstance(at, slice) and not part.kept else _as_it_is
             found = TableGradients(
                 keys=piece.keys(part.keys, parts),
                 rate=part.rate,
@@ -246,7 +257,8 @@ def cut_push(
     copies: Buffers | None = None,
     encoder: Encoder | None = None,
 ) -> list[PushMessage]:
-    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them, in memory of ``copies``.
+    """Make the messages of a push, each within ``limit`` bytes; the gradients are copied into them, in memory of ``copies``,
+    unless they are kept.
 
     Or they are encoded by ``encoder``; without one all values travel as float32.
     """
@@ -271,6 +283,7 @@ def cut_push(
                     pushed.occurrences,
                     pushed.clicks,
                     encoded,
+                    pushed.kept,
                 ),
                 None,
             )
@@ -310,6 +323,7 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
                 else None,
                 unpack(sent.clicks, np.float32, "clicks", parts=parts) if sent.HasField("clicks") else None,
                 encoded,
+                kept=True,
             )
             packer.rows(part, wanted)
         for each in message.request.dense:
