@@ -67,6 +67,10 @@ def by_owner(
     starts = ends - counts
     for owner, chosen in _by_owner(owners, wanted):
         volume = counts[chosen].astype(np.int64) * (row_bytes + KEY_BYTES) + BLOCK_BYTES
+        whole = int(volume.sum())
+        if whole <= limit:
+            yield owner, Piece(table, blocks[chosen], counts[chosen], _rows(counts, starts, ends, chosen), whole)
+            continue
         worst = int(volume.argmax())
         if volume[worst] > limit:
             raise _too_large(
@@ -104,14 +108,17 @@ def dense_by_owner(
 def _by_owner(owners: NDArray[np.int32], wanted: NDArray[np.bool_] | None) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield (owner, positions), ascending in both, of those ``wanted``."""
     chosen = np.arange(len(owners)) if wanted is None else np.flatnonzero(wanted)
-    of = owners[chosen]
-    order = of.argsort(kind="stable")
-    ordered = of[order]
-    ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, len(ordered))
+    ordered = owners if wanted is None else owners[chosen]
+    steps = ordered[1:] - ordered[:-1]
+    if (steps < 0).any():
+        # Seldom: keys are grouped by owner as they are made distinct.
+        order = ordered.argsort(kind="stable")
+        chosen, ordered = chosen[order], ordered[order]
+        steps = ordered[1:] - ordered[:-1]
     first = 0
-    for end in ends.tolist():
+    for end in (*(np.flatnonzero(steps) + 1).tolist(), len(ordered)):
         if end > first:
-            yield int(ordered[first]), chosen[order[first:end]]
+            yield int(ordered[first]), chosen[first:end]
         first = end
 
 

@@ -109,6 +109,8 @@ def cut_pull(
             message_for(shard, piece.volume).pieces.append((name, piece))
     if wanted is not None:
         dense = dense[wanted[dense]]
+    if not len(dense):
+        return full + list(filling.values())
     for shard, positions, volume in dense_by_owner(layout, dense, routes.owners[dense], limit=limit):
         # A shard's second run of dense blocks never fits beside its first, so none is overwritten.
         message_for(shard, volume).dense = dense[positions]

@@ -55,11 +55,13 @@ def pack(array: NDArray[Any], parts: list[Part] | None = None) -> pb.Array:
     """
     if array.ndim > MAX_DIMENSIONS:
         raise Malformed(f"an array of {array.ndim} dimensions cannot travel; at most {MAX_DIMENSIONS} can")
-    dtype = array.dtype.newbyteorder("<")
-    code = _CODES.get(dtype)
+    values, code = array, _CODES.get(array.dtype)
     if code is None:
-        raise Malformed(f"an array of {array.dtype} cannot travel; use one of {', '.join(d.name for d in _CODES)}")
-    values = array.astype(dtype, copy=False)
+        dtype = array.dtype.newbyteorder("<")
+        code = _CODES.get(dtype)
+        if code is None:
+            raise Malformed(f"an array of {array.dtype} cannot travel; use one of {', '.join(d.name for d in _CODES)}")
+        values = array.astype(dtype, copy=False)
     if parts is None or array.nbytes < PART_BYTES:
         return pb.Array(data=values.tobytes(), dtype=code, shape=array.shape)  # type: ignore[arg-type]
     parts.append(np.ascontiguousarray(values))
@@ -81,15 +83,17 @@ def unpack(
     and the two things that disagree.
     """
     wanted: np.dtype[Any] = np.dtype(dtype)
-    if not message.part and not message.data and not message.shape and message.dtype == pb.DTYPE_UNSPECIFIED:
+    code = message.dtype
+    if code == pb.DTYPE_UNSPECIFIED and not message.part and not message.data and not message.shape:
         return np.empty((0,) * (dims - 1) + (columns or 0,) if dims > 1 else (0,), dtype=wanted)
-    found = _DTYPES.get(message.dtype)
-    if found is None or found != wanted.newbyteorder("<"):
-        raise Malformed(f"{what}: dtype {found.name if found else message.dtype}, wanted {wanted.name}")
+    found = _DTYPES.get(code)
+    if found is None or (found != wanted and found != wanted.newbyteorder("<")):
+        raise Malformed(f"{what}: dtype {found.name if found else code}, wanted {wanted.name}")
     # Counted before it is copied: a shape of a hundred bytes a dimension in memory is one byte a dimension in a message.
-    if len(message.shape) != dims or dims > MAX_DIMENSIONS:
-        raise Malformed(f"{what}: {len(message.shape)} dimensions, wanted {dims}")
-    shape = tuple(message.shape)
+    dimensions = message.shape
+    if len(dimensions) != dims or dims > MAX_DIMENSIONS:
+        raise Malformed(f"{what}: {len(dimensions)} dimensions, wanted {dims}")
+    shape = tuple(dimensions)
     size = math.prod(shape)
     if size * wanted.itemsize > MAX_MESSAGE_BYTES:
         raise OutOfMemory(f"{what}: {size} values are over the limit of {MAX_MESSAGE_BYTES} bytes in one message")
@@ -104,13 +108,12 @@ def unpack(
 
 
 def _data(message: pb.Array, what: str, parts: Sequence[Part]) -> memoryview:
-    if not message.part:
-        return memoryview(message.data)
-    if message.data or message.part > len(parts):
-        raise Malformed(
-            f"{what}: the data is said to be part {message.part} of {len(parts)}, and {len(message.data)} bytes"
-        )
-    return view_of(parts[message.part - 1])
+    part, data = message.part, message.data
+    if not part:
+        return memoryview(data)
+    if data or part > len(parts):
+        raise Malformed(f"{what}: the data is said to be part {part} of {len(parts)}, and {len(data)} bytes")
+    return view_of(parts[part - 1])
 
 
 def view_of(part: Part) -> memoryview:

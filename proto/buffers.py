@@ -21,6 +21,8 @@ ALIGNMENT = 64
 KEEP_BYTES = 16 << 20
 # A new one has room for somewhat more than was asked for: the next request is seldom of the same size.
 LEAST_BYTES = 1 << 16
+# Smaller ones are made anew.
+SMALL_BYTES = 1 << 14
 # From here on the system is asked for memory, and gets it back: the allocator would keep what a thread gave up.
 MAPPED_BYTES = 1 << 20
 # From here on pages are to be huge ones, as numpy has it.
@@ -49,6 +51,9 @@ class Buffers:
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """Return uint8[size], from a multiple of 64 on, with anything in it. MemoryError if there is no room."""
+        if size < SMALL_BYTES:
+            # Looking for one that is free costs more than such a one.
+            return _aligned(np.empty(size + ALIGNMENT, np.uint8), size)
         with self._lock:
             best = spare = -1
             for i in range(len(self._kept)):
@@ -110,5 +115,6 @@ def _made(size: int) -> NDArray[np.uint8]:
 
 
 def _aligned(buffer: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    begin = -buffer.ctypes.data % ALIGNMENT
+    # Ten times as fast as `ctypes.data`.
+    begin = -buffer.__array_interface__["data"][0] % ALIGNMENT
     return buffer[begin : begin + size]

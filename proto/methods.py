@@ -5,6 +5,7 @@ Invariant: this table is the only list of methods; transports and servers are dr
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from google.protobuf.message import Message
 
@@ -37,7 +38,7 @@ class Method:
         service, method = self.name.split(".")
         return f"/oarlock.{service}/{method}"
 
-    @property
+    @cached_property
     def attribute(self) -> str:
         name = self.name.split(".")[1]
         return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")

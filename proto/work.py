@@ -9,8 +9,7 @@ nothing where no limit was set (in one process).
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from oarlock.proto.budget import STALL_SECONDS, WAIT_SECONDS, Budget, Claim
 from oarlock.proto.buffers import Buffers
@@ -139,14 +138,22 @@ class Work:
             self._answers.append(self._memory.answers.force(more))
         self.moved()
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> "_Here":
         """Have this thread's `expects` and `refuse_late` speak of it within the body."""
-        _here.work = self
-        try:
-            yield
-        finally:
-            _here.work = None
+        return _Here(self)
+
+
+class _Here:
+    """A body within which this thread works on one request."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __enter__(self) -> None:
+        _here.work = self._work
+
+    def __exit__(self, *_: object) -> None:
+        _here.work = None
 
 
 def expects(size: int) -> None:
