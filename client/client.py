@@ -80,8 +80,9 @@ class Client:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
         ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
-        it: pushes that each shard had applied. Unless ``lossless``, values come in the job's forms (``JobSpec.compression``).
-        ``caches``: rows that are kept there and new enough do not come. ``about``: what tells the pull from others in a trace.
+        it: pushes that each shard had applied. After an error the arrays may hold anything. Unless ``lossless``, values come in
+        the job's forms (``JobSpec.compression``). ``caches``: rows that are kept there and new enough do not come. ``about``:
+        what tells the pull from others in a trace.
         """
         forms = None if lossless else self._forms
         work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms, caches)

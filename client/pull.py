@@ -151,9 +151,9 @@ async def pull(
             for made, (name, piece) in zip(request.tables, message.pieces, strict=True):
                 if name in asked:
                     asked.request(request.header, name, piece, made, beside)
-        landing = _landing(message, rows, dense) if forms is None and asked is None else None
+        lands = landing(message, rows, dense) if forms is None and asked is None else None
         answered = await member.transport.call(
-            message.shard.address, "Shard.Pull", Bulk(request, beside, landing), timeout_seconds=timeout
+            message.shard.address, "Shard.Pull", Bulk(request, beside, lands), timeout_seconds=timeout
         )
         reply, parts = opened(answered)
         _take_rows(reply, message, rows, formed, asked, parts)
@@ -219,7 +219,7 @@ def _take_rows(
                 rows[name][piece.rows] = found
 
 
-def _landing(
+def landing(
     message: PullMessage, rows: Mapping[str, NDArray[np.float32]], dense: NDArray[np.float32] | None
 ) -> Landing:
     """Return who says where the values of an answer are to be received: where they belong, if those of a piece, or all dense

@@ -317,6 +317,11 @@ class Receiver:
             moved()
         return body.frame()
 
+    @property
+    def ahead(self) -> int:
+        """How many bytes of a next frame came with the last one."""
+        return self._at
+
     def skip(self, head: Head) -> None:
         """Receive the frame whose head has come, and keep none of it; OSError."""
         skip(self._connection, max(0, HEAD_BYTES + head.length - self._at))

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 TURNS = 16
 # Addresses of one offer that are tried.
 MAX_ADDRESSES = 4
+_MORE = "more came than an answer"
 
 
 class Late(Exception):
@@ -62,7 +63,10 @@ class Connection:
             try:
                 with self._shared.used() as connection:
                     frames.send(connection, hello)
-                    _checked(frames.Receiver(connection).receive())
+                    receiver = frames.Receiver(connection)
+                    _checked(receiver.receive())
+                    if receiver.ahead:
+                        raise Malformed(_MORE)
                     connection.setblocking(False)
             except (OSError, frames.Closed, PSError) as error:
                 logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
@@ -189,7 +193,7 @@ class _Answer:
         if self._at >= frames.HEAD_BYTES:
             head = frames.read_head(self._first[: frames.HEAD_BYTES])
             if self._at > frames.HEAD_BYTES + head.length:
-                raise Malformed("more came than an answer")
+                raise Malformed(_MORE)
             self._body = frames.Body(head, self._first[frames.HEAD_BYTES : self._at], self._buffers, self._landing)
 
 

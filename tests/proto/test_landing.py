@@ -221,6 +221,24 @@ def test_what_comes_unasked_ends_the_connection():
         asyncio.run(body())
 
 
+def test_what_comes_with_the_answer_to_hello_lets_nobody_in():
+    def script(connection, reader):
+        reader.receive()
+        frames.send(connection, 2 * frames.encode(frames.REPLY, b""))
+        reader.receive()
+
+    async def body():
+        peer = server.peer()
+        try:
+            assert await peer.call(frames.encode(frames.PULL, b"question"), "m", SECONDS) is None
+            assert peer.absent
+        finally:
+            await peer.close()
+
+    with scripted(script, hello=False) as server:
+        asyncio.run(body())
+
+
 def test_a_connection_that_ended_while_idle_fails_no_call():
     """The other side has sent it away, to make room for others: the loop sees that before anybody asks."""
 
