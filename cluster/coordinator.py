@@ -196,10 +196,10 @@ class Coordinator:
         store.set_fact("closed", {"floor": work.closed.floor, "above": sorted(work.closed.above)})
         store.set_fact("counted", self.counted())
 
-    def counted(self) -> dict[str, Any]:
-        """Return what the current epoch has counted so far."""
-        names = ("samples", "steps", "loss_sum", "train_seconds", "evaluate_seconds", "given_back")
-        return {name: getattr(self.work, name) for name in names}
+    def counted(self, coming_back: int = 0) -> dict[str, Any]:
+        """Return what the current epoch has counted so far, and will have once so many splits have come back."""
+        names = ("samples", "steps", "loss_sum", "train_seconds", "evaluate_seconds")
+        return {**{name: getattr(self.work, name) for name in names}, "given_back": self.work.given_back + coming_back}
 
     def close_split(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
         """Count a split as trained."""
@@ -241,11 +241,15 @@ class Coordinator:
         with self.lock:
             if member.state != "alive":
                 return
+            leases = self.work.leased_to(member.incarnation)
+            if member.incarnation in self.clocks.unheard:
+                self.work.vanished(self.spec.open_splits)
             with self.store as store:
                 member.state, member.error = state, error
                 store.set_member(member.incarnation, member.record())
+                # With it, or whoever starts after a death in between would not know that they were lost.
+                store.set_fact("counted", self.counted(sum(kind == "train" for kind, _ in leases)))
             self.clocks.gone(member.incarnation)
-            leases = self.work.leased_to(member.incarnation)
             freed = len(leases)
             logger.info(
                 "event=member_gone role=%s id=%d state=%s splits_freed=%d error=%s",

@@ -6,6 +6,7 @@ splits of e are closed and all its evaluation splits have results. The coordinat
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
@@ -65,7 +66,8 @@ class Work:
     failures: dict[tuple[str, int], dict[int, str]] = field(default_factory=dict)
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
-    # Training splits of this line of history that came back unfinished: what error feedback had kept of them is lost.
+    # Training splits of this line of history that came back unfinished: what error feedback had kept of them is lost. Of a
+    # worker that nobody heard again after a restart, as many as it can have had.
     given_back: int = 0
 
     @property
@@ -174,6 +176,12 @@ class Work:
         if reason:
             self.failures.setdefault((kind, split), {})[worker] = reason
         return len(self.failures.get((kind, split), ())) < MAX_FAILURES
+
+    def vanished(self, most: int) -> None:
+        """Count what a worker may have had, ``most`` splits, that ended before it could tell after a restart."""
+        first, last = self.epoch * self.splits, min(self.epoch + 1, self.epochs) * self.splits
+        nobodys = (s for s in range(first, last) if s not in self.closed and ("train", s) not in self.leases)
+        self.given_back += sum(1 for _ in islice(nobodys, most))
 
     def keep_only(self, worker: int, held: set[tuple[str, int]]) -> None:
         """Free what is leased to ``worker`` without its knowing: the answer that said so never arrived."""

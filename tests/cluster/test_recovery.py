@@ -43,6 +43,24 @@ def test_after_a_restart_members_have_a_full_term_and_finish_what_they_held(clus
     assert cluster.status()["samples"] == 10
 
 
+def test_what_a_worker_had_that_a_restarted_coordinator_never_heard_counts_as_come_back(cluster: Any) -> None:
+    """Leases are not on disk: as many splits as it can have had, but for those that another one has."""
+    shards = cluster.shards()
+    one, two = cluster.workers()
+    held = list(cluster.lease(one).splits)
+    cluster.lease(two)
+    cluster.restart()
+    assert cluster.lease(one, held=held).work == pb.WAIT
+    assert cluster.coordinator.counted()["given_back"] == 0
+    cluster.pass_time(cluster.spec.lease_seconds + 1, *shards, one)
+    assert [m.incarnation for m in cluster.coordinator.members.alive("worker")] == [one]
+    spec = cluster.coordinator.spec
+    expected = min(spec.open_splits, spec.splits - 1)
+    assert cluster.coordinator.counted()["given_back"] == expected
+    cluster.restart()
+    assert cluster.coordinator.counted()["given_back"] == expected
+
+
 def test_evaluation_survives_a_restart(cluster: Any) -> None:
     cluster.shards()
     worker, other = cluster.workers()

@@ -178,6 +178,21 @@ def test_training_splits_that_come_back_are_counted() -> None:
     assert w.given_back == 1, "an evaluation keeps nothing"
 
 
+def test_of_a_worker_that_nobody_heard_again_all_that_it_can_have_had_counts() -> None:
+    w = work(splits=4)
+    w.all_touched = True
+    w.claim(1, {("train", 1)})
+    w.close(2, 0, 5, 0.0)
+    w.vanished(1)
+    assert w.given_back == 1
+    w.vanished(9)
+    assert w.given_back == 3, "two splits are nobody's"
+    for split in (1, 2, 3):
+        w.close(2 - (split == 1), split, 5, 0.0)
+    w.vanished(9)
+    assert w.given_back == 3, "all are closed"
+
+
 def test_the_best_epoch_is_the_earliest_of_equals() -> None:
     w = work(1, 1, 3)
     for hr in (0.2, 0.5, 0.5):
