@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from oarlock.client.compression import DENSE, WireSpec
 from oarlock.client.job import JobSpec
 from oarlock.data.columns import Arrays, ColumnSpec
 from oarlock.data.files import files_to_json, list_files
@@ -22,6 +23,7 @@ from oarlock.data.splits import SplitPlan, plan_splits
 from oarlock.embedding.spec import CacheSpec
 from oarlock.simulation.counting import Config, parameters
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
+from oarlock.simulation.rough import TABLE
 
 JOB = "00112233445566778899aabbccddeeff"
 KEYS = 40
@@ -76,8 +78,15 @@ class Data:
         train, test = self.files["train"], self.files["test"]
         plan = plan_splits(train, schedule.rows_per_split)
         batches = schedule.epochs * len(plan) * max(-(-s.rows // schedule.batch_rows) for s in plan)
-        tables, dense = parameters(8, TRACE, batches)
+        rough = bool(schedule.push)
+        tables, dense = parameters(8, TRACE, batches, schedule.epochs * len(plan) if rough else 0)
         changes: dict[str, Any] = {}
+        if rough:
+            wires = (
+                WireSpec(push=schedule.push, zstd=schedule.zstd),
+                WireSpec(push=schedule.push_dense, zstd=schedule.zstd),
+            )
+            changes["compression"] = dict(zip((TABLE, DENSE), wires, strict=True))
         if schedule.mode == "ssp":
             changes["staleness"] = schedule.staleness
         if schedule.cache_rows:
@@ -102,12 +111,13 @@ class Data:
             servers=schedule.shards,
             workers=schedule.workers,
             metrics=("count",),
-            config=vars(Config(trace=TRACE)),
+            config=vars(Config(trace=TRACE, rough=rough)),
             mode=schedule.mode,
             checkpoint_epochs=0,
             open_splits=schedule.open_splits,
             prefetch=schedule.prefetch,
             accumulate=schedule.accumulate,
+            compute_threads=schedule.compute_threads,
             lease_seconds=LEASE_SECONDS,
             heartbeat_seconds=HEARTBEAT_SECONDS,
             **changes,

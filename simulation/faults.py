@@ -10,6 +10,8 @@ import random
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
+from oarlock.simulation.rough import FORMS
+
 # What happens to messages. "lose": it never arrives; "deaf": its answer does not; "late": it arrives a second time, later;
 # "slow": it takes long; "slow_reply": its answer does.
 WIRE = ("lose", "deaf", "late", "slow", "slow_reply")
@@ -49,6 +51,8 @@ LEAST_EVENTS = 200
 # Rows of the training files.
 TRAIN_ROWS = 36
 HEARTBEAT_SECONDS = 2.0
+# Of the jobs of modes in which something may be kept from group to group.
+ROUGH_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Schedule:
 
     ``accumulate``: batches of a group; the k of geo(k). ``cache_rows``: rows of the counting table that a worker keeps, 0: none;
     ``cache_adaptive``: each worker finds its bound, up to ``cache_bound``.
+    ``push``: how the rough rows travel, and with ``push_dense`` all dense parameters, ``zstd`` or not; empty: there are none.
+    ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
     """
 
     seed: int
@@ -86,6 +92,10 @@ class Schedule:
     cache_rows: int = 0
     cache_bound: int = 0
     cache_adaptive: bool = False
+    push: str = ""
+    push_dense: str = ""
+    zstd: bool = False
+    compute_threads: int = 1
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -121,7 +131,7 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
     batches = -(-rows_per_split // batch_rows)
     groups = -(-batches // accumulate)
     events = 4 * shards * splits * groups + 4 * splits
-    return Schedule(
+    schedule = Schedule(
         seed=seed,
         shards=shards,
         workers=rng.randint(1, 3),
@@ -139,6 +149,15 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
         cache_rows=rng.choice((0, 5, 100)) if mode == "async" else 0,
         cache_bound=rng.choice((0, 1, 3)),
         cache_adaptive=rng.choice((False, False, True)),
+    )
+    if mode == "geo" or rng.random() > ROUGH_SHARE:
+        return schedule
+    return replace(
+        schedule,
+        push=rng.choice(FORMS),
+        push_dense=rng.choice(FORMS),
+        zstd=rng.random() < 0.25,
+        compute_threads=rng.choice((1, 2, 3)),
     )
 
 

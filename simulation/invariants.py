@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
+from oarlock.client.layout import Layout
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
@@ -40,7 +41,7 @@ class Checker:
         self._data = data
         self._committed = committed
         self._trace = spec.config["trace"]
-        self._total = spec.dense[-1].size
+        self._total = spec.dense[1].size
         self._per_split = self._total // (spec.splits * spec.epochs)
         keys = trace_keys(self._trace, self._total)
         # Per split: its keys grouped by block of the tracing table.
@@ -49,7 +50,7 @@ class Checker:
         ]
         self._blocks = np.arange(self._trace, dtype=np.int32)
         self._base = spec.tables[0].blocks
-        self._dense_trace = self._base + self._trace + 1
+        self._dense_trace = Layout(spec.tables, spec.dense).dense_base + 1
         # Groups that a block has of a split, by (split, block).
         self._have: dict[int, dict[int, int]] = {}
         # Splits that each shard knew as closed.

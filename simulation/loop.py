@@ -8,6 +8,7 @@ and its seeds. What a dead or paused process would do next is held back whole: n
 import asyncio
 import contextvars
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
@@ -129,4 +130,27 @@ class Inline(Executor):
             future.set_result(function(*args, **named))
         except Exception as error:
             future.set_exception(error)
+        return future
+
+
+class Later(Executor):
+    """Does each thing that it is given whole, and at some time within ``most_seconds``: as threads do, in no order."""
+
+    def __init__(self, loop: VirtualLoop, rng: random.Random, most_seconds: float) -> None:
+        self._loop = loop
+        self._rng = rng
+        self._most_seconds = most_seconds
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(*args, **named))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._loop.call_later(self._rng.random() * self._most_seconds, call)
         return future

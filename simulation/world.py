@@ -27,7 +27,8 @@ from oarlock.simulation.data import Data
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.kept import Kept
-from oarlock.simulation.loop import BEGIN, Inline, Process, Stalled, VirtualLoop
+from oarlock.simulation.loop import BEGIN, Inline, Later, Process, Stalled, VirtualLoop
+from oarlock.simulation.residuals import Residuals
 from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
 from oarlock.simulation.wire import Call, Killed, Wire
@@ -56,6 +57,7 @@ class World:
         self.checker = Checker(self.spec, data, self.committed)
         self.bound = Bound(schedule.staleness)
         self.kept = Kept(self.spec)
+        self.residuals = Residuals(self.spec)
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -127,6 +129,7 @@ class World:
         if not self.violation:
             shards = [s._joined[1] for s in self.services if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
+            self.residuals.finish(self.coordinator, shards)
 
     def _violated(self, what: str) -> None:
         if not self.violation:
@@ -159,6 +162,7 @@ class World:
                 self._heard[request.header.sender] = self.loop.now
             if call.method == "Coordinator.Lease" and reply is not None:
                 self.bound.leased(request, reply)
+            self.residuals.answered(call.method, request)
             self.checker.answered(call.method, request, reply)
         elif process in self.shard_processes:
             number = self.shard_processes.index(process)
@@ -170,6 +174,7 @@ class World:
         if method == "Shard.Push":
             self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
+            self.residuals.pushed(shard, request, reply)
             if not isinstance(reply, PSError):
                 self.bound.pushed(number, request)
         elif method == "Shard.Pull" and not isinstance(reply, PSError):
@@ -213,6 +218,7 @@ class World:
                 if member.state == "alive":
                     self._judge(member, error)
                     self.bound.gone(member.incarnation)
+                    self.residuals.ended(c, member.incarnation)
                 gone(member, state, error)
 
             c.member_gone = member_gone  # type: ignore[method-assign]
@@ -231,13 +237,14 @@ class World:
             self.checker.judged(f"{member.role} {member.id}", silent)
 
     def _coordinator_died(self, process: Process) -> None:
-        if process.alive and not self.wire.closed:
+        if not self.wire.closed:
             self._end_coordinator(process, self.rng.random())
 
     def _end_coordinator(self, process: Process, seconds: float) -> None:
-        process.alive = False
-        self.store.close()
-        self._later(RESTART_SECONDS + seconds, self._start_coordinator)
+        if process.alive:
+            process.alive = False
+            self.store.close()
+            self._later(RESTART_SECONDS + seconds, self._start_coordinator)
 
     def _start_shard(self, number: int) -> None:
         process = self._process(f"shard-{number}")
@@ -257,8 +264,9 @@ class World:
         self.workers.append(process)
         rng = random.Random(self.rng.getrandbits(32))
         leaving = self.leaving[process.name] = asyncio.Event()
-        link = self.wire.link(process)
-        worker = run_worker(link, COORDINATOR, self.data.reader, Inline(), rng=rng, leaving=leaving)
+        computing = Later(self.loop, rng, self.schedule.latency) if self.spec.compute_threads > 1 else None
+        link, reader = self.wire.link(process), self.data.reader
+        worker = run_worker(link, COORDINATOR, reader, Inline(), rng=rng, leaving=leaving, computing=computing)
         self.loop.start(process, worker).add_done_callback(lambda t: self._ended(process, t))
 
     def _ended(self, process: Process, task: "asyncio.Task[Any]") -> None:
@@ -343,13 +351,9 @@ class World:
     def _pause_shard(self, fault: Fault) -> None:
         self._pause(self.shard_processes[fault.who % len(self.shard_processes)], fault.seconds)
 
-    def _kill_coordinator_now(self, seconds: float) -> None:
-        if self.coordinator_process.alive:
-            self._end_coordinator(self.coordinator_process, seconds)
-
     # Not in the middle of the event that it is struck by: what was begun there is done.
     def _kill_coordinator(self, fault: Fault) -> None:
-        self._later(0.0, self._kill_coordinator_now, fault.seconds)
+        self._later(0.0, lambda: self._end_coordinator(self.coordinator_process, fault.seconds))
 
     def _tear(self, fault: Fault) -> None:
         self.store.tear = fault.who

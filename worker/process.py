@@ -48,12 +48,14 @@ async def run_worker(
     telemetry: Telemetry | None = None,
     prepare: Callable[[JobSpec], None] | None = None,
     compute_in_threads: bool = False,
+    computing: Executor | None = None,
 ) -> Trainer | None:
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
     ``prepare`` is called once, with the job that was joined, before anything is computed. Without ``compute_in_threads`` one
-    batch at a time is computed, on the event loop: nothing then depends on which of two threads is faster.
+    batch at a time is computed, on the event loop: nothing then depends on which of two threads is faster. ``computing`` computes
+    instead of threads of the worker's own.
     """
     leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
     member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
@@ -70,7 +72,7 @@ async def run_worker(
     client = Client(member)
     client.stages.track = telemetry.track
     trainer: Trainer | None = None
-    compute_threads = spec.compute_threads if compute_in_threads else 1
+    compute_threads = spec.compute_threads if compute_in_threads or computing is not None else 1
 
     async def train() -> None:
         nonlocal trainer
@@ -79,8 +81,9 @@ async def run_worker(
             workload = await asyncio.get_running_loop().run_in_executor(executor, _load, spec)
             programs = [workload.model.bind(workload.max_samples) for _ in range(compute_threads)]
             if await _placed(member):
-                with _compute_threads(compute_threads if compute_in_threads else 0) as computing:
-                    trainer = Trainer(Session(workload, programs, client, member, reader, executor, computing))
+                with _compute_threads(compute_threads if compute_in_threads else 0) as threads:
+                    session = Session(workload, programs, client, member, reader, executor, computing or threads)
+                    trainer = Trainer(session)
                     trainer.progress.stages.track = trainer.evaluation_stages.track = telemetry.track
                     await trainer.run()
 

@@ -7,7 +7,7 @@ borrowed it, who computes with it in one of the compute threads, or, without any
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from oarlock.client.caches import Caches
@@ -43,9 +43,10 @@ class Session:
         self._programs: asyncio.Queue[Program] = asyncio.Queue()
         for program in programs:
             self._programs.put_nowait(program)
-        self._computing = Hop(computing, COMPUTE_HERE_SECONDS) if computing is not None else None
         # Without threads to compute in, what happens must not hang on how long anything takes.
-        self._encoding = Hop(executor, ENCODE_HERE_SECONDS if computing is not None else 0.0)
+        threads = isinstance(computing, ThreadPoolExecutor)
+        self._computing = Hop(computing, COMPUTE_HERE_SECONDS if threads else 0.0) if computing is not None else None
+        self._encoding = Hop(executor, ENCODE_HERE_SECONDS if threads else 0.0)
         self.client = client
         self.member = member
         self.reader = reader

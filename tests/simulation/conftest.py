@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of the simulation its planted bugs: ``import planted``, ``import planted_modes``, ``import planted_caches``."""
+"""Gives the tests of the simulation its planted bugs: ``import planted`` and the others."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-for _name in ("planted", "planted_modes", "planted_caches"):
+for _name in ("planted", "planted_modes", "planted_caches", "planted_residuals"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     assert _spec is not None
     assert _spec.loader is not None
