@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of hostile input what they share: ``rig`` and ``cluster_rig`` of other folders, ``mutate`` and ``targets``."""
+"""Gives the tests of hostile input what they share: modules of this folder and four of others."""
 
 import importlib.util
 import sys
@@ -9,6 +9,8 @@ _HERE = Path(__file__).parent
 _SHARED = {
     "rig": _HERE.parent / "client" / "rig.py",
     "cluster_rig": _HERE.parent / "cluster" / "conftest.py",
+    "frame_rig": _HERE.parent / "proto" / "frame_rig.py",
+    "scripted_rig": _HERE.parent / "proto" / "scripted_rig.py",
     "mutate": _HERE / "mutate.py",
     "targets": _HERE / "targets.py",
     "h2": _HERE / "h2.py",

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutations of valid messages: of their bytes, of their fields and of the arrays in them.
+"""Mutations of valid messages: of their bytes, of their fields, of the arrays in them, and of the frames that carry them.
 
 Invariant: a pure function of the generator's state, so a seed gives the same inputs again.
 Cheap: a long run makes millions.
 """
 
 import random
+import struct
 
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
@@ -140,6 +141,50 @@ def _field(rng, message, field):
             setattr(message, field.name, near if rng.random() < 0.3 else _scalar(rng, field))
         except (TypeError, ValueError):
             setattr(message, field.name, _scalar(rng, field))
+
+
+# Where the numbers of a frame's head are (docs/wire.md), and what they say falsely.
+FRAME_HEAD = 20
+_HEAD_FIELDS = {"version": ("<B", 4), "kind": ("<B", 5), "parts": ("<H", 6), "size": ("<I", 8), "length": ("<I", 12)}
+FRAME_LIES = ("magic", *_HEAD_FIELDS, "table", "cut", "garbage before", "garbage behind", "another's body")
+
+
+def frame_of(rng: random.Random, data: bytes, lie: str) -> bytes:
+    """Return a whole frame of one part at least, which lies in one way of FRAME_LIES."""
+    out = bytearray(data)
+    if lie == "magic":
+        out[rng.randrange(4)] ^= 1 << rng.randrange(8)
+    elif lie in _HEAD_FIELDS:
+        form, at = _HEAD_FIELDS[lie]
+        (true,) = struct.unpack_from(form, out, at)
+        most = (1 << 8 * struct.calcsize(form)) - 1
+        said = rng.choice((0, 1, true - 1, true + 1, true * 2, true + 64, 1 << 14, 128 << 20, most - 3, most)) & most
+        struct.pack_into(form, out, at, said if said != true else true + 1 & most)
+    elif lie == "table":
+        parts = struct.unpack_from("<H", out, 6)[0]
+        at = FRAME_HEAD + 4 * rng.randrange(parts)
+        (true,) = struct.unpack_from("<I", out, at)
+        # One part reaches into the next, or beyond all; or it ends too early; or the sum goes round at 2^32.
+        said = rng.choice(
+            (0, true - 1, true + 1, true + 64, true * 2, len(out), (1 << 32) - 1, (1 << 32) - 64, 1 << 31)
+        )
+        struct.pack_into("<I", out, at, said if said != true else true + 1)
+        if parts > 1 and rng.random() < 0.3:
+            # What one has too much another one has too little.
+            other = FRAME_HEAD + (at - FRAME_HEAD + 4) % (4 * parts)
+            (theirs,) = struct.unpack_from("<I", out, other)
+            struct.pack_into("<I", out, other, theirs + true - said & 0xFFFFFFFF)
+    elif lie == "cut":
+        del out[rng.randrange(1, len(out)) :]
+    elif lie == "garbage before":
+        out[0:0] = rng.choice((b"\0", b"OARF", b"\xff" * 20, rng.randbytes(40)))
+    elif lie == "garbage behind":
+        out += rng.choice((b"\0" * 20, b"OARF" + b"\xff" * 16, rng.randbytes(40), data[:19] + b"\0" + data[20:60]))
+    else:
+        rest = bytearray(out[FRAME_HEAD:])
+        rng.shuffle(rest)
+        out[FRAME_HEAD:] = rest
+    return bytes(out)
 
 
 _DTYPES = {1: "<u8", 2: "<i4", 3: "<f4", 4: "<u4"}

@@ -5,6 +5,7 @@ Invariant: ``Port.trains`` checks every answer: each push applied once to each b
 """
 
 import asyncio
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -15,11 +16,13 @@ import rig
 
 from oarlock.client.router import ShardAddress
 from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto import frames
 from oarlock.proto.arrays import pack, unpack
-from oarlock.proto.common_pb2 import HelloRequest
+from oarlock.proto.common_pb2 import Array, HelloRequest, SocketsRequest
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.rpc.sockets import ABSTRACT, connect
 from oarlock.proto.shard_pb2 import CloseRequest, PullRequest, TableKeys
 
 
@@ -88,6 +91,61 @@ class Port:
 
         asyncio.run(body())
         return True
+
+
+class Dialer:
+    """Opens connections for frames by hand, to a Port; ``close`` closes them all."""
+
+    def __init__(self, port):
+        self.port = port
+        self.made = []
+
+        async def ask():
+            transport = GrpcTransport()
+            try:
+                request = SocketsRequest(protocol=PROTOCOL)
+                return await transport.call(port.address, "Wire.Sockets", request, timeout_seconds=20)
+            finally:
+                await transport.close()
+
+        self.offer = asyncio.run(ask())
+
+    def __call__(self, *, unix=True, hello=True):
+        (address,) = [a for a in self.offer.addresses if a.startswith(ABSTRACT) == unix]
+        made = connect(address, self.port.address)
+        self.made.append(made)
+        made.settimeout(20)
+        if hello:
+            # All places may be held by those that came a moment ago.
+            with contextlib.suppress(ConnectionError):
+                made.sendall(joined(frames.encode(frames.HELLO, self.offer.token)))
+        return made
+
+    def close(self):
+        for one in self.made:
+            one.close()
+
+
+def joined(buffers):
+    return b"".join(bytes(b) for b in buffers)
+
+
+def beside(message):
+    """Return the parts of all arrays of a message, however small, which it names from now on."""
+    parts = []
+
+    def move(each):
+        for field, value in each.ListFields():
+            if field.message_type is not None:
+                for one in value if field.is_repeated else (value,):
+                    if isinstance(one, Array):
+                        parts.append(one.data)
+                        one.data, one.part = b"", len(parts)
+                    else:
+                        move(one)
+
+    move(message)
+    return parts
 
 
 class CoordinatorPort:

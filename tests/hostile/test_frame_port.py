@@ -13,6 +13,7 @@ import numpy as np
 import ports
 import pytest
 import rig
+from ports import beside, joined
 
 from oarlock.client.client import Client
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
@@ -20,12 +21,11 @@ from oarlock.client.retry import Retry
 from oarlock.proto import frames
 from oarlock.proto.arrays import PART_BYTES, unpack
 from oarlock.proto.bulk import Bulk, Parts
-from oarlock.proto.common_pb2 import Array, SocketsRequest
+from oarlock.proto.common_pb2 import Array
 from oarlock.proto.errors import Internal, Malformed, PSError
-from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import GrpcTransport
 from oarlock.proto.rpc.connection import Connection
-from oarlock.proto.rpc.sockets import ABSTRACT, connect
+from oarlock.proto.rpc.sockets import connect
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushRequest, TableKeys
 
 # Twelve places, which are free again soon.
@@ -41,53 +41,9 @@ def port():
 
 @pytest.fixture
 def dial(port):
-    """Open connections by hand; they are closed at the end."""
-
-    async def ask():
-        transport = GrpcTransport()
-        try:
-            request = SocketsRequest(protocol=PROTOCOL)
-            return await transport.call(port.address, "Wire.Sockets", request, timeout_seconds=20)
-        finally:
-            await transport.close()
-
-    offer, made = asyncio.run(ask()), []
-
-    def connection(*, unix=True, hello=True):
-        (address,) = [a for a in offer.addresses if a.startswith(ABSTRACT) == unix]
-        made.append(connect(address, port.address))
-        made[-1].settimeout(20)
-        if hello:
-            # All places may be held by those that came a moment ago.
-            with contextlib.suppress(ConnectionError):
-                made[-1].sendall(joined(frames.encode(frames.HELLO, offer.token)))
-        return made[-1]
-
-    yield connection
-    for one in made:
-        one.close()
-
-
-def joined(buffers):
-    return b"".join(bytes(b) for b in buffers)
-
-
-def beside(message):
-    """Return the parts of all arrays of a message, however small, which it names from now on."""
-    parts = []
-
-    def move(each):
-        for field, value in each.ListFields():
-            if field.message_type is not None:
-                for one in value if field.is_repeated else (value,):
-                    if isinstance(one, Array):
-                        parts.append(one.data)
-                        one.data, one.part = b"", len(parts)
-                    else:
-                        move(one)
-
-    move(message)
-    return parts
+    made = ports.Dialer(port)
+    yield made
+    made.close()
 
 
 def mutated(rng, message, parts):
