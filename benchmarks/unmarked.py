@@ -62,14 +62,11 @@ class UnmarkedShard(Shard):
         self.counters["rows_refused"] += done.refused
 
     def _add_dense(self, part: DensePush, reply: PushReply) -> None:
-        layout = self.layout
         here = self.owned[part.numbers]
-        for i in np.flatnonzero(here).tolist():
-            block = layout.dense_blocks[int(part.numbers[i]) - layout.dense_base]
-            accepted = self.dense[block.parameter].push_block(block.block, part.gradients[i], rate=part.rate)
-            if not accepted:
-                reply.refused += 1
-                self.counters["dense_refused"] += 1
+        blocks = (part.numbers[here] - self.layout.dense_base).astype(np.int64)
+        found = self.dense_group.push(blocks, part.starts[here], part.gradients, rate=part.rate)
+        reply.refused += int(found.sum())
+        self.counters["dense_refused"] += int(found.sum())
 
 
 class Anybody(Identity):

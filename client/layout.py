@@ -6,6 +6,9 @@ Invariant: a pure function of the specs, so every process numbers alike. Immutab
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from oarlock.embedding.spec import DenseSpec, TableSpec
 
 
@@ -21,7 +24,10 @@ class DenseBlock:
 
 
 class Layout:
-    """Block numbers: ``table_base[t] + block`` for rows, ``dense_base + i`` for the i-th entry of ``dense_blocks``."""
+    """Block numbers: ``table_base[t] + block`` for rows, ``dense_base + i`` for the i-th entry of ``dense_blocks``.
+
+    ``dense_lengths`` and ``dense_offsets`` int64[d] are those of ``dense_blocks``.
+    """
 
     def __init__(self, tables: tuple[TableSpec, ...], dense: tuple[DenseSpec, ...]) -> None:
         self.tables = tables
@@ -41,6 +47,8 @@ class Layout:
                 self.dense_blocks.append(DenseBlock(p, block, start, length, offset + start))
             offset += spec.size
         self.dense_size = offset
+        self.dense_lengths: NDArray[np.int64] = np.array([b.length for b in self.dense_blocks], np.int64)
+        self.dense_offsets: NDArray[np.int64] = np.array([b.offset for b in self.dense_blocks], np.int64)
         self.blocks = total + len(self.dense_blocks)
         self.table_index = {t.name: i for i, t in enumerate(tables)}
 

@@ -4,8 +4,9 @@
     memory of a block of n values:   w0 ... w(n-1) | optimizer state, as a row of dim n has it
 
 Invariant: a block is one row, so the optimizers of ``embedding/optimizers.py`` serve it as they are; norms are taken over a
-block, and lamb, which needs whole ones, is refused where a parameter has several blocks. Callable from any thread: one
-lock per parameter, held while kernels run.
+block, and lamb, which needs whole ones, is refused where a parameter has several blocks. ``where`` names the memory of every
+stored block, 0 for others. Callable from any thread: one lock per parameter, or of a group (``embedding/dense_group.py``), held
+while kernels run.
 """
 
 import math
@@ -26,6 +27,16 @@ from oarlock.proto.errors import InvalidArgument, Malformed, StalePlacement
 Values = NDArray[np.float32]
 
 
+def checked_rate(what: str, rate: float, step: int) -> float:
+    """Return the learning rate of a push as a float; InvalidArgument if it, or the step, is none."""
+    rate = float(rate)
+    if not math.isfinite(rate):
+        raise InvalidArgument(f"{what}: rate = {rate}: give a finite number")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+        raise InvalidArgument(f"{what}: step = {step!r}: give an integer from 0 to 2^63 - 1")
+    return rate
+
+
 class DenseBlock(NamedTuple):
     """A dense block's content: weights: float32[length], state: float32[state columns of that length]."""
 
@@ -34,21 +45,38 @@ class DenseBlock(NamedTuple):
 
 
 class DenseParameter:
-    """The values of ``spec`` in the adopted blocks. ``seed`` is the job's, in [0, 2^64)."""
+    """The values of ``spec`` in the adopted blocks. ``seed`` is the job's, in [0, 2^64).
 
-    def __init__(self, spec: DenseSpec, *, seed: int) -> None:
+    ``lock`` and ``where`` int64[blocks], zeros: of the group that the parameter is in.
+    """
+
+    def __init__(
+        self,
+        spec: DenseSpec,
+        *,
+        seed: int,
+        lock: "threading.Lock | None" = None,
+        where: NDArray[np.int64] | None = None,
+    ) -> None:
         self.spec = spec
         self._optimizer = optimizer_of(spec.optimizer)
         if spec.optimizer.name == "lamb" and spec.blocks > 1:
             raise InvalidArgument(
                 f"dense {spec.name}: lamb needs the norm of the whole parameter: give slice >= {spec.size}, its size"
             )
-        self._hyper = self._optimizer.hyper(spec.optimizer)
-        self._passes = passes(spec.optimizer)
+        self.hyper = self._optimizer.hyper(spec.optimizer)
+        self.passes = passes(spec.optimizer)
         self._origin = origin(seed, f"dense/{spec.name}")  # no table's name holds a slash
         self._first = constants(spec.initializer)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock() if lock is None else lock
         self._blocks: dict[int, Values] = {}
+        self._where = np.zeros(spec.blocks, np.int64) if where is None else where
+
+    @property
+    def update(self) -> int:
+        """Return the address of the optimizer's callback."""
+        address: int = self._optimizer.update.address
+        return address
 
     def length(self, block: int) -> int:
         """Return the number of values in a block."""
@@ -68,13 +96,14 @@ class DenseParameter:
         with self._lock:
             if block in self._blocks:
                 raise InvalidArgument(f"dense {self.spec.name}: block {block} is stored here already; drop it first")
-            self._blocks[block] = fresh
+            self._store(block, fresh)
 
     def drop(self, block: int) -> None:
         """Forget a block and free its memory."""
         self._in_range(block)
         with self._lock:
             self._stored(block)
+            self._where[block] = 0
             del self._blocks[block]
 
     @property
@@ -102,12 +131,7 @@ class DenseParameter:
         """
         length = self.length(block)
         self._values("gradient", gradient, block, length)
-        rate = float(rate)
-        if not math.isfinite(rate):
-            raise InvalidArgument(f"dense {self.spec.name}: rate = {rate}: give a finite number")
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
-            raise InvalidArgument(f"dense {self.spec.name}: step = {step!r}: give an integer from 0 to 2^63 - 1")
-        rate *= self.spec.optimizer.schedule.factor(step)
+        rate = checked_rate(f"dense {self.spec.name}", rate, step) * self.spec.optimizer.schedule.factor(step)
         line = kernel_array("gradient", gradient, np.float32).reshape(1, length)
         bad = bool(refuse(line.view(np.uint32), limit_bits(), np.empty(1, np.uint8)))
         with self._lock:
@@ -131,15 +155,19 @@ class DenseParameter:
         if not np.isfinite(fresh).all():
             raise Malformed(f"dense {self.spec.name}, block {block}: content holds an infinity or NaN")
         with self._lock:
-            self._blocks[block] = fresh
+            self._store(block, fresh)
+
+    def _store(self, block: int, row: Values) -> None:
+        self._where[block] = address_of(row)
+        self._blocks[block] = row
 
     def _update(self, row: Values, length: int, line: Values, rate: float, step: int) -> None:
         weights = np.array([address_of(row)], np.int64)
         states = weights + 4 * length
-        scratch = np.empty(length if self._passes & BEFORE else 0, np.float32)
+        scratch = np.empty(length if self.passes & BEFORE else 0, np.float32)
         update_rows(
-            self._optimizer.update.address,
-            self._passes,
+            self.update,
+            self.passes,
             address_of(weights),
             address_of(states),
             1,
@@ -148,7 +176,7 @@ class DenseParameter:
             length,
             rate,
             step,
-            address_of(self._hyper),
+            address_of(self.hyper),
             address_of(scratch),
         )
 

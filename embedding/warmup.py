@@ -16,6 +16,7 @@ from oarlock.embedding.cold_batch import renumber
 from oarlock.embedding.compress import Compression, Draw, RowCodec
 from oarlock.embedding.compress_residuals import Residuals
 from oarlock.embedding.dense import DenseParameter
+from oarlock.embedding.dense_group import DenseGroup
 from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.lookup import rows_from, rows_of
 from oarlock.embedding.make import make_table
@@ -44,6 +45,11 @@ def warm_up() -> None:
         dense.adopt(0)
         dense.push_block(0, np.ones(4, np.float32), rate=0.1)
         dense.pull_block(0, np.empty(4, np.float32))
+    group = DenseGroup((DenseSpec("warm_up", (4,)),), seed=0)
+    group.parameters[0].adopt(0)
+    first = np.zeros(1, np.int64)
+    group.push(first, first, np.ones(4, np.float32), rate=0.1)
+    group.pull(first, np.empty(4, np.float32))
     for policy in _POLICIES:
         _use(TableSpec("warm_up", 2, blocks=2, **policy))
     # Where no file can be made no table can spill, and one that has to says so when it comes to it.

@@ -18,7 +18,7 @@ from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.packed import encode_dense, encode_rows, packed
-from oarlock.embedding.dense import DenseParameter
+from oarlock.embedding.dense_group import DenseGroup
 from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable, make_table
@@ -104,7 +104,8 @@ class Shard:
         self.rows_asked = [0] * len(self.tables)
         self.rows_pulled = [0] * len(self.tables)
         self.rows_pushed = [0] * len(self.tables)
-        self.dense = [DenseParameter(d, seed=spec.seed) for d in spec.dense]
+        self.dense_group = DenseGroup(spec.dense, seed=spec.seed)
+        self.dense = self.dense_group.parameters
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks = Marks(self.layout.blocks)
@@ -146,9 +147,8 @@ class Shard:
         forms = read_codecs(layout, request)
         dense_form = read_dense_codec(request.dense_codec) if request.HasField("dense_codec") else None
         # Known before any of it is allocated: a small request may ask for an enormous answer.
-        values = sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked) + sum(
-            self._dense_lengths(numbers)
-        )
+        dense_values = int(layout.dense_lengths[numbers - layout.dense_base].sum())
+        values = dense_values + sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked)
         # A row of a cache comes with its position and version.
         values += 2 * sum(len(versions) for versions in kept if versions is not None)
         if values * 4 > MAX_MESSAGE_BYTES:
@@ -177,12 +177,13 @@ class Shard:
             reply.positions.extend(pack(newer.positions, beside) for newer in found)
             reply.versions.extend(pack(newer.versions, beside) for newer in found)
         self._owns(numbers)
-        dense = self._dense_values(numbers)
+        dense = self._answers.array((dense_values,), np.float32)
+        self.dense_group.pull((numbers - layout.dense_base).astype(np.int64), dense)
         if dense_form is None:
             reply.dense.CopyFrom(pack(dense, beside))
             travelled += dense.nbytes
         else:
-            encoded = encode_dense(dense_form, dense, self._dense_lengths(numbers))
+            encoded = encode_dense(dense_form, dense, layout.dense_lengths[numbers - layout.dense_base].tolist())
             reply.packed_dense.CopyFrom(packed(dense_form, encoded, dense.size, beside))
             travelled += reply.packed_dense.payload.shape[0]
         with self._counting:
@@ -206,26 +207,12 @@ class Shard:
         table.pull(keys.keys, keys.blocks, keys.counts, rows)
         return Newer(_NONE, rows, _NO_VERSIONS)
 
-    def _dense_lengths(self, numbers: NDArray[np.int32]) -> list[int]:
-        layout = self.layout
-        return [layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()]
-
     def _owns(self, numbers: NDArray[np.int32]) -> None:
         elsewhere = numbers[~self.owned[numbers]]
         if len(elsewhere):
             raise StalePlacement(
                 f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0])
             )
-
-    def _dense_values(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
-        layout = self.layout
-        blocks = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
-        out = np.empty(sum(self._dense_lengths(numbers)), np.float32)
-        at = 0
-        for block in blocks:
-            self.dense[block.parameter].pull_block(block.block, out[at : at + block.length])
-            at += block.length
-        return out
 
     def push(self, sent: PushRequest | Bulk) -> PushReply:
         """Apply the group to the blocks that have not got it; say which blocks live elsewhere."""
@@ -272,7 +259,7 @@ class Shard:
                 if request.seen:
                     self.staleness.note(self.counters["pushes"] - (request.seen - 1))
                 self.counters["pushes"] += 1
-                values = sum(p.gradients.size for p in rows) + sum(g.size for p in dense for g in p.gradients)
+                values = sum(p.gradients.size for p in rows) + sum(p.gradients.size for p in dense)
                 saved = _saved(request)
                 self.counters["push_bytes"] += 4 * values - saved
                 self.counters["push_bytes_saved"] += saved
@@ -315,17 +302,14 @@ class Shard:
     def _push_dense(
         self, split: int, group: int, step: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply
     ) -> None:
-        layout = self.layout
-        for i in np.flatnonzero(todo).tolist():
-            number = int(part.numbers[i])
-            block = layout.dense_blocks[number - layout.dense_base]
-            parameter = self.dense[block.parameter]
-            accepted = parameter.push_block(block.block, part.gradients[i], rate=part.rate, step=step)
-            self.marks.record(split, group, number)
-            self.dense_sequence[number - layout.dense_base] += 1
-            if not accepted:
-                reply.refused += 1
-                self.counters["dense_refused"] += 1
+        numbers = part.numbers[todo]
+        blocks = (numbers - self.layout.dense_base).astype(np.int64)
+        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=step)
+        self.marks.record(split, group, numbers)
+        self.dense_sequence[blocks] += 1
+        refused = int(found.sum())
+        reply.refused += refused
+        self.counters["dense_refused"] += refused
 
     def sweep_some(self) -> bool:
         """Evict what is due of one slice of one block; return whether to come again soon."""

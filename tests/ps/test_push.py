@@ -176,9 +176,9 @@ def test_an_empty_push_is_nothing(job):
     assert job.shards[0].next_groups([9]) == [0]
 
 
-@pytest.mark.parametrize("victim", range(9))
+@pytest.mark.parametrize("victim", range(5))
 def test_memory_that_runs_out_at_any_step_of_a_push_harms_nothing(job, monkeypatch, victim):
-    """A push has eight steps: room for marks, two tables, five dense blocks. Sent again, it ends as if nothing had happened."""
+    """A push has four steps: room for marks, two tables, the dense blocks. Sent again, it ends as if nothing had happened."""
     request = rig.request_of(job, 3, 0)
     shard = job.shards[0]
     calls = []
@@ -194,15 +194,14 @@ def test_memory_that_runs_out_at_any_step_of_a_push_harms_nothing(job, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("oarlock.ps.marks.np.full", fails(np.full))
-        for each in (*shard.tables, *shard.dense):
-            name = "push" if each in shard.tables else "push_block"
-            patch.setattr(each, name, fails(getattr(each, name)))
-        if victim < 8:
+        for each in (*shard.tables, shard.dense_group):
+            patch.setattr(each, "push", fails(each.push))
+        if victim < 4:
             with pytest.raises(MemoryError):
                 push(job, request)
         else:
             push(job, request)
-    assert len(calls) == min(victim + 1, 8)
+    assert len(calls) == min(victim + 1, 4)
     push(job, request)
     assert shard.sequence.tolist() == [1] * 17
     assert np.array_equal(job.dense(), np.full(14, -1))
