@@ -7,6 +7,7 @@ Pure functions; any thread.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,8 @@ class Piece:
 
     @property
     def size(self) -> int:
-        return int(self.counts.sum())
+        rows = self.rows
+        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
     def keys(self, keys: NDArray[np.uint64], parts: list[Part] | None = None) -> TableKeys:
         """Return the message of the piece's keys; larger arrays go to ``parts``, as views of ``keys`` where they can."""
@@ -64,6 +66,17 @@ def by_owner(
     the keys; otherwise (after the placement changed) their keys are picked one by one.
     """
     ends = np.cumsum(counts, dtype=np.int64)
+    if wanted is None and len(ends):
+        runs = _owners_runs(owners)
+        if runs is not None and int(ends[-1]) * (row_bytes + KEY_BYTES) + len(ends) * BLOCK_BYTES <= limit:
+            # As good as always: keys lie in the order of their owners, and all of them fit.
+            at = 0
+            for first, last in runs:
+                end = int(ends[last - 1])
+                size = (end - at) * (row_bytes + KEY_BYTES) + (last - first) * BLOCK_BYTES
+                yield int(owners[first]), Piece(table, blocks[first:last], counts[first:last], slice(at, end), size)
+                at = end
+            return
     starts = ends - counts
     for owner, chosen in _by_owner(owners, wanted):
         volume = counts[chosen].astype(np.int64) * (row_bytes + KEY_BYTES) + BLOCK_BYTES
@@ -92,7 +105,7 @@ def dense_by_owner(
     limit: int = MESSAGE_BYTES,
 ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
     """Yield (shard, positions int64[k] in ``numbers``, bytes) for dense blocks, each piece within ``limit`` bytes."""
-    lengths = np.array([layout.dense_blocks[n - layout.dense_base].length for n in numbers.tolist()], np.int64)
+    lengths = layout.dense_lengths[numbers - layout.dense_base]
     for owner, chosen in _by_owner(owners, None):
         volume = lengths[chosen] * 4 + BLOCK_BYTES
         worst = int(volume.argmax())
@@ -103,6 +116,15 @@ def dense_by_owner(
             )
         for run, size in _runs(volume, limit):
             yield owner, chosen[run], size
+
+
+def _owners_runs(owners: NDArray[np.int32]) -> list[tuple[int, int]] | None:
+    """Return [first, end) of each owner's blocks if those lie side by side, in the order of owners; else None."""
+    changes = np.flatnonzero(owners[1:] != owners[:-1])
+    if len(changes) and not (owners[changes + 1] > owners[changes]).all():
+        return None
+    edges = [0, *(changes + 1).tolist(), len(owners)]
+    return list(pairwise(edges))
 
 
 def _by_owner(owners: NDArray[np.int32], wanted: NDArray[np.bool_] | None) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -129,6 +151,9 @@ def _too_large(what: str, size: int, limit: int, setting: str) -> OutOfMemory:
 def _runs(volume: NDArray[np.int64], limit: int) -> Iterator[tuple[slice, int]]:
     """Yield (run, bytes): as few runs of blocks side by side as keep within the limit; no block alone is over it."""
     sums = np.cumsum(volume)
+    if len(sums) and sums[-1] <= limit:
+        yield slice(0, len(sums)), int(sums[-1])
+        return
     first, before = 0, 0
     while first < len(volume):
         last = int(np.searchsorted(sums, before + limit, side="right"))

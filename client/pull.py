@@ -61,10 +61,20 @@ def table_number(layout: Layout, name: str) -> int:
     return found
 
 
-def dense_spans(layout: Layout, numbers: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Return (offset, length) of dense blocks in the vector of all dense parameters."""
-    found = [layout.dense_blocks[n - layout.dense_base] for n in numbers.tolist()]
-    return [(b.offset, b.length) for b in found]
+def dense_lengths(layout: Layout, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return int64[m]: values of dense blocks."""
+    found: NDArray[np.int64] = layout.dense_lengths[numbers - layout.dense_base]
+    return found
+
+
+def dense_runs(layout: Layout, numbers: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Return (offset, length) of dense blocks in the vector of all dense parameters; neighbours in one run."""
+    where = numbers - layout.dense_base
+    offsets, lengths = layout.dense_offsets[where], layout.dense_lengths[where]
+    ends = offsets + lengths
+    breaks = np.flatnonzero(offsets[1:] != ends[:-1]) + 1
+    firsts, lasts = [0, *breaks.tolist()], [*breaks.tolist(), len(ends)]
+    return [(int(offsets[f]), int(ends[e - 1] - offsets[f])) for f, e in zip(firsts, lasts, strict=True) if e]
 
 
 def cut_pull(
@@ -238,10 +248,9 @@ def landing(
             if isinstance(piece.rows, slice):
                 tell(array.part, rows[name][piece.rows])
         if dense is not None and len(message.dense) and reply.dense.part:
-            spans = dense_spans(message.layout, message.dense)
-            ends = [offset + length for offset, length in spans]
-            if ends[:-1] == [offset for offset, _ in spans[1:]]:
-                tell(reply.dense.part, dense[spans[0][0] : ends[-1]])
+            (offset, length), *others = dense_runs(message.layout, message.dense)
+            if not others:
+                tell(reply.dense.part, dense[offset : offset + length])
         return told
 
     return land
@@ -275,7 +284,7 @@ def _dense_values(
         return values
     what = f"shard {message.shard.id}: dense values"
     _check_form(reply.packed_dense, forms.pull_dense, what)
-    lengths = [length for _, length in dense_spans(message.layout, message.dense)]
+    lengths = dense_lengths(message.layout, message.dense).tolist()
     return unpack_dense(forms.pull_dense, reply.packed_dense, lengths, what, parts)
 
 
@@ -305,12 +314,12 @@ def _newer(
 def _scatter(
     layout: Layout, numbers: NDArray[np.int32], values: NDArray[np.float32], dense: NDArray[np.float32]
 ) -> None:
-    spans = dense_spans(layout, numbers)
-    if sum(length for _, length in spans) != len(values):
-        raise Malformed(f"{len(values)} dense values answered, asked for {sum(length for _, length in spans)}")
+    runs = dense_runs(layout, numbers)
+    if sum(length for _, length in runs) != len(values):
+        raise Malformed(f"{len(values)} dense values answered, asked for {sum(length for _, length in runs)}")
     if np.may_share_memory(values, dense):
         return
     at = 0
-    for offset, length in spans:
+    for offset, length in runs:
         dense[offset : offset + length] = values[at : at + length]
         at += length

@@ -26,7 +26,7 @@ from oarlock.client.packed import (
     read_form,
 )
 from oarlock.client.pieces import MESSAGE_BYTES, by_owner, dense_by_owner
-from oarlock.client.pull import dense_spans, table_number
+from oarlock.client.pull import dense_lengths, table_number
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import TableSpec
@@ -215,9 +215,7 @@ class _Packer:
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
 
     def dense(self, part: _DensePart, wanted: NDArray[np.bool_] | None) -> None:
-        spans = dense_spans(self._layout, part.numbers)
-        lengths = np.array([n for _, n in spans], np.int64)
-        starts = np.cumsum(lengths) - lengths
+        lengths = dense_lengths(self._layout, part.numbers)
         chosen = np.arange(len(part.numbers)) if wanted is None else np.flatnonzero(wanted[part.numbers])
         candidates = part.numbers[chosen]
         for shard, positions, volume in dense_by_owner(
@@ -228,13 +226,11 @@ class _Packer:
             numbers = part.numbers[mine]
             found = DenseGradients(blocks=pack(numbers), rate=part.rate)
             if part.gradients is not None:
-                values = np.concatenate([part.gradients[starts[i] : starts[i] + lengths[i]] for i in mine])
-                found.gradients.CopyFrom(pack(values, message.parts))
+                found.gradients.CopyFrom(pack(_picked(part.gradients, lengths, mine, self._copies), message.parts))
             elif part.encoded is not None:
                 form, data = part.encoded
                 sizes = np.array([form.block_bytes(length) for length in lengths.tolist()], np.int64)
-                begins = np.cumsum(sizes) - sizes
-                taken = np.concatenate([data[begins[i] : begins[i] + sizes[i]] for i in mine])
+                taken = _picked(data, sizes, mine, self._copies)
                 found.packed.CopyFrom(packed(form, taken, int(lengths[mine].sum()), message.parts))
             message.request.dense.append(found)
             message.numbers.append(numbers)
@@ -243,6 +239,22 @@ class _Packer:
         for shard in list(self._filling):
             self._close(shard)
         return self._full
+
+
+def _picked(
+    values: NDArray[Any], lengths: NDArray[np.int64], chosen: NDArray[np.int64], copies: Buffers
+) -> NDArray[Any]:
+    """Return a copy of the chosen pieces of ``values``, which lie one behind the other."""
+    if len(chosen) == len(lengths):
+        return copies.copy(values)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    out = copies.array((int(lengths[chosen].sum()),), values.dtype)
+    at = 0
+    for start, end in zip(starts[chosen].tolist(), ends[chosen].tolist(), strict=True):
+        out[at : at + end - start] = values[start:end]
+        at += end - start
+    return out
 
 
 def cut_push(
@@ -330,7 +342,7 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
             numbers = unpack(each.blocks, np.int32, "dense blocks")
             if each.HasField("packed"):
                 form = read_form(each.packed.codec, CHUNK, "dense gradients", NO_LIMIT)
-                lengths = [length for _, length in dense_spans(layout, numbers)]
+                lengths = dense_lengths(layout, numbers).tolist()
                 data = opened_dense(form, each.packed, lengths, "dense gradients", parts)
                 packer.dense(_DensePart(numbers, None, each.rate, Encoded(form, data)), wanted)
             else:

@@ -34,6 +34,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     pb.UINT8: np.dtype("u1"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# What readers ask for: the type's dtype and its code. Looked up, since making a dtype costs more than all else of a small array.
+_WANTED: dict[type[np.generic], tuple[np.dtype[Any], int]] = {dtype.type: (dtype, c) for dtype, c in _CODES.items()}
 
 
 def encoded(message: Message, what: str) -> bytes:
@@ -82,12 +84,12 @@ def unpack(
     ``parts``: what came beside the message that the array is from. An absent array is an empty one. Malformed names ``what``
     and the two things that disagree.
     """
-    wanted: np.dtype[Any] = np.dtype(dtype)
+    wanted, expected = _WANTED[dtype]
     code = message.dtype
     if code == pb.DTYPE_UNSPECIFIED and not message.part and not message.data and not message.shape:
         return np.empty((0,) * (dims - 1) + (columns or 0,) if dims > 1 else (0,), dtype=wanted)
-    found = _DTYPES.get(code)
-    if found is None or (found != wanted and found != wanted.newbyteorder("<")):
+    if code != expected:
+        found = _DTYPES.get(code)
         raise Malformed(f"{what}: dtype {found.name if found else code}, wanted {wanted.name}")
     # Counted before it is copied: a shape of a hundred bytes a dimension in memory is one byte a dimension in a message.
     dimensions = message.shape
@@ -102,7 +104,7 @@ def unpack(
         raise Malformed(f"{what}: {data.nbytes} bytes for shape {shape} of {wanted.name}")
     if columns is not None and shape[-1] != columns:
         raise Malformed(f"{what}: {shape[-1]} columns, wanted {columns}")
-    array = np.frombuffer(data, dtype=found).reshape(shape)
+    array = np.frombuffer(data, dtype=wanted).reshape(shape)
     array.flags.writeable = False
     return array
 

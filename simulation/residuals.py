@@ -38,7 +38,8 @@ def sent_of(way: Way, values: Values) -> Values:
     if way.codec == "int8":
         scale = np.abs(given).max(axis=1, keepdims=True) / np.float32(127)
         quotients: Values = np.rint(given / np.where(scale == 0, np.float32(1), scale)).astype(np.float64)
-        return quotients * scale.astype(np.float64)
+        widened: Values = quotients * scale.astype(np.float64)
+        return widened
     out = np.zeros_like(values)
     largest = np.argsort(-np.abs(values), axis=1, kind="stable")[:, : way.columns(values.shape[1])]
     np.put_along_axis(out, largest, np.take_along_axis(values, largest, axis=1), axis=1)
