@@ -251,6 +251,12 @@ def kernel_array(name: str, array: NDArray[Any], dtype: type, ndim: int = 1) -> 
         raise Malformed(f"{name}: expected an array of {np.dtype(dtype).name} with {ndim} dimensions, got {have}")
     if not (array.flags.c_contiguous and array.flags.aligned):
         return np.array(array, dtype=dtype, order="C")
-    if not array.flags.writeable:
+    if array.flags.writeable:
+        return array
+    lent = array.view()
+    try:
+        lent.flags.writeable = True
+    except ValueError:
+        # Over memory that Python itself takes for constant, which the way around costs ten times as much for.
         return np.asarray(_Exposed(array))
-    return array
+    return lent

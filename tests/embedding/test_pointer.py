@@ -37,10 +37,13 @@ def test_bit_length(n):
     assert length(n) == n.bit_length()
 
 
-def test_kernel_array_lends_read_only_memory_without_a_copy_and_keeps_it_alive():
-    raw = np.frombuffer(bytes(range(32)), np.uint64)
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_kernel_array_lends_read_only_memory_without_a_copy_and_keeps_it_alive(kind):
+    raw = np.frombuffer(kind(range(32)), np.uint64)
+    raw.flags.writeable = False
     lent = pointer.kernel_array("keys", raw, np.uint64)
     assert lent.flags.writeable
+    assert not raw.flags.writeable
     assert np.shares_memory(raw, lent)
     expected = raw.tolist()
     del raw
