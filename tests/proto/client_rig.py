@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the client's frames share: a handler whose answers belong to their questions, and ways to ask and to wait.
+"""What the tests of the client's frames share: ways to ask frame_rig's handler, whose answers belong to their questions, and to wait.
 
 A conftest loads it as ``client_rig``. One event loop.
 """
 
 import asyncio
-import threading
 
 import numpy as np
 import pytest
@@ -13,42 +12,11 @@ import pytest
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Header
-from oarlock.proto.errors import PSError, StalePlacement, Unavailable
-from oarlock.proto.rpc import GrpcServer, GrpcTransport
-from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply
+from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.rpc import GrpcTransport
+from oarlock.proto.shard_pb2 import PullRequest
 
 SECONDS = 30
-
-
-class Handler:
-    """Answers with the run and twice the values; runs in ``held`` wait for ``gate``."""
-
-    def __init__(self):
-        self.gate = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.held = set()
-        self.over = "frames"
-
-    def pull(self, sent):
-        request, parts = opened(sent)
-        if request.header.run in self.held:
-            self.entered.release()
-            assert self.gate.wait(SECONDS)
-        if request.number == 7:
-            raise StalePlacement("moved")
-        beside = [] if isinstance(sent, Bulk) else None
-        values = unpack(request.dense, np.float32, "dense", parts=parts)
-        reply = PullReply(pushes=request.header.run, dense=pack(values * 2, beside))
-        return reply if beside is None else Bulk(reply, beside)
-
-    def push(self, sent):
-        return PushReply(applied=opened(sent)[0].group)
-
-
-def serve(handler, listen="127.0.0.1:0", **options):
-    server = GrpcServer(handler, "Shard", listen=listen, **options)
-    server.start()
-    return server
 
 
 def run(body, **options):

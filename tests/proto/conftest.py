@@ -5,7 +5,7 @@ at all."""
 import asyncio
 import importlib.util
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,24 @@ def over_grpc(
         return asyncio.run(run())
     finally:
         server.stop(0)
+
+
+@pytest.fixture
+def handler(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """frame_rig's Handler, or the module's own; nothing waits for it at the end."""
+    made = getattr(request.module, "Handler", sys.modules["frame_rig"].Handler)()
+    yield made
+    made.gate.set()
+
+
+@pytest.fixture
+def server(handler: Any) -> Iterator[GrpcServer]:
+    """``handler``, served at a port."""
+    made = GrpcServer(handler, "Shard", listen="127.0.0.1:0")
+    made.start()
+    yield made
+    handler.gate.set()
+    made.stop(0)
 
 
 @pytest.fixture

@@ -24,17 +24,26 @@ SECONDS = 30
 
 
 class Handler:
-    """Answers a pull with its own dense array; it waits for ``gate`` in the midst, and ``entered`` says so."""
+    """Answers a pull with its run and twice its dense array; all of them, or those that are held, wait for ``gate`` in the midst,
+    and ``entered`` says so."""
 
     def __init__(self):
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
+        self.held = None
+
+    def hold(self, *runs):
+        """Hold these runs, and no others, until somebody sets the gate."""
+        self.held = set(runs)
+        self.entered = threading.Semaphore(0)
+        self.gate.clear()
 
     def pull(self, sent):
-        self.entered.release()
-        assert self.gate.wait(SECONDS)
         request, parts = opened(sent)
+        if self.held is None or request.header.run in self.held:
+            self.entered.release()
+            assert self.gate.wait(SECONDS)
         if request.number == 7:
             raise StalePlacement("moved", block=3)
         if request.number == 8:
@@ -48,8 +57,8 @@ class Handler:
         return PushReply(applied=opened(sent)[0].group)
 
 
-def serve(handler, **options):
-    server = GrpcServer(handler, "Shard", listen="127.0.0.1:0", **options)
+def serve(handler, listen="127.0.0.1:0", **options):
+    server = GrpcServer(handler, "Shard", listen=listen, **options)
     server.start()
     return server
 

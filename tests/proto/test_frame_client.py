@@ -8,7 +8,8 @@ import random
 import socket
 
 import pytest
-from client_rig import SECONDS, Handler, again, by_frames, entered, failure, pull, run, serve
+from client_rig import SECONDS, again, by_frames, entered, failure, pull, run
+from frame_rig import serve
 
 from oarlock.proto import frames
 from oarlock.proto.common_pb2 import Header, SocketsReply
@@ -16,21 +17,6 @@ from oarlock.proto.errors import DeadlineExceeded, StalePlacement, Unavailable
 from oarlock.proto.rpc.frame_client import CONNECTIONS, FramePeer
 from oarlock.proto.rpc.sockets import ABSTRACT
 from oarlock.proto.shard_pb2 import PullReply, PullRequest
-
-
-@pytest.fixture
-def handler():
-    made = Handler()
-    yield made
-    made.gate.set()
-
-
-@pytest.fixture
-def server(handler):
-    made = serve(handler)
-    yield made
-    handler.gate.set()
-    made.stop(0)
 
 
 def test_calls_travel_on_a_few_connections(server):
@@ -47,7 +33,7 @@ def test_calls_travel_on_a_few_connections(server):
 def test_answers_never_shift_between_callers(server, handler, seed):
     """Sizes, timeouts, cancellations and failures drawn at random: whoever gets an answer gets their own."""
     rng = random.Random(seed)
-    handler.held = set(range(1000, 1012))
+    handler.hold(*range(1000, 1012))
 
     async def one(transport, number):
         kind = rng.random()
@@ -78,7 +64,7 @@ def test_answers_never_shift_between_callers(server, handler, seed):
 
 
 def test_a_timeout_closes_its_connection_alone(server, handler):
-    handler.held = {3}
+    handler.hold(3)
 
     async def body(transport):
         await pull(transport, server.address)
@@ -96,7 +82,7 @@ def test_a_timeout_closes_its_connection_alone(server, handler):
 
 @pytest.mark.parametrize("waiting", [1, CONNECTIONS, 3 * CONNECTIONS])
 def test_cancelled_calls_give_back_their_places(server, handler, waiting):
-    handler.held = {3}
+    handler.hold(3)
 
     async def body(transport):
         calls = [asyncio.ensure_future(pull(transport, server.address, 3)) for _ in range(waiting)]
@@ -113,7 +99,7 @@ def test_cancelled_calls_give_back_their_places(server, handler, waiting):
 
 def test_a_slow_process_keeps_no_other_waiting(server, handler):
     """Each of 80 slow ones has all the calls that it takes, as many as 320 exchanges; another one answers at once."""
-    handler.held = {3}
+    handler.hold(3)
     deaf = socket.socket(socket.AF_UNIX)
     deaf.bind(f"\0oarlock-deaf-{random.getrandbits(64)}")
     deaf.listen(512)

@@ -5,26 +5,12 @@ import asyncio
 import socket
 
 import pytest
-from client_rig import Handler, by_frames, pull, run, serve
+from client_rig import by_frames, pull, run
+from frame_rig import serve
 
 from oarlock.proto.errors import Malformed
 from oarlock.proto.rpc import GrpcTransport, connection, sockets
 from oarlock.proto.rpc.sockets import ABSTRACT, connect
-
-
-@pytest.fixture
-def handler():
-    made = Handler()
-    yield made
-    made.gate.set()
-
-
-@pytest.fixture
-def server(handler):
-    made = serve(handler)
-    yield made
-    handler.gate.set()
-    made.stop(0)
 
 
 class Offering(GrpcTransport):

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from frame_rig import SECONDS, Handler, Raw, answers, call, let_in, offer_of, serve
+from frame_rig import SECONDS, Raw, answers, call, let_in, offer_of, serve
 
 from oarlock.proto import frames
 from oarlock.proto.arrays import pack
@@ -16,21 +16,6 @@ from oarlock.proto.common_pb2 import Header
 from oarlock.proto.rpc import frame_server
 from oarlock.proto.rpc.sockets import ABSTRACT, connect
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushRequest
-
-
-@pytest.fixture
-def handler():
-    made = Handler()
-    yield made
-    made.gate.set()
-
-
-@pytest.fixture
-def server(handler):
-    made = serve(handler)
-    yield made
-    handler.gate.set()
-    made.stop(0)
 
 
 def test_who_stalls_makes_room_and_who_works_does_not(handler):

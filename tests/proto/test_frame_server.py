@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from frame_rig import Handler, Raw, answers, offer_of, serve
+from frame_rig import Raw, answers, offer_of
 
 from oarlock.proto import frames
 from oarlock.proto.arrays import pack
@@ -13,21 +13,6 @@ from oarlock.proto.errors import Malformed, OutOfMemory, StalePlacement
 from oarlock.proto.rpc.sockets import ABSTRACT
 from oarlock.proto.rpc.status import from_failure
 from oarlock.proto.shard_pb2 import PullReply, PullRequest
-
-
-@pytest.fixture
-def handler():
-    made = Handler()
-    yield made
-    made.gate.set()
-
-
-@pytest.fixture
-def server(handler):
-    made = serve(handler)
-    yield made
-    handler.gate.set()
-    made.stop(0)
 
 
 @pytest.fixture(params=[ABSTRACT, "tcp"])

@@ -26,11 +26,6 @@ BODY = 30_000
 
 
 @pytest.fixture
-def handler():
-    return Handler()
-
-
-@pytest.fixture
 def server(handler, monkeypatch):
     monkeypatch.setattr(work, "WAIT_SECONDS", 0.02)
     made = serve(handler, threads=64, stall_seconds=0.02, request_memory_bytes=LIMIT)

@@ -46,22 +46,6 @@ class Handler:
         return PullReply(pushes=request.header.run)
 
 
-@pytest.fixture
-def handler():
-    made = Handler()
-    yield made
-    made.gate.set()
-
-
-@pytest.fixture
-def server(handler):
-    made = GrpcServer(handler, "Shard", listen="127.0.0.1:0")
-    made.start()
-    yield made
-    handler.gate.set()
-    made.stop(0)
-
-
 def call(address, body, *, frames=True):
     async def inside():
         transport = GrpcTransport(frames=frames)
