@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the client's frames share: ways to ask frame_rig's handler, whose answers belong to their questions, and to wait.
+"""What the tests of the client's frames share: ways to ask frame_rig's handler, whose answers belong to their questions.
 
 A conftest loads it as ``client_rig``. One event loop.
 """

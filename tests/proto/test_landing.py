@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from client_rig import SECONDS, Handler, failure, pull, run, serve, until
+from client_rig import SECONDS, failure, pull, run, until
 from scripted_rig import scripted
 
 from oarlock.proto import frames
@@ -78,15 +78,6 @@ def test_a_frame_that_contradicts_itself_lands_nowhere():
 
     with pytest.raises(Malformed, match="whose parts end at"):
         taken_in(bytes(data), iter([1000] * 9), landing, first=30)
-
-
-@pytest.fixture
-def server():
-    handler = Handler()
-    made = serve(handler)
-    yield made
-    handler.gate.set()
-    made.stop(0)
 
 
 def asking(values, target, **fields):
