@@ -37,7 +37,7 @@ NEVER = {"oarlock_table_expanded_rows"}
 
 
 def test_a_job_in_one_process_tells_all_there_is_to_tell(start: Any) -> None:
-    spec, folder = start(epochs=3, cache={"item": {"rows": 100, "bound": 3}})
+    spec, folder = start(epochs=3, cache={"item": {"rows": 100, "bound": "auto", "highest": 3}})
     pages: list[dict[str, scrape.Found]] = []
 
     def watch(status: dict[str, Any]) -> bool:
