@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m oarlock.benchmarks.quality [--json] [--quick] [--data FOLDER] [--recipe NAME] [--seeds N] [--cases ...]`
+"""`python -m oarlock.benchmarks.quality [--json] [--quick] [--data FOLDER] [--recipe NAME] [--seeds N] [--keep F] [--cases ...]`
 
 What modes and compression do to a model: each case is trained from several seeds by real processes and compared with the
 same recipe in one process, one worker, float32. Without --data on generated clicks, whose best AUC is known.
@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import itertools
 import json
 import shutil
 import statistics
@@ -22,8 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from oarlock.benchmarks.quality_cases import BASE, CASES, Case, Outcome, bytes_per_sample, read_case
+from oarlock.benchmarks.quality_cases import BASE, CASES, HOW, Case, Outcome, Trained, bytes_per_sample, read_case
 from oarlock.benchmarks.quality_data import generate_clicks
+from oarlock.benchmarks.quality_kept import Kept
 from oarlock.client.job import DONE
 from oarlock.launch.config import assign, run_config
 from oarlock.launch.folder import create
@@ -34,23 +36,25 @@ from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
 
 WATCH_SECONDS = 0.1
 # Rows of generated clicks, epochs and seeds: of --tiny, --quick, and without either.
+LEAST_ROWS = 1000
 SIZES = {"tiny": (2_000, 1, 1), "quick": (60_000, 2, 1), "full": (300_000, 4, 5)}
-QUICK_CASES = (CASES[0], CASES[3], CASES[4])
+QUICK_CASES = ("async", "async/int8/int8", "async/int8+feedback/int8")
 
 
 class Bench:
     """Trains the cases of one comparison; ``settings`` are fields of all their runs."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: dict[str, Any], folder: Path, kept: Kept, say: Callable[[str], None]) -> None:
         self._settings = settings
         self._folder = folder
+        self._kept = kept
         self._say = say
         spec = make_spec(run_config(settings), "quality")
         self._tables = [table.name for table in spec.tables]
         self.metric = spec.metrics[0]
 
-    def train(self, case: Case | None, seed: int, outcome: Outcome) -> None:
-        """Run one job to its end and add what came of it; ``case`` None: the base."""
+    def train(self, case: Case, seed: int) -> Trained:
+        """Run one job to its end; return what came of it."""
         moved: list[float] = []
 
         def watch(status: dict[str, Any]) -> bool:
@@ -59,39 +63,54 @@ class Bench:
             return True
 
         folder = self._folder / "job"
-        if case is None:
-            spec = create(folder, "quality", run_config({**self._settings, "seed": seed, "servers": 1, "workers": 1}))
+        spec = create(folder, "quality", run_config(case.settings(self._tables, {**self._settings, "seed": seed})))
+        if case.in_process:
             status = run_in_process(spec, folder, watch=watch, watch_seconds=WATCH_SECONDS)
         else:
-            settings = {**self._settings, **case.settings(self._tables), "seed": seed}
-            spec = create(folder, "quality", run_config(settings))
             status = asyncio.run(LocalProcesses(spec, folder).run(watch, WATCH_SECONDS))
         shutil.rmtree(folder)
-        name = case.text if case else BASE
         if status["phase"] != DONE:
-            raise Unavailable(f"{name}, seed {seed}: the job ended as {status['phase']}: {status['reason']}")
+            raise Unavailable(f"{case.text}, seed {seed}: the job ended as {status['phase']}: {status['reason']}")
         history = status["history"]
-        outcome.metrics.append(history[-1]["metrics"][self.metric])
-        outcome.samples_per_s.append(statistics.median(r["samples"] / r["train_seconds"] for r in history))
-        if moved and case is not None:
-            outcome.bytes_per_sample.append(moved[-1])
-        self._say(
-            f"{name:<34} seed {seed}  {self.metric} {outcome.metrics[-1]:.5f}  {outcome.samples_per_s[-1]:,.0f} samples/s"
+        found = Trained(
+            history[-1]["metrics"][self.metric],
+            statistics.median(r["samples"] / r["train_seconds"] for r in history),
+            moved[-1] if moved and not case.in_process else None,
         )
+        self._say(
+            f"{case.text:<34} seed {seed}  {self.metric} {found.metric:.5f}  {found.samples_per_s:,.0f} samples/s"
+        )
+        return found
 
-    def measure(self, cases: Sequence[Case], seeds: int) -> dict[str, Any]:
-        """Return the figures of all cases; they take turns, so that a machine that gets slower is slower for all."""
-        outcomes = {BASE: Outcome(), **{case.text: Outcome() for case in cases}}
-        for seed in range(seeds):
-            self.train(None, seed, outcomes[BASE])
-            for case in cases:
-                self.train(case, seed, outcomes[case.text])
-        base = outcomes[BASE]
-        return {
-            "metric": self.metric,
-            BASE: base.told(None),
-            "cases": {case.text: outcomes[case.text].told(base) for case in cases},
-        }
+    def measure(self, cases: Sequence[Case], seeds: int, most: int | None) -> dict[str, Any]:
+        """Return the figures of all cases; they take turns, so that a machine that gets slower is slower for all.
+
+        Of jobs that are not kept yet at most ``most`` are run. ``left``: how many there are then.
+        """
+        if BASE not in [case.text for case in cases]:
+            cases = [read_case(BASE), *cases]
+        # What cannot be run is said before anything is.
+        for case in cases:
+            run_config(case.settings(self._tables, self._settings))
+        outcomes = {case.text: Outcome() for case in cases}
+        left = 0
+        for seed, case in itertools.product(range(seeds), cases):
+            found = self._kept.get(case.text, seed)
+            if found is None and (most is None or most > 0):
+                found = self.train(case, seed)
+                self._kept.put(case.text, seed, found)
+                most = None if most is None else most - 1
+            if found is None:
+                left += 1
+            else:
+                outcomes[case.text].jobs.append(found)
+        told = {case: outcomes[case.text] for case in cases if outcomes[case.text].jobs}
+        base = outcomes[BASE] if outcomes[BASE].jobs else None
+        figures = {}
+        for case, outcome in told.items():
+            own = outcomes.get(case.own_base) if case.own_base not in (BASE, case.text) else None
+            figures[case.text] = outcome.told(base if case.text != BASE else None, own if own and own.jobs else None)
+        return {"metric": self.metric, "left": left, "cases": figures}
 
 
 def _options() -> argparse.Namespace:
@@ -105,7 +124,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, metavar="N", help="jobs of each case, from seeds 0 to N - 1")
     parser.add_argument("--servers", type=int, default=2, metavar="N")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="MODE[:N][/PUSH[/PULL[/zstd]]]")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=HOW)
+    parser.add_argument("--rows", type=int, metavar="N", help="generated clicks, a tenth of them to test on")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep what jobs came to; go on with those that are missing"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="run at most N jobs of those that are missing")
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="a field of every job, as of `oarlock train`"
     )
@@ -120,7 +144,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = options.data
     if data is None:
         data = folder / "clicks"
+        rows = options.rows or rows
+        if rows < LEAST_ROWS:
+            raise InvalidArgument(f"--rows {rows}: give an integer >= {LEAST_ROWS}")
         best = generate_clicks(data, rows)
+    elif options.rows:
+        raise InvalidArgument("--rows and --data contradict each other: only generated clicks are as many as one likes")
+    for name, least in (("seeds", 1), ("jobs", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise InvalidArgument(f"--{name} {value}: give an integer >= {least}")
     settings: dict[str, Any] = {
         "recipe": options.recipe,
         "data": str(data),
@@ -133,13 +165,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for setting in options.set:
         assign(settings, setting)
-    if (seeds := options.seeds or seeds) < 1:
-        raise InvalidArgument(f"--seeds {seeds}: give an integer >= 1")
+    seeds = options.seeds or seeds
     cases = [read_case(text) for text in options.cases or (QUICK_CASES if size != "full" else CASES)]
     if size == "tiny":
         cases = cases[-1:]
-    bench = Bench(settings, folder, lambda text: print(text, file=sys.stderr, flush=True))
-    found = bench.measure(cases, seeds)
+    comparison = {**settings, "data": str(data.resolve()) if options.data else f"{rows} generated clicks"}
+    kept = Kept(options.keep, comparison)
+    kept.open()
+    bench = Bench(settings, folder, kept, lambda text: print(text, file=sys.stderr, flush=True))
+    found = bench.measure(cases, seeds, options.jobs)
     head = {"recipe": options.recipe, "data": options.data and options.data.name, "size": size, "best_possible": best}
     packages = ("numpy", "numba", "pyarrow", "grpcio")
     return {**head, "epochs": settings["epochs"], "seeds": seeds, **found, "surroundings": surroundings(packages)}
@@ -158,11 +192,13 @@ def main() -> int:
         print(json.dumps(result))
         return 0
     jobs = f"{result['recipe']}, {result['epochs']} epochs, {result['seeds']} seeds"
-    print(f"{jobs}: {result['metric']}; best possible {result['best_possible']}")
-    for name, case in {BASE: result[BASE], **result["cases"]}.items():
+    print(f"{jobs}: {result['metric']}; best possible {result['best_possible']}; {result['left']} jobs left")
+    for name, case in result["cases"].items():
         low, high = case["spread"]
+        own = f"  ({case['gap_own']:+.5f} to its own base)" if "gap_own" in case else ""
         print(
-            f"{name:<34} {case['mean']:.5f} ({low:.5f} to {high:.5f})  gap {case.get('gap', 0.0):+.5f}  "
+            f"{name:<46} {case['mean']:.5f} ({low:.5f} to {high:.5f}, deviation {case['deviation'] or 0.0:.5f})  "
+            f"gap {case.get('gap', 0.0):+.5f}{own}  "
             f"{case.get('bytes_per_sample', 0.0):8.1f} bytes/sample  {case['samples_per_s']:10,.0f} samples/s"
         )
     print(json.dumps(result["surroundings"]), file=sys.stderr)
