@@ -37,18 +37,30 @@ from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
 WATCH_SECONDS = 0.1
 # Rows of generated clicks, epochs and seeds: of --tiny, --quick, and without either.
 LEAST_ROWS = 1000
-SIZES = {"tiny": (2_000, 1, 1), "quick": (60_000, 2, 1), "full": (300_000, 4, 5)}
+SIZES = {"tiny": (2_000, 1, 1), "quick": (60_000, 2, 1), "full": (300_000, 3, 5)}
 QUICK_CASES = ("async", "async/int8/int8", "async/int8+feedback/int8")
 
 
 class Bench:
-    """Trains the cases of one comparison; ``settings`` are fields of all their runs."""
+    """Trains the cases of one comparison; ``settings`` are fields of all their runs.
 
-    def __init__(self, settings: dict[str, Any], folder: Path, kept: Kept, say: Callable[[str], None]) -> None:
+    ``in_process``: shards and workers of all jobs are threads of this process, which pull nothing ahead.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        folder: Path,
+        kept: Kept,
+        say: Callable[[str], None],
+        *,
+        in_process: bool = False,
+    ) -> None:
         self._settings = settings
         self._folder = folder
         self._kept = kept
         self._say = say
+        self._in_process = in_process
         spec = make_spec(run_config(settings), "quality")
         self._tables = [table.name for table in spec.tables]
         self.metric = spec.metrics[0]
@@ -64,7 +76,7 @@ class Bench:
 
         folder = self._folder / "job"
         spec = create(folder, "quality", run_config(case.settings(self._tables, {**self._settings, "seed": seed})))
-        if case.in_process:
+        if case.in_process or self._in_process:
             status = run_in_process(spec, folder, watch=watch, watch_seconds=WATCH_SECONDS)
         else:
             status = asyncio.run(LocalProcesses(spec, folder).run(watch, WATCH_SECONDS))
@@ -125,6 +137,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--servers", type=int, default=2, metavar="N")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help=HOW)
+    parser.add_argument(
+        "--in-process", action="store_true", help="no processes: soon done, and nothing is pulled ahead"
+    )
     parser.add_argument("--rows", type=int, metavar="N", help="generated clicks, a tenth of them to test on")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep what jobs came to; go on with those that are missing"
@@ -170,9 +185,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if size == "tiny":
         cases = cases[-1:]
     comparison = {**settings, "data": str(data.resolve()) if options.data else f"{rows} generated clicks"}
-    kept = Kept(options.keep, comparison)
+    kept = Kept(options.keep, {**comparison, "in_process": options.in_process})
     kept.open()
-    bench = Bench(settings, folder, kept, lambda text: print(text, file=sys.stderr, flush=True))
+    bench = Bench(
+        settings, folder, kept, lambda text: print(text, file=sys.stderr, flush=True), in_process=options.in_process
+    )
     found = bench.measure(cases, seeds, options.jobs)
     head = {"recipe": options.recipe, "data": options.data and options.data.name, "size": size, "best_possible": best}
     packages = ("numpy", "numba", "pyarrow", "grpcio")

@@ -27,8 +27,8 @@ def generate_clicks(folder: Path, rows: int, *, seed: int = 0) -> float:
     for _, values in FIELDS:
         share = 1.0 / np.arange(1, values + 1) ** 0.8
         drawn = rng.choice(values, rows, p=share / share.sum())
-        vectors = rng.normal(scale=0.55, size=(values, _WIDTH))
-        logit += rng.normal(scale=0.35, size=values)[drawn]
+        vectors = rng.normal(scale=0.35, size=(values, _WIDTH))
+        logit += rng.normal(scale=0.5, size=values)[drawn]
         total += vectors[drawn]
         squares += np.square(vectors[drawn]).sum(axis=1)
         columns.append(drawn)

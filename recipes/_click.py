@@ -9,7 +9,7 @@ and, if the schema has numbers, a dense input ``numbers``. Invariant: what train
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,9 @@ METRICS = ("auc", "logloss", "accuracy", "calibration")
 SPLITS_PER_EPOCH = 16
 EVALUATION_ROWS = 65_536
 MOST_BATCH, LEAST_BATCH, BATCHES_PER_EPOCH = 2048, 128, 256
-# Rates of rows and of dense parameters by ``optimizer``: a row's gradient is a part of the batch's mean, which adam divides out
-# and sgd does not.
-RATES = {"": Rates(0.01, 0.001), "sgd": Rates(0.5, 0.1)}
+# Rates of rows and of dense parameters if all have one ``optimizer``: a row's gradient is a part of the batch's mean, which adam
+# divides out and sgd does not.
+RATES = {"sgd": Rates(0.5, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class ClickConfig:
     """Settings of every such recipe. ``dense_dtype``: see ``nn.Model``.
 
     ``batch_samples`` = 0: chosen by the size of the data. ``optimizer``: of all parameters; empty: the recipe's own ones.
-    ``row_rate``, ``dense_rate``: None: what suits the optimizer (``RATES``).
+    ``row_rate``, ``dense_rate``: None: what suits the optimizer (``RATES``, or ``OWN_RATES`` of the recipe's own ones).
     """
+
+    OWN_RATES: ClassVar[Rates] = Rates(0.01, 0.001)
 
     dim: int = 16
     batch_samples: int = 0
@@ -53,7 +55,7 @@ class ClickConfig:
         for name, low in (("dim", 1), ("batch_samples", 0)):
             if getattr(self, name) < low:
                 raise InvalidArgument(f"{name} = {getattr(self, name)}: give an integer >= {low}")
-        if self.optimizer not in RATES:
+        if self.optimizer and self.optimizer not in RATES:
             raise InvalidArgument(f"optimizer = {self.optimizer!r}: give 'sgd', or '' for the recipe's own")
         for name in ("row_rate", "dense_rate", "final_rate", "row_scale"):
             value = getattr(self, name)
@@ -101,7 +103,7 @@ def plan_click(
 
 def with_rates(config: Config) -> Config:
     """Return the config with the rates that were left open."""
-    usual = RATES[config.optimizer]
+    usual = RATES[config.optimizer] if config.optimizer else config.OWN_RATES
     rows = usual.rows if config.row_rate is None else config.row_rate
     return replace(config, row_rate=rows, dense_rate=usual.dense if config.dense_rate is None else config.dense_rate)
 

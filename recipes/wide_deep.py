@@ -8,6 +8,7 @@ with FTRL as in the paper, then its vector, trained with Adam without momentum: 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from oarlock.client.job import JobSpec
 from oarlock.data.transforms import Fitted
@@ -27,7 +28,7 @@ from oarlock.nn import (
 )
 from oarlock.proto.errors import InvalidArgument
 from oarlock.recipes._click import ClickConfig, ClickWorkload, check_widths, optimizer_of, plan_click
-from oarlock.worker.recipe import Plan
+from oarlock.worker.recipe import Plan, Rates
 
 # 1. What a user may set
 
@@ -36,6 +37,11 @@ from oarlock.worker.recipe import Plan
 class WideDeepConfig(ClickConfig):
     """``layers``: widths of the deep part. ``wide_l1``: of the wide weights, which makes those of rare keys exactly zero."""
 
+    # Nothing multiplies two fields' vectors before the first layer, so small vectors and small steps would be slow to tell values
+    # apart: chosen on a validation set (docs/click.md).
+    OWN_RATES: ClassVar[Rates] = Rates(0.02, 0.001)
+
+    row_scale: float = 0.2
     layers: tuple[int, ...] = (400, 400, 400)
     wide_l1: float = 0.0
 
