@@ -103,7 +103,7 @@ class Bench:
             cases = [read_case(BASE), *cases]
         # What cannot be run is said before anything is.
         for case in cases:
-            run_config(case.settings(self._tables, self._settings))
+            make_spec(run_config(case.settings(self._tables, self._settings)), "quality")
         outcomes = {case.text: Outcome() for case in cases}
         left = 0
         for seed, case in itertools.product(range(seeds), cases):
@@ -215,7 +215,7 @@ def main() -> int:
         own = f"  ({case['gap_own']:+.5f} to its own base)" if "gap_own" in case else ""
         print(
             f"{name:<46} {case['mean']:.5f} ({low:.5f} to {high:.5f}, deviation {case['deviation'] or 0.0:.5f})  "
-            f"gap {case.get('gap', 0.0):+.5f}{own}  "
+            f"gap {case.get('gap', 0.0):+.5f} +- {case.get('gap_error', 0.0):.5f}{own}  "
             f"{case.get('bytes_per_sample', 0.0):8.1f} bytes/sample  {case['samples_per_s']:10,.0f} samples/s"
         )
     print(json.dumps(result["surroundings"]), file=sys.stderr)

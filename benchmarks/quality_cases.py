@@ -126,7 +126,8 @@ class Outcome:
     def told(self, base: "Outcome | None", own: "Outcome | None" = None) -> dict[str, Any]:
         """Return the figures; ``spread`` is the lowest and the highest seed.
 
-        ``gap`` is the mean's distance to that of ``base``, ``gap_own`` to that of ``own``, the one with the same changes.
+        ``gap`` is the mean's distance to that of ``base``, ``gap_own`` to that of ``own``, the one with the same changes;
+        ``gap_error`` is the standard error of ``gap`` by the differences seed by seed: a gap below twice of it tells nothing.
         """
         metrics = [job.metric for job in self.jobs]
         out: dict[str, Any] = {
@@ -141,6 +142,9 @@ class Outcome:
             out["bytes_per_sample"] = round(statistics.median(moved), 1)
         if base is not None:
             out["gap"] = round(self.mean - base.mean, 6)
+            differences = [job.metric - other.metric for job, other in zip(self.jobs, base.jobs, strict=False)]
+            if len(differences) > 1:
+                out["gap_error"] = round(statistics.stdev(differences) / len(differences) ** 0.5, 6)
         if own is not None:
             out["gap_own"] = round(self.mean - own.mean, 6)
         return out

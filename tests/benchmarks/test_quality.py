@@ -92,9 +92,10 @@ def test_figures_of_a_case() -> None:
     case = Outcome([Trained(0.8, 5.0, 100.0), Trained(0.6, 6.0), Trained(0.7, 7.0, 50.0)])
     told = case.told(base, own)
     assert (told["gap"], told["gap_own"]) == (pytest.approx(0.1), pytest.approx(-0.2))
+    assert told["gap_error"] == pytest.approx(0.2)  # of the differences 0.3 and -0.1
     assert (told["mean"], told["spread"], told["bytes_per_sample"]) == (0.7, [0.6, 0.8], 75.0)
     assert told["deviation"] == pytest.approx(0.1)
-    assert not {"gap", "gap_own", "bytes_per_sample"} & set(base.told(None))
+    assert not {"gap", "gap_error", "gap_own", "bytes_per_sample"} & set(base.told(None))
 
 
 def test_jobs_are_kept_and_an_interrupted_line_is_not(tmp_path: Path) -> None:
@@ -144,6 +145,15 @@ def test_jobs_that_are_kept_are_not_run_again(tmp_path: Path, monkeypatch: pytes
     assert (found["left"], found["cases"]["async"]["mean"]) == (0, 0.55)
     measure(None)
     assert len(run) == 6
+
+
+def test_a_case_that_cannot_be_run_is_refused_before_any_is(tmp_path: Path) -> None:
+    generate_clicks(tmp_path / "clicks", 1000)
+    settings = {"recipe": "dlrm", "data": str(tmp_path / "clicks"), "epochs": 1}
+    bench = quality.Bench(settings, tmp_path, Kept(None, {}), print)
+    with pytest.raises(InvalidArgument, match="geo"):
+        bench.measure([read_case("async"), read_case("geo:4")], 1, None)
+    assert not (tmp_path / "job").exists()
 
 
 def test_bytes_are_counted_before_the_first_evaluation_alone() -> None:
