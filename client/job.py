@@ -67,7 +67,7 @@ class JobSpec:
     checkpoints_kept: int = 2
     reader: str = "auto"
     open_splits: int = 2
-    prefetch: int = 2
+    prefetch: int = 1
     accumulate: int = 1
     compression: dict[str, WireSpec] = field(default_factory=dict)
     compute_threads: int = 1

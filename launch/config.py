@@ -51,7 +51,7 @@ class RunConfig:
     servers: int = 2
     workers: int = 2
     open_splits: int = 2
-    prefetch: int = 2
+    prefetch: int = 1
     compute_threads: int = 1
     blas_threads: int = 1
     network_threads: int = NETWORK_THREADS

@@ -25,6 +25,9 @@ from oarlock.worker.prepare import Prepared
 from oarlock.worker.recipe import EvaluationBatch, Labelled, Summed
 from oarlock.worker.session import Session
 
+# Batches between pull and scores: rows do not change meanwhile, so it costs nothing to pull ahead.
+AHEAD = 2
+
 
 class Evaluator:
     """Evaluates splits of the evaluation files, in file order."""
@@ -71,7 +74,7 @@ class Evaluator:
             def fetch(most: int) -> None:
                 ahead.extend(group.create_task(self._fetch(batch, split)) for batch in itertools.islice(batches, most))
 
-            fetch(self._member.spec.prefetch)
+            fetch(max(AHEAD, self._member.spec.prefetch))
             while ahead:
                 batch, prepared = await ahead.popleft()
                 fetch(1)
