@@ -41,7 +41,7 @@ class EndToEndConfig:
     batch_samples: int = 2048
     batches_per_split: int = 2
     row_rate: float = 0.02
-    dense_rate: float = 0.0005
+    dense_rate: float = 0.001
     dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
