@@ -127,7 +127,7 @@ class Case:
         for job in self.jobs():
             await job.close()
 
-    def sides(self, gemm: Command, one_thread: Command) -> dict[str, Trains]:
+    def sides(self, gemm: Command, one_thread: Command | None) -> dict[str, Trains]:
         """Return the sides of this case by name; the products of a step also on one thread, for what they cost a processor.
 
         Two threads that wait for each other while others have the processors cost more than they compute.
@@ -138,7 +138,8 @@ class Case:
             shape = [list(s) for s in layers(self.model, self.dim)]
             asked = {"layers": shape, "batch": self.batch}
             found[f"{self.name}_gemm"] = CommandSide(gemm, asked)
-            found[f"{self.name}_gemm_1"] = CommandSide(one_thread, asked)
+            if one_thread is not None:
+                found[f"{self.name}_gemm_1"] = CommandSide(one_thread, asked)
         for job in self._judged():
             found[job.name] = JobSide(job, dict.fromkeys(job.workers, 1))
         return found

@@ -24,6 +24,8 @@ from oarlock.benchmarks.processor import busy_seconds
 from oarlock.proto.errors import Unavailable
 
 WARM_BATCHES = 6
+# Windows of which that many batches are no measure.
+LONG_SECONDS = 1.0
 END_SECONDS = 5.0
 
 
@@ -143,8 +145,9 @@ class Turns:
         for name, side in self.sides.items():
             await side.run(WARM_BATCHES)
             found = await side.run(WARM_BATCHES)
-            # So few batches are begun and ended more than they are trained: the guess is made of more.
-            found = await side.run(max(WARM_BATCHES, round(found.speed / side.batch * self.seconds / 2)))
+            if self.seconds >= LONG_SECONDS:
+                # So few batches are begun and ended more than they are trained: the guess is made of more.
+                found = await side.run(max(WARM_BATCHES, round(found.speed / side.batch * self.seconds / 2)))
             self._batches[name] = max(WARM_BATCHES, round(found.speed / side.batch * self.seconds))
             say(f"{name}: {found.speed:,.0f} samples/s while it gets warm")
 
