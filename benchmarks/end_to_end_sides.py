@@ -26,6 +26,8 @@ from oarlock.proto.errors import Unavailable
 WARM_BATCHES = 6
 # Windows of which that many batches are no measure.
 LONG_SECONDS = 1.0
+# How long a side works before its window, which is not timed.
+LEAD_SECONDS = 0.4
 END_SECONDS = 5.0
 
 
@@ -162,6 +164,8 @@ class Turns:
         return rounds
 
     async def _window(self, name: str) -> Window:
+        # Threads that wake up may lie on one core until the system's scheduler sees it, and halve the speed for that long.
+        await self.sides[name].run(max(1, round(self._batches[name] * LEAD_SECONDS / self.seconds)))
         begun, busy = time.perf_counter(), busy_seconds()
         window = await self.sides[name].run(self._batches[name])
         others = (busy_seconds() - busy - window.processor) / (time.perf_counter() - begun)
