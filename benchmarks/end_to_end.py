@@ -78,7 +78,7 @@ class Size:
     batch: int = 2048
     forms: tuple[str, ...] = tuple(PS_FORMS)
     listed: tuple[Listed, ...] = ()
-    listed_seconds: float = 360.0
+    listed_seconds: float = 420.0
 
 
 FIVE_MILLION = DataSize(1 << 20, 880_000, True)
