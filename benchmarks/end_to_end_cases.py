@@ -17,8 +17,8 @@ from oarlock.benchmarks.end_to_end_sides import Command, CommandSide, JobSide, T
 NEAR, SHARD_NAME, SLOW = "inprocess", "shard", "delayed"
 # Small enough for two workers to end a window together, large enough for leases not to count.
 SAMPLES_PER_SPLIT, BATCHES_PER_SPLIT_NCF = 8192, 8
-# Where it is not the recipe's: W&D's layers learn less at 0.001, in one process, too, and overshoot beside a shard.
-DENSE_RATES = {"wdl": 0.0005}
+# Where they are not the recipe's: at its own W&D learns less, in one process, too, and both overshoot at first beside a shard.
+RATES = {"wdl": {"dense_rate": 0.0005}, "dlrm": {"dense_rate": 0.0005, "row_rate": 0.01}}
 # How much of the fall of the loss in process a job of processes has to show over the same samples.
 LEAST_FALL = 0.9
 # How many batches it may be behind: what is pulled ahead is computed on parameters of some batches ago, worst at the beginning.
@@ -82,8 +82,7 @@ class Case:
         per_split = BATCHES_PER_SPLIT_NCF if self.model == "ncf" else max(1, SAMPLES_PER_SPLIT // self.batch)
         options: dict[str, object] = {"model": self.model, "dim": self.dim, "batch_samples": self.batch}
         options |= {"batches_per_split": per_split, "dense_dtype": form.dense_dtype}
-        if self.model in DENSE_RATES:
-            options["dense_rate"] = DENSE_RATES[self.model]
+        options |= RATES.get(self.model, {})
         name = f"{self.name}_{kind}"
         threads = form.compute_threads
         return GatedJob(name, self.data, self.folder / name, options, prefetch=form.prefetch, compute_threads=threads)
