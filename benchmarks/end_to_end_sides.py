@@ -27,7 +27,7 @@ WARM_BATCHES = 6
 # Windows of which that many batches are no measure.
 LONG_SECONDS = 1.0
 # How long a side works before its window, which is not timed.
-LEAD_SECONDS = 0.35
+LEAD_SECONDS = 0.3
 END_SECONDS = 5.0
 
 
