@@ -98,7 +98,9 @@ SIZES = {
         ),
     ),
     # Only rows that some sample names exist, so that none is created while the clock runs; millions more would take their time.
-    "quick": Size(DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.45, 28.0, 11 << 14, one_thread=False, forms=("ps_1",)),
+    "quick": Size(
+        DataSize(1 << 18, 880_000, False), 1 << 19, 3, 0.45, 28.0, 11 << 14, one_thread=False, forms=("ps_1",)
+    ),
     "tiny": Size(DataSize(1 << 14, 2000, False), 1 << 12, 1, 0.02, 0.0, 1 << 13, batch=128),
 }
 
