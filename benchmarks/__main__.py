@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m oarlock.benchmarks [--quick] [--json]`: every benchmark, one after the other, each in a process of its own."""
+"""`python -m oarlock.benchmarks [--quick] [--json]`: every benchmark of speed, one after the other, each in a process of its own.
+
+`quality` and `simulate`, which take hours, are left to who wants them.
+"""
 
 import subprocess
 import sys
 
-MODULES = ("rpc", "wire", "table", "compress", "cache", "dense", "ncf", "overload", "exactly_once", "kills")
+MODULES = (
+    "rpc",
+    "wire",
+    "table",
+    "compress",
+    "cache",
+    "cache_job",
+    "staleness",
+    "dense",
+    "ncf",
+    "end_to_end",
+    "overload",
+    "exactly_once",
+    "kills",
+)
 
 
 def main() -> int:
