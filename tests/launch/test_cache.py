@@ -14,7 +14,8 @@ from oarlock.launch.config import load_toml, run_config, to_toml
 from oarlock.launch.folder import resume
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
 
-ALONE = {"epochs": 1, "servers": 2, "workers": 1, "open_splits": 1, "prefetch": 1}
+# Heard of often: such a job is over soon.
+ALONE = {"epochs": 1, "servers": 2, "workers": 1, "open_splits": 1, "prefetch": 1, "heartbeat_seconds": 0.005}
 
 
 def test_a_job_file_says_which_rows_workers_keep(start: Any) -> None:
