@@ -52,6 +52,11 @@ class Layout:
         self.blocks = total + len(self.dense_blocks)
         self.table_index = {t.name: i for i, t in enumerate(tables)}
 
+    def lengths_of(self, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return int64[m]: the values of dense blocks, which are named by their numbers."""
+        found: NDArray[np.int64] = self.dense_lengths[numbers - self.dense_base]
+        return found
+
     def name(self, block: int) -> tuple[str, int]:
         """Return (table or parameter, number within it) of block number ``block``."""
         if block >= self.dense_base:

@@ -105,7 +105,7 @@ def dense_by_owner(
     limit: int = MESSAGE_BYTES,
 ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
     """Yield (shard, positions int64[k] in ``numbers``, bytes) for dense blocks, each piece within ``limit`` bytes."""
-    lengths = layout.dense_lengths[numbers - layout.dense_base]
+    lengths = layout.lengths_of(numbers)
     for owner, chosen in _by_owner(owners, None):
         volume = lengths[chosen] * 4 + BLOCK_BYTES
         worst = int(volume.argmax())

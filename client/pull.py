@@ -61,17 +61,10 @@ def table_number(layout: Layout, name: str) -> int:
     return found
 
 
-def dense_lengths(layout: Layout, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return int64[m]: values of dense blocks."""
-    found: NDArray[np.int64] = layout.dense_lengths[numbers - layout.dense_base]
-    return found
-
-
 def dense_runs(layout: Layout, numbers: NDArray[np.int32]) -> list[tuple[int, int]]:
     """Return (offset, length) of dense blocks in the vector of all dense parameters; neighbours in one run."""
-    where = numbers - layout.dense_base
-    offsets, lengths = layout.dense_offsets[where], layout.dense_lengths[where]
-    ends = offsets + lengths
+    offsets = layout.dense_offsets[numbers - layout.dense_base]
+    ends = offsets + layout.lengths_of(numbers)
     breaks = np.flatnonzero(offsets[1:] != ends[:-1]) + 1
     firsts, lasts = [0, *breaks.tolist()], [*breaks.tolist(), len(ends)]
     return [(int(offsets[f]), int(ends[e - 1] - offsets[f])) for f, e in zip(firsts, lasts, strict=True) if e]
@@ -284,7 +277,7 @@ def _dense_values(
         return values
     what = f"shard {message.shard.id}: dense values"
     _check_form(reply.packed_dense, forms.pull_dense, what)
-    lengths = dense_lengths(message.layout, message.dense).tolist()
+    lengths = message.layout.lengths_of(message.dense).tolist()
     return unpack_dense(forms.pull_dense, reply.packed_dense, lengths, what, parts)
 
 

@@ -26,7 +26,7 @@ from oarlock.client.packed import (
     read_form,
 )
 from oarlock.client.pieces import MESSAGE_BYTES, by_owner, dense_by_owner
-from oarlock.client.pull import dense_lengths, table_number
+from oarlock.client.pull import table_number
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.embedding.keys import KeySet
 from oarlock.embedding.spec import TableSpec
@@ -215,7 +215,7 @@ class _Packer:
             message.numbers.append(self._layout.table_base[part.table] + piece.blocks)
 
     def dense(self, part: _DensePart, wanted: NDArray[np.bool_] | None) -> None:
-        lengths = dense_lengths(self._layout, part.numbers)
+        lengths = self._layout.lengths_of(part.numbers)
         chosen = np.arange(len(part.numbers)) if wanted is None else np.flatnonzero(wanted[part.numbers])
         candidates = part.numbers[chosen]
         for shard, positions, volume in dense_by_owner(
@@ -342,7 +342,7 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
             numbers = unpack(each.blocks, np.int32, "dense blocks")
             if each.HasField("packed"):
                 form = read_form(each.packed.codec, CHUNK, "dense gradients", NO_LIMIT)
-                lengths = dense_lengths(layout, numbers).tolist()
+                lengths = layout.lengths_of(numbers).tolist()
                 data = opened_dense(form, each.packed, lengths, "dense gradients", parts)
                 packer.dense(_DensePart(numbers, None, each.rate, Encoded(form, data)), wanted)
             else:

@@ -212,7 +212,7 @@ def read_dense_numbers(layout: Layout, message: Array, parts: Sequence[Part] = (
 
 def read_dense(layout: Layout, message: DenseGradients, parts: Sequence[Part] = ()) -> DensePush:
     numbers = read_dense_numbers(layout, message.blocks, parts)
-    lengths = layout.dense_lengths[numbers - layout.dense_base]
+    lengths = layout.lengths_of(numbers)
     if message.HasField("packed"):
         _refuse_both(message, "dense gradients")
         form = read_form(message.packed.codec, CHUNK, "dense gradients", GRADIENT_LIMIT)

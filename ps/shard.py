@@ -147,7 +147,7 @@ class Shard:
         forms = read_codecs(layout, request)
         dense_form = read_dense_codec(request.dense_codec) if request.HasField("dense_codec") else None
         # Known before any of it is allocated: a small request may ask for an enormous answer.
-        dense_values = int(layout.dense_lengths[numbers - layout.dense_base].sum())
+        dense_values = int(layout.lengths_of(numbers).sum())
         values = dense_values + sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked)
         # A row of a cache comes with its position and version.
         values += 2 * sum(len(versions) for versions in kept if versions is not None)
@@ -183,7 +183,7 @@ class Shard:
             reply.dense.CopyFrom(pack(dense, beside))
             travelled += dense.nbytes
         else:
-            encoded = encode_dense(dense_form, dense, layout.dense_lengths[numbers - layout.dense_base].tolist())
+            encoded = encode_dense(dense_form, dense, layout.lengths_of(numbers).tolist())
             reply.packed_dense.CopyFrom(packed(dense_form, encoded, dense.size, beside))
             travelled += reply.packed_dense.payload.shape[0]
         with self._counting:
