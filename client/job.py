@@ -38,8 +38,9 @@ class JobSpec:
     own and pushes the difference that the group made.
     ``compression``: in which form values travel, by table, "dense" for the dense parameters; float32 where nothing is said.
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
-    every ``checkpoint_epochs`` epochs (0: only at the end). ``compute_threads``: batches that a worker computes at once;
-    ``blas_threads``: threads of each matrix product.
+    every ``checkpoint_epochs`` epochs (0: only at the end), and while an epoch is trained after so many steps, or seconds, since
+    the last one (0: not). ``gate_seconds``: how long workers that do not shut their gate are waited for.
+    ``compute_threads``: batches that a worker computes at once; ``blas_threads``: threads of each matrix product.
     """
 
     job: str
@@ -64,6 +65,8 @@ class JobSpec:
     mode: str = "async"
     staleness: int = 0
     checkpoint_epochs: int = 1
+    checkpoint_steps: int = 0
+    checkpoint_seconds: float = 0.0
     checkpoints_kept: int = 2
     reader: str = "auto"
     open_splits: int = 2
@@ -74,6 +77,7 @@ class JobSpec:
     blas_threads: int = 1
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
+    gate_seconds: float = 2.0
 
     def __post_init__(self) -> None:
         try:
@@ -99,7 +103,7 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
-        for name in ("evaluation_splits", "checkpoint_epochs", "staleness"):
+        for name in ("evaluation_splits", "checkpoint_epochs", "checkpoint_steps", "staleness"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 0")
@@ -122,10 +126,15 @@ class JobSpec:
             self._check_geo()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
-        for name in ("heartbeat_seconds", "lease_seconds"):
+        for name in ("heartbeat_seconds", "lease_seconds", "gate_seconds", "checkpoint_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InvalidArgument(f"{name} = {value!r}: give a number of seconds")
+        if not (0 < self.gate_seconds < MAX_LEASE_SECONDS and 0 <= self.checkpoint_seconds < MAX_LEASE_SECONDS):
+            raise InvalidArgument(
+                f"gate_seconds = {self.gate_seconds} must be above 0, checkpoint_seconds = {self.checkpoint_seconds} at least 0, "
+                f"and both below {MAX_LEASE_SECONDS:g}"
+            )
         if not 0 < self.heartbeat_seconds < self.lease_seconds < MAX_LEASE_SECONDS:
             raise InvalidArgument(
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = "

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from oarlock.client.gate import Gate
 from oarlock.client.job import OVER, STOPPING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.retry import Retry
@@ -73,6 +74,7 @@ class Membership:
         self.incarnation = 0
         self.run = 0
         self.term = 0
+        self.gate = Gate(self)
         self._address = address
         self._reader = reader
         self._heartbeat_seconds = 0.5
@@ -105,6 +107,7 @@ class Membership:
             target=target,
             generation=self.routes.generation if self.routes else 0,
             term=self.term,
+            cut=self.gate.cut,
         )
 
     def holds_lease(self) -> bool:
@@ -134,6 +137,7 @@ class Membership:
         self.id, self.incarnation, self.run, self.term = reply.id, reply.incarnation, reply.run, reply.term
         self._heartbeat_seconds, self._lease_seconds = reply.heartbeat_seconds, reply.lease_seconds
         self._lease_ends = sent + self._lease_seconds
+        self.gate.hear(reply.opened)
         if reply.placement.generation:
             self.routes = unpack_placement(self.layout, reply.placement)
         logger.info(
@@ -176,6 +180,7 @@ class Membership:
         self._in_phase(reply.phase)
         self.step = reply.step
         self.minimum = max(self.minimum, reply.minimum)
+        self.gate.hear(reply.opened, reply.gate, reply.gate_seconds)
         return reply
 
     async def _learn(self, generation: int) -> None:
@@ -209,6 +214,7 @@ class Membership:
             raise
         finally:
             keeping.cancel()
+            self.gate.forget()
 
     def _in_phase(self, phase: str) -> None:
         self.phase = phase

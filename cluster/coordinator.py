@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.compression import feedback_of
-from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, WRITING, JobSpec
+from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.clocks import Clocks
+from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
@@ -61,7 +62,6 @@ class Coordinator:
         self.reason = ""
         self.run = 1
         self.term = 0
-        self.cut = 0
         self.generation = 0
         self.owners: NDArray[np.int32] = np.full(self.layout.blocks, -1, np.int32)
         self.shards: dict[int, ShardAddress] = {}
@@ -79,7 +79,7 @@ class Coordinator:
         self.judged = 0.0
         # What went wrong without ending the job.
         self.warnings: list[str] = []
-        self.checkpoints: list[dict[str, Any]] = []
+        self.cuts = Cuts(self)
 
     def open(self) -> None:
         """Take up the stored state under a new term. Call once, before the first message."""
@@ -115,6 +115,8 @@ class Coordinator:
                 )
             if len(self.members.alive(role)) >= MAX_ALIVE:
                 raise Unavailable(f"job {self.spec.name} has {MAX_ALIVE} {role}s and takes in no more for now")
+            if self.cuts.gate is not None:
+                raise Unavailable(f"job {self.spec.name} takes in nobody for the moment in which a cut begins")
             incarnation = self.rng.getrandbits(62) | 1
             while incarnation in self.members.all:
                 incarnation = self.rng.getrandbits(62) | 1
@@ -250,6 +252,8 @@ class Coordinator:
                 # With it, or whoever starts after a death in between would not know that they were lost.
                 store.set_fact("counted", self.counted(sum(kind == "train" for kind, _ in leases)))
             self.clocks.gone(member.incarnation)
+            if self.cuts.gate is not None:
+                self.cuts.gate.gone(member.incarnation)
             freed = len(leases)
             logger.info(
                 "event=member_gone role=%s id=%d state=%s splits_freed=%d error=%s",
@@ -333,44 +337,6 @@ class Coordinator:
                 self.set_phase(STOPPED, reason)
             elif self.phase == TRAINING:
                 self.set_phase(STOPPING, reason)
-
-    def committed(self, manifest: Manifest, path: str) -> None:
-        """Note a committed checkpoint, and end the job if it was the last one."""
-        with self.lock:
-            with self.store as store:
-                self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
-                store.set_fact("checkpoints", self.checkpoints)
-            self.after_writing()
-
-    def not_committed(self, cut: int, error: str) -> None:
-        """Note a checkpoint that came to nothing. Training goes on, unless it was the one to end with."""
-        with self.lock:
-            if self.phase in OVER:
-                return
-            if self.phase == STOPPING or self.work.finished or self.stop_wanted:
-                self.fail(f"the last checkpoint could not be written: {error}")
-            else:
-                self.warn(f"checkpoint {cut} could not be written, training goes on: {error}")
-                self.after_writing()
-
-    def after_writing(self) -> None:
-        """Leave the writing phase: to the end if all is trained or a stop was asked for, else back to training."""
-        if self.phase in OVER:
-            return
-        if self.work.finished:
-            self.set_phase(DONE)
-        elif self.phase == STOPPING or self.stop_wanted is not None:
-            self.set_phase(STOPPED, self.stop_reason)
-        elif self.phase == WRITING:
-            self.set_phase(TRAINING)
-        self.last_tick = self.clock()
-
-    def next_cut(self) -> int:
-        """Take a number for a new checkpoint; it is never used again."""
-        with self.lock, self.store as store:
-            self.cut += 1
-            store.set_fact("cut", self.cut)
-            return self.cut
 
     def status(self) -> dict[str, Any]:
         """Return all that people ask about, JSON-ready."""

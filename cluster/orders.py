@@ -6,51 +6,45 @@ loop beside the service's threads.
 """
 
 import asyncio
-import json
 import logging
 from collections import Counter
-from dataclasses import asdict
-from datetime import UTC, datetime
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from oarlock.checkpoint.format import cut_folder
-from oarlock.checkpoint.manifest import BlockEntry, Manifest
-from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
-from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
-from oarlock.client.job import OVER, STOPPED, STOPPING, TRAINING, WRITING
+from oarlock.client.job import OVER, STOPPED, STOPPING, TRAINING
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.cluster.coordinator import Coordinator
-from oarlock.embedding.spec import to_json
+from oarlock.cluster.cutting import WRITE_SECONDS, Cutting
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
-from oarlock.proto.shard_pb2 import AdoptRequest, CloseRequest, WriteRequest
+from oarlock.proto.shard_pb2 import AdoptRequest, CloseRequest
 from oarlock.proto.transport import Transport
 from oarlock.telemetry.stages import Stages
 
 logger = logging.getLogger(__name__)
 
 ORDER_SECONDS = 30.0
-WRITE_SECONDS = 600.0
 
 
 class Orders:
     """Carries out the coordinator's decisions; ``step()`` looks once at what is to be done."""
 
-    def __init__(self, coordinator: Coordinator, transport: Transport, checkpoints: Path) -> None:
+    def __init__(
+        self, coordinator: Coordinator, transport: Transport, checkpoints: Path, *, executor: Executor | None = None
+    ) -> None:
         self._coordinator = coordinator
         self._transport = transport
-        self._checkpoints = checkpoints
         self._told: dict[int, ClosedSet] = {}
         self._told_generation = 0
         self._told_floor = 0
         self._tell_again = 0.0
-        # (order, "done" or "failed"), and checkpoints "committed" or "failed", of this process.
+        # (order, "done" or "failed"), of this process.
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.checkpoints: Counter[str] = Counter()
         self.stages = Stages()
+        self.cutting = Cutting(coordinator, checkpoints, self._send, self._header, self.stages, executor)
 
     def _header(self, shard: ShardAddress) -> Header:
         c = self._coordinator
@@ -83,12 +77,8 @@ class Orders:
         if c.placed:
             await self._tell_closed()
         # An epoch that is all evaluated is not left open by its last moment.
-        stopping = c.phase == STOPPING and not c.members.alive("worker") and not c.merging
-        if stopping and c.stop_wanted is False:
+        if c.phase == STOPPING and c.stop_wanted is False and not c.members.alive("worker") and not c.merging:
             c.set_phase(STOPPED, c.stop_reason)
-        elif c.placed and (stopping or c.phase == WRITING):
-            with self.stages.time("checkpoint"):
-                await self._checkpoint()
 
     async def _adopt(self) -> None:
         c = self._coordinator
@@ -137,63 +127,3 @@ class Orders:
         for result in await asyncio.gather(*map(one, behind), return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, PSError):
                 raise result
-
-    async def _checkpoint(self) -> None:
-        """Have every shard write its blocks, then commit the manifest. Nobody trains meanwhile."""
-        c = self._coordinator
-        cut = c.next_cut()
-        store = LocalStore(self._checkpoints)
-
-        async def one(shard: ShardAddress) -> list[BlockEntry]:
-            request = WriteRequest(header=self._header(shard), cut=cut, root=str(self._checkpoints))
-            reply = await self._send(shard, "Write", request, WRITE_SECONDS)
-            return [BlockEntry(**e) for e in json.loads(reply.entries)]
-
-        try:
-            entries = [e for part in await asyncio.gather(*map(one, list(c.shards.values()))) for e in part]
-            manifest = self._manifest(cut, entries)
-            store.commit(manifest)
-        except (PSError, OSError) as error:
-            self.checkpoints["failed"] += 1
-            if isinstance(error, PSError) and error.retryable:
-                # The next look begins a new cut; a shard that stays away loses its lease.
-                logger.info("event=order_failed order=write cut=%d error=%s", cut, error)
-            else:
-                c.not_committed(cut, str(error))
-            return
-        self.checkpoints["committed"] += 1
-        c.committed(manifest, str(self._checkpoints / cut_folder(cut)))
-        try:
-            store.keep_last(c.spec.checkpoints_kept)
-            store.discard_incomplete(below=cut)
-        except OSError as error:
-            c.warn(f"old checkpoints in {self._checkpoints} could not be deleted: {error}")
-
-    def _manifest(self, cut: int, entries: list[BlockEntry]) -> Manifest:
-        c = self._coordinator
-        with c.lock:
-            work, spec, best = c.work, c.spec, c.work.best()
-            return Manifest(
-                job=spec.job,
-                run=c.run,
-                cut=cut,
-                created=datetime.now(UTC).isoformat(),
-                seed=spec.seed,
-                tables=tuple(to_json(t) for t in spec.tables),
-                dense=tuple(to_json(d) for d in spec.dense),
-                recipe=spec.recipe,
-                config=spec.config,
-                files=spec.files,
-                closed=ClosedRecord(work.closed.floor, tuple(sorted(work.closed.above))),
-                open_splits=tuple(work.open_splits()),
-                epoch=work.epoch,
-                step=work.steps,
-                metrics={
-                    "history": [asdict(r) for r in work.history],
-                    # Scores are much for a manifest, and its blocks give them again: those splits are evaluated anew.
-                    "evaluations": {str(s): v for s, v in work.results.items() if isinstance(v, list)},
-                    "counted": c.counted(),
-                },
-                best=asdict(best) if best else {},
-                blocks=tuple(entries),
-            )

@@ -7,6 +7,7 @@ Invariant: the state is open (and so locked) before the first message is answere
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 
 from oarlock.client.job import OVER
 from oarlock.cluster.coordinator import Coordinator
@@ -23,26 +24,29 @@ async def run_coordinator(coordinator: Coordinator, orders: Orders, track: Track
     orders.stages.track = track
     phases = Phases(coordinator, track)
 
-    async def carry_out() -> None:
+    async def carry_out(step: Callable[[], Awaitable[None]]) -> None:
         while coordinator.phase not in OVER:
             phases.look()
-            await orders.step()
+            await step()
             phases.look()
             await asyncio.sleep(pause)
 
-    # Beside the judging of leases: an order to a shard that hangs would otherwise never be given up.
-    orders_carried_out = asyncio.ensure_future(carry_out())
+    # Beside the judging of leases: an order to a shard that hangs would otherwise never be given up. And a cut, which may be
+    # written for minutes, beside all other orders.
+    working = [asyncio.ensure_future(carry_out(step)) for step in (orders.step, orders.cutting.step)]
     try:
-        while coordinator.phase not in OVER and not orders_carried_out.done():
+        while coordinator.phase not in OVER and not any(task.done() for task in working):
             coordinator.tick()
             phases.look()
-            await asyncio.wait([orders_carried_out], timeout=pause)
-        if orders_carried_out.done():
-            orders_carried_out.result()
+            await asyncio.wait(working, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        for task in working:
+            if task.done():
+                task.result()
     finally:
-        orders_carried_out.cancel()
+        for task in working:
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([orders_carried_out])
+            await asyncio.wait(working)
         phases.end()
     clock = asyncio.get_running_loop().time
     end = clock() + coordinator.spec.lease_seconds

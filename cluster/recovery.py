@@ -35,11 +35,11 @@ def take_up(c: "Coordinator") -> None:
         c.term = store.fact("term", 0) + 1
         store.set_fact("job", c.spec.job)
         store.set_fact("term", c.term)
-        c.run, c.cut = store.fact("run", 1), store.fact("cut", 0)
+        c.run = store.fact("run", 1)
+        c.cuts.take_up(store)
         c.phase, c.reason = store.fact("phase", GATHERING), store.fact("reason", "")
         c.restore = store.fact("restore", "")
         c.stop_wanted, c.stop_reason = store.fact("stop", None), store.fact("stop_reason", "")
-        c.checkpoints = store.fact("checkpoints", [])
         closed = store.fact("closed", {"floor": 0, "above": []})
         c.work.closed = ClosedSet(closed["floor"], closed["above"])
         c.work.history = [EpochResult(**e) for e in store.epochs()]
@@ -57,7 +57,6 @@ def take_up(c: "Coordinator") -> None:
             c.members.add(Member(**value), c.clock())
         # What they hold is asked before anything is leased anew.
         c.clocks.begin(m.incarnation for m in c.members.alive("worker"))
-    # In the phase "writing" the earlier life's cut never was: the next one takes a new number and writes anew.
     c.last_tick = c.judged = c.stopping_since = c.clock()
     logger.info("event=coordinator_open term=%d run=%d phase=%s", c.term, c.run, c.phase)
 
@@ -67,7 +66,6 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
     _check_fits(c, manifest, path)
     with c.store as store:
         c.run = max(c.run, manifest.run) + 1
-        c.cut = max(c.cut, manifest.cut)
         c.restore = path
         c.work.closed = ClosedSet(manifest.closed.floor, manifest.closed.above)
         saved = manifest.metrics
@@ -84,8 +82,6 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         c.work.leases.clear()
         c.clocks = Clocks()
         c.work.failures.clear()
-        if path not in [known["path"] for known in c.checkpoints]:
-            c.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
         for member in c.members.all.values():
             if member.state == "alive":
                 member.state = "dead"
@@ -97,8 +93,9 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         for result in c.work.history:
             store.set_epoch(result.epoch, asdict(result))
         store.set_placement(c.generation, c.owners.tobytes(), [])
-        for name in ("run", "cut", "restore", "phase", "reason", "checkpoints"):
+        for name in ("run", "restore", "phase", "reason"):
             store.set_fact(name, getattr(c, name))
+        c.cuts.go_back(store, manifest, path)
         store.set_fact("stop", None)
         c.record_work(store)
     logger.info("event=run_begun run=%d restore=%s", c.run, path)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from oarlock import __version__
-from oarlock.client.job import OVER, STOPPING, TRAINING
+from oarlock.client.job import OVER, STOPPING, TRAINING, WRITING
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
@@ -19,9 +19,13 @@ from oarlock.proto.coordinator_pb2 import (
     TRAIN,
     WAIT,
     WORKER,
+    CheckpointReply,
+    CheckpointRequest,
     CloseSplitRequest,
     DescribeReply,
     DescribeRequest,
+    GateReply,
+    GateRequest,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -131,6 +135,7 @@ class CoordinatorService:
                 request.reader[:32],
             )
             return JoinReply(
+                opened=c.cuts.opened,
                 job=c.spec.job_bytes,
                 run=c.run,
                 term=c.term,
@@ -162,6 +167,9 @@ class CoordinatorService:
                 phase=c.phase,
                 step=c.work.steps,
                 minimum=c.clocks.minimum,
+                opened=c.cuts.opened,
+                gate=c.cuts.gate.cut if c.cuts.gate is not None and member.role == "worker" else 0,
+                gate_seconds=c.cuts.seconds_to_gate(),
             )
 
     def _hear(self, member: Member, request: HeartbeatRequest | LeaseRequest) -> set[tuple[str, int]]:
@@ -208,10 +216,10 @@ class CoordinatorService:
         c.work.keep_only(member.incarnation, held)
         if not request.clock.active:
             c.clocks.idle(member.incarnation)
-        reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10)
+        reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10, opened=c.cuts.opened)
         if c.phase in (STOPPING, *OVER):
             reply.work = FINISHED
-        elif c.phase == TRAINING and not c.clocks.unheard:
+        elif c.phase == TRAINING and not c.clocks.unheard and c.cuts.gate is None:
             grant = c.work.grant(member.incarnation, request.wanted)
             reply.work = _WORK[grant.kind]
             reply.splits.extend(grant.splits)
@@ -222,6 +230,14 @@ class CoordinatorService:
                 acknowledged = request.clock.acknowledged
                 c.clocks.heard(member.incarnation, active=True, acknowledged=acknowledged, minimum=0)
         return reply
+
+    def gate(self, request: GateRequest) -> GateReply:
+        c = self._coordinator
+        member = self._member(request.header, "worker")
+        with c.lock:
+            if c.cuts.gate is not None and c.cuts.gate.cut == request.cut:
+                c.cuts.gate.come(member.incarnation)
+            return GateReply(opened=c.cuts.opened)
 
     def close_split(self, request: CloseSplitRequest) -> Empty:
         c = self._coordinator
@@ -260,6 +276,14 @@ class CoordinatorService:
             return DescribeReply(
                 job=c.spec.job_bytes, run=c.run, spec=c.spec_json, placement=c.placement(), step=c.work.steps
             )
+
+    def checkpoint(self, request: CheckpointRequest) -> CheckpointReply:
+        c = self._coordinator
+        with c.lock:
+            if c.phase not in (TRAINING, WRITING):
+                raise InvalidArgument(f"job {c.spec.name} is {c.phase}: a cut is made of a job that trains")
+            c.cuts.wanted = True
+            return CheckpointReply(last=c.cuts.last)
 
     def stop(self, request: StopRequest) -> Empty:
         self._coordinator.stop(request.checkpoint, request.reason[:2048])

@@ -49,7 +49,7 @@ def coordinator_source(coordinator: Coordinator, orders: Orders) -> Source:
                 "oarlock_coordinator_evaluate_seconds_total": sum(r.evaluate_seconds for r in work.history)
                 + work.evaluate_seconds,
                 "oarlock_coordinator_orders_total": dict(orders.counts),
-                "oarlock_coordinator_checkpoints_total": dict(orders.checkpoints),
+                "oarlock_coordinator_checkpoints_total": dict(orders.cutting.counts),
                 "oarlock_coordinator_warnings": len(c.warnings),
             }
             if work.history:

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
+from oarlock.launch.every import read_every
 from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.worker.recipe import Recipe
@@ -46,6 +47,7 @@ class RunConfig:
     accumulate: int = 1
     reader: str = "auto"
     checkpoint_epochs: int = 1
+    checkpoint_every: str = ""
     checkpoints_kept: int = 2
     # performance
     servers: int = 2
@@ -60,6 +62,7 @@ class RunConfig:
     worker_pin_cores: str = ""
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
+    gate_seconds: float = 2.0
     restarts: int = 1000
     compression: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +106,9 @@ class RunConfig:
             )
         if self.checkpoint_epochs < 0 or self.checkpoints_kept < 1:
             raise InvalidArgument("checkpoint_epochs must be >= 0 and checkpoints_kept >= 1")
+        read_every(self.checkpoint_every)
+        if not 0 < self.gate_seconds <= 3600:
+            raise InvalidArgument(f"gate_seconds = {self.gate_seconds}: give a number above 0, at most 3600")
         if not 0 < self.heartbeat_seconds < self.lease_seconds:
             raise InvalidArgument(
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = {self.lease_seconds}"

@@ -10,6 +10,7 @@ from oarlock.data.files import files_to_json
 from oarlock.data.splits import plan_splits
 from oarlock.launch.cache import with_caches
 from oarlock.launch.config import RunConfig, recipe_config
+from oarlock.launch.every import read_every
 from oarlock.worker.recipe import load_recipe, recipe_name
 
 
@@ -18,6 +19,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
     full = recipe_name(run.recipe)
     recipe = load_recipe(full)
     plan = recipe.plan(recipe_config(recipe, run.recipe_options), Path(run.data).absolute(), epochs=run.epochs)
+    steps, seconds = read_every(run.checkpoint_every)
     splits = plan_splits(plan.files, plan.rows_per_split)
     evaluation = plan_splits(plan.evaluation_files, plan.evaluation_rows_per_split) if plan.evaluation_files else ()
     return JobSpec(
@@ -50,7 +52,10 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         compute_threads=run.compute_threads,
         blas_threads=run.blas_threads,
         checkpoint_epochs=run.checkpoint_epochs,
+        checkpoint_steps=steps,
+        checkpoint_seconds=seconds,
         checkpoints_kept=run.checkpoints_kept,
         lease_seconds=run.lease_seconds,
         heartbeat_seconds=run.heartbeat_seconds,
+        gate_seconds=run.gate_seconds,
     )

@@ -49,7 +49,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., nonce: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., reader: _Optional[str] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("job", "run", "term", "id", "incarnation", "spec", "lease_seconds", "heartbeat_seconds", "placement")
+    __slots__ = ("job", "run", "term", "id", "incarnation", "spec", "lease_seconds", "heartbeat_seconds", "placement", "opened")
     JOB_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class JoinReply(_message.Message):
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
     job: bytes
     run: int
     term: int
@@ -68,7 +69,8 @@ class JoinReply(_message.Message):
     lease_seconds: float
     heartbeat_seconds: float
     placement: _common_pb2.Placement
-    def __init__(self, job: _Optional[bytes] = ..., run: _Optional[int] = ..., term: _Optional[int] = ..., id: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., heartbeat_seconds: _Optional[float] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ...) -> None: ...
+    opened: int
+    def __init__(self, job: _Optional[bytes] = ..., run: _Optional[int] = ..., term: _Optional[int] = ..., id: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., heartbeat_seconds: _Optional[float] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., opened: _Optional[int] = ...) -> None: ...
 
 class Clock(_message.Message):
     __slots__ = ("active", "acknowledged", "heard")
@@ -97,18 +99,24 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("term", "generation", "phase", "step", "minimum")
+    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
+    GATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     phase: str
     step: int
     minimum: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ...) -> None: ...
+    opened: int
+    gate: int
+    gate_seconds: float
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
     __slots__ = ("header",)
@@ -133,18 +141,34 @@ class LeaseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum")
+    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum", "opened")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLITS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     RETRY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
     work: Work
     splits: _containers.RepeatedScalarFieldContainer[int]
     fresh: _containers.RepeatedScalarFieldContainer[bool]
     retry_seconds: float
     minimum: int
-    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ...) -> None: ...
+    opened: int
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ...) -> None: ...
+
+class GateRequest(_message.Message):
+    __slots__ = ("header", "cut")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    cut: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ...) -> None: ...
+
+class GateReply(_message.Message):
+    __slots__ = ("opened",)
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    opened: int
+    def __init__(self, opened: _Optional[int] = ...) -> None: ...
 
 class CloseSplitRequest(_message.Message):
     __slots__ = ("header", "work", "split", "samples", "loss_sum", "sums", "groups", "scores")
@@ -203,6 +227,16 @@ class StopRequest(_message.Message):
     checkpoint: bool
     reason: str
     def __init__(self, checkpoint: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointReply(_message.Message):
+    __slots__ = ("last",)
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    def __init__(self, last: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

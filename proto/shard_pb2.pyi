@@ -199,6 +199,28 @@ class CloseRequest(_message.Message):
     closed: _common_pb2.ClosedSplits
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ...) -> None: ...
 
+class CutRequest(_message.Message):
+    __slots__ = ("header", "cut", "workers", "closed", "committed")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    cut: int
+    workers: _containers.RepeatedScalarFieldContainer[int]
+    closed: _common_pb2.ClosedSplits
+    committed: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., committed: _Optional[int] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("header", "cut")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    cut: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ...) -> None: ...
+
 class WriteRequest(_message.Message):
     __slots__ = ("header", "cut", "root")
     HEADER_FIELD_NUMBER: _ClassVar[int]
@@ -210,10 +232,12 @@ class WriteRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., root: _Optional[str] = ...) -> None: ...
 
 class WriteReply(_message.Message):
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "torn")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    TORN_FIELD_NUMBER: _ClassVar[int]
     entries: str
-    def __init__(self, entries: _Optional[str] = ...) -> None: ...
+    torn: bool
+    def __init__(self, entries: _Optional[str] = ..., torn: bool = ...) -> None: ...
 
 class ShardStatsReply(_message.Message):
     __slots__ = ("stats",)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that come and go: adopted by a placement, loaded from a checkpoint, written into one.
+"""Blocks that come and go: adopted by a placement, loaded from a checkpoint.
 
 Invariant: a block is owned only after its content is whole, and an order that fails leaves the shard as it was, ready for the
-same order again; a checkpoint's entry names content, marks and seq of one instant. Orders come from the coordinator, any thread;
-the push lock is held throughout.
+same order again. Orders come from the coordinator, any thread; the push lock is held throughout.
 """
 
 import logging
@@ -11,7 +10,7 @@ import logging
 import numpy as np
 
 from oarlock.checkpoint.block_file import BlockImage
-from oarlock.checkpoint.manifest import BlockEntry, Manifest
+from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.client.closed import ClosedSet
 from oarlock.client.layout import Layout
@@ -175,29 +174,3 @@ def _drop(shard: Shard, number: int) -> None:
     else:
         name, local = layout.name(number)
         shard.tables[layout.table_index[name]].drop(local)
-
-
-def write(shard: Shard, cut: int, root: str) -> list[BlockEntry]:
-    """Write all owned blocks into the folder of ``cut`` under ``root``; nothing exists until the manifest is committed."""
-    store = LocalStore(root)
-    try:
-        with shard.push_lock:
-            numbers = np.flatnonzero(shard.owned).tolist()
-            entries = [store.write_block(cut, _image(shard, n)) for n in numbers]
-    except OSError as error:
-        raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
-    logger.info("event=blocks_written cut=%d blocks=%d", cut, len(entries))
-    return entries
-
-
-def _image(shard: Shard, number: int) -> BlockImage:
-    layout = shard.layout
-    name, local = layout.name(number)
-    seq, marks = shard.operations(number), shard.marks.of_block(number)
-    if number >= layout.dense_base:
-        found = layout.dense_blocks[number - layout.dense_base]
-        content = shard.dense[found.parameter].export_block(found.block)
-        keys = np.empty(0, np.uint64)
-        return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
-    rows = shard.tables[layout.table_index[name]].export_block(local)
-    return BlockImage("rows", name, local, seq, marks, *rows)

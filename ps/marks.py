@@ -41,6 +41,10 @@ class Marks:
         """Return int32[blocks]: the split's marks, None if no block has any of it."""
         return self._marks.get(split)
 
+    def copy(self) -> dict[int, NDArray[np.int32]]:
+        """Return int32[blocks] by open split: all marks as they are now."""
+        return {split: marks.copy() for split, marks in self._marks.items()}
+
     def of_block(self, block: int) -> dict[int, int]:
         return {split: int(marks[block]) for split, marks in self._marks.items() if marks[block] >= 0}
 

@@ -20,9 +20,11 @@ from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 from oarlock.proto.shard_pb2 import (
+    AbortRequest,
     AdoptReply,
     AdoptRequest,
     CloseRequest,
+    CutRequest,
     MarksReply,
     MarksRequest,
     PullReply,
@@ -37,11 +39,12 @@ from oarlock.proto.shard_pb2 import (
     WriteRequest,
 )
 from oarlock.proto.version import hello
-from oarlock.ps.blocks import adopt, write
+from oarlock.ps.blocks import adopt
 from oarlock.ps.identity import Identity
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
+from oarlock.ps.view import View, begin_view, write_view
 from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -58,6 +61,8 @@ class ShardService:
         self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
+        self._view: View | None = None
+        self._writing = Lock()
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
         self.pull_seconds = Histogram()
@@ -145,11 +150,44 @@ class ShardService:
         adopt(shard, identity.id, routes, closed, restore)
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 
+    def cut(self, request: CutRequest) -> Empty:
+        self._order(request.header)
+        closed = ClosedSet.unpack(request.closed)
+        _, shard = self._take(request.header)
+        with shard.push_lock:
+            if shard.cuts.begin(request.cut, request.workers):
+                shard.closed.merge(closed)
+                shard.marks.drop_closed(shard.closed)
+                self._let_go()
+                self._view = begin_view(shard, request.cut)
+        return Empty()
+
+    def abort(self, request: AbortRequest) -> Empty:
+        _, shard = self._take(request.header)
+        with shard.push_lock:
+            if shard.cuts.give_up(request.cut):
+                self._let_go()
+        return Empty()
+
+    def _let_go(self) -> None:
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+
     def write(self, request: WriteRequest) -> WriteReply:
         self._order(request.header)
         root = read_path(request.root, "the folder of checkpoints")
         _, shard = self._take(request.header)
-        entries = write(shard, request.cut, root)
+        with shard.push_lock:
+            view = self._view
+            if view is not None and view.torn is None:
+                view.torn = shard.cuts.torn
+        if view is None or view.number != request.cut:
+            raise InvalidArgument(f"this shard has no view of cut {request.cut}: it was given up", cut=request.cut)
+        if view.torn:
+            return WriteReply(torn=True)
+        with self._writing:
+            entries = write_view(shard, view, root)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:

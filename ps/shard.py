@@ -29,6 +29,7 @@ from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.proto.work import expects, refuse_late
+from oarlock.ps.cuts import Cuts
 from oarlock.ps.marks import Marks
 from oarlock.ps.request import (
     DensePush,
@@ -109,6 +110,7 @@ class Shard:
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks = Marks(self.layout.blocks)
+        self.cuts = Cuts()
         self.sweeper = Sweeper(self.tables, epoch_steps=spec.splits * spec.groups(spec.rows_per_split))
 
     @property
@@ -230,6 +232,7 @@ class Shard:
         with self.push_lock:
             # Pushes before it may have taken long.
             refuse_late()
+            self.cuts.check(request.header)
             if split - self.closed.floor >= SPLIT_WINDOW:
                 # Nobody was leased such a split, unless word of closed ones has not come yet; it would keep marks for ever.
                 raise Unavailable(

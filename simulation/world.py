@@ -226,7 +226,7 @@ class World:
 
         with contextlib.suppress(Killed):
             process.call(begin)
-        orders = Orders(self.coordinator, self.wire.link(process), self.folder / "checkpoints")
+        orders = Orders(self.coordinator, self.wire.link(process), self.folder / "checkpoints", executor=Inline())
         task = self.loop.start(process, run_coordinator(self.coordinator, orders))
         task.add_done_callback(lambda t: self._ended(process, t))
 

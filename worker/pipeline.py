@@ -229,7 +229,9 @@ class Pipeline:
     async def _push(self, group: Group, push: Pushing, acknowledged: asyncio.Event) -> None:
         begun = time.perf_counter()
         try:
-            counts = await push
+            # For a cut it may be shut.
+            async with self._session.member.gate.passed():
+                counts = await push
         except Exception as error:
             self._blame.note(TRAIN, group.split.id, error)
             raise

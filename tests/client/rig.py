@@ -26,9 +26,9 @@ from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
 from oarlock.proto.methods import METHODS, PROTOCOL
-from oarlock.proto.shard_pb2 import AdoptRequest
+from oarlock.proto.shard_pb2 import AdoptRequest, CutRequest, WriteRequest
 from oarlock.proto.transport import InProcess
-from oarlock.ps import blocks
+from oarlock.ps import blocks, view
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 from oarlock.simulation.loop import VirtualLoop
@@ -106,6 +106,8 @@ class Job:
         self.transport.serve(self.coordinator, "coordinator")
         self.generation = 0
         self.run = run
+        # Of pushes: the newest cut that was begun.
+        self.cut = 0
         self.addresses = {s: ShardAddress(s, f"shard-{s}", 100 + s) for s in range(shards)}
         self.services = {s: ShardService() for s in range(shards)}
         self.shards = {}
@@ -117,7 +119,15 @@ class Job:
 
     def header(self, shard, **changes):
         values = {"protocol": PROTOCOL, "job": self.spec.job_bytes, "run": self.run, "target": 100 + shard, "term": 1}
+        values["cut"] = self.cut
         return Header(**{**values, **changes})
+
+    def write(self, shard, cut, root, *, workers=()):
+        """Have a shard begin the view of a cut, unless it has, and write it; return the answer."""
+        service = self.services[shard]
+        self.cut = max(self.cut, cut)
+        service.cut(CutRequest(header=self.header(shard), cut=cut, workers=workers))
+        return service.write(WriteRequest(header=self.header(shard), cut=cut, root=str(root)))
 
     def routes(self):
         return make_routes(self.layout, self.generation, self.owners, self.addresses)
@@ -140,7 +150,7 @@ class Job:
         """Move a block with all that belongs to it, under a new generation."""
         old, new = self.shards[int(self.owners[number])], self.shards[to]
         if old is not new:
-            image = blocks._image(old, number)
+            image = image_of(old, number)
             blocks._drop(old, number)
             blocks._create(new, number)
             blocks._fill(new, number, image)
@@ -194,12 +204,18 @@ def request_of(job, split, group, *, tables=("user", "item"), raw=tuple(range(40
     return inlined(message.bulk)
 
 
+def image_of(shard, number):
+    """Return a block as it is now."""
+    content, marks = view._content(shard, number), shard.marks.copy()
+    return view.View(1, None, shard.sequence, marks, {number: content}).image(shard, number)
+
+
 def state(job):
     """Return all that a push may change, of every shard."""
     out = []
     for shard in job.shards.values():
         for number in np.flatnonzero(shard.owned).tolist():
-            image = blocks._image(shard, number)
+            image = image_of(shard, number)
             out.append(
                 (number, image.seq, image.marks, image.keys.tobytes(), image.weights.tobytes(), image.state.tobytes())
             )

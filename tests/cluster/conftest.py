@@ -207,7 +207,20 @@ class Cluster:
         return Manifest(**values)
 
     def commit(self, cut: int = 1) -> None:
-        self.coordinator.committed(self.manifest(cut), f"/cut-{cut:06d}")
+        """Make a cut as if its shards had answered."""
+        cuts = self.coordinator.cuts
+        if cuts.begun != cut:
+            assert cuts.begin().cut == cut
+        manifest = self.manifest(cut)
+        cuts.open()
+        cuts.commit(manifest, f"/cut-{cut:06d}")
+
+    def give_up(self, cut: int, error: str) -> None:
+        """Begin a cut that comes to nothing once its views have begun."""
+        cuts = self.coordinator.cuts
+        assert cuts.begin().cut == cut
+        cuts.open()
+        cuts.give_up(error)
 
 
 @pytest.fixture

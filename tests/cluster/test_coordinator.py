@@ -243,11 +243,11 @@ def test_a_checkpoint_that_fails_is_a_warning_unless_it_is_the_last(make_cluster
     cluster.shards()
     worker, _ = cluster.workers()
     cluster.train_epoch(worker)
-    c.not_committed(1, "no space left")
+    cluster.give_up(1, "no space left")
     assert c.phase == "training"
     assert cluster.status()["warnings"] == ["checkpoint 1 could not be written, training goes on: no space left"]
     cluster.train_epoch(worker)
-    c.not_committed(2, "no space left")
+    cluster.give_up(2, "no space left")
     assert (c.phase, c.reason) == ("failed", "the last checkpoint could not be written: no space left")
 
 
@@ -256,7 +256,7 @@ def test_a_failed_checkpoint_after_a_stop_that_wanted_one_is_a_failure(cluster: 
     worker, _ = cluster.workers()
     cluster.train_epoch(worker)
     cluster.coordinator.stop(True, "enough")
-    cluster.coordinator.not_committed(1, "no space left")
+    cluster.give_up(1, "no space left")
     assert cluster.coordinator.phase == "failed"
 
 
@@ -268,7 +268,7 @@ def test_nothing_overwrites_a_failure(cluster: Any) -> None:
     c.stop(True, "enough")
     c.fail("a shard died while it wrote")
     cluster.commit()
-    c.not_committed(2, "late")
+    cluster.give_up(2, "late")
     c.abandon("later")
     c.stop(True, "again")
     assert (c.phase, c.reason) == ("failed", "a shard died while it wrote")

@@ -13,6 +13,7 @@ _SHARED = {
     "scripted_rig": _HERE.parent / "proto" / "scripted_rig.py",
     "mutate": _HERE / "mutate.py",
     "targets": _HERE / "targets.py",
+    "coordinator_target": _HERE / "coordinator_target.py",
     "h2": _HERE / "h2.py",
     "ports": _HERE / "ports.py",
 }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A shard and a coordinator as they stand behind their ports, with good messages for each method and a way to attack them.
+"""A shard as it stands behind its port, with good messages for each method and a way to attack it; the coordinator has a file of
+its own.
 
 Invariant: ``attack`` gives bytes to what the gRPC server gives them to, and checks what must hold after any bytes at all: an
 answer or a PSError that is no Internal and can itself be sent; what was refused changed nothing; nothing outgrows its bound.
@@ -13,18 +14,14 @@ import zlib
 from pathlib import Path
 from typing import ClassVar
 
-import cluster_rig
 import mutate
 import numpy as np
 import rig
 
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.packed import CHUNK, encode_dense, encode_rows, packed, read_form
-from oarlock.cluster.coordinator import MAX_WARNINGS
-from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
 from oarlock.embedding.policy import Guard
 from oarlock.embedding.spec import CacheSpec, DenseSpec, Initializer, OptimizerSpec, TableSpec
-from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.errors import Internal, Malformed, PSError
@@ -36,8 +33,10 @@ from oarlock.proto.shard_pb2 import (
     GET,
     QUARANTINE,
     UNDO,
+    AbortRequest,
     CloseRequest,
     Codec,
+    CutRequest,
     MarksRequest,
     PullRequest,
     RowsRequest,
@@ -189,6 +188,8 @@ class ShardTarget(Target):
         "Shard.Marks": 8,
         "Shard.Adopt": 8,
         "Shard.Close": 8,
+        "Shard.Cut": 1,
+        "Shard.Abort": 1,
         "Shard.Write": 1,
         "Shard.Stats": 3,
         "Shard.Rows": 20,
@@ -235,6 +236,10 @@ class ShardTarget(Target):
             "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
             "Shard.Adopt": [adoption, newer, partly],
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
+            "Shard.Cut": [
+                CutRequest(header=header, cut=3, workers=[7, 8], closed=ClosedSet(1, [3]).pack(), committed=2)
+            ],
+            "Shard.Abort": [AbortRequest(header=header, cut=2)],
             "Shard.Write": [WriteRequest(header=header, cut=3, root=str(self.folder / "cuts"))],
             "Shard.Stats": [ShardStatsRequest(header=header)],
             "Shard.Rows": [
@@ -288,104 +293,4 @@ class ShardTarget(Target):
             assert rig.state(self.job) is not None
             assert json.dumps(self.shard.stats(), allow_nan=False)
             assert self.shard.closed.pack().SerializeToString() is not None
-        super().renew()
-
-
-class CoordinatorTarget(Target):
-    """A coordinator with two shards and two workers that train; its file is in memory."""
-
-    service = "Coordinator"
-    weights: ClassVar = {
-        "Coordinator.Hello": 2,
-        "Coordinator.Join": 8,
-        "Coordinator.Heartbeat": 20,
-        "Coordinator.Placement": 5,
-        "Coordinator.Lease": 20,
-        "Coordinator.CloseSplit": 25,
-        "Coordinator.Release": 10,
-        "Coordinator.Leave": 2,
-        "Coordinator.Status": 4,
-        "Coordinator.Describe": 4,
-        "Coordinator.Stop": 1,
-    }
-
-    def build(self):
-        self.close()
-        self.cluster = cluster_rig.Cluster(Path(":memory:")).start()
-        self.handler = self.cluster.service
-        self.coordinator = self.cluster.coordinator
-        self.shards = self.cluster.shards()
-        self.workers = self.cluster.workers()
-
-    def header(self, sender):
-        return self.cluster.header(sender, term=self.coordinator.term)
-
-    def close(self):
-        if hasattr(self, "cluster"):
-            self.cluster.kill()
-
-    def messages(self):
-        one, two = self.workers
-        self.handler.lease(pb.LeaseRequest(header=self.header(one), wanted=2, number=1))
-        train = {"header": self.header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
-        join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
-        return {
-            "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
-            "Coordinator.Join": [
-                pb.JoinRequest(role=pb.WORKER, nonce=5, reader="arrow", **join),
-                pb.JoinRequest(role=pb.SHARD, nonce=6, address="new:1", **join),
-            ],
-            "Coordinator.Heartbeat": [
-                pb.HeartbeatRequest(header=self.header(one), stats='{"samples": 5}', clock=pb.Clock(active=True)),
-                pb.HeartbeatRequest(header=self.header(self.shards[0]), stats='{"rows": 3, "tables": {"user": 3}}'),
-            ],
-            "Coordinator.Placement": [pb.PlacementRequest(header=self.header(one))],
-            "Coordinator.Lease": [
-                pb.LeaseRequest(header=self.header(one), wanted=1, number=1, held=[0, 1], clock=pb.Clock(active=True)),
-                pb.LeaseRequest(header=self.header(two), wanted=2, number=1),
-            ],
-            "Coordinator.CloseSplit": [
-                pb.CloseSplitRequest(split=0, **train),
-                pb.CloseSplitRequest(split=1, **train),
-                pb.CloseSplitRequest(header=self.header(one), work=pb.EVALUATE, split=0, sums=[4.0, 1.0]),
-            ],
-            "Coordinator.Release": [
-                pb.ReleaseRequest(header=self.header(one), splits=[1], evaluations=[0], reason="it broke")
-            ],
-            "Coordinator.Leave": [pb.LeaveRequest(header=self.header(two), error="it broke")],
-            "Coordinator.Status": [pb.StatusRequest()],
-            "Coordinator.Describe": [pb.DescribeRequest()],
-            "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
-        }
-
-    def fingerprint(self):
-        """Return all that a message may change but for what a header alone changes: the sender's lease."""
-        c, work = self.coordinator, self.coordinator.work
-        return (
-            [(m.incarnation, m.state, m.asked, str(m.stats)) for m in c.members.all.values()],
-            dict(work.leases),
-            work.closed.floor,
-            tuple(work.closed.above),
-            dict(work.results),
-            (work.epoch, work.samples, work.loss_sum, len(work.touched), str(work.failures)),
-            (c.phase, c.reason, c.stop_wanted, c.stop_reason, c.generation, c.cut, len(c.warnings)),
-        )
-
-    def check_bounds(self):
-        c = self.coordinator
-        assert len(c.members.alive("worker")) <= MAX_ALIVE
-        assert len(c.members.all) <= 2 * MAX_ALIVE + MAX_GONE
-        assert len(c.work.leases) <= c.spec.splits + c.spec.evaluation_splits
-        assert len(c.warnings) <= MAX_WARNINGS
-        assert json.dumps(c.counted(), allow_nan=False)
-
-    def renew(self):
-        if self.inputs:
-            # Whatever was accepted, time can go on, people can ask, and the state can be written down.
-            c = self.coordinator
-            for _ in range(3):
-                self.cluster.clock.now += 2.0
-                c.tick()
-            assert json.dumps(c.status(), allow_nan=False).encode()
-            json.dumps(c.status(), ensure_ascii=False, allow_nan=False).encode()
         super().renew()

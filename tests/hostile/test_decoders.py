@@ -29,7 +29,7 @@ from oarlock.proto.common_pb2 import Array, ClosedSplits, Failure, Member, Place
 from oarlock.proto.errors import CorruptCheckpoint, Internal, PSError, Unavailable, VersionMismatch
 from oarlock.proto.rpc import from_status
 from oarlock.proto.rpc.status import failure_of, from_failure
-from oarlock.ps import blocks
+from oarlock.ps import view
 
 CHANGES = 3000
 LAYOUT = Layout(rig.spec_of().tables, rig.spec_of().dense)
@@ -191,7 +191,7 @@ def cut(tmp_path_factory):
     job = rig.Job(rig.spec_of(), shards=1).place()
     job.services[0].push(rig.request_of(job, 1, 0))
     store = LocalStore(folder)
-    entries = blocks.write(job.shards[0], 1, str(folder))
+    entries = view.write_view(job.shards[0], view.begin_view(job.shards[0], 1), str(folder))
     values = json.loads(SPEC)
     manifest = Manifest(
         job=rig.JOB,

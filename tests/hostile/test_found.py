@@ -4,6 +4,7 @@
 import json
 import tracemalloc
 
+import coordinator_target
 import numpy as np
 import pytest
 import rig
@@ -27,7 +28,7 @@ def job():
 
 @pytest.fixture
 def coordinator(seed):
-    made = targets.CoordinatorTarget(seed)
+    made = coordinator_target.CoordinatorTarget(seed)
     yield made
     made.close()
 
@@ -45,7 +46,7 @@ def test_a_push_far_above_the_closed_splits_leaves_no_mark(job, split, tmp_path)
     refused(Unavailable, "1024 or more above 0", job.services[0].push, rig.request_of(job, split, 0))
     assert rig.state(job) == before
     assert job.shards[0].marks.nbytes == 0
-    job.services[0].write(WriteRequest(header=job.header(0), cut=1, root=str(tmp_path)))
+    job.write(0, 1, tmp_path)
 
 
 def test_marks_are_kept_of_as_many_splits_as_can_be_leased(job):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any bytes at all, sent to every method of a shard and of a coordinator: an answer or an error by name."""
 
+import coordinator_target
 import pytest
 import targets
 
@@ -25,7 +26,7 @@ def shard(seed, tmp_path, no_sync, monkeypatch):
 
 @pytest.fixture
 def coordinator(seed):
-    made = targets.CoordinatorTarget(seed)
+    made = coordinator_target.CoordinatorTarget(seed)
     yield made
     made.close()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that are nearly right, as hypothesis puts them together: right and wrong keys, blocks, counts and values."""
 
+import coordinator_target
 import numpy as np
 import pytest
 import rig
@@ -27,7 +28,7 @@ def shard(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coordinator():
-    made = targets.CoordinatorTarget(0)
+    made = coordinator_target.CoordinatorTarget(0)
     yield made
     made.close()
 

@@ -15,7 +15,6 @@ from oarlock.checkpoint.store import LocalStore
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import Admission, CacheSpec, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
 from oarlock.proto.errors import Malformed, SpecMismatch
-from oarlock.proto.shard_pb2 import WriteRequest
 
 _PATH = Path(__file__).with_name("test_blocks.py")
 _SPEC = importlib.util.spec_from_file_location("_blocks", _PATH)
@@ -110,7 +109,7 @@ def test_second_files_are_named_by_the_manifest(tmp_path):
     for name, table in TABLES.items():
         job = job_of(table).place()
         train(job, np.random.default_rng(3), range(2))
-        reply = job.services[0].write(WriteRequest(header=job.header(0), cut=1, root=str(tmp_path / name)))
+        reply = job.write(0, 1, tmp_path / name)
         entries = [BlockEntry(**e) for e in json.loads(reply.entries)]
         assert [bool(e.waiting_bytes) for e in entries] == [name in ("count", "sketch")] * 4
         close(job)

@@ -16,7 +16,7 @@ from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec, to_json
 from oarlock.proto.arrays import pack
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, StalePlacement
-from oarlock.proto.shard_pb2 import PullRequest, TableKeys, WriteRequest
+from oarlock.proto.shard_pb2 import PullRequest, TableKeys
 
 ADAM = OptimizerSpec("adam")
 TABLES = (TableSpec("user", 2, ADAM, blocks=8), TableSpec("item", 3, OptimizerSpec("adagrad"), blocks=4))
@@ -42,8 +42,8 @@ def train(job, rng, *, splits=(0, 3), groups=3):
 def checkpoint(job, root, *, cut=1, tables=TABLES, dense=DENSE):
     """Have all shards write, and commit; return the cut's folder."""
     entries = []
-    for s, service in job.services.items():
-        reply = service.write(WriteRequest(header=job.header(s), cut=cut, root=str(root)))
+    for s in job.services:
+        reply = job.write(s, cut, root)
         entries += [BlockEntry(**e) for e in json.loads(reply.entries)]
     manifest = Manifest(
         job=rig.JOB,
@@ -150,18 +150,20 @@ def test_marks_of_closed_splits_are_not_restored(trained, tmp_path):
     assert max(s.next_groups([3])[0] for s in again.shards.values()) == 3
 
 
-def test_writing_the_same_cut_again_replaces_it(trained, tmp_path):
-    for s, service in trained.services.items():
-        service.write(WriteRequest(header=trained.header(s), cut=1, root=str(tmp_path)))
+def test_a_cut_that_is_written_again_is_still_of_its_instant(trained, tmp_path):
+    before = contents(trained)
+    first = [trained.write(s, 1, tmp_path).entries for s in trained.services]
     train(trained, np.random.default_rng(1), splits=(4,))
+    assert contents(trained) != before
+    assert [trained.write(s, 1, tmp_path).entries for s in trained.services] == first
     path = checkpoint(trained, tmp_path)
-    assert contents(rig.Job(SPEC, shards=1).place(restore=str(path))) == contents(trained)
+    assert contents(rig.Job(SPEC, shards=1).place(restore=str(path))) == before
 
 
 def test_a_folder_that_cannot_be_written_is_named(trained, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InvalidArgument, match=r"a checkpoint cannot be written to .*file"):
-        trained.services[0].write(WriteRequest(header=trained.header(0), cut=1, root=str(tmp_path / "file")))
+        trained.write(0, 1, tmp_path / "file")
     # The shard goes on.
     train(trained, np.random.default_rng(1), splits=(4,))
 

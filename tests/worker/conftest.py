@@ -186,7 +186,8 @@ class Job:
                 self.coordinator = Coordinator(store, self.spec, clock=loop.time, rng=random.Random(3))
                 self.coordinator.open()
                 self.wire.inner.serve(CoordinatorService(self.coordinator), COORDINATOR)
-                orders = Orders(self.coordinator, self.wire.inner, self.folder / "checkpoints")
+                executor = Inline() if self.threads is None else None
+                orders = Orders(self.coordinator, self.wire.inner, self.folder / "checkpoints", executor=executor)
                 self.background = [asyncio.ensure_future(run_coordinator(self.coordinator, orders))]
                 begun = loop.time()
                 await scene(self)

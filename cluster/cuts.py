@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts: when one is due, and what the coordinator records and allows while one is made (SEMANTICS section 7).
+
+    begin      its number is on disk; the gate stands: nothing is leased, nobody joins
+    open       every owner has begun its view, or the cut is given up: training goes on, while views are written
+    commit     the manifest is on disk; then it is recorded
+    give_up    it never was; the one before stays
+
+Invariant: a number is never used twice, and is on disk before anybody hears it; at most one cut is being made. A cut that an
+earlier life had begun is adopted if its manifest is whole, else given up. The coordinator's lock covers it.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.client.job import DONE, OVER, STOPPED, STOPPING, TRAINING, WRITING
+from oarlock.cluster.gate import Gate
+from oarlock.cluster.store import Store
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
+
+# Heartbeats are sent so often, and each tells when the gate shuts: every worker has heard it once so many have passed.
+HEARTBEATS_BEFORE_GATE = 1.25
+
+
+class Cuts:
+    """``last``: the newest number; ``opened``: the newest whose gate is open again; ``committed``: the newest of this run."""
+
+    def __init__(self, coordinator: "Coordinator") -> None:
+        self._c = coordinator
+        self.last = 0
+        self.opened = 0
+        self.committed = 0
+        self.gate: Gate | None = None
+        # The one that was begun and neither committed nor given up; 0: none.
+        self.begun = 0
+        # Somebody asked for one.
+        self.wanted = False
+        self.checkpoints: list[dict[str, Any]] = []
+        # The newest that came to nothing, and why.
+        self.failed: dict[str, Any] = {}
+        # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
+        self._holds = self._ends_job = False
+        self._since_seconds = coordinator.clock()
+        self._since_steps = 0
+
+    def take_up(self, store: Store) -> None:
+        """Load what was recorded."""
+        self.last = self.opened = store.fact("cut", 0)
+        self.begun = store.fact("begun", 0)
+        self.committed = store.fact("committed", 0)
+        self.checkpoints = store.fact("checkpoints", [])
+        self._since_seconds = self._c.clock()
+
+    def go_back(self, store: Store, manifest: Manifest, path: str) -> None:
+        """Begin a new run from ``manifest``: no cut of it is there yet."""
+        self.last = self.opened = max(self.last, manifest.cut)
+        self.begun = self.committed = 0
+        if path not in [known["path"] for known in self.checkpoints]:
+            self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
+        for name, value in (("cut", self.last), ("begun", 0), ("committed", 0), ("checkpoints", self.checkpoints)):
+            store.set_fact(name, value)
+
+    def due(self) -> bool:
+        """Whether a cut is to be made now."""
+        c, spec = self._c, self._c.spec
+        if c.phase == WRITING:
+            return True
+        if c.phase == STOPPING:
+            # An epoch that is all evaluated is not left open by its last moment.
+            return c.stop_wanted is not False and not c.members.alive("worker") and not c.merging
+        if c.phase != TRAINING:
+            return False
+        steps, seconds = c.work.steps - self._since_steps, c.clock() - self._since_seconds
+        by_steps = 0 < spec.checkpoint_steps <= steps
+        by_time = 0 < spec.checkpoint_seconds <= seconds and bool(c.members.alive("worker"))
+        return self.wanted or by_steps or by_time
+
+    def begin(self) -> Gate:
+        """Take a number, record it, and set up the gate."""
+        c = self._c
+        with c.lock:
+            now = c.clock()
+            pushing = self._pushing()
+            # Whoever has nothing to push need not be asked.
+            shuts = now + HEARTBEATS_BEFORE_GATE * c.spec.heartbeat_seconds if pushing else now
+            with c.store as store:
+                self.last += 1
+                self.begun = self.last
+                store.set_fact("cut", self.last)
+                store.set_fact("begun", self.begun)
+            self.wanted = False
+            self._since_seconds, self._since_steps = now, c.work.steps
+            self._holds = c.phase == WRITING
+            self._ends_job = c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
+            self.gate = Gate(self.last, shuts=shuts, ends=shuts + c.spec.gate_seconds, workers=pushing)
+            logger.info("event=cut_begun cut=%d workers=%d", self.last, len(pushing))
+            return self.gate
+
+    def _pushing(self) -> list[int]:
+        """Return the workers that may have a push under way: those with a training split, or of whom that is not known."""
+        c = self._c
+        holders = {holder for (kind, _), holder in c.work.leases.items() if kind == "train"}
+        return [m.incarnation for m in c.members.alive("worker") if m.incarnation in holders | c.clocks.unheard]
+
+    def seconds_to_gate(self) -> float:
+        return max(0.0, self.gate.shuts - self._c.clock()) if self.gate is not None else 0.0
+
+    def open(self) -> None:
+        """Let pushes go on: every owner has begun its view, so what is trained from now on is not in the cut."""
+        c = self._c
+        with c.lock:
+            self.gate = None
+            self.opened = self.last
+            if self._holds:
+                self._ends_job = c.work.finished or c.stop_wanted is not None
+                if not self._ends_job:
+                    self._train()
+
+    def commit(self, manifest: Manifest, path: str) -> None:
+        """Note a committed checkpoint, and end the job if it was the last one."""
+        c = self._c
+        with c.lock:
+            with c.store as store:
+                self.begun, self.committed = 0, manifest.cut
+                self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
+                for name in ("begun", "committed", "checkpoints"):
+                    store.set_fact(name, getattr(self, name))
+            if c.phase not in OVER and self._ends_job:
+                c.set_phase(DONE if c.work.finished else STOPPED, "" if c.work.finished else c.stop_reason)
+
+    def give_up(self, error: str, *, again: bool = False) -> None:
+        """Note that the cut came to nothing. Training goes on, unless it was the one to end with.
+
+        ``again``: what went wrong may pass: while nobody trains, the next look makes another one.
+        """
+        c = self._c
+        with c.lock:
+            cut, self.begun, self.gate = self.begun, 0, None
+            self.opened = self.last
+            with c.store as store:
+                store.set_fact("begun", 0)
+            self.failed = {"cut": cut, "error": error}
+            logger.info("event=cut_given_up cut=%d error=%s", cut, error)
+            if c.phase in OVER or (again and (self._ends_job or self._holds)):
+                return
+            if self._ends_job:
+                c.fail(f"the last checkpoint could not be written: {error}")
+            else:
+                c.warn(f"checkpoint {cut} could not be written, training goes on: {error}")
+                if self._holds:
+                    self._train()
+
+    def _train(self) -> None:
+        """Let workers train on that waited for the cut."""
+        self._holds = False
+        self._c.set_phase(TRAINING)
+        self._c.last_tick = self._c.clock()
+
+    def told(self) -> dict[str, Any]:
+        """Return what people ask: the newest number, the one that is being made (0: none), and the one that failed last."""
+        return {"last": self.last, "begun": self.begun, **({"failed": self.failed} if self.failed else {})}

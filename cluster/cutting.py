@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting: a cut from its gate to its manifest, as orders to shards (SEMANTICS section 7).
+
+    gate     workers that push come to the gate; who does not come in time ends the attempt
+    cut      every owner begins its view; workers push again
+    write    every owner writes its view, while training goes on
+    commit   the manifest appears in one atomic step, then it is recorded
+
+Invariant: what the manifest says of the job (closed splits, counts, results) is of the moment at which all workers stood at the
+gate, and owners were told of the same closed splits with the order to begin. Whatever fails on the way leaves training and
+the cut before as they were. One event loop; files are dealt with in a thread
+of ``executor`` (None: of the loop's own).
+"""
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from oarlock.checkpoint.format import cut_folder
+from oarlock.checkpoint.manifest import BlockEntry, Manifest
+from oarlock.checkpoint.store import LocalStore
+from oarlock.client.closed import ClosedSet
+from oarlock.client.router import ShardAddress
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.gate import Gate
+from oarlock.cluster.moment import Moment, moment_of
+from oarlock.proto.common_pb2 import Header
+from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
+from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
+from oarlock.telemetry.stages import Stages
+
+logger = logging.getLogger(__name__)
+
+WRITE_SECONDS = 600.0
+# An order that was lost is given again; who has carried it out already answers the same.
+FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.005, 0.5
+# Between two looks whether all workers are at the gate.
+LOOK_SECONDS = 0.001
+
+T = TypeVar("T")
+Send = Callable[[ShardAddress, str, Any, float], Awaitable[Any]]
+
+
+class Cutting:
+    """Makes the cuts that are due; ``step()`` looks once. ``send`` and ``header`` are those of the coordinator's orders."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        checkpoints: Path,
+        send: Send,
+        header: Callable[[ShardAddress], Header],
+        stages: Stages,
+        executor: Executor | None,
+    ) -> None:
+        self._c = coordinator
+        self._folder = checkpoints
+        self._send = send
+        self._header = header
+        self._stages = stages
+        self._executor = executor
+        # "committed" and "failed" ones of this process.
+        self.counts: Counter[str] = Counter()
+        self._looked = False
+
+    async def step(self) -> None:
+        """Make a cut if one is due."""
+        c = self._c
+        if not c.placed:
+            return
+        if not self._looked:
+            await self._adopt_or_give_up()
+            self._looked = True
+        with c.lock:
+            gate = c.cuts.begin() if c.cuts.due() else None
+        if gate is not None:
+            with self._stages.time("checkpoint", cut=gate.cut):
+                await self._make(gate)
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    async def _adopt_or_give_up(self) -> None:
+        """Deal with the cut that an earlier life of this coordinator had begun."""
+        c = self._c
+        cut = c.cuts.begun
+        if not cut:
+            return
+        try:
+            manifest = await self._run(LocalStore(self._folder).load_manifest, cut)
+            if (manifest.job, manifest.run) != (c.spec.job, c.run):
+                raise CorruptCheckpoint(f"cut {cut} is of another history")
+        except (PSError, OSError) as error:
+            c.cuts.give_up(f"the coordinator was started again while it was made ({error})", again=True)
+            await self._abort(cut)
+            return
+        self._committed(manifest)
+
+    async def _make(self, gate: Gate) -> None:
+        c = self._c
+        try:
+            await self._gathered(gate)
+            with c.lock:
+                moment, workers = moment_of(c, gate.cut), gate.workers
+            await self._cut(gate.cut, workers, moment)
+            c.cuts.open()
+            manifest = moment.manifest(c.spec, await self._written(gate.cut))
+            await self._run(LocalStore(self._folder).commit, manifest)
+        except (PSError, OSError) as error:
+            self.counts["failed"] += 1
+            again = isinstance(error, PSError) and error.retryable
+            c.cuts.give_up(str(error), again=again)
+            await self._abort(gate.cut)
+            return
+        # The manifest is what counts; old cuts go before the job can be over with this one.
+        await self._run(self._clean, manifest.cut)
+        self._committed(manifest)
+
+    def _committed(self, manifest: Manifest) -> None:
+        self.counts["committed"] += 1
+        self._c.cuts.commit(manifest, str(self._folder / cut_folder(manifest.cut)))
+
+    async def _gathered(self, gate: Gate) -> None:
+        """Wait until all workers are at the gate; Unavailable if one is late."""
+        c = self._c
+        await asyncio.sleep(max(0.0, gate.shuts - c.clock()))
+        while not gate.passed:
+            if c.clock() > gate.ends:
+                late = [m.id for m in c.members.alive("worker") if m.incarnation in gate.missing]
+                raise Unavailable(
+                    f"worker {', '.join(map(str, late))} did not stop pushing within {c.spec.gate_seconds:g} s of its gate"
+                )
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _cut(self, cut: int, workers: list[int], moment: Moment) -> None:
+        """Have every owner begin its view."""
+        closed = ClosedSet(moment.closed.floor, moment.closed.above).pack()
+
+        async def one(shard: ShardAddress) -> None:
+            request = CutRequest(cut=cut, workers=workers, closed=closed, committed=self._c.cuts.committed)
+            await self._ordered(shard, "Cut", request, self._c.spec.gate_seconds)
+
+        await _all([one(shard) for shard in self._owners()])
+
+    async def _written(self, cut: int) -> list[BlockEntry]:
+        """Have every owner write its view; return the entries of all blocks."""
+
+        async def one(shard: ShardAddress) -> list[BlockEntry]:
+            request = WriteRequest(cut=cut, root=str(self._folder))
+            reply = await self._ordered(shard, "Write", request, WRITE_SECONDS)
+            if reply.torn:
+                raise Unavailable(f"a worker pushed to shard {shard.id} without waiting for its gate to open")
+            return [BlockEntry(**e) for e in json.loads(reply.entries)]
+
+        return [entry for part in await _all([one(shard) for shard in self._owners()]) for entry in part]
+
+    def _owners(self) -> list[ShardAddress]:
+        return list(self._c.shards.values())
+
+    async def _ordered(self, shard: ShardAddress, order: str, request: Any, seconds: float) -> Any:
+        """Give an order until it is answered, for ``seconds``."""
+        clock = asyncio.get_running_loop().time
+        end, pause = clock() + seconds, FIRST_PAUSE_SECONDS
+        while True:
+            request.header.CopyFrom(self._header(shard))
+            try:
+                return await self._send(shard, order, request, max(0.001, end - clock()))
+            except PSError as error:
+                if not error.retryable or clock() + pause >= end or self._c.shards.get(shard.id) != shard:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_SECONDS)
+
+    async def _abort(self, cut: int) -> None:
+        """Have views let go; who does not hear it lets it go with the next cut."""
+
+        async def one(shard: ShardAddress) -> None:
+            request = AbortRequest(header=self._header(shard), cut=cut)
+            await self._send(shard, "Abort", request, self._c.spec.gate_seconds)
+
+        for result in await asyncio.gather(*map(one, self._owners()), return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, PSError):
+                raise result
+
+    def _clean(self, cut: int) -> None:
+        """Delete old cuts, but for the one of the best epoch if that is kept."""
+        c, store = self._c, LocalStore(self._folder)
+        try:
+            store.keep_last(c.spec.checkpoints_kept)
+            store.discard_incomplete(below=cut)
+        except OSError as error:
+            c.warn(f"old checkpoints in {self._folder} could not be deleted: {error}")
+
+
+async def _all(asking: list[Awaitable[Any]]) -> list[Any]:
+    """Return all results; the first error is raised once all are done."""
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
