@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 COORDINATOR = "in-process:coordinator"
 
+# Shards that read or write their blocks at a time.
+MOST_WRITERS = 8
+
 
 def run_in_process(
     spec: JobSpec,
@@ -69,8 +72,12 @@ def run_in_process(
         coordinator.open()
         if restore:
             coordinator.begin_run(open_checkpoint(restore)[1], restore)
-        transport = InProcess()
-        with observed("job", metrics_port, trace=trace) as telemetry, limit_blas(spec.blas_threads):
+        with (
+            ThreadPoolExecutor(min(spec.servers, MOST_WRITERS), thread_name_prefix="oarlock-blocks") as executor,
+            observed("job", metrics_port, trace=trace) as telemetry,
+            limit_blas(spec.blas_threads),
+        ):
+            transport = InProcess(executor)
             if telemetry.track is not None:
                 telemetry.track.name = "coordinator"
             transport.serve(recorded(CoordinatorService(coordinator), telemetry.track), COORDINATOR)

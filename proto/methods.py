@@ -28,6 +28,8 @@ class Method:
     # Travels as frames on sockets where both sides can (proto/frames.py), as this kind of frame; else on a long-lived stream of
     # its own. The reply has a field `failure`. 0: call by call.
     frame: int = 0
+    # Takes as long as a disk does.
+    slow: bool = False
 
     @property
     def streamed(self) -> bool:
@@ -53,11 +55,11 @@ METHODS: dict[str, Method] = {
         Method("Shard.Pull", shard.PullRequest, shard.PullReply, frame=PULL),
         Method("Shard.Push", shard.PushRequest, shard.PushReply, frame=PUSH),
         Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
-        Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply),
+        Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply, slow=True),
         Method("Shard.Close", shard.CloseRequest, common.Empty),
         Method("Shard.Cut", shard.CutRequest, common.Empty),
         Method("Shard.Abort", shard.AbortRequest, common.Empty),
-        Method("Shard.Write", shard.WriteRequest, shard.WriteReply),
+        Method("Shard.Write", shard.WriteRequest, shard.WriteReply, slow=True),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
         Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),

@@ -5,6 +5,8 @@ Invariant: a handler sees one whole message and answers with one whole message o
 exactly that to the caller. Handlers are called from many threads at once.
 """
 
+import asyncio
+from concurrent.futures import Executor
 from threading import Lock
 from typing import Any, Protocol
 
@@ -44,11 +46,13 @@ def dispatch(handler: object, method: str, request: Message | Bulk) -> Message |
 class InProcess:
     """Calls handlers of this process directly: no bytes are made, messages are passed as they are.
 
-    A message is not changed after it was sent, and an answer not after it was returned.
+    A message is not changed after it was sent, and an answer not after it was returned. What takes long is answered in a
+    thread of ``executor``, if there is one, and by the caller otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Executor | None = None) -> None:
         self._handlers: dict[str, object] = {}
+        self._executor = executor
         self._lock = Lock()
 
     def serve(self, handler: object, address: str) -> str:
@@ -64,6 +68,8 @@ class InProcess:
         handler = self._handlers.get(address)
         if handler is None:
             raise Unavailable(f"nothing answers at {address}", address=address)
+        if self._executor is not None and METHODS[method].slow:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, dispatch, handler, method, request)
         return dispatch(handler, method, request)
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import BlockEntry
 from oarlock.checkpoint.store import LocalStore
+from oarlock.client.layout import Layout
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
 from oarlock.proto.errors import InvalidArgument
@@ -38,17 +39,26 @@ class View:
 
     def image(self, shard: Shard, number: int) -> BlockImage:
         """Return a block as it was at the instant."""
-        name, local = shard.layout.name(number)
         marks = {split: int(of[number]) for split, of in self.marks.items() if of[number] >= 0}
-        seq, content = int(self.sequence[number]), self.contents[number]
-        if isinstance(content, DenseBlock):
-            keys = np.empty(0, np.uint64)
-            return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
-        return BlockImage("rows", name, local, seq, marks, *content)
+        return _image(shard.layout, number, int(self.sequence[number]), marks, self.contents[number])
 
     def close(self) -> None:
         """Let go what is kept for it."""
         self.contents = {}
+
+
+def image_of(shard: Shard, number: int) -> BlockImage:
+    """Return a block as it is now. The push lock is held."""
+    seq, marks = shard.operations(number), shard.marks.of_block(number)
+    return _image(shard.layout, number, seq, marks, _content(shard, number))
+
+
+def _image(layout: Layout, number: int, seq: int, marks: dict[int, int], content: BlockRows | DenseBlock) -> BlockImage:
+    name, local = layout.name(number)
+    if isinstance(content, DenseBlock):
+        keys = np.empty(0, np.uint64)
+        return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
+    return BlockImage("rows", name, local, seq, marks, *content)
 
 
 def begin_view(shard: Shard, number: int) -> View:

@@ -28,7 +28,7 @@ from oarlock.embedding.keys import KeySorter
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto.bulk import inlined
 from oarlock.proto.shard_pb2 import PushRequest
-from oarlock.ps.blocks import _image
+from oarlock.ps.view import image_of
 
 ADAM = OptimizerSpec("adam")
 NORMAL = Initializer("normal", scale=0.1)
@@ -95,7 +95,7 @@ def test_without_marks_pushes_that_come_once_leave_the_same(elsewhere: int) -> N
             request.header.CopyFrom(header_for(SPEC, 0))
         answers = [service.push(r) for r in requests]
         replies.append([(a.moved.data, a.refused) for a in answers])
-        found = [_image(shard, n) for n in np.flatnonzero(shard.owned).tolist()]
+        found = [image_of(shard, n) for n in np.flatnonzero(shard.owned).tolist()]
         images.append([(i.name, i.block, i.keys.tobytes(), i.weights.tobytes(), i.state.tobytes()) for i in found])
         assert bool(shard.marks.nbytes) == marks
         # The tables count their own operations, marked or not.
@@ -111,11 +111,11 @@ def test_without_marks_a_message_may_come_from_anybody_and_twice() -> None:
     shard = own_blocks(service, 0, EVERYTHING, SPEC)
     (request,) = requests_of(1)
     request.ClearField("header")
-    before = [_image(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
+    before = [image_of(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
     service.push(request)
-    once = [_image(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
+    once = [image_of(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
     service.push(request)
-    twice = [_image(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
+    twice = [image_of(shard, n).weights.tobytes() for n in range(LAYOUT.blocks)]
     assert before != once
     assert once != twice
 

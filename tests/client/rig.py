@@ -150,7 +150,7 @@ class Job:
         """Move a block with all that belongs to it, under a new generation."""
         old, new = self.shards[int(self.owners[number])], self.shards[to]
         if old is not new:
-            image = image_of(old, number)
+            image = view.image_of(old, number)
             blocks._drop(old, number)
             blocks._create(new, number)
             blocks._fill(new, number, image)
@@ -204,18 +204,12 @@ def request_of(job, split, group, *, tables=("user", "item"), raw=tuple(range(40
     return inlined(message.bulk)
 
 
-def image_of(shard, number):
-    """Return a block as it is now."""
-    content, marks = view._content(shard, number), shard.marks.copy()
-    return view.View(1, None, shard.sequence, marks, {number: content}).image(shard, number)
-
-
 def state(job):
     """Return all that a push may change, of every shard."""
     out = []
     for shard in job.shards.values():
         for number in np.flatnonzero(shard.owned).tolist():
-            image = image_of(shard, number)
+            image = view.image_of(shard, number)
             out.append(
                 (number, image.seq, image.marks, image.keys.tobytes(), image.weights.tobytes(), image.state.tobytes())
             )

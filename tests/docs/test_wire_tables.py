@@ -26,8 +26,10 @@ from oarlock.proto.coordinator_pb2 import (
     SHARD,
     TRAIN,
     WORKER,
+    CheckpointRequest,
     CloseSplitRequest,
     DescribeRequest,
+    GateRequest,
     HeartbeatRequest,
     JoinRequest,
     LeaseRequest,
@@ -43,8 +45,10 @@ from oarlock.proto.rpc import to_status
 from oarlock.proto.rpc.status import FAILURE_KEY
 from oarlock.proto.shard_pb2 import (
     QUARANTINE,
+    AbortRequest,
     AdoptRequest,
     CloseRequest,
+    CutRequest,
     DenseGradients,
     MarksRequest,
     PullRequest,
@@ -250,7 +254,9 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
         "Shard.Marks": MarksRequest(header=header(), splits=[3]),
         "Shard.Adopt": AdoptRequest(header=header(), placement=PLACEMENT),
         "Shard.Close": CloseRequest(header=header(), closed=closed),
+        "Shard.Cut": CutRequest(header=header(), cut=1, workers=[7], closed=closed),
         "Shard.Write": WriteRequest(header=header(), cut=1, root=str(tmp_path)),
+        "Shard.Abort": AbortRequest(header=header(), cut=1),
         "Shard.Stats": ShardStatsRequest(header=header()),
         "Shard.Rows": RowsRequest(header=header(), verb=QUARANTINE),
     }
@@ -278,11 +284,13 @@ def test_a_coordinator_takes_every_message_again(coordinator: Coordinator) -> No
         "Coordinator.Heartbeat": HeartbeatRequest(header=mine, stats="{}"),
         "Coordinator.Placement": PlacementRequest(header=mine),
         "Coordinator.Lease": LeaseRequest(header=mine, wanted=2, number=5),
+        "Coordinator.Gate": GateRequest(header=mine, cut=1),
         "Coordinator.CloseSplit": CloseSplitRequest(header=mine, work=TRAIN, split=0, samples=100),
         "Coordinator.Release": ReleaseRequest(header=mine, splits=[1]),
         "Coordinator.Leave": LeaveRequest(header=mine),
         "Coordinator.Status": StatusRequest(),
         "Coordinator.Describe": DescribeRequest(),
+        "Coordinator.Checkpoint": CheckpointRequest(),
         "Coordinator.Stop": StopRequest(reason="enough"),
     }
     assert set(requests) == {name for name in METHODS if name.startswith("Coordinator.")}

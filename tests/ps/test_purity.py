@@ -18,6 +18,7 @@ from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableS
 from oarlock.proto.arrays import unpack
 from oarlock.proto.bulk import inlined
 from oarlock.proto.shard_pb2 import PushRequest
+from oarlock.ps import view
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMAL = Initializer("normal", 0.1)
@@ -47,7 +48,7 @@ def message_of(job, split, group, table, keys, value):
 
 def user_blocks(job):
     numbers = [*range(4), job.layout.dense_base]
-    images = [rig.image_of(job.shards[0], n) for n in numbers]
+    images = [view.image_of(job.shards[0], n) for n in numbers]
     return [(i.keys.tobytes(), i.weights.tobytes(), i.state.tobytes(), i.marks, i.seq) for i in images]
 
 
