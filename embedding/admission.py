@@ -28,6 +28,7 @@ from oarlock.embedding.descriptor import (
     PENDING_KEYS,
     ROWS,
     SKETCH,
+    STAMP,
 )
 from oarlock.embedding.hashing import GOLDEN, key_mix, mix64
 from oarlock.embedding.index import PENDING, VALUE, find, home, insert
@@ -150,6 +151,7 @@ def admit(
     """Create the rows of those absent keys at to end - 1 that are admitted, and fill in where they are; return how many."""
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
+    stamp: Int = load_i64(descriptor, STAMP)
     created = 0
     for i in range(at, end):
         if load_i64(scratch.rows, i) != ABSENT:
@@ -164,9 +166,9 @@ def admit(
             if word < PENDING:
                 # The same key came before in this request.
                 chunks: Int = load_i64(descriptor, CHUNKS)
-                store_i64(scratch.rows, i, weights_at(chunks, word, shape))
-                store_i64(scratch.sides, i, side_at(chunks, word, shape))
-                store_i64(scratch.undo, i, undo_at(chunks, word, shape))
+                store_i64(scratch.rows, i, weights_at(chunks, word & VALUE, shape))
+                store_i64(scratch.sides, i, side_at(chunks, word & VALUE, shape))
+                store_i64(scratch.undo, i, undo_at(chunks, word & VALUE, shape))
                 continue
             before = word & VALUE
         amount = np.int64(load_u32(request.occurrences, i)) if request.occurrences != 0 else np.int64(1)
@@ -175,10 +177,10 @@ def admit(
         if yes:
             slot = take_slot(descriptor, shape)
             if entry == 0:
-                insert(buckets, count, line, key, np.uint32(slot))
+                insert(buckets, count, line, key, np.uint32(slot | stamp))
                 store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) + 1)
             else:
-                store_u32(entry, 0, np.uint32(slot))
+                store_u32(entry, 0, np.uint32(slot | stamp))
                 store_i64(descriptor, PENDING_KEYS, load_i64(descriptor, PENDING_KEYS) - 1)
             row, side, undo = create(descriptor, shape, first, key, slot, scratch.values)
             store_i64(scratch.rows, i, row)
@@ -191,7 +193,7 @@ def admit(
                 store_u32(side + 4 * shape.state_columns, shape.version, first_version(descriptor, shape))
             created += 1
         elif rules.kind == BY_COUNT:
-            waits = np.uint32(PENDING | total)
+            waits = np.uint32(PENDING | total | stamp)
             if entry == 0:
                 insert(buckets, count, line, key, waits)
                 store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) + 1)

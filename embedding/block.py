@@ -22,16 +22,19 @@ from oarlock.embedding.descriptor import (
     SKETCH,
     SLOT_ROOM,
 )
-from oarlock.embedding.index import GROWTH, entries_of, rehash
+from oarlock.embedding.index import GROWTH, VALUE, entries_of, rehash
 from oarlock.embedding.lock import reopen, shut
 from oarlock.embedding.memory import Arena, IndexMemory, touch
 from oarlock.embedding.pointer import LINE, address_of
+from oarlock.embedding.saved import Saved
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import Layout, chunk_bytes, chunk_rows
+from oarlock.embedding.stamps import Track
 from oarlock.embedding.tombstones import Tombstones
 from oarlock.proto.errors import OutOfMemory
 
 FIRST_BUCKETS = 4
+MOST_SLOTS = VALUE + 1
 
 
 class Block:
@@ -60,6 +63,8 @@ class Block:
         if sketch is not None:
             self.descriptor[SKETCH] = sketch.address
         self.tombstones = Tombstones()
+        self.track = Track()
+        self.saved: Saved | None = None
 
     @property
     def rows(self) -> int:
@@ -70,7 +75,8 @@ class Block:
         """Return the bytes allocated, including those not yet used."""
         index = int(self.descriptor[COUNT]) * LINE
         sketch = self.sketch.nbytes if self.sketch is not None else 0
-        return index + self._table.nbytes + sum(size for _, size in self._chunks) + sketch
+        saved = self.saved.nbytes if self.saved is not None else 0
+        return index + self._table.nbytes + sum(size for _, size in self._chunks) + sketch + saved
 
     def move_descriptor(self, line: NDArray[np.int64]) -> None:
         """Keep the descriptor in ``line`` from now on, where kernels look for it; the lock there stays."""
@@ -94,6 +100,8 @@ class Block:
         while free < rows:
             number = len(self._chunks)
             count = chunk_rows(self._shape, number)
+            if have + count > MOST_SLOTS:
+                raise OutOfMemory(f"a block holds {have} rows, and no more fit: give the table more blocks")
             size = chunk_bytes(self._shape, count)
             if number == self._table.shape[0]:
                 self._lengthen()

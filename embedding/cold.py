@@ -37,7 +37,7 @@ from oarlock.embedding.cold_kernels import (
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ROWS, SPILLED_ROWS
 from oarlock.embedding.hashing import blocks_of
-from oarlock.embedding.index import PLACES, RECORD, SPILLED
+from oarlock.embedding.index import PLACES, RECORD, SPILLED, records_of
 from oarlock.embedding.pointer import address_of
 from oarlock.embedding.spill_file import SpillFile
 from oarlock.proto.errors import CorruptCheckpoint, OutOfMemory, PSError
@@ -90,13 +90,13 @@ class ColdRows:
 
         The rows come back into memory: in training, a push of the same keys follows.
         """
-        content = self._read_of(keys, records)
+        content = self.read_of(keys, records)
         decode_records(content, self._shape, where, address_of(out))
         # The answer is whole: no memory for its rows, or a block that has just gone, does not matter to it.
         with contextlib.suppress(PSError):
             self._take_back(keys, records, content)
 
-    def _read_of(self, keys: Keys, records: Records) -> NDArray[np.uint8]:
+    def read_of(self, keys: Keys, records: Records) -> NDArray[np.uint8]:
         """Return the records, each of which must be that of its key."""
         content = self._read(records)
         wrong = np.flatnonzero(np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(len(keys)) != keys)
@@ -126,7 +126,7 @@ class ColdRows:
             found = list_cold(store.base, store.salt, grouped, keys, records)
             if found == 0:
                 return
-            self._take_back(keys[:found], records[:found], self._read_of(keys[:found], records[:found]))
+            self._take_back(keys[:found], records[:found], self.read_of(keys[:found], records[:found]))
         finally:
             self.unpin(token)
 
@@ -264,7 +264,7 @@ class ColdRows:
 
     def with_cold(self, rows: BlockRows, words: NDArray[np.uint32]) -> BlockRows:
         """Return a block's rows with those behind them whose index words: uint32[m] say that they are in the file."""
-        content = self._read((words[words >= SPILLED] - np.uint32(SPILLED)).astype(np.int64))
+        content = self._read(records_of(words[words >= SPILLED]))
         shape, n = self._shape, len(content)
         keys = np.ascontiguousarray(content[:, :8]).view(np.uint64).reshape(n)
         weights = np.empty((n, shape.dim), np.float32)

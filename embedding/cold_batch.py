@@ -29,13 +29,19 @@ from oarlock.embedding.descriptor import (
     VERSION,
 )
 from oarlock.embedding.hashing import block_of_mix, key_mix
-from oarlock.embedding.index import PENDING, SPILLED, find, home
+from oarlock.embedding.index import PENDING, SPILLED, VALUE, filed, find, home, record_of
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, enter_mutex, leave, leave_mutex, reopen, shut
 from oarlock.embedding.pointer import Int, address_in, load_i64, load_u32, load_u64, prefetch, store_i64, store_u32
 from oarlock.embedding.slab import Layout
 
 AHEAD = 16  # keys whose buckets are asked for before they are looked up
+
+
+@jit
+def names(word: Int, record: Int) -> bool:
+    """Tell whether a word says that its row is in the file, as ``record``."""
+    return bool(word >= SPILLED and record_of(word) == record)
 
 
 @jit
@@ -66,7 +72,7 @@ def list_cold(
                 entry = find(buckets, count, home(buckets, count, key_mix(salt, key)), key)
                 if entry != 0 and np.int64(load_u32(entry, 0)) >= SPILLED:
                     keys[found] = key
-                    records[found] = np.int64(load_u32(entry, 0)) - SPILLED
+                    records[found] = record_of(np.int64(load_u32(entry, 0)))
                     found += 1
             leave(descriptor)
         at = end
@@ -121,7 +127,7 @@ def take_back(
                 if block_of_mix(later, bits) == block:
                     prefetch(home(buckets, count, later))
             entry = find(buckets, count, home(buckets, count, mix), keys[i]) if buckets != 0 else np.int64(0)
-            if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + records[i]:
+            if entry != 0 and names(np.int64(load_u32(entry, 0)), records[i]):
                 if (
                     load_i64(descriptor, NEXT) == load_i64(descriptor, SLOT_ROOM)
                     and load_i64(descriptor, FREE_ROWS) == 0
@@ -209,8 +215,8 @@ def name_records(
             for i in range(at, at + n):
                 word = np.int64(load_u32(entries[i], 0))
                 if word < PENDING:
-                    give_slot(descriptor, shape, word)
-                    store_u32(entries[i], 0, np.uint32(SPILLED | records[i]))
+                    give_slot(descriptor, shape, word & VALUE)
+                    store_u32(entries[i], 0, filed(word, records[i]))
                     named += 1
                 else:
                     kept[i] = 1
@@ -241,8 +247,8 @@ def renumber(
         buckets: Int = load_i64(descriptor, BUCKETS)
         if buckets != 0:
             entry = find(buckets, load_i64(descriptor, COUNT), home(buckets, load_i64(descriptor, COUNT), mix), keys[i])
-            if entry != 0 and np.int64(load_u32(entry, 0)) == SPILLED + old[i]:
+            if entry != 0 and names(np.int64(load_u32(entry, 0)), old[i]):
                 # Both records say the same, so a pull may read either.
-                store_u32(entry, 0, np.uint32(SPILLED | new[i]))
+                store_u32(entry, 0, filed(np.int64(load_u32(entry, 0)), new[i]))
                 adopted[i] = 1
         leave_mutex(descriptor)

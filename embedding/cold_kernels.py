@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that move rows between a block's memory and records of the spill file (``embedding/cold.py``).
 
-Invariant: a record holds all of a row but its place; going out and coming back changes no bit of it. The caller holds the
+Invariant: a record holds all of a row but its place, its word keeps its stamp; going out and coming back changes no bit of
+them. The caller holds the
 block's mutex; where words of the index change, the block is shut.
 """
 
@@ -12,7 +13,23 @@ from oarlock.embedding.admission import give_slot, take_slot
 from oarlock.embedding.content import read_row
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, HAND_OF_HEAT
 from oarlock.embedding.hashing import key_mix
-from oarlock.embedding.index import HEAT, PENDING, PLACES, SPILLED, USED, WORDS, cool, find, home, line_of, place_of
+from oarlock.embedding.index import (
+    HEAT,
+    PENDING,
+    PLACES,
+    SPILLED,
+    USED,
+    VALUE,
+    WORDS,
+    cool,
+    filed,
+    find,
+    home,
+    line_of,
+    place_of,
+    placed,
+    record_of,
+)
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import (
     LINE,
@@ -67,10 +84,10 @@ def pack_rows(descriptor: Int, shape: Layout, entries: NDArray[np.int64], out: N
     n = entries.shape[0]
     for i in range(n):
         if i + AHEAD < n:
-            row, side = row_at(chunks, np.int64(load_u32(entries[i + AHEAD], 0)), shape)
+            row, side = row_at(chunks, np.int64(load_u32(entries[i + AHEAD], 0)) & VALUE, shape)
             prefetch_bytes(row, shape.weight_bytes)
             prefetch(side)
-        slot = np.int64(load_u32(entries[i], 0))
+        slot = np.int64(load_u32(entries[i], 0)) & VALUE
         record = address_in(out, i * out.shape[1])
         store_u64(record, 0, load_u64(line_of(entries[i]), place_of(entries[i])))
         row, side = row_at(chunks, slot, shape)
@@ -82,8 +99,9 @@ def pack_rows(descriptor: Int, shape: Layout, entries: NDArray[np.int64], out: N
 def spill_entries(descriptor: Int, shape: Layout, entries: NDArray[np.int64], records: NDArray[np.int64]) -> None:
     """Let the words at entries: int64[n] name records instead of slots, and take the slots back."""
     for i in range(entries.shape[0]):
-        give_slot(descriptor, shape, np.int64(load_u32(entries[i], 0)))
-        store_u32(entries[i], 0, np.uint32(SPILLED | records[i]))
+        word = np.int64(load_u32(entries[i], 0))
+        give_slot(descriptor, shape, word & VALUE)
+        store_u32(entries[i], 0, filed(word, records[i]))
 
 
 @jit
@@ -103,7 +121,7 @@ def find_spilled(
         if entry == 0 or np.int64(load_u32(entry, 0)) < SPILLED:
             continue
         entries[found] = entry
-        records[found] = np.int64(load_u32(entry, 0)) - SPILLED
+        records[found] = record_of(np.int64(load_u32(entry, 0)))
         found += 1
     return found
 
@@ -120,7 +138,7 @@ def list_spilled(descriptor: Int, begin: int, end: int, entries: NDArray[np.int6
             word = np.int64(load_u32(line, WORDS + place))
             if used & (1 << place) != 0 and word >= SPILLED:
                 entries[found] = line + 4 * (WORDS + place)
-                records[found] = word - SPILLED
+                records[found] = record_of(word)
                 found += 1
     return found
 
@@ -132,7 +150,7 @@ def place_row(descriptor: Int, shape: Layout, entry: Int, record: Int, hot: bool
     row, side = row_at(load_i64(descriptor, CHUNKS), slot, shape)
     copy(row, record + 8, shape.weight_bytes)
     copy(side, record + 8 + shape.weight_bytes, 4 * (shape.state_columns + shape.counters))
-    store_u32(entry, 0, np.uint32(slot))
+    store_u32(entry, 0, placed(np.int64(load_u32(entry, 0)), slot))
     line = line_of(entry)
     for plane in range(2 if hot else 0):
         bits = np.int64(load_u8(line, HEAT + plane)) | (np.int64(1) << place_of(entry))

@@ -98,8 +98,8 @@ def export_rows(
     for i in range(keys.shape[0]):
         word = np.int64(words[i])
         if word < PENDING:
-            row = weights_at(chunks, word, shape)
-            side = side_at(chunks, word, shape)
+            row = weights_at(chunks, word & VALUE, shape)
+            side = side_at(chunks, word & VALUE, shape)
             read_row(row, side, shape, counted.shape[1], at, weights + 4 * at * shape.dim, state, counted)
             keys[i], keys[at] = keys[at], keys[i]
             words[i], words[at] = words[at], words[i]

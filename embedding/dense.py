@@ -11,11 +11,12 @@ while kernels run.
 
 import math
 import threading
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.dense_block import DenseBlock as DenseBlock
+from oarlock.embedding.dense_view import DenseLedger, DenseView
 from oarlock.embedding.initial import constants, first_dense, origin
 from oarlock.embedding.optimizers import optimizer_of
 from oarlock.embedding.pointer import address_of, kernel_array
@@ -37,17 +38,11 @@ def checked_rate(what: str, rate: float, step: int) -> float:
     return rate
 
 
-class DenseBlock(NamedTuple):
-    """A dense block's content: weights: float32[length], state: float32[state columns of that length]."""
-
-    weights: Values
-    state: Values
-
-
 class DenseParameter:
     """The values of ``spec`` in the adopted blocks. ``seed`` is the job's, in [0, 2^64).
 
-    ``lock`` and ``where`` int64[blocks], zeros: of the group that the parameter is in.
+    ``where`` int64[blocks], zeros, and ``ledger``, whose blocks from number ``first`` on they are: of the group that the
+    parameter is in.
     """
 
     def __init__(
@@ -55,8 +50,9 @@ class DenseParameter:
         spec: DenseSpec,
         *,
         seed: int,
-        lock: "threading.Lock | None" = None,
         where: NDArray[np.int64] | None = None,
+        ledger: DenseLedger | None = None,
+        first: int = 0,
     ) -> None:
         self.spec = spec
         self._optimizer = optimizer_of(spec.optimizer)
@@ -68,7 +64,10 @@ class DenseParameter:
         self.passes = passes(spec.optimizer)
         self._origin = origin(seed, f"dense/{spec.name}")  # no table's name holds a slash
         self._first = constants(spec.initializer)
-        self._lock = threading.Lock() if lock is None else lock
+        self._grouped = ledger is not None
+        self._ledger = DenseLedger(spec.blocks, threading.Lock()) if ledger is None else ledger
+        self._number = first
+        self._lock = self._ledger.lock
         self._blocks: dict[int, Values] = {}
         self._where = np.zeros(spec.blocks, np.int64) if where is None else where
 
@@ -103,6 +102,7 @@ class DenseParameter:
         self._in_range(block)
         with self._lock:
             self._stored(block)
+            self._ledger.forget(self._number + block)
             self._where[block] = 0
             del self._blocks[block]
 
@@ -137,6 +137,7 @@ class DenseParameter:
         with self._lock:
             row = self._stored(block)
             if not bad:
+                self._ledger.before_change(np.array([self._number + block], np.int64))
                 self._update(row, length, line, rate, step)
         return not bad
 
@@ -157,7 +158,22 @@ class DenseParameter:
         with self._lock:
             self._store(block, fresh)
 
+    def begin_view(self, number: int) -> DenseView:
+        """Begin view ``number`` of all stored blocks (``embedding/dense_view.py``); not of a parameter in a group."""
+        self._alone()
+        return self._ledger.begin_view(number)
+
+    def commit_view(self, number: int) -> bool:
+        """Let changes count from view ``number``, which is on disk; False, and nothing is done, if another one began later."""
+        self._alone()
+        return self._ledger.commit_view(number)
+
+    def _alone(self) -> None:
+        if self._grouped:
+            raise InvalidArgument(f"dense {self.spec.name} is in a group: views are begun and committed by that")
+
     def _store(self, block: int, row: Values) -> None:
+        self._ledger.store(self._number + block, row, self.length(block))
         self._where[block] = address_of(row)
         self._blocks[block] = row
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.dense import DenseParameter, checked_rate
+from oarlock.embedding.dense_view import DenseLedger, DenseView
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, address_in, address_of, copy, kernel_array
 from oarlock.embedding.refusal import limit_bits, poisonous
@@ -98,6 +99,7 @@ class DenseGroup:
     def __init__(self, specs: Sequence[DenseSpec], *, seed: int) -> None:
         self._lock = threading.Lock()
         blocks = sum(spec.blocks for spec in specs)
+        self._ledger = DenseLedger(blocks, self._lock)
         self._known = np.zeros((COLUMNS, blocks), np.int64)
         self.parameters: list[DenseParameter] = []
         # By block: which of the schedules, which are few, it follows.
@@ -106,7 +108,7 @@ class DenseGroup:
         at = 0
         for spec in specs:
             mine = slice(at, at + spec.blocks)
-            parameter = DenseParameter(spec, seed=seed, lock=self._lock, where=self._known[WHERE, mine])
+            parameter = DenseParameter(spec, seed=seed, where=self._known[WHERE, mine], ledger=self._ledger, first=at)
             self._known[LENGTH, mine] = [parameter.length(block) for block in range(spec.blocks)]
             self._known[UPDATE, mine] = parameter.update
             self._known[PASSES, mine] = parameter.passes
@@ -148,9 +150,18 @@ class DenseGroup:
         scratch = np.empty(self._scratch, np.float32)
         at = address_of(values)
         with self._lock:
+            self._ledger.before_change(blocks)
             missing = push_blocks(blocks, starts, self._known, at, rates, step, limit_bits(), scratch, refused)
             self._found(blocks, missing)
         return refused
+
+    def begin_view(self, number: int) -> DenseView:
+        """Begin view ``number`` of all stored blocks, by their numbers, and end an older one (``embedding/dense_view.py``)."""
+        return self._ledger.begin_view(number)
+
+    def commit_view(self, number: int) -> bool:
+        """Let changes count from view ``number``, which is on disk; False, and nothing is done, if another one began later."""
+        return self._ledger.commit_view(number)
 
     def _found(self, blocks: Numbers, missing: int) -> None:
         if missing >= 0:

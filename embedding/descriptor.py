@@ -10,6 +10,13 @@ BUCKETS = 8  # address of the index; 0: the block is not stored here
 COUNT = 9  # buckets
 CHUNKS = 10  # address of the chunk table
 
+# Of views (``embedding/view_kernels.py``).
+STAMP = 11  # the stamp that changes leave in words of the index, where it stands there
+SAVING = 12  # 1: what changes is saved first, for a view that is not read yet
+SAVED = 13  # where the next key is saved
+SAVED_ROOM = 14  # how many more can be
+SKETCH_SAVED = 15  # 1: the sketch is saved, or there is none
+
 ENTRIES = 16  # keys in the index
 ENTRY_ROOM = 17  # keys that fit before it must grow
 ROWS = 18  # rows in memory

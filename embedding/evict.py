@@ -2,7 +2,8 @@
 """Eviction: which rows leave a block, decided row by row.
 
 Invariant: a decision is a pure function of the row, the tick and the rules; rows leave with their index entry and their slot
-in one step. Kernels are called with the block shut; a sweep looks at a bounded number of buckets.
+in one step. Kernels are called with the block shut and room for what a view needs; a sweep looks at a bounded number of
+buckets.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.admission import give_slot
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, ENTRIES
-from oarlock.embedding.index import PENDING, PLACES, USED, WORDS, erase
+from oarlock.embedding.index import PENDING, PLACES, USED, VALUE, WORDS, erase
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import (
     LINE,
@@ -29,6 +30,7 @@ from oarlock.embedding.pointer import (
 from oarlock.embedding.precision import decode_row
 from oarlock.embedding.slab import Layout, side_at, weights_at
 from oarlock.embedding.versions import note_left
+from oarlock.embedding.view_kernels import mark_changed
 
 
 class Sweep(NamedTuple):
@@ -96,13 +98,18 @@ def sweep_buckets(
             word = np.int64(load_u32(line, WORDS + place))
             if used & (1 << place) == 0 or word >= PENDING:
                 continue
-            counters = side_at(chunks, word, shape) + 4 * shape.state_columns
-            if leaves(weights_at(chunks, word, shape), counters, shape, rules, tick, values):
+            entry = line + 4 * (WORDS + place)
+            slot = word & VALUE
+            counters = side_at(chunks, slot, shape) + 4 * shape.state_columns
+            if rules.score > 0:  # it decays, whether it leaves or not
+                mark_changed(descriptor, shape, entry)
+            if leaves(weights_at(chunks, slot, shape), counters, shape, rules, tick, values):
+                mark_changed(descriptor, shape, entry)
                 gone[left] = load_u64(line, place)
                 left += 1
                 note_left(descriptor, shape, counters)
-                erase(line + 4 * (WORDS + place))
-                give_slot(descriptor, shape, word)
+                erase(entry)
+                give_slot(descriptor, shape, slot)
     store_i64(descriptor, ENTRIES, load_i64(descriptor, ENTRIES) - left)
     return left
 
@@ -126,14 +133,14 @@ def list_counter(
         for place in range(PLACES):
             word = np.int64(load_u32(line, WORDS + place))
             if used & (1 << place) != 0 and word < PENDING:
-                side = side_at(chunks, word, shape)
+                side = side_at(chunks, word & VALUE, shape)
                 prefetch(side)
                 keys[found] = load_u64(line, place)
                 entries[found] = line + 4 * (WORDS + place)
                 found += 1
     for i in range(found):
         word = np.int64(load_u32(entries[i], 0))
-        values[i] = load_u32(side_at(chunks, word, shape), shape.state_columns + column)
+        values[i] = load_u32(side_at(chunks, word & VALUE, shape), shape.state_columns + column)
     return found
 
 
@@ -141,7 +148,8 @@ def list_counter(
 def evict_entries(descriptor: Int, shape: Layout, entries: NDArray[np.int64]) -> None:
     """Evict the rows whose index words lie at entries: int64[n]."""
     for i in range(entries.shape[0]):
-        slot = np.int64(load_u32(entries[i], 0))
+        mark_changed(descriptor, shape, entries[i])
+        slot = np.int64(load_u32(entries[i], 0)) & VALUE
         note_left(descriptor, shape, side_at(load_i64(descriptor, CHUNKS), slot, shape) + 4 * shape.state_columns)
         erase(entries[i])
         give_slot(descriptor, shape, slot)

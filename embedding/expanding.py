@@ -15,7 +15,6 @@ meanwhile, and may read a row's first part after and its other parts before a ch
 """
 
 import threading
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,57 +22,13 @@ from numpy.typing import NDArray
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.expanding_content import cut, joined
 from oarlock.embedding.expanding_kernels import join, judge, leave_too, pack
+from oarlock.embedding.expanding_parts import Narrow, Wide
+from oarlock.embedding.expanding_view import ExpandingView
 from oarlock.embedding.newer import Newer
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
-from oarlock.embedding.precision import PRECISIONS
-from oarlock.embedding.slab import layout
-from oarlock.embedding.spec import Guard, TableSpec
-from oarlock.embedding.store import keeps
-from oarlock.embedding.table import NO_CLICKS, NO_OCCURRENCES, Groups, Keys, PushCounts, Table, Values
+from oarlock.embedding.spec import TableSpec
+from oarlock.embedding.table import NO_CLICKS, NO_OCCURRENCES, Groups, Keys, PushCounts, Values
 from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, PSError
-
-
-class Narrow(Table):
-    """The first parts, which count what a score is made of. ``gone``: keys that left since it was emptied last."""
-
-    def __init__(self, spec: TableSpec, *, seed: int) -> None:
-        first = spec.parts[0]
-        super().__init__(replace(spec, dim=first.width, parts=(first,), expand_score=0.0), seed=seed)
-        self.layout = layout(first.width, self.layout.state_columns, PRECISIONS.index(spec.dtype), keeps(spec))
-        self.counters = self.layout.counters
-        self.gone: list[Keys] = []
-
-    def _bury(self, block: int, keys: Keys) -> None:
-        super()._bury(block, keys)
-        self.gone.append(keys)
-
-
-class Wide(Table):
-    """The other parts, whose first values are those of their columns in the whole row."""
-
-    def __init__(self, spec: TableSpec, *, seed: int) -> None:
-        begin = spec.parts[0].width
-        super().__init__(
-            TableSpec(
-                spec.name,
-                spec.dim - begin,
-                blocks=spec.blocks,
-                dtype=spec.dtype,
-                parts=spec.parts[1:],
-                absent="zeros",
-                guard=Guard(limit=spec.guard.limit, sample=0),
-            ),
-            seed=seed,
-        )
-        self._ends += begin
-        self.first = self.first._replace(begin=begin)
-
-    @property
-    def beginning(self) -> NDArray[np.float32]:
-        """Return the state: float32[columns] of a row that is not there, as contents carry it."""
-        out: NDArray[np.float32] = np.zeros(self.state_columns, np.float32)
-        out[: len(self._state)] = self._state
-        return out
 
 
 class ExpandingTable:
@@ -143,6 +98,16 @@ class ExpandingTable:
     def version(self, block: int) -> int:
         """Return how many operations changed a stored block."""
         return self.narrow.version(block)
+
+    def begin_view(self, number: int) -> ExpandingView:
+        """Begin view ``number`` of all stored blocks, as ``Table.begin_view``."""
+        with self._changing:
+            return ExpandingView(self.narrow.begin_view(number), self.wide.begin_view(number), self.wide.beginning)
+
+    def commit_view(self, number: int) -> bool:
+        """Let changes count from view ``number``, as ``Table.commit_view``."""
+        with self._changing:
+            return self.narrow.commit_view(number) and self.wide.commit_view(number)
 
     # Requests
 
@@ -292,9 +257,11 @@ class ExpandingTable:
         with self._changing:
             self.narrow.gone.clear()
             done = self.narrow.sweep(block, tick=tick, buckets=buckets)
-            with self.wide.holding(block) as descriptor, self.wide.shut(block):
-                for keys in self.narrow.gone:
-                    leave_too(descriptor, self.salt, self.wide.layout, keys)
+            with self.wide.holding(block) as descriptor:
+                self.wide.room_to_save(block, sum(map(len, self.narrow.gone)))
+                with self.wide.shut(block):
+                    for keys in self.narrow.gone:
+                        leave_too(descriptor, self.salt, self.wide.layout, keys)
             return done
 
     def tombstones(self, block: int, *, since: int = 0) -> tuple[Keys, NDArray[np.int64]] | None:

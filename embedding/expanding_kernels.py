@@ -23,12 +23,13 @@ from oarlock.embedding.descriptor import (
     SLOT_ROOM,
 )
 from oarlock.embedding.hashing import key_mix
-from oarlock.embedding.index import PENDING, erase, find, home
+from oarlock.embedding.index import PENDING, VALUE, erase, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, load_f32, load_i64, load_u32, prefetch, store_f32, store_i64, store_u32
 from oarlock.embedding.refusal import poisonous
 from oarlock.embedding.request import ABSENT
 from oarlock.embedding.slab import Layout, side_at
+from oarlock.embedding.view_kernels import mark_changed
 
 # What a push does to a key's vector.
 NOT = 0
@@ -119,7 +120,7 @@ def judge(
             if entry != 0:
                 word = np.int64(load_u32(entry, 0))
                 if word < PENDING:
-                    side = side_at(chunks, word, shape)
+                    side = side_at(chunks, word & VALUE, shape)
                     prefetch(side + 4 * (shape.state_columns + shape.shows))
             sides[i] = side
         other = wide + np.int64(blocks[group]) * DESCRIPTOR_BYTES
@@ -232,14 +233,16 @@ def join(out: Int, n: int, dim: int, width: int, first_part: Int) -> None:
 
 @jit
 def leave_too(descriptor: Int, salt: np.uint64, shape: Layout, keys: NDArray[np.uint64]) -> int:
-    """Evict the rows of keys: uint64[n] from a block that is held and shut; return how many there were."""
+    """Evict the rows of keys: uint64[n] from a block that is held and shut, with room for what a view needs;
+    return how many there were."""
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
     left = 0
     for i in range(keys.shape[0]):
         entry = find(buckets, count, home(buckets, count, key_mix(salt, keys[i])), keys[i])
         if entry != 0:
-            slot = np.int64(load_u32(entry, 0))
+            mark_changed(descriptor, shape, entry)
+            slot = np.int64(load_u32(entry, 0)) & VALUE
             erase(entry)
             give_slot(descriptor, shape, slot)
             left += 1

@@ -72,7 +72,7 @@ def explain_row(table: "Upkeep", key: int, tick: int | None) -> dict[str, Any]:
             word = int(find_word(int(words[BUCKETS]), int(words[COUNT]), table.salt, np.uint64(key)))
         present = 0 <= word < PENDING
         if present:
-            read_slot(int(words[CHUNKS]), word, shape, address_of(weights), state, counters)
+            read_slot(int(words[CHUNKS]), word & VALUE, shape, address_of(weights), state, counters)
         sketch = table.blocks[block].sketch
     out["present"] = present
     if not present:
@@ -89,7 +89,7 @@ def explain_row(table: "Upkeep", key: int, tick: int | None) -> dict[str, Any]:
     out["weights"] = weights.tolist()
     out["norm"] = float(np.sqrt(np.square(weights, dtype=np.float64).sum()))
     if present:
-        out |= _row(table, word, state[0], counters[0], tick)
+        out |= _row(table, word & VALUE, state[0], counters[0], tick)
     return out
 
 

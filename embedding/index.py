@@ -3,7 +3,9 @@
 
     bucket (64 bytes):  key 0 .. key 4 (uint64) | word 0 .. word 4 (uint32) | used | away | heat 0 | heat 1
 
-    word    slot of the row, or PENDING + occurrences of a key not yet admitted, or SPILLED + record of a row in the file
+    word    stamp (bits 27 to 29), and with it: slot of the row, or PENDING + occurrences of a key not yet admitted, or SPILLED
+            + record of a row in the file, whose highest bit is in the place of PENDING
+    stamp   when the key last changed (``embedding/view_kernels.py``); it goes with the key wherever its row lies
     used    bit i: place i holds a key, so every 64-bit key is an ordinary key
     away    bit i, 0 to 6: a key that belongs here lies in the bucket 1 + i behind this one; bit 7: one lies farther behind
     heat    bits 0 to 4, two for each place, for tables that spill: how often it was asked for lately
@@ -50,8 +52,12 @@ _ANYWHERE = 7
 
 PENDING = 1 << 30
 SPILLED = 1 << 31
-VALUE = PENDING - 1  # the bits of a word beside PENDING and SPILLED; a record's number may use PENDING's bit too
-RECORD = SPILLED - 1
+STAMP_BIT = 27
+STAMPS = 7 << STAMP_BIT
+VALUE = (1 << STAMP_BIT) - 1  # the bits of a slot, or of a count
+_MORE = 1 << STAMP_BIT  # one more bit of a record's number, _LIFT places further up in its word
+_LIFT = 3
+RECORD = VALUE | _MORE
 
 # Of 100 places at most so many are used, and growth is to so many hundredths of what is there: a bucket overflows
 # seldom enough for searches to end in the first one, and 64 / 5 bytes of a place stay below 18.4 a key.
@@ -65,6 +71,31 @@ _LOW = np.uint64(0xFFFFFFFF)
 def entries_of(buckets: int) -> int:
     """Return how many keys ``buckets`` buckets may hold before they grow."""
     return buckets * PLACES * LOAD // 100
+
+
+@jit
+def record_of(word: Int) -> Int:
+    """Return the record that a word with SPILLED names."""
+    return (word & VALUE) | ((word >> _LIFT) & _MORE)
+
+
+def records_of(words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return the records: int64[n] that words: uint32[n] with SPILLED name."""
+    long = words.astype(np.int64)
+    out: NDArray[np.int64] = (long & VALUE) | ((long >> _LIFT) & _MORE)
+    return out
+
+
+@jit
+def filed(word: Int, record: Int) -> np.uint32:
+    """Return the word of a row that is in the file as ``record`` from now on; its stamp is that of ``word``."""
+    return np.uint32(SPILLED | (word & STAMPS) | (record & VALUE) | ((record & _MORE) << _LIFT))
+
+
+@jit
+def placed(word: Int, slot: Int) -> np.uint32:
+    """Return the word of a row that is in ``slot`` from now on; its stamp is that of ``word``."""
+    return np.uint32((word & STAMPS) | slot)
 
 
 @jit

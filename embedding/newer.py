@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.aim import FAR, RING, STAGE, Grouped, addresses, aim, ask, in_ring, lap_end, renew, start_aiming
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES, NEXT
-from oarlock.embedding.index import PENDING, SPILLED, ask_away, find, peek, warm
+from oarlock.embedding.index import PENDING, SPILLED, VALUE, ask_away, find, peek, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
 from oarlock.embedding.pointer import (
@@ -91,7 +91,7 @@ def look_versions(
         entry, hit = peek(load_i64(hints, i), load_u64(first, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
-        place = side_at(chunks, min(word, last), shape) + offset
+        place = side_at(chunks, min(word & VALUE, last), shape) + offset
         store_i64(places, i, place)
         prefetch(place)
         store_i64(late, odd, begin + i)
@@ -129,7 +129,7 @@ def judge(
         if entry != 0:
             word = np.int64(load_u32(entry, 0))
             if word < PENDING:
-                place = side_at(chunks, word, shape) + offset
+                place = side_at(chunks, word & VALUE, shape) + offset
             elif word >= SPILLED:
                 place = np.int64(IN_FILE)
             if heated:

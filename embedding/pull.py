@@ -31,7 +31,7 @@ from oarlock.embedding.aim import (
     start_aiming,
 )
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT, DESCRIPTOR_BYTES, NEXT
-from oarlock.embedding.index import PENDING, SPILLED, ask_away, find, next_line, peek, warm
+from oarlock.embedding.index import PENDING, SPILLED, VALUE, ask_away, find, next_line, peek, record_of, warm
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter, leave, try_enter
 from oarlock.embedding.pointer import (
@@ -173,7 +173,7 @@ def look_stage(
         entry, hit = peek(load_i64(hints, i), load_u64(first, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
-        row = weights_at(chunks, min(word, last), shape)
+        row = weights_at(chunks, min(word & VALUE, last), shape)
         store_i64(rows, i, row)
         prefetch(row)
         store_i64(late, odd, begin + i)
@@ -210,13 +210,13 @@ def look_late(
         if entry != 0:
             word = np.int64(load_u32(entry, 0))
             if word < PENDING:
-                row = weights_at(chunks, word, shape)
+                row = weights_at(chunks, word & VALUE, shape)
                 prefetch_bytes(row, shape.weight_bytes)
                 present += 1
             elif word >= SPILLED:
                 row = np.int64(IN_FILE)
                 store_i64(scratch.cold, in_file, i)
-                store_i64(scratch.records, in_file, word - SPILLED)
+                store_i64(scratch.records, in_file, record_of(word))
                 in_file += 1
             if heated:
                 warm(entry)

@@ -2,12 +2,14 @@
 """The push kernel: a request's gradients, block by block.
 
     look     find each row and ask for it; refuse gradients that would poison it; count what is absent
+    mark     stamp the words of keys that change; save them first if a view needs them (``embedding/view_kernels.py``)
     admit    (only if keys are absent) create rows, or count keys that are not admitted yet
     note     (only if the table keeps them) counters, and old values for the undo ring
     update   the optimizer, called by address for all rows of the block at once
 
-Invariant: a block changes only after its ``look`` found everything that is needed: room for every absent key, and no row in
-the spill file. Otherwise the kernel stops before this block, with the blocks before it done, and is called again from there.
+Invariant: a block changes only after its ``look`` found everything that is needed: room for every absent key and for
+what a view needs, and no row in the spill file. Otherwise the kernel stops before this block, with the blocks before it
+done, and is called again from there.
 Results are a pure function of (block, request), whatever the split into requests. One block is held at a time.
 """
 
@@ -28,25 +30,23 @@ from oarlock.embedding.descriptor import (
     FREE_ROWS,
     NEXT,
     SLOT_ROOM,
+    STAMP,
     VERSION,
 )
-from oarlock.embedding.index import PENDING, SPILLED, ask_away, find, peek, warm
+from oarlock.embedding.index import PENDING, SPILLED, STAMPS, VALUE, ask_away, find, peek, warm
 from oarlock.embedding.initial import stream
 from oarlock.embedding.jit import jit
 from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
+from oarlock.embedding.note import note
 from oarlock.embedding.pointer import (
     Int,
-    copy,
-    load_f32,
     load_f64,
     load_i64,
     load_u8,
     load_u32,
     load_u64,
-    store_f32,
     store_i64,
     store_u8,
-    store_u32,
     store_u64,
 )
 from oarlock.embedding.precision import FLOAT32, decode_row, encode_row, seed_of
@@ -54,7 +54,7 @@ from oarlock.embedding.refusal import poisonous
 from oarlock.embedding.regularise import update_rows
 from oarlock.embedding.request import ABSENT, REFUSED_ROW, UPDATE_ROWS, Request, Scratch
 from oarlock.embedding.slab import First, Layout, prefetch_bytes, row_at, undo_at
-from oarlock.embedding.versions import next_version
+from oarlock.embedding.view_kernels import cannot_save, mark_entries
 
 _RING = RING - 1
 
@@ -63,6 +63,7 @@ DONE = 0
 NO_ROOM = 1  # progress[NEED] more keys and rows must fit into the block
 IN_FILE = 2  # progress[NEED] keys, listed in ``cold``, must come back from the spill file
 NOT_STORED = 3
+NOT_SAVED = 4  # progress[NEED] keys must be saved for a view, or the sketch
 
 # Words of int64[WORDS] ``progress``: where the call begins and stopped, what it did.
 GROUP, POSITION, NEED, APPLIED, CREATED, REFUSED, WAITING = range(7)
@@ -99,11 +100,14 @@ def look(
     end: Int,
     scratch: Scratch,
     listed: Int,
-) -> tuple[Int, Int]:
+    stale: Int,
+) -> tuple[Int, Int, Int]:
     """Fill in rows, sides and undo of keys begin to end - 1; return how many are absent, and how many are in the file.
 
-    Those are listed in scratch.cold from place ``listed`` on.
+    Those are listed in scratch.cold from place ``listed`` on. Where the words lie of keys that change and have another
+    stamp than the block's is listed in scratch.stale, from place ``stale`` on; how many that are in all is returned, too.
     """
+    stamp: Int = load_i64(descriptor, STAMP)
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
     chunks: Int = load_i64(descriptor, CHUNKS)
@@ -117,7 +121,7 @@ def look(
         entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
         plain = hit & (word < PENDING)
-        slot = min(word, last)
+        slot = min(word & VALUE, last)
         row, side = row_at(chunks, slot, shape)
         prefetch_bytes(row, shape.weight_bytes)
         if side_bytes > 0:
@@ -129,6 +133,8 @@ def look(
             store_i64(scratch.undo, i, undo_at(chunks, slot, shape))
         store_i64(scratch.late, odd, i)
         odd += (not plain) & (not bad)
+        store_i64(scratch.stale, stale, entry)
+        stale += plain & (not bad) & (word & STAMPS != stamp)
         if rules.heated and plain:
             warm(entry)
     for k in range(odd):
@@ -141,14 +147,17 @@ def look(
         entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         if entry != 0:
             word = np.int64(load_u32(entry, 0))
+            if word < SPILLED and word & STAMPS != stamp:
+                store_i64(scratch.stale, stale, entry)
+                stale += 1
             if word < PENDING:
-                row, side = row_at(chunks, word, shape)
+                row, side = row_at(chunks, word & VALUE, shape)
                 prefetch_bytes(row, shape.weight_bytes)
                 if side_bytes > 0:
                     prefetch_bytes(side, side_bytes)
                 store_i64(scratch.sides, i, side)
                 if shape.undo > 0:
-                    store_i64(scratch.undo, i, undo_at(chunks, word, shape))
+                    store_i64(scratch.undo, i, undo_at(chunks, word & VALUE, shape))
                 if rules.heated:
                     warm(entry)
             elif word >= SPILLED:
@@ -156,7 +165,7 @@ def look(
                 in_file += 1
         store_i64(scratch.rows, i, row)
         absent += row == ABSENT
-    return absent, in_file
+    return absent, in_file, stale
 
 
 @jit
@@ -180,38 +189,6 @@ def settle(keys: Int, at: Int, end: Int, scratch: Scratch, outcome: Outcome) -> 
     store_i64(outcome.progress, REFUSED, refused)
     store_i64(outcome.progress, WAITING, waiting)
     store_i64(outcome.progress, APPLIED, applied)
-
-
-@jit
-def note(shape: Layout, request: Request, at: Int, end: Int, scratch: Scratch) -> None:
-    """Count occurrences, shows, clicks and versions, and keep the values that the update is about to change."""
-    for i in range(at, end):
-        row = load_i64(scratch.rows, i)
-        if row <= 0:
-            continue
-        side: Int = load_i64(scratch.sides, i)
-        counters = side + 4 * shape.state_columns
-        amount = load_u32(request.occurrences, i) if request.occurrences != 0 else np.uint32(1)
-        if shape.occurrences >= 0:
-            total = np.uint64(load_u32(counters, shape.occurrences)) + np.uint64(amount)
-            store_u32(counters, shape.occurrences, np.uint32(min(total, np.uint64(0xFFFFFFFF))))
-        if shape.shows >= 0:
-            store_f32(counters, shape.shows, load_f32(counters, shape.shows) + np.float32(amount))
-            if request.clicks != 0:
-                clicks = load_f32(counters, shape.shows + 1) + load_f32(request.clicks, i)
-                store_f32(counters, shape.shows + 1, clicks)
-        if shape.version >= 0:
-            store_u32(counters, shape.version, next_version(load_u32(counters, shape.version)))
-        if shape.undo > 0:
-            ring = np.int64(load_u32(counters, shape.recorded))
-            place = ring & 0xFFFF
-            old = load_i64(scratch.undo, i) + place * (shape.weight_bytes + 4 * shape.state_columns)
-            copy(old, row, shape.weight_bytes)
-            copy(old + shape.weight_bytes, side, 4 * shape.state_columns)
-            kept: Int = min((ring >> 16) + 1, shape.undo)
-            store_u32(counters, shape.recorded, np.uint32((kept << 16) | ((place + 1) % shape.undo)))
-        if shape.updated >= 0:
-            store_u32(counters, shape.updated, np.uint32(request.tick))
 
 
 @jit
@@ -300,15 +277,21 @@ def push_block(
     at: Int,
     end: Int,
     absent: Int,
+    stale: Int,
     scratch: Scratch,
     outcome: Outcome,
 ) -> int:
-    """Do what comes after ``look`` to keys at to end - 1; return DONE, or NO_ROOM before anything was changed."""
+    """Do what comes after ``look`` to keys at to end - 1; return DONE, or another code before anything was changed."""
+    if cannot_save(descriptor, stale, absent > 0):
+        store_i64(outcome.progress, NEED, stale)
+        return NOT_SAVED
     if absent > 0:
         slots = load_i64(descriptor, SLOT_ROOM) - load_i64(descriptor, NEXT) + load_i64(descriptor, FREE_ROWS)
         if load_i64(descriptor, ENTRIES) + absent > load_i64(descriptor, ENTRY_ROOM) or absent > slots:
             store_i64(outcome.progress, NEED, absent)
             return NO_ROOM
+    mark_entries(descriptor, shape, scratch.stale, stale)
+    if absent > 0:
         created = admit(descriptor, salt, shape, first, rules, keys, request, at, end, scratch)
         store_i64(outcome.progress, CREATED, load_i64(outcome.progress, CREATED) + created)
     settle(keys, at, end, scratch, outcome)
@@ -348,13 +331,14 @@ def push_rows(
         else:
             absent = np.int64(0)
             in_file = np.int64(0)
+            stale = np.int64(0)
             begin: Int = at
             while begin < end:
                 stop = min(begin + STAGE, end, lap_end(begin))
                 aim(descriptors, salt, grouped, scratch.cursor, min(grouped.n, stop + FAR), scratch.hints)
                 renew(descriptor, salt, grouped.keys, scratch.cursor, group, begin, stop, scratch.hints)
-                more, cold = look(
-                    descriptor, shape, rules, grouped.keys, request.gradients, begin, stop, scratch, in_file
+                more, cold, stale = look(
+                    descriptor, shape, rules, grouped.keys, request.gradients, begin, stop, scratch, in_file, stale
                 )
                 absent += more
                 in_file += cold
@@ -375,6 +359,7 @@ def push_rows(
                     at,
                     end,
                     absent,
+                    stale,
                     scratch,
                     outcome,
                 )

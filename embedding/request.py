@@ -37,7 +37,7 @@ class Request(NamedTuple):
 class Scratch(NamedTuple):
     """Addresses of scratch memory for a push of n keys.
 
-    cursor, hints, late as in ``embedding/aim.py``; rows, sides, undo, cold: int64[n]; values: float32 of one row and
+    cursor, hints, late as in ``embedding/aim.py``; rows, sides, undo, cold, stale: int64[n]; values: float32 of one row and
     UPDATE_ROWS more.
     """
 
@@ -48,6 +48,7 @@ class Scratch(NamedTuple):
     sides: int
     undo: int
     cold: int
+    stale: int
     values: int
 
 
@@ -69,13 +70,14 @@ class Workspace:
         if n <= self._room:
             return
         self._room = max(256, 1 << (n - 1).bit_length())
-        self._rows, self._sides, self._undo, self.cold, self.records = (
-            np.empty(self._room, np.int64) for _ in range(5)
+        self._rows, self._sides, self._undo, self.cold, self.records, self._stale = (
+            np.empty(self._room, np.int64) for _ in range(6)
         )
         self._later: NDArray[np.int64] = np.empty((self._room, 2), np.int64)
         cursor, hints, late = (address_of(a) for a in (self._cursor, self._hints, self._late))
-        rows, sides, undo, cold = (address_of(a) for a in (self._rows, self._sides, self._undo, self.cold))
-        self.push = Scratch(cursor, hints, late, rows, sides, undo, cold, address_of(self._values))
+        scratch = self._rows, self._sides, self._undo, self.cold, self._stale
+        rows, sides, undo, cold, stale = (address_of(a) for a in scratch)
+        self.push = Scratch(cursor, hints, late, rows, sides, undo, cold, stale, address_of(self._values))
         self.pull = PullScratch(
             cursor,
             hints,

@@ -36,6 +36,7 @@ from oarlock.embedding.push import (
     IN_FILE,
     NEED,
     NO_ROOM,
+    NOT_SAVED,
     PART_FIELDS,
     PASSES,
     REFUSED,
@@ -279,6 +280,8 @@ class Table(Upkeep):
                 try:
                     if code == NO_ROOM:
                         self._make_room(block, need)
+                    elif code == NOT_SAVED:
+                        self.room_to_push(blocks[group:], counts[group:], need)
                     elif code == IN_FILE and self._cold is not None and not looked:
                         # All that the request names at once. Mostly there is nothing: a pull of its keys came before.
                         self._cold.bring_back_request(addresses(keys, blocks, counts))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Undo: rows get back the values that they had before their last updates.
 
-Invariant: what the push kernel kept (``note`` in ``embedding/push.py``) comes back newest first; each kept value serves once.
-A row that changes back has changed: its version rises. Kernel only, with the block shut.
+Invariant: what the push kernel kept (``embedding/note.py``) comes back newest first; each kept value serves once.
+A row that changes back has changed: its version rises. Kernel only, with the block shut and
+room for what a view needs.
 """
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.descriptor import BUCKETS, CHUNKS, COUNT
 from oarlock.embedding.hashing import key_mix
-from oarlock.embedding.index import PENDING, find, home
+from oarlock.embedding.index import PENDING, VALUE, find, home
 from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import Int, copy, load_i64, load_u32, store_u32
 from oarlock.embedding.slab import Layout, side_at, undo_at, weights_at
 from oarlock.embedding.versions import next_version
+from oarlock.embedding.view_kernels import mark_changed
 
 
 @jit
@@ -31,9 +33,10 @@ def undo_rows(
         entry = find(buckets, count, home(buckets, count, key_mix(salt, keys[i])), keys[i])
         if entry == 0:
             continue
-        slot = np.int64(load_u32(entry, 0))
-        if slot >= PENDING:
+        word = np.int64(load_u32(entry, 0))
+        if word >= PENDING:
             continue
+        slot = word & VALUE
         side = side_at(chunks, slot, shape)
         recorded = side + 4 * (shape.state_columns + shape.recorded)
         ring = np.int64(load_u32(recorded, 0))
@@ -41,6 +44,7 @@ def undo_rows(
         place = ring & 0xFFFF
         back: Int = min(kept, steps)
         if back > 0:
+            mark_changed(descriptor, shape, entry)
             place = (place - back) % shape.undo
             old = undo_at(chunks, slot, shape) + place * size
             copy(weights_at(chunks, slot, shape), old, shape.weight_bytes)

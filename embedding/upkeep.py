@@ -21,14 +21,14 @@ from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.index import PLACES
 from oarlock.embedding.pointer import address_of, kernel_array
 from oarlock.embedding.spec import TableSpec
-from oarlock.embedding.store import Store
 from oarlock.embedding.undo import undo_rows
+from oarlock.embedding.viewed import Viewed
 from oarlock.proto.errors import InvalidArgument
 
 Keys = NDArray[np.uint64]
 
 
-class Upkeep(Store):
+class Upkeep(Viewed):
     """The stored blocks of a table with all that its policies do. ``evicted`` counts rows since it was made."""
 
     def __init__(self, spec: TableSpec, *, seed: int, spill_folder: Path | None = None) -> None:
@@ -61,6 +61,7 @@ class Upkeep(Store):
             )
             gone = np.empty((end - begin) * PLACES, np.uint64)
             values = np.empty(self.spec.dim, np.float32)
+            self.room_to_sweep(block, begin, end)
             with self.shut(block):
                 left = sweep_buckets(descriptor, self.layout, sweep, tick, begin, end, address_of(values), gone)
             wrapped = end == int(words[COUNT])
@@ -100,10 +101,12 @@ class Upkeep(Store):
         keys = kernel_array("keys", keys, np.uint64)
         done = np.zeros(len(keys), np.int32)
         for block, where in self._by_block(keys):
-            with self.holding(block) as descriptor, self.shut(block):
+            with self.holding(block) as descriptor:
                 if block in self.blocks:
+                    self.room_to_save(block, len(where))
                     part = np.zeros(len(where), np.int32)
-                    undo_rows(descriptor, self.salt, self.layout, keys[where], steps, part)
+                    with self.shut(block):
+                        undo_rows(descriptor, self.salt, self.layout, keys[where], steps, part)
                     done[where] = part
                     self.descriptors[block, VERSION] += int(part.any())
         return done
@@ -161,6 +164,7 @@ class Upkeep(Store):
         words = self.descriptors[block]
         recent = self.spec.eviction.order == "recent"
         column = self.layout.updated if recent else self.layout.occurrences
+        self.room_to_save(block, rows)
         with self.shut(block):
             gone = oldest(self.base + block * DESCRIPTOR_BYTES, int(words[ENTRIES]), self.layout, column, rows)
         self._bury(block, gone)

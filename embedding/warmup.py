@@ -65,6 +65,7 @@ def _use(spec: TableSpec) -> None:
     try:
         for block in range(spec.blocks):
             table.adopt(block)
+        view = table.begin_view(1)
         # New rows; others that make them cold; the first ones again; the others without a pull before, until the first are
         # cold once more.
         for begin, pulled in ((0, True), (200, True), (0, True), (200, False), *[(200, True)] * 3):
@@ -77,6 +78,10 @@ def _use(spec: TableSpec) -> None:
             if pulled:
                 table.pull(found.keys, found.blocks, found.counts, rows)
             table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
+            view.content(0)
+            table.commit_view(1)
+            view = table.begin_view(1)
+            view.changes(0)
         for key in (*range(0, 400, 40), 1 << 63):  # some of them are in a file
             table.explain(key)
         table.import_block(0, table.export_block(0))

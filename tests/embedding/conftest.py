@@ -13,6 +13,8 @@ for _name, _file in (
     ("table_reference", "table_reference.py"),
     ("expanding_rig", "expanding_rig.py"),
     ("compress_reference", "compress_reference.py"),
+    ("view_rig", "view_rig.py"),
+    ("table_machine", "test_table_machine.py"),
 ):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
     assert _spec is not None

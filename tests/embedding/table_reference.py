@@ -20,7 +20,7 @@ from oarlock.embedding.table import Table
 
 f = np.float32
 MOST = (1 << 32) - 1
-WAITING_MOST = (1 << 30) - 1
+WAITING_MOST = (1 << 27) - 1
 reference = sys.modules["embedding_reference"]
 optimizer_reference = sys.modules["optimizer_reference"]
 

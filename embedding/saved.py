@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of what a block's view needs and the block has no more: keys as they were, and the sketch.
+
+Invariant: what was saved never changes; it lives as long as somebody holds this object, or a part of it. Under the block's
+mutex, but for ``parts`` once they are taken.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.descriptor import SAVED, SAVED_ROOM
+from oarlock.embedding.memory import touch
+from oarlock.embedding.pointer import address_of
+
+LEAST = 64  # keys of a piece of memory
+PIECE_BYTES = 1 << 20  # pieces grow up to this
+
+if TYPE_CHECKING:
+    from oarlock.embedding.view import TableView
+
+Part = NDArray[np.uint8]
+
+
+class Saved:
+    """Keys saved for ``view``, as ``embedding/view_kernels.py`` does, ``pitch`` bytes each.
+
+    ``sketch``: the whole sketch as it was, None while it is unchanged: its first change costs a copy of it.
+    """
+
+    def __init__(self, view: "TableView", pitch: int) -> None:
+        self.view = view
+        self._pitch = pitch
+        self._pieces: list[Part] = []
+        self.sketch: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces) + len(self.sketch or b"")
+
+    def make_room(self, words: NDArray[np.int64], n: int) -> None:
+        """See to it that ``n`` more keys can be saved; ``words``: the block's descriptor."""
+        left = int(words[SAVED_ROOM])
+        if left >= n:
+            return
+        kept = sum(map(len, self._pieces)) - left
+        room = max(n, min(max(LEAST, kept), PIECE_BYTES // self._pitch))
+        piece = np.empty((room, self._pitch), np.uint8)
+        # The system gives a page when it is first written to: not while the block is shut.
+        touch(address_of(piece), piece.nbytes)
+        self._end_piece(left)
+        self._pieces.append(piece)
+        words[SAVED], words[SAVED_ROOM] = address_of(piece), room
+
+    def _end_piece(self, left: int) -> None:
+        if self._pieces:
+            self._pieces[-1] = self._pieces[-1][: len(self._pieces[-1]) - left]
+
+    def parts(self, words: NDArray[np.int64]) -> list[Part]:
+        """Return what is saved so far: uint8[n, pitch], in several parts."""
+        if not self._pieces:
+            return []
+        last = self._pieces[-1]
+        return [*self._pieces[:-1], last[: len(last) - int(words[SAVED_ROOM])]]
