@@ -14,8 +14,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from oarlock.checkpoint.format import FIRST, FORMAT, KINDS, check_count, unreadable
-from oarlock.checkpoint.frame import Identity, describe, open_frame, pack_frame, refuse_names, refuse_nulls
+from oarlock.checkpoint.format import KINDS, check_count, unreadable
+from oarlock.checkpoint.frame import (
+    Identity,
+    describe,
+    flat_values,
+    open_frame,
+    pack_frame,
+    refuse_names,
+    refuse_nulls,
+)
 from oarlock.embedding.spec import check_name
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument
 
@@ -101,8 +109,13 @@ class BlockImage:
         return len(self.keys) if self.kind == "rows" else int(self.weights.shape[1])
 
 
-def encode(image: BlockImage, *, check_finite: bool = True) -> pa.Buffer:
-    """Return the block's file, rows sorted by key; InvalidArgument names a duplicate key or a value not finite."""
+def encode(
+    image: BlockImage, *, after: int | None = None, compress: str | None = None, check_finite: bool = True
+) -> pa.Buffer:
+    """Return the block's file, rows sorted by key; InvalidArgument names a duplicate key or a value not finite.
+
+    ``after``: the image is an increment, to the cut at which the block had applied so many operations.
+    """
     keys, weights, state, counters = image.keys, image.weights, image.state, image.counters
     if image.kind == "rows" and np.any(keys[1:] <= keys[:-1]):
         order = np.argsort(keys)
@@ -110,22 +123,21 @@ def encode(image: BlockImage, *, check_finite: bool = True) -> pa.Buffer:
     problem = _first_problem(image.kind, keys, weights, state, check_finite)
     if problem:
         raise InvalidArgument(f"{image.where}: {problem}", name=image.name, block=image.block)
-    columns = [_lists(weights, pa.float32())]
+    arrays: list[NDArray[Any]] = [weights]
     if image.kind == "rows":
-        columns.insert(0, pa.array(np.ascontiguousarray(keys)))
-    if state.shape[1]:
-        columns.append(_lists(state, pa.float32()))
-    if counters.shape[1]:
-        columns.append(_lists(counters, pa.uint32()))
+        arrays.insert(0, keys)
+    arrays += [values for values in (state, counters) if values.shape[1]]
     schema = _schema(image.kind, weights.shape[1], state.shape[1], counters.shape[1])
     identity = Identity(image.kind, image.name, image.block, image.seq, image.marks)
-    # Whoever knows 1.0 only reads a file without counters.
-    return pack_frame(identity, FORMAT if counters.shape[1] else FIRST, schema, columns)
+    return pack_frame(identity, schema, arrays, after=after, compress=compress)
 
 
-def decode(data: Any, *, file: str = "block file", check_finite: bool = True) -> BlockImage:
-    """Return the block that a file's bytes hold. ``data`` is any buffer; errors name ``file``."""
-    version, identity, batch = open_frame(data, file, KINDS)
+def decode(data: Any, *, file: str = "block file", after: int | None = None, check_finite: bool = True) -> BlockImage:
+    """Return the block that a file's bytes hold, or with ``after`` the increment. ``data``: any buffer; errors name ``file``."""
+    version, identity, batch, found = open_frame(data, file, KINDS)
+    if found != after:
+        what = ["a whole block" if n is None else f"an increment to {n} operations" for n in (found, after)]
+        raise CorruptCheckpoint(f"{file}: it is {what[0]}, where {what[1]} is expected", file=file)
     try:
         image = BlockImage(*identity, *_columns(identity.kind, batch))
     except (InvalidArgument, ValueError) as error:
@@ -146,12 +158,6 @@ def _schema(kind: str, dim: int, width: int, counters: int) -> pa.Schema:
     if counters:
         fields.append(pa.field("counters", pa.list_(count, counters), nullable=False))
     return pa.schema(fields)
-
-
-def _lists(values: NDArray[Any], item: pa.DataType) -> pa.Array:
-    rows, width = values.shape
-    kind = pa.list_(pa.field("item", item, nullable=False), width)
-    return pa.Array.from_buffers(kind, rows, [None], children=[pa.array(np.ascontiguousarray(values).reshape(-1))])
 
 
 def _columns(
@@ -184,7 +190,7 @@ def _values(batch: pa.RecordBatch, name: str, rows: int, dtype: type[np.generic]
         return np.empty((rows, 0), dtype)
     column = batch.column(batch.schema.names.index(name))
     width = column.type.list_size
-    values: NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
+    values = flat_values(column)
     if len(values) != rows * width:
         raise InvalidArgument(f"{len(values)} values of {name} do not make {rows} rows of {width}")
     return values.reshape(rows, width)

@@ -34,6 +34,8 @@ class Files(Protocol):
 
     def list(self, folder: str) -> list[str]: ...
 
+    def sync_folder(self, folder: str) -> None: ...
+
     def delete(self, path: str, *, durable: bool = False) -> None: ...
 
     def delete_folder(self, folder: str) -> None: ...
@@ -145,6 +147,11 @@ class LocalFiles:
             return [] if os.path.islink(path) else sorted(os.listdir(path))
         except FileNotFoundError:
             return []
+
+    def sync_folder(self, folder: str) -> None:
+        """Wait until the names of a folder's files, and its own, are durable."""
+        self._calls.sync_folder(os.path.join(self._root, self._part(folder)))
+        self._calls.sync_folder(self._root)
 
     def delete(self, path: str, *, durable: bool = False) -> None:
         """Delete a file (a link itself, not what it points to); ``durable`` waits until it stays deleted."""

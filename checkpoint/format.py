@@ -11,16 +11,17 @@ from oarlock.embedding.spec import check_name
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, PSError, VersionMismatch
 
 # A new minor version adds fields; an older reader refuses those it does not know. A new major one changes a meaning.
-FORMAT = (1, 1)
-FIRST = (1, 0)
+FORMAT = (1, 2)
+CHAINS = (1, 2)  # increments, and checksums by column
 
 KINDS = ("rows", "dense")
 WAITING = "waiting"  # what a block of rows knows of keys without one
+GONE = "gone"  # keys that left a block of rows
 MANIFEST = "manifest.json"
 LIMIT = 1 << 63
 
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,4})\.(0|[1-9][0-9]{0,4})")
-_FOLDER = re.compile(r"cut-([0-9]{6,18})")
+_FOLDER = re.compile(r"(cut|compact)-([0-9]{6,18})")
 # "=" is in no table's name, so the capitals behind it cannot be mistaken for a part of one.
 _FILE = re.compile(r"(?:rows|dense)-[a-z_][a-z0-9_.=\-]*-[0-9]{5,}\.arrow")
 
@@ -68,12 +69,23 @@ def cut_folder(cut: int) -> str:
     return f"cut-{check_count('cut', cut):06d}"
 
 
+def compact_folder(cut: int) -> str:
+    """Return the folder of files that stand for chains up to a cut, such as ``compact-000012``."""
+    return f"compact-{check_count('cut', cut):06d}"
+
+
 def folder_cut(folder: str) -> int | None:
     """Return the cut of a folder's name, None if the name is not exactly one that ``cut_folder`` gives."""
-    match = _FOLDER.fullmatch(folder)
-    if match is None or cut_folder(int(match[1])) != folder:
+    found = parse_folder(folder)
+    return found[1] if found is not None and found[0] == "cut" else None
+
+
+def parse_folder(folder: object) -> tuple[str, int] | None:
+    """Return ``("cut", n)`` or ``("compact", n)`` of a folder's name, None if it is no such name in its plain form."""
+    match = _FOLDER.fullmatch(folder) if isinstance(folder, str) else None
+    if match is None or (cut_folder if match[1] == "cut" else compact_folder)(int(match[2])) != folder:
         return None
-    return int(match[1])
+    return match[1], int(match[2])
 
 
 def block_file_name(kind: str, name: str, block: int) -> str:
@@ -81,7 +93,7 @@ def block_file_name(kind: str, name: str, block: int) -> str:
 
     A name with capitals gets their positions as hex bits: ``User_ID`` gives ``user_id=61`` (characters 0, 5 and 6).
     """
-    if kind not in (*KINDS, WAITING):
+    if kind not in (*KINDS, WAITING, GONE):
         raise InvalidArgument(f"block kind {kind!r}: choose one of {', '.join(KINDS)}")
     check_name("dense parameter" if kind == "dense" else "table", name)
     capitals = sum(1 << i for i, letter in enumerate(name) if letter.isupper())

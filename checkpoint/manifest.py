@@ -10,27 +10,26 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Self
 
+from oarlock.checkpoint.entry import BlockEntry as BlockEntry
+from oarlock.checkpoint.entry import Link
 from oarlock.checkpoint.format import (
-    KINDS,
+    CHAINS,
     MANIFEST,
-    WAITING,
-    block_file_name,
     check_count,
     check_format,
+    cut_folder,
     format_text,
-    is_block_file,
     unreadable,
 )
 from oarlock.embedding.spec import DenseSpec, TableSpec, dense_from_json, table_from_json
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, SpecMismatch
 
 _JOB = re.compile(r"[0-9a-f]{32}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = "checksum"
 
 
@@ -52,54 +51,6 @@ class ClosedSet:
 
     def __contains__(self, split: int) -> bool:
         return split < self.floor or split in self.above
-
-
-@dataclass(frozen=True)
-class BlockEntry:
-    """One block's file. ``rows`` counts a table's rows or a dense block's values; ``sha256`` is over the whole file.
-
-    ``waiting_bytes`` and ``waiting_sha256`` are of the second file, where the block has one: what it knows of keys without
-    a row. Its name follows from the block's.
-    """
-
-    kind: str
-    name: str
-    block: int
-    file: str
-    bytes: int
-    rows: int
-    seq: int
-    sha256: str
-    waiting_bytes: int = 0
-    waiting_sha256: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InvalidArgument(f"block kind {self.kind!r}: choose one of {', '.join(KINDS)}")
-        for name in ("block", "bytes", "rows", "seq", "waiting_bytes"):
-            check_count(f"{self.where}: {name}", getattr(self, name))
-        if not is_block_file(self.file):
-            raise InvalidArgument(f"{self.where}: file {self.file!r} is not the plain name of a block's file")
-        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise InvalidArgument(f"{self.where}: sha256 {self.sha256!r} is not 64 small hex digits")
-        if not self.waiting_bytes and self.waiting_sha256 == "":
-            return
-        known = isinstance(self.waiting_sha256, str) and _SHA256.fullmatch(self.waiting_sha256)
-        if self.kind != "rows" or not self.waiting_bytes or not known:
-            raise InvalidArgument(
-                f"{self.where}: waiting_bytes {self.waiting_bytes} and waiting_sha256 {self.waiting_sha256!r} are not "
-                "those of the second file of a table's block"
-            )
-
-    @property
-    def waiting_file(self) -> str:
-        """Return the name of the block's second file, empty if it has none."""
-        return block_file_name(WAITING, self.name, self.block) if self.waiting_bytes else ""
-
-    @property
-    def where(self) -> str:
-        """What messages call it, such as ``table user, block 3``."""
-        return f"{'table' if self.kind == 'rows' else 'dense parameter'} {self.name}, block {self.block}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +82,7 @@ class Manifest:
     format_version: str = field(default_factory=format_text)
 
     def __post_init__(self) -> None:
-        check_format(self.format_version, MANIFEST)
+        version = check_format(self.format_version, MANIFEST)
         if not isinstance(self.job, str) or not _JOB.fullmatch(self.job):
             raise InvalidArgument(f"job {self.job!r}: give 32 small hex digits")
         for name in ("run", "cut", "epoch", "step"):
@@ -152,9 +103,12 @@ class Manifest:
         if both := [split for split in opened if split in self.closed]:
             raise InvalidArgument(f"split {both[0]} is in open_splits and in closed")
         object.__setattr__(self, "open_splits", opened)
-        blocks = tuple(sorted(self.blocks, key=lambda entry: (entry.kind, entry.name, entry.block)))
+        own = cut_folder(self.cut)
+        known = (entry if entry.folder else replace(entry, folder=own) for entry in self.blocks)
+        blocks = tuple(sorted(known, key=lambda entry: (entry.kind, entry.name, entry.block)))
         object.__setattr__(self, "blocks", blocks)
         _check_blocks(self.table_specs(), self.dense_specs(), blocks)
+        _check_chains(self.cut, version, blocks)
 
     def table_specs(self) -> dict[str, TableSpec]:
         """Return the tables' specs by name."""
@@ -174,11 +128,7 @@ class Manifest:
         document: dict[str, Any] = {"format_version": self.format_version}
         document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in document}
         document["closed"] = {"floor": self.closed.floor, "above": self.closed.above}
-        # A field at its default is left out, as whoever does not know it has it.
-        defaults = {f.name: f.default for f in fields(BlockEntry)}
-        document["blocks"] = [
-            {name: value for name, value in asdict(entry).items() if value != defaults[name]} for entry in self.blocks
-        ]
+        document["blocks"] = [_entry_fields(entry, cut_folder(self.cut)) for entry in self.blocks]
         document[_CHECKSUM] = _checksum(document)
         return _render(document)
 
@@ -239,6 +189,19 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON value")
 
 
+def _entry_fields(entry: BlockEntry, own: str) -> dict[str, Any]:
+    """Return an entry's fields; one at its default is left out, as whoever does not know it has it."""
+    values = {name: value for name, value in asdict(entry).items() if value != _DEFAULTS[name]}
+    if entry.folder == own:
+        values.pop("folder")
+    if entry.base:
+        values["base"] = [{n: v for n, v in link.items() if v != _DEFAULTS[n]} for link in values["base"]]
+    return values
+
+
+_DEFAULTS = {f.name: f.default for f in (*fields(Link), *fields(BlockEntry))}
+
+
 def _object(owner: str, kind: type, values: object) -> Any:
     known = {f.name for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is MISSING or kind is ClosedSet}
@@ -296,11 +259,23 @@ def _check_blocks(tables: dict[str, TableSpec], dense: dict[str, DenseSpec], blo
         expected[entry.kind, entry.name] = due + 1
         if isinstance(spec, DenseSpec) and entry.rows != min(spec.slice, spec.size - spec.slice * entry.block):
             raise SpecMismatch(f"{entry.where}: {entry.rows} values are not its slice", name=entry.name)
-        for file in filter(None, (entry.file, entry.waiting_file)):
-            if file in names:
-                raise SpecMismatch(f"{entry.where}: another block has the file {file}", name=entry.name)
-            names.add(file)
+        for link in entry.links:
+            for file in link.files:
+                if file.path in names:
+                    raise SpecMismatch(f"{entry.where}: another block has the file {file.path}", name=entry.name)
+                names.add(file.path)
     for key, count in expected.items():
         if count != specs[key].blocks:
             kind = "table" if key[0] == "rows" else "dense parameter"
             raise SpecMismatch(f"{kind} {key[1]}: block {count} is not named", name=key[1], block=count)
+
+
+def _check_chains(cut: int, version: tuple[int, int], blocks: tuple[BlockEntry, ...]) -> None:
+    for entry in blocks:
+        if entry.links[-1].number > cut:
+            raise InvalidArgument(f"{entry.where}: it is in {entry.folder}, which is newer than cut {cut}")
+        if version < CHAINS and (entry.base or entry.folder != cut_folder(cut)):
+            raise InvalidArgument(
+                f"{entry.where}: files of other cuts came with format {format_text(CHAINS)}, the manifest says "
+                f"{format_text(version)}"
+            )

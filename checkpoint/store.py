@@ -7,261 +7,205 @@ interrupted anywhere, changes a cut that exists (``keep_last`` apart). Every sha
 state is kept between calls, so any thread may call. An OSError of the disk passes through when writing.
 """
 
-import errno
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from oarlock.checkpoint.block_file import BlockImage, decode, encode
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.checkpoint.block_file import BlockImage, encode
+from oarlock.checkpoint.collection import collect
+from oarlock.checkpoint.compaction import compact
+from oarlock.checkpoint.cuts import split_cut
+from oarlock.checkpoint.entry import BlockEntry, Link
 from oarlock.checkpoint.files import Files, LocalFiles
-from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder, folder_cut
-from oarlock.checkpoint.manifest import BlockEntry, Manifest
-from oarlock.checkpoint.waiting_file import decode_waiting, encode_waiting, knows_waiting
-from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, VersionMismatch
+from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder
+from oarlock.checkpoint.frame import COMPRESSIONS
+from oarlock.checkpoint.gone_file import encode_gone
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.reading import Reading
+from oarlock.checkpoint.waiting_file import encode_waiting, knows_waiting
+from oarlock.proto.errors import InvalidArgument
 
 logger = logging.getLogger(__name__)
 
-# What the system says where a plain file was expected and there is none, or a link, a folder, a device.
-_NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL)
+NONE_GONE: NDArray[np.uint64] = np.empty(0, np.uint64)
+NONE_GONE.flags.writeable = False
 
 
-class CheckpointStore:
-    """All checkpoints of one job, kept in ``files``."""
+class CheckpointStore(Reading):
+    """All checkpoints of one job, kept in ``files``. ``compress``: None, or ``"zstd"`` for the files that it writes."""
 
-    def __init__(self, files: Files) -> None:
-        self.files = files
+    def __init__(self, files: Files, *, compress: str | None = None) -> None:
+        if compress not in COMPRESSIONS:
+            raise InvalidArgument(f"compress = {compress!r}: choose zstd, or None")
+        super().__init__(files)
+        self.compress = compress
 
-    def write_block(self, cut: int, image: BlockImage) -> BlockEntry:
+    def write_block(
+        self, cut: int, image: BlockImage, *, after: BlockEntry | None = None, gone: NDArray[np.uint64] = NONE_GONE
+    ) -> BlockEntry:
         """Write one block of a cut that is not committed yet; return its line of the manifest.
 
-        Written again, the file is replaced. InvalidArgument names a key with a value that is not finite.
+        ``after``: the block's entry in an older cut. ``image`` then has only the rows and waiting keys that changed since,
+        and ``gone: uint64[g]`` the keys that left; seq and marks are those of now. A dense block is always whole, so for one
+        ``after`` says nothing. Written again, the files are replaced. InvalidArgument names a key with a value that is not
+        finite.
         """
-        name = block_file_name(image.kind, image.name, image.block)
-        if self._is_committed(cut):
+        if image.kind != "rows":
+            after = None
+        _check_increment(cut, image, after, gone)
+        if self.is_committed(cut):
             raise InvalidArgument(f"cut {cut} is committed and cannot change: write to a higher number", cut=cut)
-        data = encode(image)
-        # Both are made before either is written: what cannot be written leaves nothing.
-        waiting = encode_waiting(image) if knows_waiting(image) else None
-        self.files.write_file(f"{cut_folder(cut)}/{name}", data)
-        digest = hashlib.sha256(data).hexdigest()
-        entry = BlockEntry(image.kind, image.name, image.block, name, data.size, image.rows, image.seq, digest)
-        if waiting is None:
-            return entry
-        entry = replace(entry, waiting_bytes=waiting.size, waiting_sha256=hashlib.sha256(waiting).hexdigest())
-        self.files.write_file(f"{cut_folder(cut)}/{entry.waiting_file}", waiting)
-        return entry
+        return self.write_files(cut_folder(cut), image, after=after, gone=gone)
+
+    def write_files(
+        self, folder: str, image: BlockImage, *, after: BlockEntry | None = None, gone: NDArray[np.uint64] = NONE_GONE
+    ) -> BlockEntry:
+        """Write a block's files into a folder that no cut has; see ``write_block``."""
+        name = block_file_name(image.kind, image.name, image.block)
+        seq = None if after is None else after.seq
+        # All are made before any is written: what cannot be written leaves nothing.
+        data = encode(image, after=seq, compress=self.compress)
+        values: dict[str, object] = {}
+        waiting = left = None
+        if knows_waiting(image):
+            waiting = encode_waiting(image, after=seq, compress=self.compress)
+            values |= {"waiting_bytes": waiting.size, "waiting_sha256": hashlib.sha256(waiting).hexdigest()}
+        if len(gone) and seq is not None:
+            left = encode_gone(image, gone, after=seq, compress=self.compress)
+            values |= {"gone_bytes": left.size, "gone_sha256": hashlib.sha256(left).hexdigest()}
+        values |= {"file": name, "bytes": data.size, "rows": image.rows, "seq": image.seq}
+        link = Link(folder=folder, sha256=hashlib.sha256(data).hexdigest(), **values)  # type: ignore[arg-type]
+        for file in link.files:
+            beside = {"waiting": waiting, "gone": left}
+            self.files.write_file(file.path, beside.get(file.kind, data))
+        return BlockEntry(
+            kind=image.kind,
+            name=image.name,
+            block=image.block,
+            base=() if after is None else after.links,
+            **link.__dict__,
+        )
 
     def commit(self, manifest: Manifest) -> None:
         """Make the cut exist, in one atomic step. Committing the same manifest again changes nothing."""
         folder, data = cut_folder(manifest.cut), manifest.encode()
         # The same again is written again: it may be visible from before a crash, but not durable yet.
-        if self._is_committed(manifest.cut) and bytes(self.files.read_file(f"{folder}/{MANIFEST}")) != data:
+        if self.is_committed(manifest.cut) and bytes(self.files.read_file(f"{folder}/{MANIFEST}")) != data:
             raise InvalidArgument(f"cut {manifest.cut} is committed already: a cut's number is never used twice")
         for entry in manifest.blocks:
-            self._check_size(manifest.cut, entry)
+            for link in entry.links:
+                for file in link.files:
+                    self._check_size(manifest.cut, entry, file)
         self.files.commit_file(f"{folder}/{MANIFEST}", data)
-        size = sum(entry.bytes + entry.waiting_bytes for entry in manifest.blocks)
+        new = [entry for entry in manifest.blocks if entry.folder == folder]
         logger.info(
-            "checkpoint_committed cut=%d run=%d blocks=%d bytes=%d",
+            "checkpoint_committed cut=%d run=%d blocks=%d increments=%d bytes=%d",
             manifest.cut,
             manifest.run,
             len(manifest.blocks),
-            size,
+            sum(1 for entry in new if entry.base),
+            sum(entry.bytes + entry.waiting_bytes + entry.gone_bytes for entry in new),
         )
 
-    def cuts(self) -> list[int]:
-        """Return the numbers of all cuts that have a manifest, ascending; none of them has been read."""
-        return [cut for cut in self._folders() if self._is_committed(cut)]
-
-    def latest(self) -> Manifest | None:
-        """Return the newest whole manifest, None if there is none. One that is damaged counts as never committed.
-
-        A manifest of a newer format is not passed over: it raises VersionMismatch.
-        """
-        return self._newest(reversed(self.cuts()))
-
-    def load_manifest(self, cut: int | None = None) -> Manifest:
-        """Return the manifest of ``cut``, by default of the newest; NotFound says which cuts there are."""
-        if cut is None:
-            found = self.latest()
-            if found is None:
-                raise NotFound(f"no checkpoint in {self.files.root}")
-            return found
-        if not self._is_committed(cut):
-            have = ", ".join(str(other) for other in self.cuts()) or "none"
-            raise NotFound(f"no committed cut {cut} in {self.files.root}; there is: {have}", cut=cut)
-        return self._read_manifest(cut)
-
-    def load_block(self, manifest: Manifest, entry: BlockEntry, *, checked: bool = False) -> BlockImage:
-        """Return one block, its arrays read-only views of its files. ``checked`` skips the checksums, after ``verify``.
-
-        CorruptCheckpoint names the file, what is wrong with it, and the next older cut.
-        """
-        cut = manifest.cut
-        self._check_size(cut, entry)
-        data = self._read(cut, entry, entry.file, "" if checked else entry.sha256)
-        image = self._decoded(cut, entry, entry.file, lambda file: decode(data, file=file))
-        have = (image.kind, image.name, image.block, image.seq, image.rows)
-        want = (entry.kind, entry.name, entry.block, entry.seq, entry.rows)
-        if have != want:
-            told = f"it holds {image.where} with seq {image.seq} and {image.rows} rows"
-            raise self._corrupt(
-                cut, entry, entry.file, f"{told}; the manifest says {entry.where}, {entry.seq}, {entry.rows}"
-            )
-        if image.kind == "rows" and image.weights.shape[1] != manifest.table_specs()[image.name].dim:
-            raise self._corrupt(
-                cut, entry, entry.file, f"its rows have {image.weights.shape[1]} weights, unlike the spec"
-            )
-        if entry.waiting_file:
-            beside = self._read(cut, entry, entry.waiting_file, "" if checked else entry.waiting_sha256)
-            rows = image
-            image = self._decoded(cut, entry, entry.waiting_file, lambda file: decode_waiting(beside, rows, file=file))
-        return image
-
-    def _decoded(self, cut: int, entry: BlockEntry, name: str, make: Callable[[str], BlockImage]) -> BlockImage:
-        file = f"{cut_folder(cut)}/{name}"
-        try:
-            return make(file)
-        except CorruptCheckpoint as error:
-            raise self._corrupt(cut, entry, name, error.message.removeprefix(f"{file}: ")) from None
-
-    def _read(self, cut: int, entry: BlockEntry, name: str, digest: str) -> Any:
-        """Return a file's bytes; ``digest``: the SHA-256 that they must have, empty if that is known."""
-        try:
-            data = self.files.read_file(f"{cut_folder(cut)}/{name}")
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            raise self._corrupt(cut, entry, name, f"cannot be read: {error.strerror}") from None
-        if digest and hashlib.sha256(data).hexdigest() != digest:
-            raise self._corrupt(cut, entry, name, "altered: its checksum does not fit")
-        return data
-
-    def verify(
+    def compact(
         self,
         manifest: Manifest,
         blocks: Iterable[BlockEntry] | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Check every file (or those of ``blocks``), loading nothing. ``progress(done, total)`` is told bytes."""
-        entries = list(manifest.blocks if blocks is None else blocks)
-        for entry in entries:
-            self._check_size(manifest.cut, entry)
-        done, total = 0, sum(entry.bytes + entry.waiting_bytes for entry in entries)
-        for entry in entries:
-            self.load_block(manifest, entry)
-            done += entry.bytes + entry.waiting_bytes
-            if progress is not None:
-                progress(done, total)
+    ) -> list[BlockEntry]:
+        """Write a whole file for every block (or those of ``blocks``) that has increments; return those files' entries.
+
+        No cut changes by it; ``chain.rebase`` lets a later cut's increments follow one of them. ``progress(done, total)`` is
+        told bytes of chains.
+        """
+
+        def write(folder: str, image: BlockImage) -> BlockEntry:
+            return self.write_files(folder, image)
+
+        return compact(self, write, manifest, manifest.blocks if blocks is None else blocks, progress)
 
     def keep_last(self, n: int, *, pinned: Collection[int] = ()) -> list[int]:
         """Delete all but the ``n`` newest whole cuts and the ``pinned`` ones; return what was deleted.
 
-        A manifest goes first, so a cut that is half deleted does not exist. A damaged manifest is left for a person.
+        Manifests go first, then the files that no manifest names any more, so a cut that is half deleted does not exist, and
+        what a newer cut needs of an older one stays. A damaged manifest is left for a person, with all that it may name.
         """
         if n < 1:
             raise InvalidArgument(f"keep_last({n}): at least one cut must stay")
-        whole = [cut for cut in self.cuts() if self._newest([cut]) is not None]
+        whole = [cut for cut in self.cuts() if self.newest([cut]) is not None]
         gone = [cut for cut in whole[:-n] if cut not in pinned]
         for cut in gone:
             self.files.delete(f"{cut_folder(cut)}/{MANIFEST}", durable=True)
-            self._delete_folder(cut)
             logger.info("checkpoint_deleted cut=%d", cut)
+        if whole:
+            collect(self, below=whole[-1] + 1)
         return gone
 
-    def discard_incomplete(self, *, below: int | None = None) -> list[int]:
-        """Delete the folders of cuts that were never committed (with a number under ``below``); return their numbers.
+    def best_cuts(self, n: int, metric: str, *, smallest: bool = False) -> list[int]:
+        """Return the ``n`` whole cuts with the largest (or smallest) value of a metric, best first: to be ``pinned``.
 
-        Call it when no cut is being written, or give ``below`` the number of the one that is.
+        Cuts without a number of that name in their metrics are none of them; of equal ones the newest.
         """
-        left = [cut for cut in self._folders() if not self._is_committed(cut) and (below is None or cut < below)]
-        for cut in left:
-            self._delete_folder(cut)
-            logger.info("checkpoint_discarded cut=%d", cut)
-        return left
+        found = []
+        for cut in self.cuts():
+            manifest = self.newest([cut])
+            value = None if manifest is None else manifest.metrics.get(metric)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.append((value if smallest else -value, -cut))
+        return [-cut for _, cut in sorted(found)[: max(0, n)]]
 
-    def _folders(self) -> list[int]:
-        return sorted(cut for name in self.files.folders() if (cut := folder_cut(name)) is not None)
+    def discard_incomplete(self, *, below: int | None = None) -> list[int]:
+        """Delete what attempts have left that were never committed (with a number under ``below``); return their numbers.
 
-    def _is_committed(self, cut: int) -> bool:
-        try:
-            self.files.size(f"{cut_folder(cut)}/{MANIFEST}")
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:
-            # Something of that name is there; whether it is a manifest is said when it is read.
-            return True
-        return True
+        Files that a manifest names stay wherever they are. Call it when no cut is being written, or give ``below`` the number
+        of the one that is.
+        """
+        return collect(self, below=below)
 
-    def _read_manifest(self, cut: int) -> Manifest:
-        path = f"{cut_folder(cut)}/{MANIFEST}"
-        try:
-            data = bytes(self.files.read_file(path))
-        except OSError as error:
-            # A disk that fails for the moment must not look like a cut that never was.
-            if error.errno not in _NO_FILE:
-                raise
-            raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}", file=path) from None
-        manifest = Manifest.decode(data, file=path)
-        if manifest.cut != cut:
-            raise CorruptCheckpoint(f"{path}: it is the manifest of cut {manifest.cut}", file=path)
-        return manifest
 
-    def _newest(self, cuts: Iterable[int]) -> Manifest | None:
-        for cut in cuts:
-            try:
-                return self._read_manifest(cut)
-            except CorruptCheckpoint as error:
-                logger.warning("checkpoint_ignored cut=%d reason=%r", cut, error.message)
-        return None
-
-    def _check_size(self, cut: int, entry: BlockEntry) -> None:
-        for name, wanted in ((entry.file, entry.bytes), (entry.waiting_file, entry.waiting_bytes)):
-            if not name:
-                continue
-            try:
-                size = self.files.size(f"{cut_folder(cut)}/{name}")
-            except FileNotFoundError:
-                raise self._corrupt(cut, entry, name, "missing") from None
-            except OSError as error:
-                if error.errno not in _NO_FILE:
-                    raise
-                raise self._corrupt(cut, entry, name, f"cannot be read: {error.strerror}") from None
-            if size != wanted:
-                what = "truncated" if size < wanted else "too long"
-                raise self._corrupt(cut, entry, name, f"{what}: it has {size} of {wanted} bytes")
-
-    def _corrupt(self, cut: int, entry: BlockEntry, name: str, problem: str) -> CorruptCheckpoint:
-        file = f"{cut_folder(cut)}/{name}"
-        try:
-            older = self._newest(other for other in reversed(self.cuts()) if other < cut)
-        except (OSError, VersionMismatch):
-            older = None
-        advice = "no older cut can be read" if older is None else f"cut {older.cut} is the next older one"
-        details: dict[str, Any] = {"file": file, "cut": cut, "older": None if older is None else older.cut}
-        return CorruptCheckpoint(f"{file}: {problem} ({entry.where}); {advice}", **details)
-
-    def _delete_folder(self, cut: int) -> None:
-        folder = cut_folder(cut)
-        for name in self.files.list(folder):
-            self.files.delete(f"{folder}/{name}")
-        self.files.delete_folder(folder)
+def _check_increment(cut: int, image: BlockImage, after: BlockEntry | None, gone: NDArray[np.uint64]) -> None:
+    if not isinstance(gone, np.ndarray) or gone.dtype != np.uint64 or gone.ndim != 1:
+        raise InvalidArgument(f"{image.where}: gone: give a uint64 array of one axis")
+    if after is None:
+        if len(gone) and image.kind == "rows":
+            raise InvalidArgument(f"{image.where}: keys have left, but what they have left is not said: give after")
+        return
+    if (after.kind, after.name, after.block) != (image.kind, image.name, image.block):
+        raise InvalidArgument(f"{image.where}: after is the chain of {after.where}")
+    if not after.folder:
+        raise InvalidArgument(
+            f"{image.where}: after has no folder: take the entry that write_block or a manifest gives"
+        )
+    if after.links[-1].number >= cut:
+        raise InvalidArgument(f"{image.where}: after is in {after.folder}, which is not older than cut {cut}")
+    if after.seq > image.seq:
+        raise InvalidArgument(f"{image.where}: after has {after.seq} operations, the increment only {image.seq}")
 
 
 class LocalStore(CheckpointStore):
     """Checkpoints in a folder of this machine, or of a file system that every shard has mounted."""
 
-    def __init__(self, root: str | Path) -> None:
-        super().__init__(LocalFiles(root))
+    def __init__(self, root: str | Path, *, compress: str | None = None) -> None:
+        super().__init__(LocalFiles(root), compress=compress)
 
 
-def open_checkpoint(path: str | Path) -> tuple[LocalStore, Manifest]:
-    """Return the store and manifest that ``path`` means: a folder of checkpoints (its newest) or one cut's folder."""
-    path = Path(path).absolute()
-    cut = folder_cut(path.name)
-    store = LocalStore(path if cut is None else path.parent)
+def open_store(path: str | Path, *, compress: str | None = None) -> CheckpointStore:
+    """Return the store of a folder of checkpoints. Nothing is read yet."""
+    return LocalStore(path, compress=compress)
+
+
+def open_checkpoint(path: str | Path) -> tuple[CheckpointStore, Manifest]:
+    """Return the store and manifest that ``path`` means.
+
+    A folder of checkpoints means its newest, ``PATH@12`` and one cut's folder that cut.
+    """
+    folder, cut = split_cut(str(path))
+    if folder != str(path) and Path(path).is_dir() and "@" in Path(path).name:
+        folder, cut = str(path), None
+    store = open_store(folder)
     return store, store.load_manifest(cut)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from oarlock.checkpoint.block_file import BlockImage
-from oarlock.checkpoint.format import FORMAT, WAITING, unreadable
+from oarlock.checkpoint.format import WAITING, unreadable
 from oarlock.checkpoint.frame import Identity, describe, open_frame, pack_frame, refuse_names, refuse_nulls
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument
 
@@ -25,28 +25,24 @@ def knows_waiting(image: BlockImage) -> bool:
     return len(image.waiting) > 0 or len(image.sketch) > 0
 
 
-def encode_waiting(image: BlockImage) -> pa.Buffer:
+def encode_waiting(image: BlockImage, *, after: int | None = None, compress: str | None = None) -> pa.Buffer:
     """Return the file: keys in ascending order; InvalidArgument names a key that is there twice or was never counted."""
     identity = Identity(WAITING, image.name, image.block, image.seq, image.marks)
     if len(image.sketch):
-        return pack_frame(identity, FORMAT, _SKETCH, [pa.array(np.frombuffer(image.sketch, np.uint8))])
+        sketch = np.frombuffer(image.sketch, np.uint8)
+        return pack_frame(identity, _SKETCH, [sketch], after=after, compress=compress)
     order = np.argsort(image.waiting)
     keys, counts = image.waiting[order], image.waited[order]
     problem = _first_problem(image, keys, counts)
     if problem:
         raise InvalidArgument(f"{image.where}: {problem}", name=image.name, block=image.block)
-    return pack_frame(identity, FORMAT, _COUNTS, [pa.array(keys), pa.array(counts)])
+    return pack_frame(identity, _COUNTS, [keys, counts], after=after, compress=compress)
 
 
-def decode_waiting(data: Any, image: BlockImage, *, file: str = "waiting file") -> BlockImage:
+def decode_waiting(data: Any, image: BlockImage, *, file: str = "waiting file", after: int | None = None) -> BlockImage:
     """Return ``image`` with what the file's bytes hold, which must be of the same block and instant; errors name ``file``."""
-    version, identity, batch = open_frame(data, file, (WAITING,))
-    if identity[1:] != (image.name, image.block, image.seq, image.marks):
-        raise CorruptCheckpoint(
-            f"{file}: it is of table {identity.name}, block {identity.block} after {identity.seq} operations, "
-            f"not of {image.where} after {image.seq}",
-            file=file,
-        )
+    version, identity, batch, found = open_frame(data, file, (WAITING,))
+    refuse_other(file, identity, found, image, after)
     try:
         refuse_nulls(batch)
         schema = _SKETCH if "sketch" in batch.schema.names else _COUNTS
@@ -66,6 +62,16 @@ def decode_waiting(data: Any, image: BlockImage, *, file: str = "waiting file") 
     if problem:
         raise CorruptCheckpoint(f"{file}: {image.where}: {problem}", file=file, name=image.name, block=image.block)
     return replace(image, waiting=values[0], waited=values[1])
+
+
+def refuse_other(file: str, identity: Identity, found: int | None, image: BlockImage, after: int | None) -> None:
+    """Raise CorruptCheckpoint unless a file beside the block's own is of the same block, instant and link."""
+    if identity[1:] != (image.name, image.block, image.seq, image.marks) or found != after:
+        raise CorruptCheckpoint(
+            f"{file}: it is of table {identity.name}, block {identity.block} after {identity.seq} operations, "
+            f"not of {image.where} after {image.seq}",
+            file=file,
+        )
 
 
 def _first_problem(image: BlockImage, keys: Any, counts: Any) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.store import LocalStore, open_checkpoint
+from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
 from oarlock.client.closed import ClosedSet
 from oarlock.client.layout import Layout
 from oarlock.client.router import Routes
@@ -54,7 +54,7 @@ def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str
 class _Images:
     """The block images of one checkpoint, by name."""
 
-    def __init__(self, store: LocalStore, manifest: Manifest) -> None:
+    def __init__(self, store: CheckpointStore, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
         self._entries = {(e.kind, e.name, e.block): e for e in manifest.blocks}

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block's file: what goes in comes out to the bit, equal content gives equal bytes, and all else is refused."""
 
+import json
+import struct
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -104,13 +107,19 @@ def test_any_reader_of_arrow_reads_it() -> None:
     schema, batch = read(encode(rows([7, 3], dim=2, width=1)))
     assert schema.names == ["key", "weights", "state"]
     assert batch.to_pydict() == {"key": [3, 7], "weights": [[2, 3], [0, 1]], "state": [[-1], [-0.0]]}
+    checksums = {
+        "key": f"{zlib.crc32(struct.pack('<2Q', 3, 7)):08x}",
+        "weights": f"{zlib.crc32(struct.pack('<4f', 2, 3, 0, 1)):08x}",
+        "state": f"{zlib.crc32(struct.pack('<2f', -1, -0.0)):08x}",
+    }
     assert dict(schema.metadata) == {
-        b"oarlock.format": b"1.0",
+        b"oarlock.format": b"1.2",
         b"oarlock.kind": b"rows",
         b"oarlock.name": b"user",
         b"oarlock.block": b"3",
         b"oarlock.seq": b"9",
         b"oarlock.marks": b'{"4":1}',
+        b"oarlock.columns": json.dumps(checksums, separators=(",", ":")).encode(),
     }
     assert read(encode(rows([1], width=0)))[0].names == ["key", "weights"]
 
@@ -193,7 +202,7 @@ def lists(values: list[list[float]], kind: Any = None) -> pa.Array:
         ({b"oarlock.format": None}, CorruptCheckpoint, "no format version"),
         ({b"oarlock.seq": None}, CorruptCheckpoint, "metadata lacks oarlock.seq"),
         ({b"oarlock.new": b"1"}, CorruptCheckpoint, "unknown oarlock.new"),
-        ({b"oarlock.new": b"1", b"oarlock.format": b"1.7"}, VersionMismatch, "format 1.7, this Oarlock knows 1.1"),
+        ({b"oarlock.new": b"1", b"oarlock.format": b"1.7"}, VersionMismatch, "format 1.7, this Oarlock knows 1.2"),
         ({b"oarlock.kind": b"cows"}, CorruptCheckpoint, "unknown kind 'cows'"),
         ({b"oarlock.name": b"a/b"}, CorruptCheckpoint, "table name 'a/b'"),
         ({b"oarlock.name": b"\xff"}, CorruptCheckpoint, "metadata cannot be read"),

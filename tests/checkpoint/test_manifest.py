@@ -160,9 +160,9 @@ def test_a_file_is_a_plain_name(file: Any) -> None:
     ("change", "error", "says"),
     [
         (lambda d: d.update(format_version="2.0"), VersionMismatch, "checkpoint format 2.0; this Oarlock reads 1.x"),
-        (lambda d: d.update(format_version="1.2", colour=1), VersionMismatch, "'colour' is unknown; it was written in"),
-        (lambda d: d["tables"][0].update(colour=1) or d.update(format_version="1.2"), VersionMismatch, "colour"),
-        (lambda d: d["blocks"][0].update(colour=1) or d.update(format_version="1.2"), VersionMismatch, "colour"),
+        (lambda d: d.update(format_version="1.3", colour=1), VersionMismatch, "'colour' is unknown; it was written in"),
+        (lambda d: d["tables"][0].update(colour=1) or d.update(format_version="1.3"), VersionMismatch, "colour"),
+        (lambda d: d["blocks"][0].update(colour=1) or d.update(format_version="1.3"), VersionMismatch, "colour"),
         (lambda d: d.update(format_version=1), CorruptCheckpoint, "no format version"),
         (lambda d: d.update(colour=1), CorruptCheckpoint, "the field 'colour' is unknown"),
         (lambda d: d.pop("seed"), CorruptCheckpoint, "the field 'seed' is missing"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def test_shards_write_at_once_and_others_read(
 
 
 def test_equal_content_gives_equal_files(store: CheckpointStore, write: Any) -> None:
-    assert write(store, 1, 1).blocks == write(store, 2, 1).blocks
-    assert write(store, 3, 2).blocks != write(store, 4, 1).blocks
+    one, again, other = (
+        [replace(entry, folder="") for entry in write(store, cut, version).blocks]
+        for cut, version in ((1, 1), (2, 1), (3, 2))
+    )
+    assert one == again != other
 
 
 def test_without_a_manifest_nothing_is_there(store: CheckpointStore, images: Any, write: Any) -> None:

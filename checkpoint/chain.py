@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block's chain of files: when to begin a new one, how one is merged, and what may stand in place of its beginning.
+
+Invariant: a merged chain is the block at the newest link's instant: per link, first the keys that left it go, then its rows
+and waiting keys count, whatever older links say. Pure functions over arrays and entries; nothing loops over keys.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.entry import BlockEntry
+from oarlock.checkpoint.format import compact_folder
+from oarlock.proto.errors import InvalidArgument
+
+MAX_LINKS = 8
+_PIECE = 1 << 16  # rows that are copied at once, so that what is copied in between stays small
+
+
+@dataclass(frozen=True, eq=False)
+class Increment:
+    """What one link says. ``gone: uint64[g]``, ascending: keys that left since the link before."""
+
+    image: BlockImage
+    gone: NDArray[np.uint64]
+
+
+def should_be_whole(entry: BlockEntry | None, changed_rows: int) -> bool:
+    """Tell whether the next cut should have the block whole, after ``entry``, with so many rows changed since.
+
+    A chain has at most 8 links, and its increments at most half as many rows as the whole file before them. Blocks take
+    turns, by the number of the cut with which a chain began: of blocks that began together an eighth is due at each cut.
+    """
+    if entry is None or entry.kind != "rows":
+        return True
+    links = entry.links
+    turn = (links[0].number + entry.block + zlib.crc32(entry.name.encode())) % MAX_LINKS
+    if len(links) >= MAX_LINKS - turn:
+        return True
+    return 2 * (sum(link.rows for link in links[1:]) + changed_rows) > links[0].rows
+
+
+def rebase(entry: BlockEntry, compacted: BlockEntry) -> BlockEntry:
+    """Return ``entry`` with ``compacted`` in place of the links that it stands for; ``entry`` itself if it has none of them."""
+    whole = compacted.links[-1]
+    links = entry.links
+    for at, link in enumerate(links):
+        if whole.folder == compact_folder(link.number) and whole.file == link.file and link.folder != whole.folder:
+            if whole.seq != link.seq:
+                raise InvalidArgument(f"{entry.where}: {whole.folder} is of another history of the job")
+            return compacted if at == len(links) - 1 else replace(entry, base=(whole, *links[at + 1 : -1]))
+    return entry
+
+
+def merge(links: Sequence[Increment]) -> BlockImage:
+    """Return the block that a chain holds. The first link is whole; InvalidArgument if two links cannot be of one block."""
+    newest = links[-1].image
+    for link in links:
+        found, wanted = _widths(link.image), _widths(newest)
+        if found != wanted:
+            raise InvalidArgument(f"rows of {found} weights, state values and counters in a chain of {wanted}")
+    live = [np.ones(len(link.image.keys), np.bool_) for link in links]
+    waits = [np.ones(len(link.image.waiting), np.bool_) for link in links]
+    over = np.empty(0, np.uint64)  # keys of which a newer link speaks
+    for at in range(len(links) - 1, -1, -1):
+        image = links[at].image
+        live[at] = ~_among(image.keys, over)
+        waits[at] = ~_among(image.waiting, over)
+        if at:
+            over = np.unique(np.concatenate([over, links[at].gone, image.keys, image.waiting]))
+    keys = np.concatenate([link.image.keys[kept] for link, kept in zip(links, live, strict=True)])
+    order = np.argsort(keys, kind="stable")
+    place = np.empty(len(keys), np.intp)
+    place[order] = np.arange(len(keys))
+    columns: list[NDArray[Any]] = []
+    for name, dtype in (("weights", np.float32), ("state", np.float32), ("counters", np.uint32)):
+        out = np.empty((len(keys), getattr(newest, name).shape[1]), dtype)
+        begin = 0
+        for link, kept in zip(links, live, strict=True):
+            rows = np.flatnonzero(kept)
+            _scatter(out, place[begin : begin + len(rows)], getattr(link.image, name), rows)
+            begin += len(rows)
+        out.flags.writeable = False
+        columns.append(out)
+    waiting = np.concatenate([link.image.waiting[kept] for link, kept in zip(links, waits, strict=True)])
+    waited = np.concatenate([link.image.waited[kept] for link, kept in zip(links, waits, strict=True)])
+    by_key = np.argsort(waiting, kind="stable")
+    return replace(
+        newest,
+        keys=keys[order],
+        weights=columns[0],
+        state=columns[1],
+        counters=columns[2],
+        waiting=waiting[by_key],
+        waited=waited[by_key],
+        sketch=next((link.image.sketch for link in reversed(links) if link.image.sketch), b""),
+    )
+
+
+def _widths(image: BlockImage) -> tuple[int, int, int]:
+    return image.weights.shape[1], image.state.shape[1], image.counters.shape[1]
+
+
+def _among(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Tell for each of ascending ``keys`` whether it is among ascending ``others``, looking up the fewer of the two."""
+    if len(keys) == 0 or len(others) == 0:
+        return np.zeros(len(keys), np.bool_)
+    if len(others) < len(keys):
+        at = np.searchsorted(keys, others)
+        found = np.zeros(len(keys) + 1, np.bool_)
+        hits = at < len(keys)
+        found[at[hits][keys[at[hits]] == others[hits]]] = True
+        return found[:-1]
+    at = np.minimum(np.searchsorted(others, keys), len(others) - 1)
+    same: NDArray[np.bool_] = others[at] == keys
+    return same
+
+
+def _scatter(out: NDArray[Any], place: NDArray[np.intp], values: NDArray[Any], rows: NDArray[np.intp]) -> None:
+    """Copy row ``rows[i]`` of ``values`` to row ``place[i]`` of ``out``, for all i."""
+    for begin in range(0, len(rows) if out.shape[1] else 0, _PIECE):
+        piece = slice(begin, begin + _PIECE)
+        out[place[piece]] = values[rows[piece]]

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a cut's blocks back: every file of a block's chain is looked at, checked and merged.
+
+Invariant: what is returned is what was written, else CorruptCheckpoint names the file, what is wrong with it, and the next older
+cut that does not need it. One block is in memory at a time. No state is kept between calls, so any thread may call.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from oarlock.checkpoint.block_file import BlockImage, decode
+from oarlock.checkpoint.chain import Increment, merge
+from oarlock.checkpoint.cuts import NO_FILE, Cuts
+from oarlock.checkpoint.entry import BlockEntry, FileOf, Link
+from oarlock.checkpoint.format import GONE, WAITING, cut_folder
+from oarlock.checkpoint.frame import damaged_columns
+from oarlock.checkpoint.gone_file import decode_gone
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.waiting_file import decode_waiting
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, VersionMismatch
+
+_NOTHING = np.empty(0, np.uint64)
+Result = TypeVar("Result")
+
+
+class Reading(Cuts):
+    """The cuts of one job, and what is in their files."""
+
+    def load_block(self, manifest: Manifest, entry: BlockEntry, *, checked: bool = False) -> BlockImage:
+        """Return one block; its arrays are read-only, and views of its files where its chain is one whole file.
+
+        ``checked`` skips the checksums, after ``verify``. CorruptCheckpoint names the file, what is wrong with it, and the
+        next older cut that does not need it.
+        """
+        for file in _files(self._links(manifest, entry)):
+            self._check_size(manifest.cut, entry, file)
+        return self._load(manifest, entry, lambda file: self._read(manifest.cut, entry, file, checked))
+
+    def _load(self, manifest: Manifest, entry: BlockEntry, read: Callable[[FileOf], Any]) -> BlockImage:
+        links = self._links(manifest, entry)
+        befores = [None, *(link.seq for link in links[:-1])]
+        found = [self._load_link(manifest, entry, *each, read) for each in zip(links, befores, strict=True)]
+        if len(found) == 1:
+            return found[0].image
+        try:
+            return merge(found)
+        except InvalidArgument as error:
+            path = f"{links[-1].folder}/{links[-1].file}"
+            raise self._corrupt(manifest.cut, entry, path, error.message) from None
+
+    def verify(
+        self,
+        manifest: Manifest,
+        blocks: Iterable[BlockEntry] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Check every file (or those of ``blocks``), loading nothing. ``progress(done, total)`` is told bytes."""
+        entries = list(manifest.blocks if blocks is None else blocks)
+        for entry in entries:
+            for file in _files(self._links(manifest, entry)):
+                self._check_size(manifest.cut, entry, file)
+        done, total = 0, sum(entry.total_bytes for entry in entries)
+        for entry in entries:
+            self.load_block(manifest, entry)
+            done += entry.total_bytes
+            if progress is not None:
+                progress(done, total)
+
+    def damage(
+        self,
+        manifest: Manifest,
+        *,
+        known: dict[str, str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[CorruptCheckpoint]:
+        """Yield an error for every damaged file of a cut, where ``verify`` stops at the first.
+
+        ``known`` holds the files, by path, that were found whole under a checksum, and gets more: cuts share files.
+        """
+        known = {} if known is None else known
+        done, total = 0, sum(entry.total_bytes for entry in manifest.blocks)
+        for entry in manifest.blocks:
+            files = _files(self._links(manifest, entry))
+            read: dict[str, Any] = {}
+            for file in files if any(known.get(file.path) != file.sha256 for file in files) else ():
+                try:
+                    self._check_size(manifest.cut, entry, file)
+                    read[file.path] = self._read(manifest.cut, entry, file)
+                except CorruptCheckpoint as error:
+                    yield error
+            if len(read) == len(files):
+                try:
+                    self._load(manifest, entry, lambda file, read=read: read[file.path])  # type: ignore[misc]
+                    known.update({file.path: file.sha256 for file in files})
+                except CorruptCheckpoint as error:
+                    yield error
+            done += entry.total_bytes
+            if progress is not None:
+                progress(done, total)
+
+    def _links(self, manifest: Manifest, entry: BlockEntry) -> tuple[Link, ...]:
+        if entry.folder:
+            return entry.links
+        found = next(
+            (e for e in manifest.blocks if (e.kind, e.name, e.block) == (entry.kind, entry.name, entry.block)), None
+        )
+        if found is None:
+            raise InvalidArgument(f"{entry.where}: cut {manifest.cut} has no such block")
+        return found.links
+
+    def _load_link(
+        self, manifest: Manifest, entry: BlockEntry, link: Link, after: int | None, read: Callable[[FileOf], Any]
+    ) -> Increment:
+        cut = manifest.cut
+        files = {file.kind: file for file in link.files}
+        file = files.pop(entry.kind, link.files[0])
+        data = read(file)
+        image = self._decoded(cut, entry, file, lambda path: decode(data, file=path, after=after))
+        have = (image.kind, image.name, image.block, image.seq, image.rows)
+        if have != (entry.kind, entry.name, entry.block, link.seq, link.rows):
+            told = f"it holds {image.where} with seq {image.seq} and {image.rows} rows"
+            raise self._corrupt(
+                cut, entry, file.path, f"{told}; the manifest says {entry.where}, {link.seq}, {link.rows}"
+            )
+        if image.kind == "rows" and image.weights.shape[1] != manifest.table_specs()[image.name].dim:
+            raise self._corrupt(
+                cut, entry, file.path, f"its rows have {image.weights.shape[1]} weights, unlike the spec"
+            )
+        gone, rows = _NOTHING, image
+        if (file := files.get(GONE, file)).kind == GONE:
+            left = read(file)
+            gone = self._decoded(cut, entry, file, lambda path: decode_gone(left, rows, file=path, after=after))
+        if (file := files.get(WAITING, file)).kind == WAITING:
+            beside = read(file)
+            image = self._decoded(cut, entry, file, lambda path: decode_waiting(beside, rows, file=path, after=after))
+        return Increment(image, gone)
+
+    def _decoded(self, cut: int, entry: BlockEntry, file: FileOf, make: Callable[[str], Result]) -> Result:
+        try:
+            return make(file.path)
+        except CorruptCheckpoint as error:
+            raise self._corrupt(cut, entry, file.path, error.message.removeprefix(f"{file.path}: ")) from None
+
+    def _read(self, cut: int, entry: BlockEntry, file: FileOf, checked: bool = False) -> Any:
+        """Return a file's bytes, which must have the checksum of the manifest, unless that is known already."""
+        try:
+            data = self.files.read_file(file.path)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            raise self._corrupt(cut, entry, file.path, f"cannot be read: {error.strerror}") from None
+        if not checked and hashlib.sha256(data).hexdigest() != file.sha256:
+            columns = damaged_columns(data)
+            where = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}: " if columns else ""
+            raise self._corrupt(cut, entry, file.path, f"altered: {where}its checksum does not fit", columns=columns)
+        return data
+
+    def _check_size(self, cut: int, entry: BlockEntry, file: FileOf) -> None:
+        try:
+            size = self.files.size(file.path)
+        except FileNotFoundError:
+            raise self._corrupt(cut, entry, file.path, "missing") from None
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            raise self._corrupt(cut, entry, file.path, f"cannot be read: {error.strerror}") from None
+        if size != file.bytes:
+            what = "truncated" if size < file.bytes else "too long"
+            raise self._corrupt(cut, entry, file.path, f"{what}: it has {size} of {file.bytes} bytes")
+
+    def _corrupt(
+        self, cut: int, entry: BlockEntry, path: str, problem: str, columns: Iterable[str] = ()
+    ) -> CorruptCheckpoint:
+        older = self._older_without(cut, path)
+        advice = "no older cut can be read" if older is None else f"cut {older} is the next older one"
+        if older is not None and not path.startswith(f"{cut_folder(cut)}/"):
+            advice += " without it"
+        details: dict[str, Any] = {"file": path, "cut": cut, "older": older, "columns": list(columns)}
+        return CorruptCheckpoint(f"{path}: {problem} ({entry.where}); {advice}", **details)
+
+    def _older_without(self, cut: int, path: str) -> int | None:
+        try:
+            for other in reversed(self.cuts()):
+                older = self.newest([other]) if other < cut else None
+                if older is not None and all(file.path != path for e in older.blocks for file in _files(e.links)):
+                    return older.cut
+        except (OSError, VersionMismatch):
+            return None
+        return None
+
+
+def _files(links: Iterable[Link]) -> list[FileOf]:
+    return [file for link in links for file in link.files]
