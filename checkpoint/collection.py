@@ -24,30 +24,30 @@ def named(manifest: Manifest) -> set[str]:
     return {file.path for entry in manifest.blocks for link in entry.links for file in link.files}
 
 
-def collectable(cuts: Cuts, kind: str, below: int | None) -> list[int]:
-    """Return the numbers of folders from which files may be deleted: under ``below``, and above all damage."""
-    damaged = max((cut for cut in cuts.cuts() if _read(cuts, cut) is None), default=-1)
-    return [cut for cut in cuts.folders(kind) if cut > damaged and (below is None or cut < below)]
-
-
 def collect(cuts: Cuts, *, below: int | None = None) -> list[int]:
     """Delete every file that no manifest names, in folders with numbers under ``below``; return the cuts whose folders went.
 
     The folder of a cut that exists is left as it is. Not to be called with the number of a cut that is being written.
     """
-    manifests = [found for cut in cuts.cuts() if (found := _read(cuts, cut)) is not None]
+    found = {cut: _read(cuts, cut) for cut in cuts.cuts()}
+    manifests = [manifest for manifest in found.values() if manifest is not None]
     keep = {path for manifest in manifests for path in named(manifest)}
     if manifests:
         keep |= _stand_ins(manifests[-1])
-    committed = {manifest.cut for manifest in manifests}
+    above = max((cut for cut, manifest in found.items() if manifest is None), default=-1)
     gone = []
-    for cut in collectable(cuts, "cut", below):
-        if cut not in committed and _empty(cuts, cut_folder(cut), keep):
+    for cut in cuts.folders("cut"):
+        if cut not in found and _in_range(cut, above, below) and _empty(cuts, cut_folder(cut), keep):
             gone.append(cut)
             logger.info("checkpoint_discarded cut=%d", cut)
-    for cut in collectable(cuts, "compact", below):
-        _empty(cuts, compact_folder(cut), keep)
+    for cut in cuts.folders("compact"):
+        if _in_range(cut, above, below):
+            _empty(cuts, compact_folder(cut), keep)
     return gone
+
+
+def _in_range(cut: int, above: int, below: int | None) -> bool:
+    return above < cut and (below is None or cut < below)
 
 
 def _read(cuts: Cuts, cut: int) -> Manifest | None:
