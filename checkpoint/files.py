@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk: the few operations that a checkpoint store needs, and their form for a local folder.
+"""Where checkpoints are: the few operations that a store needs, and their form for a local folder.
 
 Invariant: when ``write_file`` returned, the file's bytes are durable; ``commit_file`` makes a file appear whole or not
 at all, and when it returned, that file and the names of all files beside it are durable. Paths are ``folder/name``
@@ -76,6 +76,13 @@ class Calls:
         os.rmdir(path)
 
 
+def plain_name(name: str) -> str:
+    """Return ``name`` if it names a file or folder of the folder that it is looked for in, and nothing else."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name or os.sep in name:
+        raise InvalidArgument(f"{name!r} is not the plain name of a file or folder")
+    return name
+
+
 class LocalFiles:
     """A folder of a local (or mounted) file system. The folder is made when the first file is written."""
 
@@ -142,7 +149,7 @@ class LocalFiles:
 
     def list(self, folder: str) -> list[str]:
         """Return the names in a folder, sorted; none if it does not exist or is a link."""
-        path = os.path.join(self._root, self._part(folder))
+        path = os.path.join(self._root, plain_name(folder))
         try:
             return [] if os.path.islink(path) else sorted(os.listdir(path))
         except FileNotFoundError:
@@ -150,7 +157,7 @@ class LocalFiles:
 
     def sync_folder(self, folder: str) -> None:
         """Wait until the names of a folder's files, and its own, are durable."""
-        self._calls.sync_folder(os.path.join(self._root, self._part(folder)))
+        self._calls.sync_folder(os.path.join(self._root, plain_name(folder)))
         self._calls.sync_folder(self._root)
 
     def delete(self, path: str, *, durable: bool = False) -> None:
@@ -162,16 +169,11 @@ class LocalFiles:
 
     def delete_folder(self, folder: str) -> None:
         """Delete an empty folder."""
-        self._calls.remove_folder(os.path.join(self._root, self._part(folder)))
-
-    def _part(self, name: str) -> str:
-        if not name or name in (".", "..") or "/" in name or "\0" in name or os.sep in name:
-            raise InvalidArgument(f"{name!r} is not the plain name of a file or folder")
-        return name
+        self._calls.remove_folder(os.path.join(self._root, plain_name(folder)))
 
     def _split(self, path: str) -> tuple[str, str]:
         folder, _, name = path.partition("/")
-        return os.path.join(self._root, self._part(folder)), self._part(name)
+        return os.path.join(self._root, plain_name(folder)), plain_name(name)
 
     def _make_folder(self, folder: str) -> None:
         if os.path.islink(folder):

@@ -9,8 +9,10 @@ state is kept between calls, so any thread may call. An OSError of the disk pass
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +102,12 @@ class CheckpointStore(Reading):
             for link in entry.links:
                 for file in link.files:
                     self._check_size(manifest.cut, entry, file)
-        self.files.commit_file(f"{folder}/{MANIFEST}", data)
+        try:
+            self.files.commit_file(f"{folder}/{MANIFEST}", data)
+        except FileExistsError:
+            raise InvalidArgument(
+                f"cut {manifest.cut} was committed by another coordinator: a cut's number is never used twice"
+            ) from None
         new = [entry for entry in manifest.blocks if entry.folder == folder]
         logger.info(
             "checkpoint_committed cut=%d run=%d blocks=%d increments=%d bytes=%d",
@@ -194,18 +201,40 @@ class LocalStore(CheckpointStore):
         super().__init__(LocalFiles(root), compress=compress)
 
 
-def open_store(path: str | Path, *, compress: str | None = None) -> CheckpointStore:
-    """Return the store of a folder of checkpoints. Nothing is read yet."""
-    return LocalStore(path, compress=compress)
+def open_store(
+    path: str | Path, *, compress: str | None = None, options: Mapping[str, Any] | None = None
+) -> CheckpointStore:
+    """Return the store of a folder of checkpoints: a path, or a URL that fsspec knows. Nothing is read yet.
 
-
-def open_checkpoint(path: str | Path) -> tuple[CheckpointStore, Manifest]:
-    """Return the store and manifest that ``path`` means.
-
-    A folder of checkpoints means its newest, ``PATH@12`` and one cut's folder that cut.
+    ``options`` are those of the URL's file system. ``file://`` is a path: its files are made durable, as fsspec would not.
     """
-    folder, cut = split_cut(str(path))
-    if folder != str(path) and Path(path).is_dir() and "@" in Path(path).name:
-        folder, cut = str(path), None
-    store = open_store(folder)
+    text = str(path)
+    if not is_url(text):
+        return LocalStore(path, compress=compress)
+    parts = urlsplit(text)
+    if parts.scheme == "file" and not options:
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise InvalidArgument(f"{text}: give a path of this machine, such as file:///data/checkpoints")
+        return LocalStore(unquote(parts.path), compress=compress)
+    # It is loaded where it is used: S3's client takes half a second.
+    from oarlock.checkpoint.fsspec_files import FsspecFiles
+
+    return CheckpointStore(FsspecFiles(text, options), compress=compress)
+
+
+def open_checkpoint(path: str | Path, *, options: Mapping[str, Any] | None = None) -> tuple[CheckpointStore, Manifest]:
+    """Return the store and manifest that a path or URL means.
+
+    A folder of checkpoints means its newest cut, ``PATH@12`` and one cut's folder that cut. ``options``: see ``open_store``.
+    """
+    text = str(path)
+    # A folder's own name may end so.
+    as_it_is = not is_url(text) and "@" in Path(text).name and Path(text).is_dir()
+    folder, cut = (text, None) if as_it_is else split_cut(text)
+    store = open_store(folder, options=options)
     return store, store.load_manifest(cut)
+
+
+def is_url(path: str) -> bool:
+    """Tell whether ``path`` is a URL, such as ``s3://bucket/checkpoints``."""
+    return "://" in path

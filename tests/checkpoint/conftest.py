@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small job's blocks and manifests, and a disk that fails, dies or loses power at a chosen operation."""
 
+import importlib.util
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec.asyn
 import numpy as np
 import pytest
 
@@ -17,6 +21,15 @@ from oarlock.checkpoint.files import Calls, LocalFiles
 from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.checkpoint.store import CheckpointStore
 from oarlock.embedding.spec import Admission, DenseSpec, OptimizerSpec, TableSpec, to_json
+
+for _name in ("story", "faulty_files"):
+    if f"checkpoint_{_name}" not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(f"checkpoint_{_name}", Path(__file__).with_name(f"{_name}.py"))
+        assert _spec is not None
+        assert _spec.loader is not None
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules[f"checkpoint_{_name}"] = _module
+        _spec.loader.exec_module(_module)
 
 ADAGRAD = OptimizerSpec("adagrad")
 TABLES = (
@@ -222,6 +235,14 @@ class FaultyDisk(Calls):
         for _, action in reversed(self.undo):
             if self.mode == "power" or (self.mode == "scattered" and chance.random() < 0.5):
                 action()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thread_of_fsspec() -> None:
+    """Start the threads in which fsspec waits for networks and looks up names; they last as long as the process."""
+    loop, names = fsspec.asyn.get_loop(), ThreadPoolExecutor(1)
+    names.submit(int).result()
+    loop.call_soon_threadsafe(loop.set_default_executor, names)
 
 
 @pytest.fixture(scope="session")
