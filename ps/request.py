@@ -4,6 +4,7 @@
 Invariant: what these functions return agrees with the specs; whether keys belong to their blocks is the table's to check.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,9 +116,14 @@ def refuse_parts(layout: Layout, parts: int) -> None:
         raise Malformed(f"{parts} parts in one message, but the job has {layout.blocks} blocks")
 
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,31}://", re.ASCII)
+
+
 def read_path(path: str, what: str) -> str:
-    if not path.startswith("/") or "\0" in path or len(path) > MAX_PATH:
-        raise InvalidArgument(f"{what} is {path[:80]!r}: give an absolute path of at most {MAX_PATH} characters")
+    if not (path.startswith("/") or _URL.match(path)) or "\0" in path or len(path) > MAX_PATH:
+        raise InvalidArgument(
+            f"{what} is {path[:80]!r}: give an absolute path, or a URL, of at most {MAX_PATH} characters"
+        )
     return path
 
 

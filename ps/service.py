@@ -44,7 +44,7 @@ from oarlock.ps.identity import Identity
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
-from oarlock.ps.view import View, begin_view, write_view
+from oarlock.ps.view import Views
 from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -61,7 +61,7 @@ class ShardService:
         self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
-        self._view: View | None = None
+        self._views: Views
         self._writing = Lock()
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
@@ -73,6 +73,7 @@ class ShardService:
         shard = Shard(spec, spill_folder=self._spill_folder)
         self._holds_lease = holds_lease
         self._rows = Rows(shard, identity.id)
+        self._views = Views(shard)
         self._joined = (identity, shard)
         return shard
 
@@ -158,36 +159,28 @@ class ShardService:
             if shard.cuts.begin(request.cut, request.workers):
                 shard.closed.merge(closed)
                 shard.marks.drop_closed(shard.closed)
-                self._let_go()
-                self._view = begin_view(shard, request.cut)
+                self._views.begin(request.cut, request.committed)
         return Empty()
 
     def abort(self, request: AbortRequest) -> Empty:
         _, shard = self._take(request.header)
         with shard.push_lock:
             if shard.cuts.give_up(request.cut):
-                self._let_go()
+                self._views.let_go()
         return Empty()
-
-    def _let_go(self) -> None:
-        if self._view is not None:
-            self._view.close()
-            self._view = None
 
     def write(self, request: WriteRequest) -> WriteReply:
         self._order(request.header)
         root = read_path(request.root, "the folder of checkpoints")
         _, shard = self._take(request.header)
         with shard.push_lock:
-            view = self._view
-            if view is not None and view.torn is None:
+            view = self._views.of(request.cut)
+            if view.torn is None:
                 view.torn = shard.cuts.torn
-        if view is None or view.number != request.cut:
-            raise InvalidArgument(f"this shard has no view of cut {request.cut}: it was given up", cut=request.cut)
         if view.torn:
             return WriteReply(torn=True)
         with self._writing:
-            entries = write_view(shard, view, root)
+            entries = self._views.write(view, root)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:

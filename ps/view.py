@@ -1,92 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
-"""View: all blocks of a shard as they were at one instant, which are written while pushes go on.
+"""View: all blocks of a shard as they were at one instant, written as a cut while pushes go on.
+
+    a block that has not changed since the last committed cut    what that wrote still holds
+    one that has, and of which it is known what                  an increment: its changed rows, and the keys that left
+    any other                                                    whole
 
 Invariant: begun under the push lock, so each block's content, marks and seq are of the same groups; what is written of a block is
-its content at that instant, whatever was pushed since. One view at a time: beginning another one lets it go.
+its content at that instant, whatever was pushed since. A cut follows on the newest one that the coordinator calls committed.
+One view at a time: beginning another one lets it go.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.checkpoint.block_file import BlockImage
-from oarlock.checkpoint.manifest import BlockEntry
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.chain import should_be_whole
+from oarlock.checkpoint.entry import BlockEntry
+from oarlock.checkpoint.store import CheckpointStore, open_store
 from oarlock.client.layout import Layout
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
+from oarlock.embedding.dense_view import DenseView
+from oarlock.embedding.expanding_view import ExpandingView
+from oarlock.embedding.view import TableView
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
 
+_NO_KEYS = np.empty(0, np.uint64)
 
-@dataclass
-class View:
-    """Cut ``number`` of a shard: its blocks int64[m], their seqs, marks by split int32[blocks], and contents."""
+
+class Written(NamedTuple):
+    """A cut that this shard wrote: its entries by number of block."""
 
     number: int
-    blocks: NDArray[np.int64]
-    sequence: NDArray[np.int64]
-    marks: dict[int, NDArray[np.int32]]
-    contents: dict[int, BlockRows | DenseBlock]
-    # What was written, once all of it is: an order that is repeated gets the same answer.
-    entries: list[BlockEntry] | None = None
-    # Whether it was torn when it was first asked for, None before: later tears break nothing.
-    torn: bool | None = None
+    entries: dict[int, BlockEntry]
 
-    def image(self, shard: Shard, number: int) -> BlockImage:
-        """Return a block as it was at the instant."""
-        marks = {split: int(of[number]) for split, of in self.marks.items() if of[number] >= 0}
-        return _image(shard.layout, number, int(self.sequence[number]), marks, self.contents[number])
+
+class View:
+    """Cut ``number`` of a shard's ``blocks`` int64[m]; ``base``: entries of the committed cut that it follows on."""
+
+    def __init__(self, shard: Shard, number: int, base: Mapping[int, BlockEntry]) -> None:
+        self.number = number
+        self.blocks: NDArray[np.int64] = np.flatnonzero(shard.owned)
+        # What was written, once all of it is: an order that is repeated gets the same answer.
+        self.entries: dict[int, BlockEntry] | None = None
+        # Whether it was torn when it was first asked for, None before: later tears break nothing.
+        self.torn: bool | None = None
+        self._layout = shard.layout
+        self._base = base
+        self._marks = shard.marks.copy()
+        self._dense_sequence = shard.dense_sequence.copy()
+        self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
+        self._dense: DenseView = shard.dense_group.begin_view(number)
+
+    def write(self, store: CheckpointStore) -> dict[int, BlockEntry]:
+        """Write all blocks; return their entries by number."""
+        if self.entries is None:
+            entries = {number: self._write(store, number) for number in self.blocks.tolist()}
+            self.entries = entries
+            self.close()
+            written = [e for number, e in entries.items() if e != self._base.get(number)]
+            logger.info(
+                "event=blocks_written cut=%d blocks=%d increments=%d unchanged=%d bytes=%d",
+                self.number,
+                len(entries),
+                sum(1 for e in written if e.base),
+                len(entries) - len(written),
+                sum(e.bytes + e.waiting_bytes + e.gone_bytes for e in written),
+            )
+        return self.entries
 
     def close(self) -> None:
         """Let go what is kept for it."""
-        self.contents = {}
+        for view in self._tables:
+            view.close()
+        self._dense.close()
+
+    def _write(self, store: CheckpointStore, number: int) -> BlockEntry:
+        before = self._base.get(number)
+        if number >= self._layout.dense_base:
+            return self._write_dense(store, number, before)
+        name, block = self._layout.name(number)
+        view = self._tables[self._layout.table_index[name]]
+        seq, marks = view.version(block), self._marks_of(number)
+        if before is not None and before.seq == seq:
+            view.release(block)
+            return before
+        changes = view.changes(block) if before is not None else None
+        if changes is not None and not should_be_whole(before, len(changes.rows.keys)):
+            image = _image(self._layout, number, seq, marks, changes.rows)
+            entry = store.write_block(self.number, image, after=before, gone=changes.gone)
+        else:
+            del changes
+            entry = store.write_block(self.number, _image(self._layout, number, seq, marks, view.content(block)))
+        view.release(block)
+        return entry
+
+    def _write_dense(self, store: CheckpointStore, number: int, before: BlockEntry | None) -> BlockEntry:
+        at = number - self._layout.dense_base
+        seq = int(self._dense_sequence[at])
+        if before is None or before.seq != seq:
+            image = _image(self._layout, number, seq, self._marks_of(number), self._dense.content(at))
+            before = store.write_block(self.number, image)
+        self._dense.release(at)
+        return before
+
+    def _marks_of(self, number: int) -> dict[int, int]:
+        return {split: int(of[number]) for split, of in self._marks.items() if of[number] >= 0}
+
+
+class Views:
+    """The view that a shard has open, and what it wrote before. The push lock is held, but for ``write``."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._open: View | None = None
+        # Of the newest cut that was written, and of the newest that is known to be committed.
+        self._last = self._committed = Written(0, {})
+
+    def begin(self, number: int, committed: int) -> None:
+        """Begin the view of cut ``number``; ``committed``: the newest cut that is."""
+        shard = self._shard
+        if committed and committed == self._last.number:
+            for table in shard.tables:
+                table.commit_view(committed)
+            shard.dense_group.commit_view(committed)
+            self._committed = self._last
+        self.let_go()
+        base = self._committed.entries if self._committed.number == committed else {}
+        self._open = View(shard, number, base)
+
+    def let_go(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def of(self, number: int) -> View:
+        """Return the view of cut ``number``; InvalidArgument if there is none."""
+        if self._open is None or self._open.number != number:
+            raise InvalidArgument(f"this shard has no view of cut {number}: it was given up", cut=number)
+        return self._open
+
+    def write(self, view: View, root: str) -> list[BlockEntry]:
+        """Write a view into the folder of its cut under ``root``; nothing exists until the manifest is committed."""
+        try:
+            entries = view.write(open_store(root))
+        except OSError as error:
+            raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
+        self._last = Written(view.number, entries)
+        return list(entries.values())
 
 
 def image_of(shard: Shard, number: int) -> BlockImage:
     """Return a block as it is now. The push lock is held."""
+    layout = shard.layout
     seq, marks = shard.operations(number), shard.marks.of_block(number)
-    return _image(shard.layout, number, seq, marks, _content(shard, number))
+    if number >= layout.dense_base:
+        found = layout.dense_blocks[number - layout.dense_base]
+        return _image(layout, number, seq, marks, shard.dense[found.parameter].export_block(found.block))
+    name, block = layout.name(number)
+    return _image(layout, number, seq, marks, shard.tables[layout.table_index[name]].export_block(block))
 
 
 def _image(layout: Layout, number: int, seq: int, marks: dict[int, int], content: BlockRows | DenseBlock) -> BlockImage:
-    name, local = layout.name(number)
+    name, block = layout.name(number)
     if isinstance(content, DenseBlock):
-        keys = np.empty(0, np.uint64)
-        return BlockImage("dense", name, local, seq, marks, keys, content.weights[None], content.state[None])
-    return BlockImage("rows", name, local, seq, marks, *content)
-
-
-def begin_view(shard: Shard, number: int) -> View:
-    """Begin the view of cut ``number``. The push lock is held."""
-    blocks = np.flatnonzero(shard.owned)
-    contents = {n: _content(shard, n) for n in blocks.tolist()}
-    return View(number, blocks, shard.sequence, shard.marks.copy(), contents)
-
-
-def _content(shard: Shard, number: int) -> BlockRows | DenseBlock:
-    layout = shard.layout
-    if number >= layout.dense_base:
-        found = layout.dense_blocks[number - layout.dense_base]
-        return shard.dense[found.parameter].export_block(found.block)
-    name, local = layout.name(number)
-    return shard.tables[layout.table_index[name]].export_block(local)
-
-
-def write_view(shard: Shard, view: View, root: str) -> list[BlockEntry]:
-    """Write all blocks into the folder of the cut under ``root``; nothing exists until the manifest is committed."""
-    if view.entries is not None:
-        return view.entries
-    store = LocalStore(root)
-    try:
-        entries = [store.write_block(view.number, view.image(shard, n)) for n in view.blocks.tolist()]
-    except OSError as error:
-        raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
-    view.entries = entries
-    view.close()
-    logger.info("event=blocks_written cut=%d blocks=%d", view.number, len(entries))
-    return entries
+        return BlockImage("dense", name, block, seq, marks, _NO_KEYS, content.weights[None], content.state[None])
+    return BlockImage("rows", name, block, seq, marks, *content)

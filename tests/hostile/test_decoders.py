@@ -191,7 +191,7 @@ def cut(tmp_path_factory):
     job = rig.Job(rig.spec_of(), shards=1).place()
     job.services[0].push(rig.request_of(job, 1, 0))
     store = LocalStore(folder)
-    entries = view.write_view(job.shards[0], view.begin_view(job.shards[0], 1), str(folder))
+    entries = list(view.View(job.shards[0], 1, {}).write(store).values())
     values = json.loads(SPEC)
     manifest = Manifest(
         job=rig.JOB,
