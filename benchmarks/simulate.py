@@ -15,7 +15,7 @@ from typing import Any
 from oarlock.benchmarks.surroundings import surroundings
 from oarlock.simulation.campaign import campaign, files, run_seeds, smallest
 from oarlock.simulation.faults import MODES, Schedule, draw
-from oarlock.simulation.world import run
+from oarlock.simulation.restored import run
 
 QUICK_SECONDS = 35.0
 # Shrinking one takes up to a minute.

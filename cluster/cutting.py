@@ -6,10 +6,10 @@
     write    every owner writes its view, while training goes on
     commit   the manifest appears in one atomic step, then it is recorded
 
-Invariant: what the manifest says of the job (closed splits, counts, results) is of the moment at which all workers stood at the
-gate, and owners were told of the same closed splits with the order to begin. Whatever fails on the way leaves training and
-the cut before as they were. One event loop; files are dealt with in a thread
-of ``executor`` (None: of the loop's own).
+Invariant: what the manifest says of the job (closed splits, counts, results) is of the moment at which all views have begun and
+no worker pushes yet: a split that is closed then is whole in every view, and one that an owner knows as closed is among them.
+Whatever fails on the way leaves training and the cut before as they were. One event loop; files are dealt with in a thread of
+``executor`` (None: of the loop's own).
 """
 
 import asyncio
@@ -24,11 +24,10 @@ from typing import Any, TypeVar
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.store import LocalStore
-from oarlock.client.closed import ClosedSet
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
-from oarlock.cluster.moment import Moment, moment_of
+from oarlock.cluster.moment import moment_of
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
 from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
@@ -105,10 +104,11 @@ class Cutting:
         c = self._c
         try:
             await self._gathered(gate)
+            await self._cut(gate.cut, gate.workers)
             with c.lock:
-                moment, workers = moment_of(c, gate.cut), gate.workers
-            await self._cut(gate.cut, workers, moment)
-            c.cuts.open()
+                # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
+                moment = moment_of(c, gate.cut)
+                c.cuts.open()
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
             await self._run(LocalStore(self._folder).commit, manifest)
         except (PSError, OSError) as error:
@@ -137,12 +137,11 @@ class Cutting:
                 )
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _cut(self, cut: int, workers: list[int], moment: Moment) -> None:
+    async def _cut(self, cut: int, workers: list[int]) -> None:
         """Have every owner begin its view."""
-        closed = ClosedSet(moment.closed.floor, moment.closed.above).pack()
 
         async def one(shard: ShardAddress) -> None:
-            request = CutRequest(cut=cut, workers=workers, closed=closed, committed=self._c.cuts.committed)
+            request = CutRequest(cut=cut, workers=workers, committed=self._c.cuts.committed)
             await self._ordered(shard, "Cut", request, self._c.spec.gate_seconds)
 
         await _all([one(shard) for shard in self._owners()])

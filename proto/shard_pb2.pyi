@@ -200,18 +200,16 @@ class CloseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ...) -> None: ...
 
 class CutRequest(_message.Message):
-    __slots__ = ("header", "cut", "workers", "closed", "committed")
+    __slots__ = ("header", "cut", "workers", "committed")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
-    CLOSED_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     cut: int
     workers: _containers.RepeatedScalarFieldContainer[int]
-    closed: _common_pb2.ClosedSplits
     committed: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., committed: _Optional[int] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("header", "cut")

@@ -152,13 +152,9 @@ class ShardService:
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 
     def cut(self, request: CutRequest) -> Empty:
-        self._order(request.header)
-        closed = ClosedSet.unpack(request.closed)
         _, shard = self._take(request.header)
         with shard.push_lock:
             if shard.cuts.begin(request.cut, request.workers):
-                shard.closed.merge(closed)
-                shard.marks.drop_closed(shard.closed)
                 self._views.begin(request.cut, request.committed)
         return Empty()
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import LEAST_EVENTS, MODES, Schedule, draw
+from oarlock.simulation.restored import run
 from oarlock.simulation.shrink import shrink
-from oarlock.simulation.world import run
 
 CHUNK = 20
 _data: Data | None = None

@@ -22,7 +22,7 @@ from oarlock.data.reader import open_reader
 from oarlock.data.splits import SplitPlan, plan_splits
 from oarlock.embedding.spec import CacheSpec
 from oarlock.simulation.counting import Config, parameters
-from oarlock.simulation.faults import HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
+from oarlock.simulation.faults import GATE_SECONDS, HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
 from oarlock.simulation.rough import TABLE
 
 JOB = "00112233445566778899aabbccddeeff"
@@ -114,6 +114,8 @@ class Data:
             config=vars(Config(trace=TRACE, rough=rough)),
             mode=schedule.mode,
             checkpoint_epochs=0,
+            checkpoint_seconds=schedule.checkpoint_seconds,
+            gate_seconds=GATE_SECONDS,
             open_splits=schedule.open_splits,
             prefetch=schedule.prefetch,
             accumulate=schedule.accumulate,

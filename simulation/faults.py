@@ -51,6 +51,11 @@ LEAST_EVENTS = 200
 # Rows of the training files.
 TRAIN_ROWS = 36
 HEARTBEAT_SECONDS = 2.0
+GATE_SECONDS = 2.0
+# Messages of a cut, and what may happen to processes in the middle of one.
+CUT_METHODS = ("Coordinator.Gate", "Coordinator.Heartbeat", "Shard.Cut", "Shard.Write", "Shard.Abort")
+CUT_WORLD = ("kill_worker", "pause_worker", "kill_coordinator", "tear", "pause_coordinator", "cut")
+CUTS_SHARE = 0.5
 # Of the jobs of modes in which something may be kept from group to group.
 ROUGH_SHARE = 0.4
 
@@ -74,6 +79,7 @@ class Schedule:
     ``cache_adaptive``: each worker finds its bound, up to ``cache_bound``.
     ``push``: how the rough rows travel, and with ``push_dense`` all dense parameters, ``zstd`` or not; empty: there are none.
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
+    ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone.
     """
 
     seed: int
@@ -96,6 +102,7 @@ class Schedule:
     push_dense: str = ""
     zstd: bool = False
     compute_threads: int = 1
+    checkpoint_seconds: float = 0.0
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -113,7 +120,19 @@ class Schedule:
 
 def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
     """Return the schedule of a seed."""
-    rng = random.Random(seed)
+    schedule = _draw_training(random.Random(seed), seed, modes)
+    rng = random.Random(f"cuts of {seed}")
+    if rng.random() > CUTS_SHARE:
+        return schedule
+    kinds, favourites = rng.sample(WIRE, 2), rng.sample(CUT_METHODS, 2)
+    more = [_fault(rng, rng.choice(kinds), rng.choice(favourites)) for _ in range(rng.choice((0, 2, 6)))]
+    # Some while the gate of an earlier attempt stands.
+    more += [_fault(rng, rng.choice(CUT_WORLD), "") for _ in range(rng.choice((0, 0, 1, 3)))]
+    faults = tuple(sorted((*schedule.faults, *more), key=lambda f: f.at))
+    return replace(schedule, checkpoint_seconds=rng.choice((0.5, 2.0, 6.0)), faults=faults)
+
+
+def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Schedule:
     # Every seed has its favourites, so that some kinds come in crowds and others not at all.
     kinds = [*rng.sample(WIRE, rng.randint(0, 3)), *rng.sample(WORLD, rng.randint(0, 4))] or ["late"]
     favourites = rng.sample(METHODS, rng.randint(1, 4))

@@ -22,7 +22,8 @@ class Kept:
 
     def __init__(self, spec: JobSpec) -> None:
         table = spec.tables[0]
-        self._cache = table.cache
+        # Whether there is anything to follow.
+        self.follows = table.cache is not None
         order = np.arange(table.blocks, dtype=np.int32)
         bits = table.blocks.bit_length() - 1
         self._all = KeySorter().build(np.arange(KEYS, dtype=np.uint64), table_salt(table.name), bits, order)
@@ -31,7 +32,7 @@ class Kept:
 
     def pushed(self, shard: Shard) -> None:
         """After a shard handled a push, whatever came of it."""
-        if self._cache is None:
+        if not self.follows:
             return
         here = shard.owned[self._all.blocks]
         if not here.any():
@@ -46,7 +47,7 @@ class Kept:
     def violation(self, request: Any, reply: Any) -> str:
         """Return what is wrong with a shard's answer to a pull, in words."""
         for i, asked in enumerate(request.tables):
-            if self._cache is None or asked.table or not asked.HasField("versions"):
+            if not self.follows or asked.table or not asked.HasField("versions"):
                 continue
             keys = unpack(asked.keys, np.uint64, "keys").astype(np.int64)
             told = unpack(asked.versions, np.uint32, "versions").astype(np.int64)

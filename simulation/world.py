@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import contextvars
 import random
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from oarlock.proto.errors import LeaseLost, OutOfMemory, PSError, WrongRun
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
+from oarlock.simulation.cuts import Cuts
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
@@ -58,6 +58,7 @@ class World:
         self.bound = Bound(schedule.staleness)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
+        self.cuts = Cuts(self.spec, folder / "checkpoints")
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -162,6 +163,7 @@ class World:
                 self._heard[request.header.sender] = self.loop.now
             if call.method == "Coordinator.Lease" and reply is not None:
                 self.bound.leased(request, reply)
+                self.cuts.leased(request, reply)
             self.residuals.answered(call.method, request)
             self.checker.answered(call.method, request, reply)
         elif process in self.shard_processes:
@@ -212,6 +214,7 @@ class World:
             self.store.open()
             c = self.coordinator = Coordinator(self.store, self.spec, clock=self.loop.time, rng=self.rng)
             c.open()
+            self._opened(c)
             gone = c.member_gone
 
             def member_gone(member: Any, state: str, error: str = "") -> None:
@@ -229,6 +232,9 @@ class World:
         orders = Orders(self.coordinator, self.wire.link(process), self.folder / "checkpoints", executor=Inline())
         task = self.loop.start(process, run_coordinator(self.coordinator, orders))
         task.add_done_callback(lambda t: self._ended(process, t))
+
+    def _opened(self, c: Coordinator) -> None:
+        self.cuts.watch(c)
 
     def _judge(self, member: Any, error: str) -> None:
         self._note(f"member gone: {member.role} {member.id} {error}")
@@ -390,9 +396,3 @@ class World:
         if process is not None:
             process.call(self.leaving[process.name].set)
             self._later(fault.seconds, self._start_worker)
-
-
-def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome:
-    """Run a schedule in a folder of its own."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        return World(schedule, data, Path(folder), log).run()

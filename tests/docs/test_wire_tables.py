@@ -254,7 +254,7 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
         "Shard.Marks": MarksRequest(header=header(), splits=[3]),
         "Shard.Adopt": AdoptRequest(header=header(), placement=PLACEMENT),
         "Shard.Close": CloseRequest(header=header(), closed=closed),
-        "Shard.Cut": CutRequest(header=header(), cut=1, workers=[7], closed=closed),
+        "Shard.Cut": CutRequest(header=header(), cut=1, workers=[7]),
         "Shard.Write": WriteRequest(header=header(), cut=1, root=str(tmp_path)),
         "Shard.Abort": AbortRequest(header=header(), cut=1),
         "Shard.Stats": ShardStatsRequest(header=header()),

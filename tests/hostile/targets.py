@@ -236,9 +236,7 @@ class ShardTarget(Target):
             "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
             "Shard.Adopt": [adoption, newer, partly],
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
-            "Shard.Cut": [
-                CutRequest(header=header, cut=3, workers=[7, 8], closed=ClosedSet(1, [3]).pack(), committed=2)
-            ],
+            "Shard.Cut": [CutRequest(header=header, cut=3, workers=[7, 8], committed=2)],
             "Shard.Abort": [AbortRequest(header=header, cut=2)],
             "Shard.Write": [WriteRequest(header=header, cut=3, root=str(self.folder / "cuts"))],
             "Shard.Stats": [ShardStatsRequest(header=header)],

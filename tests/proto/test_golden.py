@@ -211,7 +211,7 @@ MESSAGES: dict[str, Message] = {
         CloseRequest(header=FULL, closed=CLOSED),
         WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints"),
         WriteReply(entries="[]", torn=True),
-        CutRequest(header=FULL, cut=13, workers=[71, 72], closed=CLOSED, committed=12),
+        CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12),
         AbortRequest(header=FULL, cut=13),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),

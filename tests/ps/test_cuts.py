@@ -9,7 +9,6 @@ import rig
 
 from oarlock.checkpoint.manifest import BlockEntry
 from oarlock.checkpoint.store import LocalStore
-from oarlock.client.closed import ClosedSet
 from oarlock.proto.errors import InvalidArgument, LeaseLost
 from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
 from oarlock.ps.cuts import Cuts
@@ -28,8 +27,8 @@ def push(job, split, group, *, sender=STOOD, cut=0):
     return job.services[0].push(request)
 
 
-def begin(job, cut, *, workers=(STOOD,), closed=None):
-    request = CutRequest(header=job.header(0), cut=cut, workers=workers, closed=closed)
+def begin(job, cut, *, workers=(STOOD,)):
+    request = CutRequest(header=job.header(0), cut=cut, workers=workers)
     return job.services[0].cut(request)
 
 
@@ -75,15 +74,6 @@ def test_a_cut_holds_what_was_there_when_it_began(job, tmp_path):
     reply = write(job, 1, tmp_path)
     assert not reply.torn
     assert written(tmp_path, reply, 1) == before
-
-
-def test_splits_that_are_closed_with_the_cut_have_no_marks_in_it(job, tmp_path):
-    push(job, 0, 0)
-    push(job, 1, 0)
-    begin(job, 1, closed=ClosedSet(1).pack())
-    reply = write(job, 1, tmp_path)
-    assert {tuple(marks) for _, _, marks, *_ in written(tmp_path, reply, 1)} == {(1,)}
-    assert push(job, 0, 0, cut=1).applied == 0, "a late copy of a push finds its split closed"
 
 
 def test_a_worker_that_opened_its_gate_by_itself_tears_the_view_until_it_is_asked_for(job, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from oarlock.simulation.campaign import files, smallest
 from oarlock.simulation.faults import Schedule, draw
-from oarlock.simulation.world import run
+from oarlock.simulation.restored import run
 
 MOST = 1000
 # Found by few schedules, and so after many.

@@ -15,7 +15,7 @@ LOG = """
 import sys
 from oarlock.simulation.campaign import files
 from oarlock.simulation.faults import draw
-from oarlock.simulation.world import run
+from oarlock.simulation.restored import run
 # before
 for seed in range(5000, 5005):
     log = []

@@ -12,7 +12,7 @@ from oarlock.cluster.work import Work
 from oarlock.data.scores import Scores
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import Fault, Schedule, draw
-from oarlock.simulation.world import run
+from oarlock.simulation.restored import run
 
 
 class ScoredData(Data):
