@@ -355,10 +355,13 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
 async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
     """Send the messages until every block answered that it has its part; return what became of them."""
     counts = PushCounts()
+    # Of the moment at which it begins, whatever is heard of cuts before the last try: it may be in some views and not in others.
+    cut = member.gate.cut
 
     async def send(message: PushMessage, timeout: float) -> _Blocks:
         request = message.request
         request.header.CopyFrom(member.header(message.shard.incarnation))
+        request.header.cut = cut
         answered = await member.transport.call(
             message.shard.address, "Shard.Push", message.bulk, timeout_seconds=timeout
         )

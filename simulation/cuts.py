@@ -2,8 +2,8 @@
 """Cuts, read back from their files as soon as they are committed: each group is in all blocks or in none (SEMANTICS C1, C2).
 
 Invariant: what a cut holds is read off its values (each batch has keys and dense elements of its own, see counting.py), of all
-blocks, whatever chain of files they are in, and never off its marks, which are checked against that. Only the one group that a
-worker which is gone left unfinished may be in some blocks and not in others.
+blocks, whatever chain of files they are in, and never off its marks, which are checked against that. Only one group of a worker
+that is gone, or opened its gate by itself, may be in some blocks and not in others.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from oarlock.client.job import JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.proto.coordinator_pb2 import TRAIN, LeaseReply, LeaseRequest
 from oarlock.proto.errors import PSError
+from oarlock.proto.shard_pb2 import PushReply, PushRequest
 from oarlock.simulation.counting import LOSS, batches_of, trace_keys
 from oarlock.simulation.faults import TRAIN_ROWS
 from oarlock.simulation.invariants import require
@@ -31,6 +32,9 @@ class Cuts:
         self.committed = 0
         # Who was ever leased a split.
         self._holders: dict[int, set[int]] = {}
+        # The newest gate at which a worker said to stand, and splits of which it pushed something new by an older number since.
+        self._stood: dict[int, int] = {}
+        self._alone: dict[int, int] = {}
         self._trace = spec.config["trace"]
         self._total = spec.dense[1].size
         self._per_split = self._total // (spec.splits * spec.epochs)
@@ -56,6 +60,15 @@ class Cuts:
             for split in reply.splits:
                 self._holders.setdefault(split, set()).add(request.header.sender)
 
+    def stood(self, worker: int, cut: int) -> None:
+        self._stood[worker] = max(cut, self._stood.get(worker, 0))
+
+    def pushed(self, request: PushRequest, reply: PushReply | PSError) -> None:
+        """After a shard handled a push: a worker that stood at a gate and did not hear of its opening has opened it itself."""
+        cut = self._stood.get(request.header.sender, 0)
+        if request.header.cut < cut and not isinstance(reply, PSError) and reply.applied:
+            self._alone[request.split] = cut
+
     def _check(self, c: Coordinator, manifest: Manifest) -> None:
         name = f"cut {manifest.cut}"
         require((manifest.job, manifest.run) == (c.spec.job, c.run), "C2", f"{name} is of another history")
@@ -76,7 +89,9 @@ class Cuts:
             spread = int(have.max() - have.min())
             require(spread <= 1, "M3", f"{name}: blocks have {have} groups of split {split}")
             require(
-                not spread or self._left(c, split), "C1", f"{name}: blocks have {have} groups of split {split}: torn"
+                not spread or self._left(c, split) or self._alone.get(split) == manifest.cut,
+                "C1",
+                f"{name}: blocks have {have} groups of split {split}: torn",
             )
         self._check_counted(manifest, closed)
 

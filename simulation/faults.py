@@ -79,7 +79,8 @@ class Schedule:
     ``cache_adaptive``: each worker finds its bound, up to ``cache_bound``.
     ``push``: how the rough rows travel, and with ``push_dense`` all dense parameters, ``zstd`` or not; empty: there are none.
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
-    ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone.
+    ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone. ``at_gates``: faults that strike when
+    the ``at``-th word of a worker that stands at a gate was heard.
     """
 
     seed: int
@@ -103,6 +104,7 @@ class Schedule:
     zstd: bool = False
     compute_threads: int = 1
     checkpoint_seconds: float = 0.0
+    at_gates: tuple[Fault, ...] = ()
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -114,7 +116,8 @@ class Schedule:
     @staticmethod
     def from_json(text: str) -> "Schedule":
         values = json.loads(text)
-        values["faults"] = tuple(Fault(**f) for f in values["faults"])
+        for name in ("faults", "at_gates"):
+            values[name] = tuple(Fault(**f) for f in values.get(name, ()))
         return Schedule(**values)
 
 
@@ -129,7 +132,18 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
     # Some while the gate of an earlier attempt stands.
     more += [_fault(rng, rng.choice(CUT_WORLD), "") for _ in range(rng.choice((0, 0, 1, 3)))]
     faults = tuple(sorted((*schedule.faults, *more), key=lambda f: f.at))
-    return replace(schedule, checkpoint_seconds=rng.choice((0.5, 2.0, 6.0)), faults=faults)
+    aimed = tuple(fault for _ in range(rng.choice((0, 1, 1, 2))) for fault in _aimed(rng))
+    return replace(schedule, checkpoint_seconds=rng.choice((0.5, 2.0, 6.0)), faults=faults, at_gates=aimed)
+
+
+def _aimed(rng: random.Random) -> list[Fault]:
+    """Return what has a worker push across a cut: it opens its gate by itself, or it is struck off and does not know."""
+    at, who = rng.randint(1, 30), rng.randrange(6)
+    late = Fault(at, rng.choice(("slow", "lose")), who, rng.random() * 3, "Shard.Cut")
+    if rng.random() < 0.5:
+        # Longer than it waits: when the coordinator is back, all have come and the views begin.
+        return [Fault(at, "pause_coordinator", who, 2 * GATE_SECONDS + rng.random() * 2), late]
+    return [Fault(at, "cut", 4, LEASE_SECONDS * (1 + rng.random() / 2)), late]
 
 
 def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Schedule:

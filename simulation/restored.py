@@ -36,7 +36,7 @@ def go_on(schedule: Schedule, data: Data, checkpoints: Path, folder: Path, log: 
     """Restore one of the cuts in ``checkpoints`` and train to the end."""
     rng = random.Random(schedule.seed + 2)
     cut = rng.choice(LocalStore(checkpoints).cuts())
-    other = replace(schedule, shards=rng.randint(1, 3), workers=rng.randint(1, 3), faults=())
+    other = replace(schedule, shards=rng.randint(1, 3), workers=rng.randint(1, 3), faults=(), at_gates=())
     folder.mkdir()
     outcome = Restored(other, data, folder, f"{checkpoints}@{cut}", log).run()
     return replace(outcome, violation=f"{outcome.violation} (restored from cut {cut})" if outcome.violation else "")

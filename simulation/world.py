@@ -71,6 +71,8 @@ class World:
         self.events = 0
         self.violation = ""
         self._faults = list(schedule.faults)
+        # How often a worker was heard at a gate.
+        self._gates = 0
         self._refusing: set[int] = set()
         # When each member sent what the coordinator last answered.
         self._renewed: dict[str, float] = {}
@@ -154,6 +156,11 @@ class World:
             self.counts[call.method] += 1
             self._note(f"{call.method} {call.sender.name} -> {process.name}", request, reply)
             self._check(process, call, request, reply)
+        if call.method == "Coordinator.Gate" and process is not None:
+            self._gates += 1
+            for fault in self.schedule.at_gates:
+                if fault.at == self._gates:
+                    self._strike(fault)
         while self._faults and self._faults[0].at <= self.events:
             self._strike(self._faults.pop(0))
 
@@ -164,6 +171,8 @@ class World:
             if call.method == "Coordinator.Lease" and reply is not None:
                 self.bound.leased(request, reply)
                 self.cuts.leased(request, reply)
+            if call.method == "Coordinator.Gate":
+                self.cuts.stood(request.header.sender, request.cut)
             self.residuals.answered(call.method, request)
             self.checker.answered(call.method, request, reply)
         elif process in self.shard_processes:
@@ -177,6 +186,7 @@ class World:
             self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
             self.residuals.pushed(shard, request, reply)
+            self.cuts.pushed(request, reply)
             if not isinstance(reply, PSError):
                 self.bound.pushed(number, request)
         elif method == "Shard.Pull" and not isinstance(reply, PSError):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import planted
 import planted_caches
+import planted_cuts
 import planted_modes
 import planted_residuals
 import pytest
@@ -25,16 +26,22 @@ RARE = {
     planted_residuals.handed_to_the_successor,
     planted_residuals.rest_of_dense_values_is_not_what_was_left,
     planted_residuals.losses_are_not_told,
+    planted_cuts.late_pushes_are_taken_for_new_ones,
+    planted_cuts.tears_are_not_looked_at,
+    planted_cuts.changes_are_counted_from_a_cut_that_was_given_up,
+    planted_cuts.told_when_it_is_committed,
+    planted_cuts.told_before_the_views_begin,
+    planted_cuts.views_of_later,
 }
 
 
 def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> tuple[int, str]:
     """Return the first seed that breaks an invariant, and which."""
     plant(patch)
-    rough = plant in planted_residuals.PLANTED
+    rough, cuts = plant in planted_residuals.PLANTED, plant in planted_cuts.PLANTED
     for seed in range(MOST):
         # No other job has anything to show there.
-        if rough and not draw(seed).push:
+        if (rough and not draw(seed).push) or (cuts and not draw(seed).checkpoint_seconds):
             continue
         violation = run(draw(seed), files()).violation
         if violation:
@@ -50,7 +57,8 @@ def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch
     "plant",
     [
         pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__)
-        for p in (*planted.PLANTED, *planted_modes.PLANTED, *planted_caches.PLANTED, *planted_residuals.PLANTED)
+        for module in (planted, planted_modes, planted_caches, planted_residuals, planted_cuts)
+        for p in module.PLANTED
     ],
 )
 @pytest.mark.timeout(600)
