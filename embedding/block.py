@@ -145,6 +145,7 @@ class Block:
 
     def free(self) -> None:
         """Give all memory back; nobody is inside the block any more."""
+        self.saved = None
         for address, size in self._chunks:
             self._arena.give_back(address, size)
         self._chunks.clear()

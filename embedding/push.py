@@ -120,7 +120,8 @@ def look(
         # Without a branch: whether a key is in its home bucket cannot be predicted. If it is not, the row is some other.
         entry, hit = peek(load_i64(scratch.hints, i & _RING), load_u64(keys, i))
         word = np.int64(load_u32(entry, 0))
-        plain = hit & (word < PENDING)
+        # A row in memory whose word has the block's stamp: nothing but the slot differs.
+        fresh = hit & (word ^ stamp <= VALUE)
         slot = min(word & VALUE, last)
         row, side = row_at(chunks, slot, shape)
         prefetch_bytes(row, shape.weight_bytes)
@@ -132,16 +133,24 @@ def look(
         if shape.undo > 0:
             store_i64(scratch.undo, i, undo_at(chunks, slot, shape))
         store_i64(scratch.late, odd, i)
-        odd += (not plain) & (not bad)
-        store_i64(scratch.stale, stale, entry)
-        stale += plain & (not bad) & (word & STAMPS != stamp)
-        if rules.heated and plain:
+        odd += (not fresh) & (not bad)
+        if rules.heated and hit & (word < PENDING):
             warm(entry)
+    away = np.int64(0)
     for k in range(odd):
-        ask_away(load_i64(scratch.hints, load_i64(scratch.late, k) & _RING))
+        i = load_i64(scratch.late, k)
+        line = load_i64(scratch.hints, i & _RING)
+        entry, hit = peek(line, load_u64(keys, i))
+        if hit and np.int64(load_u32(entry, 0)) < PENDING:
+            store_i64(scratch.stale, stale, entry)
+            stale += 1
+        else:
+            ask_away(line)
+            store_i64(scratch.late, away, i)
+            away += 1
     absent = np.int64(0)
     in_file = np.int64(0)
-    for k in range(odd):
+    for k in range(away):
         i = load_i64(scratch.late, k)
         row = np.int64(ABSENT)
         entry = find(buckets, count, load_i64(scratch.hints, i & _RING), load_u64(keys, i))

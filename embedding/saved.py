@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.descriptor import SAVED, SAVED_ROOM
-from oarlock.embedding.memory import touch
 from oarlock.embedding.pointer import address_of
 
 LEAST = 64  # keys of a piece of memory
-PIECE_BYTES = 1 << 20  # pieces grow up to this
+PUSHES = 16  # pushes as large as the one that needs room, which a piece has room for
+PIECE_BYTES = 4 << 20  # but if one push needs more, it has no more than this
 
 if TYPE_CHECKING:
     from oarlock.embedding.view import TableView
@@ -39,16 +39,14 @@ class Saved:
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self._pieces) + len(self.sketch or b"")
 
-    def make_room(self, words: NDArray[np.int64], n: int) -> None:
-        """See to it that ``n`` more keys can be saved; ``words``: the block's descriptor."""
+    def make_room(self, words: NDArray[np.int64], n: int, least: int = 0) -> None:
+        """See to it that ``n`` more keys can be saved, or better ``least``; ``words``: the block's descriptor."""
         left = int(words[SAVED_ROOM])
-        if left >= n:
+        if left >= max(n, min(least, PIECE_BYTES // self._pitch // 2)):
             return
-        kept = sum(map(len, self._pieces)) - left
-        room = max(n, min(max(LEAST, kept), PIECE_BYTES // self._pitch))
+        # Most of it may never be used, and costs nothing then: a push that stops for room costs more than address space.
+        room = max(n, min(max(LEAST, PUSHES * n), PIECE_BYTES // self._pitch))
         piece = np.empty((room, self._pitch), np.uint8)
-        # The system gives a page when it is first written to: not while the block is shut.
-        touch(address_of(piece), piece.nbytes)
         self._end_piece(left)
         self._pieces.append(piece)
         words[SAVED], words[SAVED_ROOM] = address_of(piece), room

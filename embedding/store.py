@@ -27,11 +27,10 @@ from oarlock.embedding.descriptor import (
     PENDING_KEYS,
     ROWS,
     SPILLED_ROWS,
-    STAMP,
     VERSION,
 )
 from oarlock.embedding.hashing import table_salt
-from oarlock.embedding.index import PENDING, SPILLED, STAMP_BIT, VALUE, list_entries
+from oarlock.embedding.index import PENDING, SPILLED, VALUE, list_entries
 from oarlock.embedding.initial import constants, origin
 from oarlock.embedding.lock import enter_mutex, leave_mutex, reopen, shut
 from oarlock.embedding.memory import Arena, IndexMemory
@@ -41,7 +40,6 @@ from oarlock.embedding.precision import INT8, precision_code
 from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.slab import First, Keep, layout
 from oarlock.embedding.spec import TableSpec
-from oarlock.embedding.stamps import stamp_of
 from oarlock.proto.errors import InvalidArgument, Malformed, PSError, StalePlacement
 
 _NO_PLACES: NDArray[np.int32] = np.zeros(0, np.int32)
@@ -199,7 +197,6 @@ class Store:
                 self._forget_cold(block)
                 before.move_descriptor(np.zeros(FIELDS, np.int64))
             content.descriptor[LIFE] = next(self._lives)
-            content.descriptor[STAMP] = stamp_of(self.phase) << STAMP_BIT
             content.track.floor = self.phase
             content.move_descriptor(self.descriptors[block])
             self.blocks[block] = content

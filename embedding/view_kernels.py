@@ -44,7 +44,6 @@ from oarlock.embedding.jit import jit
 from oarlock.embedding.pointer import (
     LINE,
     Int,
-    copy,
     load_i64,
     load_u8,
     load_u32,
@@ -53,6 +52,7 @@ from oarlock.embedding.pointer import (
     store_u32,
     store_u64,
 )
+from oarlock.embedding.pull import copy_row
 from oarlock.embedding.slab import Layout, prefetch_bytes, row_at
 
 HEAD = 16  # bytes of a saved key before its weights
@@ -79,8 +79,8 @@ def save(descriptor: Int, shape: Layout, entry: Int, word: Int) -> None:
     store_u64(out, 1, load_u64(line_of(entry), place_of(entry)))
     if word < PENDING:
         row, side = row_at(load_i64(descriptor, CHUNKS), word & VALUE, shape)
-        copy(out + HEAD, row, shape.weight_bytes)
-        copy(out + HEAD + shape.weight_bytes, side, shape.side_bytes)
+        copy_row(out + HEAD, row, shape.weight_bytes)
+        copy_row(out + HEAD + shape.weight_bytes, side, shape.side_bytes)
     store_i64(descriptor, SAVED, out + (HEAD + shape.weight_bytes + shape.side_bytes + 7) // 8 * 8)
     store_i64(descriptor, SAVED_ROOM, load_i64(descriptor, SAVED_ROOM) - 1)
 

@@ -24,7 +24,7 @@ from oarlock.embedding.descriptor import (
     VERSION,
 )
 from oarlock.embedding.index import STAMP_BIT
-from oarlock.embedding.saved import Saved
+from oarlock.embedding.saved import PUSHES, Saved
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.stamps import stamp_of, wears_out
 from oarlock.embedding.store import Store
@@ -78,9 +78,9 @@ class Viewed(Store):
             view = self._view
             if view is None or view.number != number:
                 return False
-            for block, note in view.noted.items():
-                if self.blocks.get(block) is note.block:
-                    note.block.track.known, note.block.track.version = view.phase, note.version
+            # A block that was dropped or replaced is another one here: nothing is known of that.
+            for note in view.noted.values():
+                note.block.track.known, note.block.track.version = view.phase, note.version
             return True
 
     def end_saving(self, block: int, view: TableView) -> None:
@@ -92,14 +92,14 @@ class Viewed(Store):
 
     # What those do who change a block; they hold it.
 
-    def room_to_save(self, block: int, n: int, *, sketch: bool = False) -> None:
-        """See to it that ``n`` more keys of a block can be saved; ``sketch``: that is about to change, too."""
+    def room_to_save(self, block: int, n: int, *, least: int = 0, sketch: bool = False) -> None:
+        """See to it that ``n`` more keys of a block can be saved, or better ``least``; ``sketch``: that is to change, too."""
         words, content = self.descriptors[block], self.blocks[block]
         saved = content.saved
         if not words[SAVING] or saved is None:
             return
         try:
-            saved.make_room(words, n)
+            saved.make_room(words, n, least)
             if sketch and not words[SKETCH_SAVED] and content.sketch is not None:
                 saved.sketch = content.sketch.export()
                 words[SKETCH_SAVED] = 1
@@ -118,5 +118,6 @@ class Viewed(Store):
         for i, (block, count) in enumerate(zip(blocks.tolist(), counts.tolist(), strict=True)):
             with self.holding(block):
                 if block in self.blocks:
-                    n = need if i == 0 else min(count, int(self.descriptors[block, ENTRIES]))
-                    self.room_to_save(block, n, sketch=True)
+                    # Each of the others would stop a later push at a time of its own.
+                    most = min(count, int(self.descriptors[block, ENTRIES]))
+                    self.room_to_save(block, need if i == 0 else most, least=PUSHES // 2 * most, sketch=True)

@@ -14,7 +14,8 @@ from oarlock.embedding import cold, index
 from oarlock.embedding.descriptor import SAVING
 from oarlock.embedding.saved import Saved
 from oarlock.embedding.sketch import Sketch
-from oarlock.embedding.spec import Admission, Eviction, Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.spec import Admission, Eviction, Guard, Initializer, OptimizerSpec, TableSpec
+from oarlock.embedding.spill_file import SpillFile
 from oarlock.embedding.stamps import ROUND, Track, bits_of, stamp_of, wears_out
 from oarlock.proto.errors import Internal, InvalidArgument, OutOfMemory, StalePlacement
 
@@ -134,6 +135,35 @@ def test_keys_that_wait_are_saved_and_change_like_rows():
     assert (changes.rows.keys.tolist(), changes.gone.tolist()) == ([2], [4])
     assert as_dict(changes.rows)[1] == {1: 2, 4: 1, 5: 1}
     assert merged(disk, changes) == whole(t)
+
+
+CHANGES = {
+    "the byte budget": ({"eviction": Eviction(max_bytes=4000)}, lambda t: push(t, range(200, 260), step=2)),
+    "undo": ({"guard": Guard(undo=2)}, lambda t: t.undo(np.arange(0, 40, 2, dtype=np.uint64))),
+    "a sweep that evicts": ({"eviction": Eviction(norm=1.0)}, lambda t: t.sweep(0, tick=1)),
+    "a sweep that decays": ({"eviction": Eviction(score=1e-9, decay=0.5)}, lambda t: t.sweep(0, tick=1)),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_changes_rows_beside_pushes_saves_them_first(how):
+    more, change = CHANGES[how]
+    t = table(**more)
+    push(t, range(60))
+    push(t, range(60), step=2)
+    disk = written(t, t.begin_view(1))
+    view = t.begin_view(2)
+    before = whole(t)
+    change(t)
+    assert whole(t) != before
+    assert as_dict(view.content(0)) == before
+    assert changed(view) == ([], [])
+    view = t.begin_view(3)
+    rows, gone = changed(view)
+    left = set(before[0]) - set(whole(t)[0])
+    assert set(gone) == left
+    assert rows == sorted(key for key, row in whole(t)[0].items() if before[0].get(key) != row)
+    assert merged(disk, view.changes(0)) == whole(t)
 
 
 def test_a_sketch_is_copied_once_at_its_first_change():
@@ -256,6 +286,38 @@ def test_a_push_that_stops_half_way_saves_what_it_changes_once():
         push(t, range(1, 800, 2))
         assert [as_dict(view.content(block)) for block in range(4)] == before
     t.close()
+
+
+def test_records_that_a_view_is_about_to_read_stay_readable(tmp_path):
+    """Between the look at their words and the reading, pushes bring rows back, and others take the places in the file."""
+
+    def small_segments(folder, width, slack):
+        return SpillFile(folder, width, limit_bytes=1 << 20, segment_bytes=8 * (-(-width // 8) * 8 + 8), slack=slack)
+
+    with (
+        mock.patch.object(cold, "LEAST_ROWS", 8),
+        mock.patch.object(cold, "TIDY_RECORDS", 1),
+        mock.patch.object(cold, "SpillFile", small_segments),
+    ):
+        t = stored(TableSpec("t", 3, OptimizerSpec("adagrad"), blocks=1, memory_bytes=1), folder=tmp_path)
+        push(t, range(300))
+        before = whole(t)
+        view = t.begin_view(1)
+        read, calls = t._cold.read_of, []
+
+        def read_late(keys, records):
+            calls.append(len(keys))
+            if len(calls) == 1:
+                for turn in range(3):
+                    for start in range(0, 300, 20):
+                        push(t, range(start, start + 20), step=turn + 1)
+            return read(keys, records)
+
+        with mock.patch.object(t._cold, "read_of", read_late):
+            assert as_dict(view.content(0)) == before
+        assert calls[0] > 100
+        assert t._cold.file.counts.dead_records > 0
+        t.close()
 
 
 def test_growing_and_rehashing_leave_a_view_alone():

@@ -38,7 +38,7 @@ def test_views_are_of_one_instant_while_others_push_pull_and_sweep(kind, tmp_pat
     )
     patches = [mock.patch.object(view, "SLICE", 16)]
     patches += [
-        mock.patch.object(cold, "LEAST_ROWS", 20),
+        mock.patch.object(cold, "LEAST_ROWS", KEYS // 20),
         mock.patch.object(cold, "TIDY_RECORDS", 16),
         mock.patch.object(cold, "SpillFile", small_segments),
     ]
@@ -66,11 +66,15 @@ def test_views_are_of_one_instant_while_others_push_pull_and_sweep(kind, tmp_pat
                 table.sweep(turn % 4, tick=step[0], buckets=3)
 
         calls = [functools.partial(push, seed) for seed in range(2)] + [pull, sweep]
-        threads = table_threads(calls)
         disk, gone = None, 0
-        with threads:
+        push(0, 0)
+        with InTheBackground(calls):
             for number in range(CUTS):
                 with alone:
+                    if number % 4 == 2:  # all rows of a block leave
+                        step[0] += 50
+                        while not table.sweep(0, tick=step[0])[1]:
+                            pass
                     before = {block: view_rig.as_dict(table.export_block(block)) for block in range(4)}
                     cut = table.begin_view(number)
                 for block in range(4):
@@ -95,7 +99,7 @@ def test_views_are_of_one_instant_while_others_push_pull_and_sweep(kind, tmp_pat
             patch.stop()
 
 
-class table_threads:
+class InTheBackground:
     """Repeat calls in threads of their own until the block ends; raise what went wrong in them."""
 
     def __init__(self, calls):
