@@ -117,6 +117,7 @@ for number in range(30):
     for step in range(4):
         raw = np.random.default_rng(step).integers(0, 300, 200 * step, dtype=np.uint64)
         for form in (wire, np.asarray):
+            view = table.begin_view(step)
             ranks = np.arange(table.spec.blocks, dtype=np.int32)
             found = sorter.build(form(raw), table.salt, table.bits, form(ranks))
             request = [form(part) for part in (found.keys, found.blocks, found.counts)]
@@ -134,6 +135,11 @@ for number in range(30):
             dense.push_block(0, form(np.ones(15, np.float32)), rate=1 if step else 0.1)
             if table.spec.guard.undo:
                 table.undo(form(found.keys), steps=step + 1)
+            view.content(0)
+            table.commit_view(step)
+            view = table.begin_view(step)
+            view.changes(0)
+            table.sweep(0, tick=step, buckets=3)
             spilled += int(table.descriptors[:, cold.SPILLED_ROWS].sum())
             rows = table.export_block(0)
             sketch = rows.sketch
@@ -172,6 +178,7 @@ def test_every_kernel_is_compiled_once_whatever_form_arrays_and_numbers_come_in(
         *("cold_kernels.choose_cold", "cold_kernels.pack_rows", "cold_kernels.spill_entries", "cold_kernels.unspill"),
         *("cold_kernels.find_spilled", "cold_kernels.list_spilled", "cold_kernels.decode_records"),
         *("cold_kernels.split_records", "lock.enter_mutex", "lock.leave_mutex", "lock.shut", "lock.reopen"),
+        *("view_kernels.list_unchanged", "view_kernels.copy_unchanged", "view_kernels.count_stale"),
         *("keys.group_keys", "keys.merge_rows", "keys.gather_inverse"),
     }
 
@@ -179,6 +186,6 @@ def test_every_kernel_is_compiled_once_whatever_form_arrays_and_numbers_come_in(
 def test_the_heart_of_the_suite_holds_without_compiling():
     folder = PACKAGE / "tests" / "embedding"
     names = ["admission", "aim", "block", "cold", "dense", "evict", "explain", "index", "initial", "lock", "memory"]
-    names += ["pointer", "slab", "table_machine", "table_threads", "tombstones", "undo"]
+    names += ["pointer", "slab", "table_machine", "table_threads", "tombstones", "undo", "view", "view_machine"]
     part = [str(folder / f"test_{name}.py") for name in names]
     assert "passed" in run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *part], NUMBA_DISABLE_JIT="1")
