@@ -65,6 +65,7 @@ class Block:
         self.tombstones = Tombstones()
         self.track = Track()
         self.saved: Saved | None = None
+        self.retired = False  # it is in no place any more
 
     @property
     def rows(self) -> int:

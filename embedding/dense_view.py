@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.dense_block import DenseBlock
-from oarlock.proto.errors import InvalidArgument, StalePlacement
+from oarlock.proto.errors import InvalidArgument
 
 Values = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -37,26 +37,28 @@ class DenseLedger:
         self.rows[block] = row, length
 
     def forget(self, block: int) -> None:
-        """Note that a block is not stored any more."""
+        """Note that a block is not stored any more; a view keeps what it was."""
+        if self.unsaved[block] and self._view is not None:
+            self._view.saved[block] = self.content(block)
+            self.unsaved[block] = False
         self.rows.pop(block, None)
         self.lives[block] += 1
         self._known[block] = 0
         self._changed[block] = self._phase
-        self.unsaved[block] = False
 
     def before_change(self, blocks: Numbers) -> None:
         """Copy what a view needs of blocks: int64[n] that are about to change."""
         if self._phase:
             for block in blocks[self.unsaved[blocks]].tolist():
                 assert self._view is not None
-                self._view.saved[block] = self.copied(block)
+                self._view.saved[block] = DenseBlock(*(part.copy() for part in self.content(block)))
                 self.unsaved[block] = False
             self._changed[blocks] = self._phase
 
-    def copied(self, block: int) -> DenseBlock:
-        """Return a copy of a stored block."""
+    def content(self, block: int) -> DenseBlock:
+        """Return a stored block itself, which goes on changing."""
         row, length = self.rows[block]
-        return DenseBlock(row[:length].copy(), row[length:].copy())
+        return DenseBlock(row[:length], row[length:])
 
     def begin_view(self, number: int) -> "DenseView":
         """Begin view ``number`` of all stored blocks, and end an older one; the caller keeps pushes out meanwhile."""
@@ -109,10 +111,12 @@ class DenseView:
         self._ledger = ledger
 
     def content(self, block: int) -> DenseBlock:
-        """Return a block as it was. StalePlacement if it was dropped or replaced since, which ends its view."""
+        """Return a block as it was, whether it is still stored here or not."""
         with self._ledger.lock:
             self._check(block)
-            return self.saved[block] if block in self.saved else self._ledger.copied(block)
+            if block in self.saved:
+                return self.saved[block]
+            return DenseBlock(*(part.copy() for part in self._ledger.content(block)))
 
     def changed(self, block: int) -> bool:
         """Tell whether a block may have changed since the last committed view: if not, what that wrote still holds."""
@@ -141,10 +145,5 @@ class DenseView:
 
     def _check(self, block: int) -> None:
         self._in_view(block)
-        if self._ledger.lives[block] != self.lives[block]:
-            raise StalePlacement(
-                f"dense block {block} was dropped or replaced after view {self.number} began: abort the cut",
-                block=block,
-            )
         if block in self.released:
             raise InvalidArgument(f"view {self.number} of dense block {block} was released")

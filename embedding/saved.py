@@ -34,6 +34,7 @@ class Saved:
         self._pitch = pitch
         self._pieces: list[Part] = []
         self.sketch: bytes | None = None
+        self.pin: int | None = None  # on the spill file, once the block is in no place any more
 
     @property
     def nbytes(self) -> int:

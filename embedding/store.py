@@ -105,11 +105,11 @@ class Store:
         with self._lock:
             gone = self.stored(block)
             with self.holding(block), self.shut(block):
-                self._forget_cold(block)
-                gone.move_descriptor(np.zeros(FIELDS, np.int64))
+                kept = self._retire(block, gone)
                 self.descriptors[block, BUCKETS:] = 0
                 del self.blocks[block]
-            gone.free()
+            if not kept:
+                gone.free()
 
     @property
     def owned(self) -> NDArray[np.int32]:
@@ -193,15 +193,23 @@ class Store:
     def _place(self, block: int, content: Block) -> None:
         with self.holding(block), self.shut(block):
             before = self.blocks.get(block)
-            if before is not None:
-                self._forget_cold(block)
-                before.move_descriptor(np.zeros(FIELDS, np.int64))
+            kept = before is not None and self._retire(block, before)
             content.descriptor[LIFE] = next(self._lives)
             content.track.floor = self.phase
             content.move_descriptor(self.descriptors[block])
             self.blocks[block] = content
-        if before is not None:
+        if before is not None and not kept:
             before.free()
+
+    def _retire(self, block: int, content: Block) -> bool:
+        """Take a content, held and shut, out of its place; return whether a view keeps it, and frees it when it is released."""
+        saved = content.saved
+        if saved is not None:
+            saved.pin = self._pin_cold()
+        self._forget_cold(block)
+        content.move_descriptor(np.zeros(FIELDS, np.int64))
+        content.retired = True
+        return saved is not None
 
     # Whole blocks
 
@@ -234,6 +242,13 @@ class Store:
     def _with_cold(self, rows: BlockRows, words: NDArray[np.uint32]) -> BlockRows:
         """Return rows with those behind them that ``words`` say are in the file."""
         return rows
+
+    def _pin_cold(self) -> int | None:
+        """Keep what is in the file readable until ``_unpin_cold`` of what this returns."""
+        return None
+
+    def _unpin_cold(self, token: int | None) -> None:
+        """End a pin."""
 
     def _forget_cold(self, block: int) -> None:
         """Forget what a block has in the file; it is held and shut."""

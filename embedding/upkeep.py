@@ -127,6 +127,13 @@ class Upkeep(Viewed):
         if self._cold is not None:
             self._cold.bring_back(block, keys)
 
+    def _pin_cold(self) -> int | None:
+        return self._cold.pin() if self._cold is not None else None
+
+    def _unpin_cold(self, token: int | None) -> None:
+        if self._cold is not None:
+            self._cold.unpin(token)
+
     def _forget_cold(self, block: int) -> None:
         if self._cold is not None:
             self._cold.drop(self._cold.spilled_records(block))

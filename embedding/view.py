@@ -8,10 +8,13 @@
 
 Invariant: what a view gives of a block is what ``export_block`` would have given when the view began, but for the order of
 keys. Rows are copied in slices under the block's mutex, so a push waits for one slice, and a pull for nothing. A table has
-one open view. Any thread; one view is read by one thread at a time.
+one open view, which keeps blocks that are dropped or replaced meanwhile until they are released. Any thread; one view is
+read by one thread at a time.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from oarlock.embedding.cold_kernels import split_records
 from oarlock.embedding.content import NO_COUNTS, NO_KEYS, BlockRows
 from oarlock.embedding.descriptor import ENTRIES
 from oarlock.embedding.index import PENDING, SPILLED, STAMP_BIT, VALUE
+from oarlock.embedding.lock import enter_mutex, leave_mutex
 from oarlock.embedding.pointer import address_of
 from oarlock.embedding.saved import Part
 from oarlock.embedding.stamps import EVERY, bits_of
@@ -34,7 +38,7 @@ from oarlock.embedding.view_kernels import (
     copy_unchanged,
     list_unchanged,
 )
-from oarlock.proto.errors import Internal, InvalidArgument, StalePlacement
+from oarlock.proto.errors import Internal, InvalidArgument
 
 if TYPE_CHECKING:
     from oarlock.embedding.block import Block
@@ -68,6 +72,21 @@ class Noted(NamedTuple):
     known_version: int
 
 
+@contextmanager
+def _locked(content: "Block") -> Iterator[None]:
+    """Hold a block's mutex, which goes with it when it is dropped or replaced."""
+    while True:
+        words = content.descriptor
+        enter_mutex(address_of(words))
+        if content.descriptor is words:
+            break
+        leave_mutex(address_of(words))
+    try:
+        yield
+    finally:
+        leave_mutex(address_of(words))
+
+
 class TableView:
     """The blocks of ``table`` as they were when its view ``number`` began. Made by ``begin_view``."""
 
@@ -87,7 +106,7 @@ class TableView:
         return self._note(block).version
 
     def content(self, block: int) -> BlockRows:
-        """Return all of a block as it was. StalePlacement if the block was dropped or replaced since, which ends its view."""
+        """Return all of a block as it was, whether it is still stored here or not."""
         found = self.read(block, EVERY)
         note = self._note(block)
         self.must_be(block, (len(found.keys), len(found.waiting)), (note.rows, note.waiting))
@@ -101,9 +120,8 @@ class TableView:
         note = self._note(block)
         if note.known == 0:
             return None
-        with self._table.holding(block):
-            self._mine(block)
-            buried = note.block.tombstones.since(note.known_version)
+        with self.holding(block) as mine:
+            buried = mine.tombstones.since(note.known_version)
         if buried is None:
             return None
         keys, versions = buried
@@ -112,14 +130,20 @@ class TableView:
 
     def release(self, block: int) -> None:
         """Free what was saved for a block; its view cannot be read any more."""
-        self._note(block)
-        with self._table.holding(block):
-            self._table.end_saving(block, self)
+        content = self._note(block).block
+        with _locked(content):
+            self._table.end_saving(content, self)
 
     def close(self) -> None:
         """Release all blocks. May be called again."""
         for block in list(self.noted):
             self.release(block)
+
+    def release_retired(self) -> None:
+        """Release the blocks that are in no place any more: nobody else would free them."""
+        for block, note in self.noted.items():
+            if note.block.retired:
+                self.release(block)
 
     # Inside
 
@@ -131,21 +155,17 @@ class TableView:
             )
         return note
 
-    def _mine(self, block: int) -> "Block":
-        """Return a block that the view may be read of; the caller holds it."""
-        mine = self._note(block).block
-        name = self._table.spec.name
-        if self._table.blocks.get(block) is not mine:
-            raise StalePlacement(
-                f"table {name}: block {block} was dropped or replaced after view {self.number} began: abort the cut",
-                table=name,
-                block=block,
-            )
-        if mine.saved is None or mine.saved.view is not self:
-            raise InvalidArgument(
-                f"table {name}: view {self.number} of block {block} was released, or could not be kept"
-            )
-        return mine
+    @contextmanager
+    def holding(self, block: int) -> "Iterator[Block]":
+        """Keep others from changing a block of the view, wherever it is; InvalidArgument if it cannot be read any more."""
+        content = self._note(block).block
+        with _locked(content):
+            if content.saved is None or content.saved.view is not self:
+                raise InvalidArgument(
+                    f"table {self._table.spec.name}: view {self.number} of block {block} was released, "
+                    "or could not be kept"
+                )
+            yield content
 
     def must_be(self, block: int, found: tuple[int, int], expected: tuple[int, int]) -> None:
         """Raise Internal unless as many rows and waiting keys were found as there were."""
@@ -157,14 +177,13 @@ class TableView:
 
     def read(self, block: int, wanted: int, only: Keys | None = None) -> BlockRows:
         """Return the keys of a block whose stamps the bits of ``wanted`` name, or those of them that are among ``only``."""
-        table = self._table
         note = self._note(block)
-        with table.holding(block) as descriptor:
-            mine = self._mine(block)
-            words = table.descriptors[block]
+        with self.holding(block) as mine:
+            words = mine.descriptor
             keys, values = np.empty(int(words[ENTRIES]), np.uint64), np.empty(int(words[ENTRIES]), np.uint32)
             oldest = note.known or self.phase
-            found = int(list_unchanged(descriptor, wanted, bits_of(mine.track.floor, oldest), keys, values))
+            old = bits_of(mine.track.floor, oldest)
+            found = int(list_unchanged(address_of(words), wanted, old, keys, values))
             mine.track.floor = max(mine.track.floor, oldest)
             before = mine.saved.parts(words) if mine.saved is not None else []
         keys, values = keys[:found], values[:found]
@@ -212,14 +231,13 @@ class _Copy:
         self._filed: Keys = np.empty(SLICE, np.uint64)
 
     def run(self) -> BlockRows:
-        view, table, block, out = self._view, self._table, self._block, self._out
+        view, block, out = self._view, self._block, self._out
         for begin in range(0, len(self._keys), SLICE):
             self._copy_slice(begin, min(begin + SLICE, len(self._keys)))
             os.sched_yield()  # who waits for the block shall get it
-        with table.holding(block):
-            mine = view._mine(block)
+        with view.holding(block) as mine:
             assert mine.saved is not None
-            saved = mine.saved.parts(table.descriptors[block])
+            saved = mine.saved.parts(mine.descriptor)
             sketch = mine.saved.sketch
             if sketch is None:
                 sketch = mine.sketch.export() if mine.sketch is not None else b""
@@ -235,10 +253,9 @@ class _Copy:
             # As long as there is a pin, records that words name stay readable.
             token = cold.pin() if cold is not None else None
             try:
-                with table.holding(self._block) as descriptor:
-                    self._view._mine(self._block)
+                with self._view.holding(self._block) as mine:
                     copy_unchanged(
-                        descriptor,
+                        address_of(mine.descriptor),
                         table.salt,
                         table.layout,
                         self._keys,

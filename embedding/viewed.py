@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.block import Block
 from oarlock.embedding.descriptor import (
     COUNT,
     ENTRIES,
@@ -53,6 +54,8 @@ class Viewed(Store):
             raise InvalidArgument(f"table {self.spec.name}: view {number!r}: give an integer from 0 on")
         with self._lock:
             phase = self.phase + 1
+            if self._view is not None:
+                self._view.release_retired()
             view = TableView(self, number, phase)
             for block, content in self.blocks.items():
                 with self.holding(block) as descriptor:
@@ -78,17 +81,20 @@ class Viewed(Store):
             view = self._view
             if view is None or view.number != number:
                 return False
-            # A block that was dropped or replaced is another one here: nothing is known of that.
+            # What was dropped or replaced is not what is stored here now: nothing becomes known of that.
             for note in view.noted.values():
                 note.block.track.known, note.block.track.version = view.phase, note.version
             return True
 
-    def end_saving(self, block: int, view: TableView) -> None:
-        """Free what was saved of a block for ``view``, if anything still is; the caller holds the block."""
-        content = self.blocks.get(block)
-        if content is not None and content.saved is not None and content.saved.view is view:
-            self.descriptors[block, SAVING] = 0
+    def end_saving(self, content: Block, view: TableView) -> None:
+        """Free what was saved of a block for ``view``, if anything still is, and what only that keeps; the caller holds it."""
+        saved = content.saved
+        if saved is not None and saved.view is view:
+            content.descriptor[SAVING] = 0
             content.saved = None
+            if content.retired:
+                self._unpin_cold(saved.pin)
+                content.free()
 
     # What those do who change a block; they hold it.
 
@@ -104,7 +110,7 @@ class Viewed(Store):
                 saved.sketch = content.sketch.export()
                 words[SKETCH_SAVED] = 1
         except MemoryError:
-            self.end_saving(block, saved.view)
+            self.end_saving(content, saved.view)
 
     def room_to_sweep(self, block: int, begin: int = 0, end: int | None = None) -> None:
         """See to it that all rows of buckets begin to end - 1 can be saved."""

@@ -17,7 +17,7 @@ from oarlock.embedding.sketch import Sketch
 from oarlock.embedding.spec import Admission, Eviction, Guard, Initializer, OptimizerSpec, TableSpec
 from oarlock.embedding.spill_file import SpillFile
 from oarlock.embedding.stamps import ROUND, Track, bits_of, stamp_of, wears_out
-from oarlock.proto.errors import Internal, InvalidArgument, OutOfMemory, StalePlacement
+from oarlock.proto.errors import Internal, InvalidArgument, OutOfMemory
 
 push, stored = table_reference.push, table_reference.stored
 as_dict, merged = view_rig.as_dict, view_rig.merged
@@ -181,13 +181,17 @@ def test_a_sketch_is_copied_once_at_its_first_change():
 
 
 @pytest.mark.parametrize("how", ["drop", "import", "drop and adopt"])
-def test_the_view_of_a_block_that_is_dropped_or_replaced_ends_and_says_so(how):
-    t = table(blocks=2)
+def test_a_view_keeps_a_block_that_is_dropped_or_replaced_until_it_is_released(how):
+    t = table(blocks=2, eviction=Eviction(age=5))
+    empty = t.arena.used
     push(t, range(50))
-    written(t, t.begin_view(1))
-    kept = whole(t, 1)
+    disk = written(t, t.begin_view(1))
+    push(t, range(20, 40), step=3)
+    while not t.sweep(0, tick=8)[1]:
+        pass
+    kept = [whole(t, block) for block in range(2)]
     view = t.begin_view(2)
-    push(t, range(30))
+    push(t, range(30), step=9)
     content = t.export_block(0)
     if how == "import":
         t.import_block(0, content)
@@ -195,18 +199,33 @@ def test_the_view_of_a_block_that_is_dropped_or_replaced_ends_and_says_so(how):
         t.drop(0)
         if how != "drop":
             t.adopt(0)
-    with pytest.raises(StalePlacement, match="view 2 began: abort the cut"):
-        view.content(0)
-    assert as_dict(view.content(1)) == kept
+        if how != "drop":
+            push(t, range(25), step=9)
+    assert [as_dict(view.content(block)) for block in range(2)] == kept
+    changes = view.changes(0)
+    assert merged(disk, changes) == kept[0]
+    assert len(changes.gone) > 0
     assert t.commit_view(2)
     if how != "drop":
-        push(t, range(30))
+        push(t, range(30), step=9)
+        view.release(0)
+        view.release(0)
+        with pytest.raises(InvalidArgument, match="released"):
+            view.content(0)
         view = t.begin_view(3)
         assert view.changes(0) is None
         assert as_dict(view.content(0)) == whole(t)
         assert as_dict(view.content(1)) == whole(t, 1)
         written(t, view, 0)
-        assert changed(t.begin_view(4)) == ([], [])
+        view = t.begin_view(4)
+        assert changed(view) == ([], [])
+        t.drop(0)
+    t.begin_view(5)  # an older view ends, and lets go what it alone kept
+    with pytest.raises(InvalidArgument, match="released"):
+        view.content(0)
+    t.drop(1)
+    t.begin_view(6)
+    assert t.arena.used == empty
 
 
 def test_a_view_is_read_until_it_is_released_or_another_begins():

@@ -23,13 +23,13 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 from oarlock.embedding import view
 from oarlock.embedding.descriptor import LIFE, STAMP
 from oarlock.embedding.stamps import ROUND
-from oarlock.proto.errors import StalePlacement
 
 machine = sys.modules["table_machine"]
 as_dict = view_rig.as_dict
 BLOCKS = st.integers(0, 3)
 # What goes on while a view is read, one after each slice.
-MEANWHILE = st.lists(st.tuples(st.sampled_from(["push", "sweep", "undo", "pull"]), st.integers(0, 99)), max_size=4)
+KINDS = st.sampled_from(["push", "sweep", "undo", "pull", "push", "move"])
+MEANWHILE = st.lists(st.tuples(KINDS, st.integers(0, 99)), max_size=4)
 
 
 class ViewMachine(machine.TableMachine):
@@ -72,6 +72,10 @@ class ViewMachine(machine.TableMachine):
             self.sweep(block=seed % 4, tick=seed % 31, buckets=1 + seed % 3)
         elif kind == "undo" and self.spec.guard.undo:
             self.undo(keys=keys, steps=1)
+        elif kind == "move" and seed % 3:
+            self.export_and_import(block=seed % 4, version=seed % 10)
+        elif kind == "move":
+            self.drop_or_adopt(block=seed % 4, version=0)
         else:
             self.pull(keys=keys)
         self.count("meanwhile " + kind)
@@ -91,33 +95,26 @@ class ViewMachine(machine.TableMachine):
     def readable(self, block):
         return self.view is not None and block in self.snap and block not in self.released
 
-    def ended(self, block):
-        """Tell whether the view of a block ended with the block; reading it must say so."""
-        if self.life(block) == self.snap[block][0]:
-            return False
-        with pytest.raises(StalePlacement, match="abort the cut"):
-            self.view.content(block)
-        self.count("ended")
-        return True
-
     def known(self, block):
         """Tell whether changes of a block since the last committed view are known."""
         if block not in self.disk or self.disk[block][0] != self.snap[block][0]:
             return False
         _, version, _, begins = self.disk[block]
-        return self.begins - begins < ROUND and self.table.tombstones(block, since=version) is not None
+        tombstones = self.view.noted[block].block.tombstones  # also of a block that is not stored any more
+        return self.begins - begins < ROUND and tombstones.since(version) is not None
 
     @rule(block=BLOCKS, what=MEANWHILE)
     def read_content(self, block, what):
-        if self.readable(block) and not self.ended(block):
+        if self.readable(block):
             with self.meanwhile(what):
                 found = self.view.content(block)
             assert as_dict(found) == self.snap[block][2]
             self.count("contents")
+            self.count("contents of what went", self.life(block) != self.snap[block][0])
 
     @rule(block=BLOCKS, what=MEANWHILE)
     def read_changes(self, block, what):
-        if self.readable(block) and not self.ended(block):
+        if self.readable(block):
             known = self.known(block)
             with self.meanwhile(what):
                 changes = self.view.changes(block)
@@ -145,7 +142,7 @@ class ViewMachine(machine.TableMachine):
         if self.view is None:
             return
         for block in sorted(self.snap):
-            if self.readable(block) and not self.ended(block):
+            if self.readable(block):
                 with self.meanwhile(what):
                     changes = self.view.changes(block)
                     if changes is None:
@@ -153,6 +150,7 @@ class ViewMachine(machine.TableMachine):
                         assert as_dict(self.view.content(block)) == self.snap[block][2]
                     else:
                         self.merged(block, changes)
+                self.count("contents of what went", self.life(block) != self.snap[block][0])
                 self.view.release(block)
         assert self.table.commit_view(self.number)
         self.disk = {block: (*noted, self.begins) for block, noted in self.snap.items() if self.life(block) == noted[0]}
@@ -214,6 +212,16 @@ def test_ten_thousand_steps_of_views_are_those_of_a_dict():
     )
     seen = ViewMachine.seen
     assert seen["steps"] >= 10_000
-    happened = ("contents", "changes", "not known", "gone", "unwritten", "committed", "aborted", "ended", "spilled")
-    happened += ("trimmed", "swept", "undone", "imported", "meanwhile push", "meanwhile sweep", "meanwhile undo")
+    happened = ("contents", "changes", "not known", "gone", "unwritten", "committed", "aborted", "spilled")
+    happened += (
+        "contents of what went",
+        "trimmed",
+        "swept",
+        "undone",
+        "imported",
+        "meanwhile push",
+        "meanwhile sweep",
+        "meanwhile undo",
+        "meanwhile move",
+    )
     assert all(seen[what] > 50 for what in happened), seen
