@@ -19,6 +19,7 @@ from oarlock.checkpoint.frame import (
     Identity,
     describe,
     flat_values,
+    joined,
     open_frame,
     pack_frame,
     refuse_names,
@@ -109,11 +110,17 @@ class BlockImage:
         return len(self.keys) if self.kind == "rows" else int(self.weights.shape[1])
 
 
-def encode(
+def encode(image: BlockImage, *, check_finite: bool = True) -> pa.Buffer:
+    """Return the block's file as one buffer; see ``encode_pieces``."""
+    return joined(encode_pieces(image, check_finite=check_finite))
+
+
+def encode_pieces(
     image: BlockImage, *, after: int | None = None, compress: str | None = None, check_finite: bool = True
-) -> pa.Buffer:
+) -> list[Any]:
     """Return the block's file, rows sorted by key; InvalidArgument names a duplicate key or a value not finite.
 
+    It is in pieces, of which large ones are the image's own arrays: they must not change before the pieces are written.
     ``after``: the image is an increment, to the cut at which the block had applied so many operations.
     """
     keys, weights, state, counters = image.keys, image.weights, image.state, image.counters

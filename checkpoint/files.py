@@ -22,7 +22,7 @@ class Files(Protocol):
     @property
     def root(self) -> str: ...
 
-    def write_file(self, path: str, data: Any) -> None: ...
+    def write_file(self, path: str, data: Any) -> None: ...  # data: bytes, or a list of pieces of them
 
     def commit_file(self, path: str, data: Any) -> None: ...
 
@@ -106,9 +106,10 @@ class LocalFiles:
             self._calls.remove(target)
             descriptor = self._calls.create(target)
         try:
-            rest = memoryview(data).cast("B")
-            while rest:
-                rest = rest[self._calls.write(descriptor, rest) :]
+            for piece in data if isinstance(data, list) else [data]:
+                rest = memoryview(piece).cast("B")
+                while rest:
+                    rest = rest[self._calls.write(descriptor, rest) :]
             self._calls.sync(descriptor)
         finally:
             self._calls.close(descriptor)

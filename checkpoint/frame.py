@@ -65,8 +65,11 @@ def pack_frame(
     *,
     after: int | None = None,
     compress: str | None = None,
-) -> pa.Buffer:
-    """Return the file's bytes. ``arrays``: a column each, of two axes where the column holds lists."""
+) -> list[Any]:
+    """Return the file's bytes, in pieces. ``arrays``: a column each, of two axes where the column holds lists.
+
+    Large pieces are views of the arrays, which must stay as they are while the pieces are in use.
+    """
     if compress not in COMPRESSIONS:
         raise InvalidArgument(f"compress = {compress!r}: choose zstd, or None")
     arrays = [np.ascontiguousarray(array) for array in arrays]
@@ -86,16 +89,42 @@ def pack_frame(
     batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     # Without threads, so that a writer takes the processor that it was given and no more.
     options = pa.ipc.IpcWriteOptions(compression=compress, use_threads=False)
-    if compress:
-        sink = pa.BufferOutputStream()
-        _write(sink, batch, options)
-        return sink.getvalue()
-    # The first pass only counts, so that the second fills one buffer of the exact size instead of growing one.
-    counter = pa.MockOutputStream()
-    _write(counter, batch, options)
-    out = pa.allocate_buffer(counter.size())
-    _write(pa.FixedSizeBufferWriter(out), batch, options)
-    return out
+    sink = _Pieces()
+    with pa.PythonFile(sink, mode="w") as stream, pa.ipc.new_file(stream, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    return sink.pieces
+
+
+def joined(pieces: list[Any]) -> pa.Buffer:
+    """Return a file's bytes as one buffer."""
+    return pa.py_buffer(b"".join(pieces))
+
+
+class _Pieces:
+    """A file for Arrow to write to, which keeps what it is given instead of copying it; small pieces are put together."""
+
+    closed = False
+    small = 1 << 16
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+
+    def write(self, data: Any) -> int:
+        size = len(data)
+        if size < self.small and self.pieces and isinstance(self.pieces[-1], bytearray):
+            self.pieces[-1] += data
+        elif size:
+            self.pieces.append(bytearray(data) if size < self.small else data)
+        return size
+
+    def tell(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def open_frame(data: Any, file: str, kinds: tuple[str, ...]) -> Frame:
@@ -174,11 +203,6 @@ def _column(kind: pa.DataType, array: NDArray[Any]) -> pa.Array:
 
 def _checksum(array: NDArray[Any]) -> str:
     return f"{zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
-
-
-def _write(sink: pa.NativeFile, batch: pa.RecordBatch, options: pa.ipc.IpcWriteOptions) -> None:
-    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
-        writer.write_batch(batch)
 
 
 def _columns_text(checksums: Mapping[str, str]) -> str:

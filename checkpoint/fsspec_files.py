@@ -47,7 +47,7 @@ class FsspecFiles:
         target = self._path(path)
         with _told(self._name(path)):
             self._make_folder(target)
-            self._fs.pipe_file(target, bytes(memoryview(data)))
+            self._fs.pipe_file(target, b"".join(data) if isinstance(data, list) else bytes(memoryview(data)))
 
     def commit_file(self, path: str, data: Any) -> None:
         """Put a file where there is none; FileExistsError if there is another one. The same again changes nothing."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.format import GONE, unreadable
-from oarlock.checkpoint.frame import Identity, describe, open_frame, pack_frame, refuse_names, refuse_nulls
+from oarlock.checkpoint.frame import Identity, describe, joined, open_frame, pack_frame, refuse_names, refuse_nulls
 from oarlock.checkpoint.waiting_file import refuse_other
 from oarlock.proto.errors import InvalidArgument
 
@@ -27,7 +27,7 @@ def encode_gone(image: BlockImage, gone: NDArray[np.uint64], *, after: int, comp
     if len(twice):
         raise InvalidArgument(f"{image.where}: key {keys[twice[0]]} has left twice", name=image.name, block=image.block)
     identity = Identity(GONE, image.name, image.block, image.seq, image.marks)
-    return pack_frame(identity, _KEYS, [keys], after=after, compress=compress)
+    return joined(pack_frame(identity, _KEYS, [keys], after=after, compress=compress))
 
 
 def decode_gone(data: Any, image: BlockImage, *, file: str = "tombstones", after: int | None) -> NDArray[np.uint64]:

@@ -17,13 +17,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.checkpoint.block_file import BlockImage, encode
+from oarlock.checkpoint.block_file import BlockImage, encode_pieces
 from oarlock.checkpoint.collection import collect
 from oarlock.checkpoint.compaction import compact
 from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.entry import BlockEntry, Link
 from oarlock.checkpoint.files import Files, LocalFiles
-from oarlock.checkpoint.format import MANIFEST, block_file_name, cut_folder
+from oarlock.checkpoint.format import GONE, MANIFEST, WAITING, block_file_name, cut_folder
 from oarlock.checkpoint.frame import COMPRESSIONS
 from oarlock.checkpoint.gone_file import encode_gone
 from oarlock.checkpoint.manifest import Manifest
@@ -54,7 +54,7 @@ class CheckpointStore(Reading):
         ``after``: the block's entry in an older cut. ``image`` then has only the rows and waiting keys that changed since,
         and ``gone: uint64[g]`` the keys that left; seq and marks are those of now. A dense block is always whole, so for one
         ``after`` says nothing. Written again, the files are replaced. InvalidArgument names a key with a value that is not
-        finite.
+        finite. The image's arrays must not change before it returns.
         """
         if image.kind != "rows":
             after = None
@@ -70,7 +70,7 @@ class CheckpointStore(Reading):
         name = block_file_name(image.kind, image.name, image.block)
         seq = None if after is None else after.seq
         # All are made before any is written: what cannot be written leaves nothing.
-        data = encode(image, after=seq, compress=self.compress)
+        data = encode_pieces(image, after=seq, compress=self.compress)
         values: dict[str, object] = {}
         waiting = left = None
         if knows_waiting(image):
@@ -79,11 +79,14 @@ class CheckpointStore(Reading):
         if len(gone) and seq is not None:
             left = encode_gone(image, gone, after=seq, compress=self.compress)
             values |= {"gone_bytes": left.size, "gone_sha256": hashlib.sha256(left).hexdigest()}
-        values |= {"file": name, "bytes": data.size, "rows": image.rows, "seq": image.seq}
-        link = Link(folder=folder, sha256=hashlib.sha256(data).hexdigest(), **values)  # type: ignore[arg-type]
+        digest = hashlib.sha256()
+        for piece in data:
+            digest.update(piece)
+        values |= {"file": name, "bytes": sum(map(len, data)), "rows": image.rows, "seq": image.seq}
+        link = Link(folder=folder, sha256=digest.hexdigest(), **values)  # type: ignore[arg-type]
         for file in link.files:
-            beside = {"waiting": waiting, "gone": left}
-            self.files.write_file(file.path, beside.get(file.kind, data))
+            beside = {WAITING: waiting, GONE: left}.get(file.kind)
+            self.files.write_file(file.path, data if beside is None else [beside])
         return BlockEntry(
             kind=image.kind,
             name=image.name,

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.format import WAITING, unreadable
-from oarlock.checkpoint.frame import Identity, describe, open_frame, pack_frame, refuse_names, refuse_nulls
+from oarlock.checkpoint.frame import Identity, describe, joined, open_frame, pack_frame, refuse_names, refuse_nulls
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument
 
 _COUNTS = pa.schema([pa.field("key", pa.uint64(), nullable=False), pa.field("count", pa.uint32(), nullable=False)])
@@ -30,13 +30,13 @@ def encode_waiting(image: BlockImage, *, after: int | None = None, compress: str
     identity = Identity(WAITING, image.name, image.block, image.seq, image.marks)
     if len(image.sketch):
         sketch = np.frombuffer(image.sketch, np.uint8)
-        return pack_frame(identity, _SKETCH, [sketch], after=after, compress=compress)
+        return joined(pack_frame(identity, _SKETCH, [sketch], after=after, compress=compress))
     order = np.argsort(image.waiting)
     keys, counts = image.waiting[order], image.waited[order]
     problem = _first_problem(image, keys, counts)
     if problem:
         raise InvalidArgument(f"{image.where}: {problem}", name=image.name, block=image.block)
-    return pack_frame(identity, _COUNTS, [keys, counts], after=after, compress=compress)
+    return joined(pack_frame(identity, _COUNTS, [keys, counts], after=after, compress=compress))
 
 
 def decode_waiting(data: Any, image: BlockImage, *, file: str = "waiting file", after: int | None = None) -> BlockImage:

@@ -44,7 +44,8 @@ class FaultyFiles:
                 return real(*arguments, **options)
             raise OSError(errno.ENOSPC if mode == "full" else errno.EROFS, "nothing can be written", arguments[0])
         if mode == "half" and at == 0 and name == "write_file":
-            return real(arguments[0], bytes(memoryview(arguments[1]))[: len(memoryview(arguments[1]).cast("B")) // 2])
+            data = b"".join(arguments[1])
+            return real(arguments[0], data[: len(data) // 2])
         if mode == "half" or at < 0 or (at > 0 and not mode.startswith("die")):
             return real(*arguments, **options)
         if at == 0 and mode.endswith("late"):
