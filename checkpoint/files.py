@@ -6,10 +6,12 @@ at all, and when it returned, that file and the names of all files beside it are
 below the root and never lead out of it. Stateless: any number of threads and processes, one writer per file.
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ class Files(Protocol):
     @property
     def root(self) -> str: ...
 
-    def write_file(self, path: str, data: Any) -> None: ...  # data: bytes, or a list of pieces of them
+    def write_file(self, path: str, data: Any, *, meanwhile: Callable[[], object] = int) -> None: ...
 
     def commit_file(self, path: str, data: Any) -> None: ...
 
@@ -49,6 +51,11 @@ class Calls:
 
     def write(self, descriptor: int, data: memoryview) -> int:
         return os.write(descriptor, data)
+
+    def begin_sync(self, descriptor: int) -> None:
+        # The system begins to write what it is told not to keep; what is not on the disk yet stays in its cache.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -94,8 +101,11 @@ class LocalFiles:
     def root(self) -> str:
         return self._root
 
-    def write_file(self, path: str, data: Any) -> None:
-        """Write a new file and make its bytes durable. A file of that name is replaced, not overwritten in place."""
+    def write_file(self, path: str, data: Any, *, meanwhile: Callable[[], object] = int) -> None:
+        """Write a new file and make its bytes durable. A file of that name is replaced, not overwritten in place.
+
+        ``data``: bytes, or a list of pieces of them. ``meanwhile`` is called while the disk is busy with them.
+        """
         folder, name = self._split(path)
         self._make_folder(folder)
         target = os.path.join(folder, name)
@@ -110,6 +120,8 @@ class LocalFiles:
                 rest = memoryview(piece).cast("B")
                 while rest:
                     rest = rest[self._calls.write(descriptor, rest) :]
+            self._calls.begin_sync(descriptor)
+            meanwhile()
             self._calls.sync(descriptor)
         finally:
             self._calls.close(descriptor)

@@ -10,7 +10,7 @@ Nothing is cached, since other processes write too. Any number of threads; conne
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -42,9 +42,10 @@ class FsspecFiles:
     def root(self) -> str:
         return self._url
 
-    def write_file(self, path: str, data: Any) -> None:
+    def write_file(self, path: str, data: Any, *, meanwhile: Callable[[], object] = int) -> None:
         """Put a file, in place of one of that name."""
         target = self._path(path)
+        meanwhile()
         with _told(self._name(path)):
             self._make_folder(target)
             self._fs.pipe_file(target, b"".join(data) if isinstance(data, list) else bytes(memoryview(data)))

@@ -79,14 +79,18 @@ class CheckpointStore(Reading):
         if len(gone) and seq is not None:
             left = encode_gone(image, gone, after=seq, compress=self.compress)
             values |= {"gone_bytes": left.size, "gone_sha256": hashlib.sha256(left).hexdigest()}
+        for kind, beside in ((GONE, left), (WAITING, waiting)):
+            if beside is not None:
+                self.files.write_file(f"{folder}/{block_file_name(kind, image.name, image.block)}", [beside])
         digest = hashlib.sha256()
-        for piece in data:
-            digest.update(piece)
+
+        def hash_all() -> None:
+            for piece in data:
+                digest.update(piece)
+
+        self.files.write_file(f"{folder}/{name}", data, meanwhile=hash_all)
         values |= {"file": name, "bytes": sum(map(len, data)), "rows": image.rows, "seq": image.seq}
         link = Link(folder=folder, sha256=digest.hexdigest(), **values)  # type: ignore[arg-type]
-        for file in link.files:
-            beside = {WAITING: waiting, GONE: left}.get(file.kind)
-            self.files.write_file(file.path, data if beside is None else [beside])
         return BlockEntry(
             kind=image.kind,
             name=image.name,

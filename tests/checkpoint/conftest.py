@@ -127,6 +127,52 @@ def write_full_cut(store: Any, cut: int, version: int) -> Manifest:
     return manifest
 
 
+def write_chained_cuts(store: Any, packed: Any) -> tuple[Manifest, dict[tuple[str, int], BlockImage]]:
+    """Cut 11 whole, then cut 12, of whose blocks some are increments; return its manifest and what those blocks hold.
+
+    ``packed`` is the same store, but compresses: one increment is written with it.
+    """
+    before = write_full_cut(store, 11, 3)
+    entries = {(entry.name, entry.block): entry for entry in before.blocks}
+    old = {(image.name, image.block): image for image in full_images(3)}
+
+    def at(name: str, block: int, rows: list[int], **changes: Any) -> BlockImage:
+        part = {n: getattr(old[name, block], n)[rows] for n in ("keys", "weights", "state", "counters")}
+        part["weights"] = part["weights"] + np.float32(100)
+        none = {"waiting": np.empty(0, np.uint64), "waited": np.empty(0, np.uint32), "sketch": b""}
+        return replace(old[name, block], seq=old[name, block].seq + 5, marks={7: 8}, **{**part, **none, **changes})
+
+    waits = {"waiting": np.array([3, 303], np.uint64), "waited": np.array([4, 1], np.uint32)}
+    sketch = np.arange(24, dtype=np.int64).tobytes()
+    new = [
+        (packed, at("seen", 0, [0], **waits), [303]),  # a row goes and waits again, a waiting key has come again
+        (store, at("user", 0, [1]), [0]),
+        (store, at("Drawn", 0, [], sketch=sketch), []),
+        (store, at("user", 1, []), []),  # nothing but marks has changed
+    ]
+    for where, image, gone in new:
+        key = image.name, image.block
+        entries[key] = where.write_block(12, image, after=entries[key], gone=np.array(gone, np.uint64))
+    manifest = replace(before, cut=12, step=1300, blocks=tuple(entries.values()))
+    store.commit(manifest)
+    user, seen = old["user", 0], old["seen", 0]
+    last = at("user", 0, [1, 2])
+    wanted = {
+        ("user", 0): replace(last, weights=np.stack([last.weights[0], user.weights[2]])),
+        ("user", 1): at("user", 1, []),
+        ("seen", 0): at(
+            "seen",
+            0,
+            [0],
+            waiting=np.array([3, 9, 303, 1 << 63], np.uint64),
+            waited=np.array([4, 1, 1, (1 << 30) - 1], np.uint32),
+        ),
+        ("Drawn", 0): replace(old["Drawn", 0], seq=at("Drawn", 0, []).seq, marks={7: 8}, sketch=sketch),
+    }
+    assert seen.keys.tolist() == [4, 303]
+    return manifest, wanted
+
+
 class Died(OSError):
     """The process is gone; nothing that it calls happens any more."""
 
@@ -258,6 +304,11 @@ def whole_images() -> Callable[[int], list[BlockImage]]:
 @pytest.fixture(scope="session")
 def write_whole() -> Callable[..., Manifest]:
     return write_full_cut
+
+
+@pytest.fixture(scope="session")
+def write_chained() -> Callable[..., Any]:
+    return write_chained_cuts
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as format 1.0 wrote it: readable for ever, and the same bytes when pyarrow 14 writes it again.
+"""Checkpoints as each version of the format wrote them: readable for ever; those of the present one also written the same.
 
 Another version of pyarrow may lay out the frame around the same columns differently; then the contents are compared.
 
 The files are made once, by ``write_cut(LocalStore(GOLDEN), 12, 3)`` of this folder's conftest, and never made anew; those of
-1.1 by ``write_full_cut``.
+1.1 by ``write_full_cut``, those of 1.2 by ``write_chained_cuts(LocalStore(NEWEST), LocalStore(NEWEST, compress="zstd"))``.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from oarlock.checkpoint.waiting_file import knows_waiting
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.0"
 NEWER = Path(__file__).parent / "golden" / "format-1.1"
+NEWEST = Path(__file__).parent / "golden" / "format-1.2"
 
 
 @pytest.fixture
@@ -138,3 +139,51 @@ def test_what_came_with_1_1_is_read_without_oarlock() -> None:
         sketch = pa.ipc.open_file(source).read_all().column("sketch").to_numpy()
     assert sketch.view(np.int64).tolist() == [3 * i for i in range(24)]
     assert len(list(folder.iterdir())) == 13
+
+
+def test_what_came_with_1_2_is_read_and_written_again(write_chained: Any, same: Any, tmp_path: Path) -> None:
+    store = LocalStore(NEWEST)
+    manifest = store.load_manifest()
+    assert (manifest.format_version, manifest.cut) == ("1.2", 12)
+    store.verify(manifest)
+    again, wanted = write_chained(LocalStore(tmp_path), LocalStore(tmp_path, compress="zstd"))
+    for entry in manifest.blocks:
+        image = store.load_block(manifest, entry)
+        found = wanted.get((entry.name, entry.block))
+        assert len(entry.links) == (1 if found is None else 2)
+        if found is not None:
+            assert same(image, found), entry.where
+        else:
+            assert entry.folder == "cut-000011"
+    if pa.__version__.startswith("14."):
+        assert again == manifest
+        for path in NEWEST.rglob("*.*"):
+            assert (tmp_path / path.relative_to(NEWEST)).read_bytes() == path.read_bytes(), path
+    assert manifest.encode() == (NEWEST / "cut-000012" / "manifest.json").read_bytes()
+    assert sorted(path.name for path in (NEWEST / "cut-000012").iterdir()) == [
+        "gone-seen-00000.arrow",
+        "gone-user-00000.arrow",
+        "manifest.json",
+        "rows-drawn=1-00000.arrow",
+        "rows-seen-00000.arrow",
+        "rows-user-00000.arrow",
+        "rows-user-00001.arrow",
+        "waiting-drawn=1-00000.arrow",
+        "waiting-seen-00000.arrow",
+    ]
+
+
+def test_what_came_with_1_2_is_read_without_oarlock() -> None:
+    folder = NEWEST / "cut-000012"
+    tables = {path.name: pa.ipc.open_file(path.read_bytes()).read_all() for path in folder.glob("*.arrow")}
+    assert tables["gone-user-00000.arrow"].to_pydict() == {"key": [0]}
+    rows = tables["rows-user-00000.arrow"]
+    assert (rows.column("key").to_pylist(), rows.column("weights").to_pylist()) == ([8], [[103.75, 104.75, 105.75]])
+    assert rows.schema.metadata[b"oarlock.after"] == b"30"
+    assert rows.schema.metadata[b"oarlock.marks"] == b'{"7":8}'
+    assert list(json.loads(rows.schema.metadata[b"oarlock.columns"])) == ["key", "weights", "state"]
+    assert tables["waiting-seen-00000.arrow"].to_pydict() == {"key": [3, 303], "count": [4, 1]}
+    line = next(e for e in json.loads((folder / "manifest.json").read_bytes())["blocks"] if "gone_bytes" in e)
+    assert [link["folder"] for link in line["base"]] == ["cut-000011"]
+    beside = (folder / line["file"].replace("rows-", "gone-", 1)).read_bytes()
+    assert (len(beside), hashlib.sha256(beside).hexdigest()) == (line["gone_bytes"], line["gone_sha256"])
