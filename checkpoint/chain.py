@@ -69,8 +69,8 @@ def merge(links: Sequence[Increment]) -> BlockImage:
     over = np.empty(0, np.uint64)  # keys of which a newer link speaks
     for at in range(len(links) - 1, -1, -1):
         image = links[at].image
-        live[at] = ~_among(image.keys, over)
-        waits[at] = ~_among(image.waiting, over)
+        live[at] = ~among(image.keys, over)
+        waits[at] = ~among(image.waiting, over)
         if at:
             over = np.unique(np.concatenate([over, links[at].gone, image.keys, image.waiting]))
     keys = np.concatenate([link.image.keys[kept] for link, kept in zip(links, live, strict=True)])
@@ -106,7 +106,7 @@ def _widths(image: BlockImage) -> tuple[int, int, int]:
     return image.weights.shape[1], image.state.shape[1], image.counters.shape[1]
 
 
-def _among(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def among(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Tell for each of ascending ``keys`` whether it is among ascending ``others``, looking up the fewer of the two."""
     if len(keys) == 0 or len(others) == 0:
         return np.zeros(len(keys), np.bool_)

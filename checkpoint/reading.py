@@ -15,8 +15,8 @@ from oarlock.checkpoint.block_file import BlockImage, decode
 from oarlock.checkpoint.chain import Increment, merge
 from oarlock.checkpoint.cuts import NO_FILE, Cuts
 from oarlock.checkpoint.entry import BlockEntry, FileOf, Link
-from oarlock.checkpoint.format import GONE, WAITING, cut_folder
-from oarlock.checkpoint.frame import damaged_columns
+from oarlock.checkpoint.format import GONE, KINDS, WAITING, cut_folder
+from oarlock.checkpoint.frame import Identity, damaged_columns, open_frame
 from oarlock.checkpoint.gone_file import decode_gone
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.waiting_file import decode_waiting
@@ -50,6 +50,13 @@ class Reading(Cuts):
         except InvalidArgument as error:
             path = f"{links[-1].folder}/{links[-1].file}"
             raise self._corrupt(manifest.cut, entry, path, error.message) from None
+
+    def read_identity(self, manifest: Manifest, entry: BlockEntry) -> Identity:
+        """Return whose file a block's newest one is, with its seq and marks, without a look at its checksum."""
+        newest = self._links(manifest, entry)[-1]
+        file = next(file for file in newest.files if file.kind in KINDS)
+        data = self._read(manifest.cut, entry, file, checked=True)
+        return self._decoded(manifest.cut, entry, file, lambda path: open_frame(data, path, KINDS).identity)
 
     def verify(
         self,

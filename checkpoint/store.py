@@ -234,12 +234,17 @@ def open_checkpoint(path: str | Path, *, options: Mapping[str, Any] | None = Non
 
     A folder of checkpoints means its newest cut, ``PATH@12`` and one cut's folder that cut. ``options``: see ``open_store``.
     """
+    store, cut = locate(path, options=options)
+    return store, store.load_manifest(cut)
+
+
+def locate(path: str | Path, *, options: Mapping[str, Any] | None = None) -> tuple[CheckpointStore, int | None]:
+    """Return the store that a path or URL means, and the cut, if it names one. Nothing is read; see ``open_checkpoint``."""
     text = str(path)
     # A folder's own name may end so.
     as_it_is = not is_url(text) and "@" in Path(text).name and Path(text).is_dir()
     folder, cut = (text, None) if as_it_is else split_cut(text)
-    store = open_store(folder, options=options)
-    return store, store.load_manifest(cut)
+    return open_store(folder, options=options), cut
 
 
 def is_url(path: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from oarlock import __version__
+from oarlock.cli.checkpoint_options import add_checkpoint
 from oarlock.cli.rows_options import add_rows
 from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
@@ -27,10 +28,19 @@ exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 
 class Parser(argparse.ArgumentParser):
     """A parser that complains in one line and takes no abbreviations."""
 
+    # The verb that is meant where the first word is none.
+    bare = ""
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(
             **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **arguments}
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.bare and args and not args[0].startswith("-"):
+            verbs = next(a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            args = args if args[0] in verbs else [self.bare, *args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
@@ -203,6 +213,7 @@ def build_parser() -> Parser:
     stop.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
     stop.add_argument("--no-checkpoint", action="store_true", help="lose what came after the last checkpoint")
 
+    add_checkpoint(commands)
     add_rows(commands)
 
     commands.add_parser(
@@ -215,6 +226,7 @@ def build_parser() -> Parser:
 
 def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options in ``arguments``; end with code 2 and one line if they are wrong."""
+    options: argparse.Namespace
     options, unknown = parser.parse_known_args(arguments)
     chosen = _chosen(parser, options)
     if unknown:
