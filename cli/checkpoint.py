@@ -200,7 +200,7 @@ def _table_line(manifest: Manifest, kind: str, name: str, dim: int) -> dict[str,
 def _show_cuts(console: Console, cuts: list[dict[str, Any]], chosen: int) -> None:
     table = Table(title="cuts", title_justify="left")
     for name in ("cut", "created", "run", "step", "written", "needs", "increments", "links"):
-        table.add_column(name, justify="left" if name == "created" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "created" else "right", no_wrap=name == "created")
     for each in cuts:
         number = f"{each['cut']}{' *' if each['cut'] == chosen else ''}"
         if not each["whole"]:
