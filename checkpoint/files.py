@@ -32,6 +32,8 @@ class Files(Protocol):
 
     def size(self, path: str) -> int: ...
 
+    def sizes(self, folder: str) -> dict[str, int]: ...
+
     def folders(self) -> list[str]: ...
 
     def list(self, folder: str) -> list[str]: ...
@@ -151,6 +153,18 @@ class LocalFiles:
             return os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the lengths of a folder's files by name, of plain files only; none if it does not exist or is a link."""
+        path = os.path.join(self._root, plain_name(folder))
+        if os.path.islink(path):
+            return {}
+        try:
+            with os.scandir(path) as entries:
+                found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {name: status.st_size for name, status in found.items() if stat.S_ISREG(status.st_mode)}
 
     def folders(self) -> list[str]:
         """Return the names of the root's folders, sorted; a link to a folder is none."""

@@ -84,16 +84,24 @@ class FsspecFiles:
             raise OSError(errno.EINVAL, "not a regular file", self._name(path))
         return int(found["size"])
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the lengths of a folder's files by name, by one listing; none if it does not exist."""
+        found = self._entries(f"{self._root}/{plain_name(folder)}")
+        return {name: int(entry["size"]) for name, entry in found.items() if entry["type"] == "file"}
+
     def _list(self, path: str, kind: str) -> list[str]:
+        return sorted(name for name, entry in self._entries(path).items() if entry["type"] == kind)
+
+    def _entries(self, path: str) -> dict[str, dict[str, Any]]:
         try:
             with _told(path):
                 entries = self._fs.ls(path, detail=True)
         except FileNotFoundError:
-            return []
+            return {}
+        names = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries}
         # Some list the folder itself, as the empty object that stands for it.
-        names = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in entries}
         names.pop(path.rpartition("/")[2], None)
-        return sorted(name for name, found in names.items() if found == kind)
+        return names
 
     def folders(self) -> list[str]:
         """Return the names of the root's folders, sorted."""

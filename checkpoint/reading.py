@@ -35,8 +35,6 @@ class Reading(Cuts):
         ``checked`` skips the checksums, after ``verify``. CorruptCheckpoint names the file, what is wrong with it, and the
         next older cut that does not need it.
         """
-        for file in _files(self._links(manifest, entry)):
-            self._check_size(manifest.cut, entry, file)
         return self._load(manifest, entry, lambda file: self._read(manifest.cut, entry, file, checked))
 
     def _load(self, manifest: Manifest, entry: BlockEntry, read: Callable[[FileOf], Any]) -> BlockImage:
@@ -67,9 +65,7 @@ class Reading(Cuts):
     ) -> None:
         """Check every file (or those of ``blocks``), loading nothing. ``progress(done, total)`` is told bytes."""
         entries = list(manifest.blocks if blocks is None else blocks)
-        for entry in entries:
-            for file in _files(self._links(manifest, entry)):
-                self._check_size(manifest.cut, entry, file)
+        self.check_sizes(manifest, entries)
         done, total = 0, sum(entry.total_bytes for entry in entries)
         for entry in entries:
             self.load_block(manifest, entry)
@@ -95,7 +91,6 @@ class Reading(Cuts):
             read: dict[str, Any] = {}
             for file in files if any(known.get(file.path) != file.sha256 for file in files) else ():
                 try:
-                    self._check_size(manifest.cut, entry, file)
                     read[file.path] = self._read(manifest.cut, entry, file)
                 except CorruptCheckpoint as error:
                     yield error
@@ -156,15 +151,29 @@ class Reading(Cuts):
         """Return a file's bytes, which must have the checksum of the manifest, unless that is known already."""
         try:
             data = self.files.read_file(file.path)
+        except FileNotFoundError:
+            raise self._corrupt(cut, entry, file.path, "missing") from None
         except OSError as error:
             if error.errno not in NO_FILE:
                 raise
             raise self._corrupt(cut, entry, file.path, f"cannot be read: {error.strerror}") from None
+        self._compare_size(cut, entry, file, len(data))
         if not checked and hashlib.sha256(data).hexdigest() != file.sha256:
             columns = damaged_columns(data)
             where = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}: " if columns else ""
             raise self._corrupt(cut, entry, file.path, f"altered: {where}its checksum does not fit", columns=columns)
         return data
+
+    def check_sizes(self, manifest: Manifest, entries: Iterable[BlockEntry]) -> None:
+        """Raise CorruptCheckpoint for the first file of ``entries`` that is missing or has another length; none is read."""
+        known: dict[str, dict[str, int]] = {}
+        for entry in entries:
+            for link in self._links(manifest, entry):
+                if link.folder not in known:
+                    known[link.folder] = self.files.sizes(link.folder)
+                for file in link.files:
+                    if known[link.folder].get(file.path.rpartition("/")[2]) != file.bytes:
+                        self._check_size(manifest.cut, entry, file)
 
     def _check_size(self, cut: int, entry: BlockEntry, file: FileOf) -> None:
         try:
@@ -175,6 +184,9 @@ class Reading(Cuts):
             if error.errno not in NO_FILE:
                 raise
             raise self._corrupt(cut, entry, file.path, f"cannot be read: {error.strerror}") from None
+        self._compare_size(cut, entry, file, size)
+
+    def _compare_size(self, cut: int, entry: BlockEntry, file: FileOf, size: int) -> None:
         if size != file.bytes:
             what = "truncated" if size < file.bytes else "too long"
             raise self._corrupt(cut, entry, file.path, f"{what}: it has {size} of {file.bytes} bytes")

@@ -105,10 +105,7 @@ class CheckpointStore(Reading):
         # The same again is written again: it may be visible from before a crash, but not durable yet.
         if self.is_committed(manifest.cut) and bytes(self.files.read_file(f"{folder}/{MANIFEST}")) != data:
             raise InvalidArgument(f"cut {manifest.cut} is committed already: a cut's number is never used twice")
-        for entry in manifest.blocks:
-            for link in entry.links:
-                for file in link.files:
-                    self._check_size(manifest.cut, entry, file)
+        self.check_sizes(manifest, manifest.blocks)
         try:
             self.files.commit_file(f"{folder}/{MANIFEST}", data)
         except FileExistsError:

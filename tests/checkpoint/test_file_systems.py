@@ -88,6 +88,8 @@ def test_files_come_and_go(make: Callable[[], Files]) -> None:
     assert files.folders() == ["cut-000001", "cut-000002"]
     assert files.list("cut-000001") == ["a", "b"]
     assert (bytes(files.read_file("cut-000001/a")), bytes(files.read_file("cut-000001/b"))) == (b"three", b"")
+    assert files.sizes("cut-000001") == {"a": 5, "b": 0}
+    assert files.sizes("cut-000009") == {}
     assert [files.size(path) for path in ("cut-000001/a", "cut-000001/b", "cut-000002/c")] == [5, 0, 3_000_000]
     files.sync_folder("cut-000001")
     with pytest.raises(OSError, match=r"not empty|Directory not empty"):
