@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.rows import rows
 
             return rows(options)
+        if options.command == "digest":
+            from oarlock.cli.digest import digest
+
+            return digest(options)
         if options.command == "warmup":
             from oarlock.cli.warmup import warmup
 

@@ -205,6 +205,17 @@ def build_parser() -> Parser:
 
     add_rows(commands)
 
+    digest = commands.add_parser(
+        "digest",
+        help="print one number for all that a checkpoint holds",
+        description="Print 128 bits that are the same for two checkpoints with the same rows and dense values to the bit: on "
+        "however many shards, and in whatever order, they are stored.",
+    )
+    digest.add_argument(
+        "target", metavar="TARGET", help="a job's name or folder (its newest checkpoint), or a checkpoint"
+    )
+    digest.add_argument("--json", action="store_true", help="print one JSON object")
+
     commands.add_parser(
         "warmup",
         help="compile all kernels into the cache",
