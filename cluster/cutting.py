@@ -29,9 +29,10 @@ from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import Moment, moment_of
+from oarlock.cluster.ranks import hold_still
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
-from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
+from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, RankCommits, WriteRequest
 from oarlock.telemetry.stages import Stages
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,10 @@ class Cutting:
         c = self._c
         try:
             await self._gathered(gate)
+            commits = await hold_still(c, gate.cut, self._ordered) if c.spec.ranks else None
             with c.lock:
                 moment, workers = moment_of(c, gate.cut), gate.workers
-            await self._cut(gate.cut, workers, moment)
+            await self._cut(gate.cut, workers, moment, commits)
             c.cuts.open()
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
             await self._run(LocalStore(self._folder).commit, manifest)
@@ -137,12 +139,13 @@ class Cutting:
                 )
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _cut(self, cut: int, workers: list[int], moment: Moment) -> None:
+    async def _cut(self, cut: int, workers: list[int], moment: Moment, commits: RankCommits | None) -> None:
         """Have every owner begin its view."""
         closed = ClosedSet(moment.closed.floor, moment.closed.above).pack()
 
         async def one(shard: ShardAddress) -> None:
-            request = CutRequest(cut=cut, workers=workers, closed=closed, committed=self._c.cuts.committed)
+            known = self._c.cuts.committed
+            request = CutRequest(cut=cut, workers=workers, closed=closed, committed=known, commits=commits)
             await self._ordered(shard, "Cut", request, self._c.spec.gate_seconds)
 
         await _all([one(shard) for shard in self._owners()])
