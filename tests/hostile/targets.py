@@ -39,6 +39,7 @@ from oarlock.proto.shard_pb2 import (
     CutRequest,
     MarksRequest,
     PullRequest,
+    RanksRequest,
     RowsRequest,
     ShardStatsRequest,
     TableKeys,
@@ -186,6 +187,7 @@ class ShardTarget(Target):
         "Shard.Pull": 25,
         "Shard.Push": 45,
         "Shard.Marks": 8,
+        "Shard.Ranks": 4,
         "Shard.Adopt": 8,
         "Shard.Close": 8,
         "Shard.Cut": 1,
@@ -236,6 +238,7 @@ class ShardTarget(Target):
             "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
             "Shard.Adopt": [adoption, newer, partly],
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
+            "Shard.Ranks": [RanksRequest(header=header)],
             "Shard.Cut": [
                 CutRequest(header=header, cut=3, workers=[7, 8], closed=ClosedSet(1, [3]).pack(), committed=2)
             ],

@@ -290,3 +290,43 @@ def test_a_restore_at_an_epochs_end_and_in_its_middle_makes_no_difference(make: 
 def step_of(store: LocalStore, manifest: Any, entry: Any) -> int:
     (step,) = store.load_block(manifest, entry).marks.values()
     return int(step)
+
+
+def test_a_cut_in_the_middle_of_training_is_of_one_step_and_the_job_goes_on_from_it(make: Make) -> None:
+    """Cuts on demand while every rank trains, on a wire that delays and repeats; each of them is where a run may begin."""
+    known = run(make(epochs=2, servers=1, workers=1))
+    job = make(epochs=2, servers=3, checkpoint_epochs=0, checkpoints_kept=99, heartbeat_seconds=0.1)
+    job.wire.faults = dict.fromkeys(("duplicate", "delay"), 0.05)
+
+    async def scene(job: Any) -> None:
+        job.start()
+        for _ in range(4):
+            begun = len(job.wire.calls("Shard.Push"))
+            await job.until(lambda begun=begun: len(job.wire.calls("Shard.Push")) > begun + 8)
+            if job.coordinator.phase == "training":
+                job.coordinator.cuts.wanted = True
+            await job.until(lambda: not job.coordinator.cuts.wanted and not job.coordinator.cuts.begun)
+        await asyncio.gather(*job.workers)
+        await asyncio.gather(*job.background)
+
+    job.run(scene)
+    assert ended_well(job) == known
+    assert job.coordinator.warnings == []
+    store, steps = LocalStore(job.folder / "checkpoints"), set()
+    for cut in store.cuts():
+        found = store.load_manifest(cut)
+        of_blocks = {step_of(store, found, entry) for entry in found.blocks}
+        assert len(of_blocks) == 1
+        steps |= of_blocks
+        if max(of_blocks) == plan_of(job).total:
+            continue
+        again = make(epochs=2, servers=2, workers=2)
+
+        async def go_on(again: Any, found: Any = found) -> None:
+            again.coordinator.begin_run(found, str(job.folder / "checkpoints" / f"cut-{found.cut:06d}"))
+            await again.to_the_end()
+
+        again.run(go_on)
+        assert digest(again) == known
+        assert [r.samples for r in again.coordinator.work.history] == [len(again.data["train"])] * 2
+    assert len(steps) >= 4
