@@ -31,6 +31,8 @@ WORLD = (
 )
 KINDS = (*WIRE, *WORLD)
 MODES = ("async", "ssp", "geo")
+# Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
+SYNC = "sync"
 # A message fault waits for the next message of its method. Pushes matter most.
 METHODS = (
     *("Shard.Push",) * 6,
@@ -74,6 +76,7 @@ class Schedule:
     ``cache_adaptive``: each worker finds its bound, up to ``cache_bound``.
     ``push``: how the rough rows travel, and with ``push_dense`` all dense parameters, ``zstd`` or not; empty: there are none.
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
+    ``ranks``: of sync; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the end.
     """
 
     seed: int
@@ -96,6 +99,8 @@ class Schedule:
     push_dense: str = ""
     zstd: bool = False
     compute_threads: int = 1
+    ranks: int = 0
+    checkpoint_steps: int = 0
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -150,6 +155,8 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
         cache_bound=rng.choice((0, 1, 3)),
         cache_adaptive=rng.choice((False, False, True)),
     )
+    if mode == SYNC:
+        return _ranked(schedule, rng)
     if mode == "geo" or rng.random() > ROUGH_SHARE:
         return schedule
     return replace(
@@ -158,6 +165,19 @@ def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
         push_dense=rng.choice(FORMS),
         zstd=rng.random() < 0.25,
         compute_threads=rng.choice((1, 2, 3)),
+    )
+
+
+def _ranked(schedule: Schedule, rng: random.Random) -> Schedule:
+    """Return a schedule with what only sync has, and without what it has not."""
+    faults = tuple(replace(f, method=f.method.replace("Shard.Marks", "Shard.Ranks")) for f in schedule.faults)
+    return replace(
+        schedule,
+        faults=faults,
+        prefetch=1,
+        compute_threads=rng.choice((1, 2)),
+        ranks=rng.randint(1, 4),
+        checkpoint_steps=rng.choice((0, 0, 4, 9)),
     )
 
 

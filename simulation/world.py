@@ -24,10 +24,11 @@ from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Outcome, Schedule
+from oarlock.simulation.faults import HEARTBEAT_SECONDS, SYNC, WIRE, Fault, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Later, Process, Stalled, VirtualLoop
+from oarlock.simulation.rank_checker import RankChecker
 from oarlock.simulation.residuals import Residuals
 from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
@@ -54,7 +55,7 @@ class World:
         self.log = log
         self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event)
         self.committed = Committed()
-        self.checker = Checker(self.spec, data, self.committed)
+        self.checker = (RankChecker if schedule.mode == SYNC else Checker)(self.spec, data, self.committed)
         self.bound = Bound(schedule.staleness)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
@@ -130,6 +131,7 @@ class World:
             shards = [s._joined[1] for s in self.services if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
+            self.checker.check_cuts(self.folder / "checkpoints")
 
     def _violated(self, what: str) -> None:
         if not self.violation:
@@ -171,6 +173,7 @@ class World:
                 self._check_shard(number, joined[1], call.method, request, reply)
 
     def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
+        self.checker.handled(shard, method, request, reply)
         if method == "Shard.Push":
             self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
