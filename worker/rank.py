@@ -238,7 +238,7 @@ class Rank:
         return trained.loss_sum, push
 
 
-async def ended(task: "asyncio.Task[None]") -> None:
+async def ended(task: "asyncio.Task[Any]") -> None:
     """Cancel a task and wait until it is over, whatever it met."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

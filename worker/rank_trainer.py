@@ -44,7 +44,7 @@ class RankTrainer(Trainer):
         )
         self._news = News()
         # By rank: the epoch that it trains, or has trained, here.
-        self._hosted: dict[int, tuple[int, asyncio.Task[None]]] = {}
+        self._hosted: dict[int, tuple[int, asyncio.Task[Exception | None]]] = {}
 
     def stats(self) -> dict[str, Any]:
         return {**super().stats(), "ranks": sorted(self._hosted)}
@@ -88,10 +88,11 @@ class RankTrainer(Trainer):
             if known is not None and (known[0] >= epoch or not known[1].done()):
                 continue
             if known is not None:
-                known[1].result()
+                _raise(known[1])
             self._hosted[rank] = epoch, asyncio.ensure_future(self._train(rank, epoch))
 
-    async def _train(self, rank: int, epoch: int) -> None:
+    async def _train(self, rank: int, epoch: int) -> Exception | None:
+        """Return the error that a rank met, if any: of several that end at once the first is raised, and no other is asked."""
         opened: list[OpenSplit] = []
 
         async def opening(split: int) -> OpenSplit:
@@ -101,9 +102,12 @@ class RankTrainer(Trainer):
         made = Rank(rank, self._session, self._steps, self._blame, self.progress, self._news, opening, self._report)
         try:
             await made.train(epoch)
+        except Exception as error:
+            return error
         finally:
             for split in opened:
                 self._open.pop(split.id, None)
+        return None
 
     async def _report(self, split: OpenSplit) -> None:
         # Another rank's split that was opened here and given up may have had this one's place.
@@ -113,14 +117,13 @@ class RankTrainer(Trainer):
     async def _give_up(self, rank: int) -> None:
         _, task = self._hosted.pop(rank)
         await ended(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.info("event=rank_given_up rank=%d error=%s", rank, task.exception())
+        if not task.cancelled() and task.result() is not None:
+            logger.info("event=rank_given_up rank=%d error=%s", rank, task.result())
 
     async def _until_one_ends(self, retry_seconds: float) -> None:
         """Wait until a rank has trained its epoch, or there may be something new to be told; raise what a rank met."""
         for _, task in self._hosted.values():
-            if task.done():
-                task.result()
+            _raise(task)
         running = [task for _, task in self._hosted.values() if not task.done()]
         stopping = asyncio.ensure_future(self._member.stopping.wait())
         # Its ranks are asked about now and then; without any, or once all are done, it waits for others.
@@ -130,5 +133,10 @@ class RankTrainer(Trainer):
         finally:
             stopping.cancel()
         for task in running:
-            if task.done():
-                task.result()
+            _raise(task)
+
+
+def _raise(task: "asyncio.Task[Exception | None]") -> None:
+    """Raise what a rank met, if it is over."""
+    if task.done() and (error := task.result()) is not None:
+        raise error

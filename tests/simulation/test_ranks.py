@@ -17,8 +17,13 @@ from oarlock.simulation.faults import SYNC, Fault, Outcome, draw
 from oarlock.simulation.world import World, run
 
 MOST = 400
-# Found by few schedules, and so after many.
-RARE: set[Callable[[pytest.MonkeyPatch], None]] = set()
+# Found within a second.
+SOON = {
+    planted_ranks.applied_without_the_last_rank,
+    planted_ranks.committed_before_acknowledged,
+    planted_ranks.added_in_order_of_arrival,
+    planted_ranks.draws_of_the_process,
+}
 
 
 class Torn(World):
@@ -41,12 +46,14 @@ def run_torn(seed: int, folder: Path) -> Outcome:
     return Torn(schedule, files(), folder / str(seed)).run()
 
 
+@pytest.mark.slow
 def test_whoever_follows_a_worker_that_told_one_shard_alone_tells_the_others(tmp_path: Path) -> None:
     outcomes = [run_torn(seed, tmp_path) for seed in range(6)]
     assert [outcome.violation for outcome in outcomes] == [""] * 6
     assert sum(outcome.counts["killed"] for outcome in outcomes) > 20
 
 
+@pytest.mark.slow
 def test_a_successor_that_believes_blocks_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random schedules seldom kill at that moment."""
     planted_ranks.successor_believes_blocks_alone(monkeypatch)
@@ -56,9 +63,9 @@ def test_a_successor_that_believes_blocks_alone_is_found(tmp_path: Path, monkeyp
 
 
 def test_no_invariant_breaks() -> None:
-    tally = run_seeds(range(10_000, 10_016), (SYNC,))
+    tally = run_seeds(range(10_000, 10_004), (SYNC,))
     assert tally.violations == []
-    assert tally.schedules == 16
+    assert tally.schedules == 4
 
 
 @pytest.mark.slow
@@ -72,7 +79,7 @@ def test_no_invariant_breaks_in_a_thousand_schedules() -> None:
 
 @pytest.mark.parametrize(
     "plant",
-    [pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__) for p in planted_ranks.PLANTED],
+    [pytest.param(p, marks=() if p in SOON else pytest.mark.slow, id=p.__name__) for p in planted_ranks.PLANTED],
 )
 @pytest.mark.timeout(600)
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
