@@ -14,7 +14,7 @@ from typing import Any
 
 from oarlock.benchmarks.surroundings import surroundings
 from oarlock.simulation.campaign import campaign, files, run_seeds, smallest
-from oarlock.simulation.faults import MODES, Schedule, draw
+from oarlock.simulation.faults import MODES, SYNC, Schedule, draw
 from oarlock.simulation.restored import run
 
 QUICK_SECONDS = 35.0
@@ -29,7 +29,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"as many schedules as fit into {QUICK_SECONDS:g} s")
     parser.add_argument("--seeds", type=int, default=10_050, metavar="N", help="how many seeds (default: 10050)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
-    parser.add_argument("--mode", choices=(*MODES, "all"), default="all")
+    parser.add_argument(
+        "--mode",
+        choices=(*MODES, SYNC, "all"),
+        default="all",
+        help=f"all: those but {SYNC}, which draws others (default)",
+    )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--replay", metavar="SCHEDULE", help="a seed, or a schedule as JSON: run it and tell what happens"

@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.checkpoint import checkpoint
 
             return checkpoint(options)
+        if options.command == "digest":
+            from oarlock.cli.digest import digest
+
+            return digest(options)
         if options.command == "warmup":
             from oarlock.cli.warmup import warmup
 

@@ -73,6 +73,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--staleness", type=int, metavar="S", help="of --mode ssp: groups that workers may be apart (default 0)"
     )
     command.add_argument(
+        "--ranks", type=int, metavar="R", help="of --mode sync: batches that make a step together (default: --workers)"
+    )
+    command.add_argument(
         "--accumulate", type=int, metavar="K", help="batches that are pushed as one group; the k of geo (default 1)"
     )
     command.add_argument(
@@ -215,6 +218,17 @@ def build_parser() -> Parser:
 
     add_checkpoint(commands)
     add_rows(commands)
+
+    digest = commands.add_parser(
+        "digest",
+        help="print one number for all that a checkpoint holds",
+        description="Print 128 bits that are the same for two checkpoints with the same rows and dense values to the bit: on "
+        "however many shards, and in whatever order, they are stored.",
+    )
+    digest.add_argument(
+        "target", metavar="TARGET", help="a job's name or folder (its newest checkpoint), or a checkpoint"
+    )
+    digest.add_argument("--json", action="store_true", help="print one JSON object")
 
     commands.add_parser(
         "warmup",

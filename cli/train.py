@@ -36,6 +36,7 @@ _OPTIONS = (
     "workers",
     "mode",
     "staleness",
+    "ranks",
     "accumulate",
     "compute_threads",
     "blas_threads",

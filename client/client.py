@@ -22,6 +22,7 @@ from oarlock.client.probe import Probe
 from oarlock.client.pull import pull
 from oarlock.client.push import PushCounts, PushIdentity, RowGradients, cut_push, push
 from oarlock.client.router import Routes, ShardAddress
+from oarlock.client.stage import Commit, latest_step
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.errors import Malformed, Unavailable
@@ -76,16 +77,17 @@ class Client:
         lossless: bool = True,
         caches: Caches | Probe | None = None,
         about: Mapping[str, int] | None = None,
+        commit: Commit | None = None,
     ) -> Awaitable[dict[int, int]]:
         """Fill ``rows[table]`` float32[u, dim] with the rows of ``keys[table]``, and ``dense`` float32[P] if given.
 
         ``number``: under ssp, 1 + the number of the group that the rows are for. The result is for the ``push`` that comes of
         it: pushes that each shard had applied. After an error the arrays may hold anything. Unless ``lossless``, values come in
         the job's forms (``JobSpec.compression``). ``caches``: rows that are kept there and new enough do not come. ``about``:
-        what tells the pull from others in a trace.
+        what tells the pull from others in a trace. ``commit``: under sync, of the rank that pulls; Behind if its step is past.
         """
         forms = None if lossless else self._forms
-        work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms, caches)
+        work = partial(pull, self._member, self.routes, keys, rows, dense, number, forms, caches, commit)
         return self._timed("pull", work, rows=sum(len(found.keys) for found in keys.values()), **(about or {}))
 
     def push(
@@ -101,16 +103,17 @@ class Client:
         seen: Mapping[int, int] | None = None,
         feedback: SplitFeedback | None = None,
         last: bool = False,
+        rank: int = 0,
     ) -> Pushing:
         """Push what group ``group`` of ``split`` adds to the rows and, in ``dense`` float32[P], to all dense parameters.
 
         ``step``: groups that all workers have trained, as far as known; ``number`` as in ``pull``; ``seen``: what the pull
         returned that fed the group, from which shards count staleness. Gradients travel in the job's forms; where these keep
         what they leave out, ``feedback`` is the split's (``new_feedback``), and ``last`` says that no group follows; groups of
-        such a split are made in their order, one at a time. The messages are made before this returns, in any thread: the
-        arrays may be reused at once. They are sent when the result is awaited.
+        such a split are made in their order, one at a time. ``rank``: under sync, 1 + the rank whose part it is. The messages
+        are made before this returns, in any thread: the arrays may be reused at once. They are sent when the result is awaited.
         """
-        identity, routes = PushIdentity(split, group, step, number, seen or {}), self.routes
+        identity, routes = PushIdentity(split, group, step, number, seen or {}, rank), self.routes
         encoder = None if self._forms is None else PushEncoder(self._forms, routes, identity, feedback, last)
         messages = cut_push(
             self._member.layout,
@@ -128,6 +131,10 @@ class Client:
     def new_feedback(self) -> SplitFeedback | None:
         """Return what a split that is opened keeps from group to group; None if the job keeps nothing."""
         return SplitFeedback() if self._forms is not None and self._forms.feedback else None
+
+    async def latest_step(self, rank: int) -> int:
+        """Return the step from which a successor of a rank goes on under sync."""
+        return await latest_step(self._member, self.routes, rank)
 
     async def next_group(self, split: int) -> int:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""

@@ -12,7 +12,7 @@ from oarlock.client.compression import WireSpec, check_compression, read_compres
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
-MODES = ("async", "ssp", "geo")
+MODES = ("async", "ssp", "geo", "sync")
 
 # A lease that outlasts this is as good as none.
 MAX_LEASE_SECONDS = 1e9
@@ -26,6 +26,25 @@ DONE, STOPPED, FAILED = "done", "stopped", "failed"
 OVER = (DONE, STOPPED, FAILED)
 
 
+# Each has its parts of a step on every shard.
+MAX_RANKS = 4096
+
+
+def check_ranks(mode: str, ranks: int, prefetch: int) -> None:
+    """Raise InvalidArgument for ranks, or a depth of pulls, that do not go with the mode."""
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or not 0 <= ranks <= MAX_RANKS:
+        raise InvalidArgument(f"ranks = {ranks!r}: give an integer from 0 to {MAX_RANKS}")
+    if ranks and mode != "sync":
+        raise InvalidArgument(
+            f"ranks = {ranks} and mode = {mode!r} contradict each other: only sync has ranks; give mode = 'sync', or ranks = 0"
+        )
+    if mode == "sync" and prefetch > 1:
+        raise InvalidArgument(
+            f"mode = 'sync' and prefetch = {prefetch} contradict each other: no rows are pulled before the step that they "
+            "have to hold; give prefetch = 1 (groups are read and encoded ahead all the same), or mode = 'async'"
+        )
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """A job: identity, parameters, data and the recipe that trains it.
@@ -34,6 +53,7 @@ class JobSpec:
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
     ``transforms``: how raw columns become what the model is fed, as fitted when the job was planned (JSON, empty: none).
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
+    ``ranks``: of sync, the R logical workers whose gradients make a step; any number of processes host them. 0 in other modes.
     ``accumulate``: batches of a group, whose gradients are pushed as one; it is the k of geo(k), where a worker steps rows of its
     own and pushes the difference that the group made.
     ``compression``: in which form values travel, by table, "dense" for the dense parameters; float32 where nothing is said.
@@ -64,6 +84,7 @@ class JobSpec:
     transforms: str = ""
     mode: str = "async"
     staleness: int = 0
+    ranks: int = 0
     checkpoint_epochs: int = 1
     checkpoint_steps: int = 0
     checkpoint_seconds: float = 0.0
@@ -124,6 +145,9 @@ class JobSpec:
                 )
         if self.mode == "geo":
             self._check_geo()
+        check_ranks(self.mode, self.ranks, self.prefetch)
+        if self.mode == "sync" and self.ranks < 1:
+            raise InvalidArgument("mode = 'sync' needs ranks: give ranks = 1 or more, the workers that make a step")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
         for name in ("heartbeat_seconds", "lease_seconds", "gate_seconds", "checkpoint_seconds"):

@@ -51,6 +51,7 @@ class Membership:
         rng: random.Random,
         address: str = "",
         reader: str = "",
+        signature: str = "",
         retry: Retry | None = None,
     ) -> None:
         self.transport = transport
@@ -77,6 +78,7 @@ class Membership:
         self.gate = Gate(self)
         self._address = address
         self._reader = reader
+        self._signature = signature
         self._heartbeat_seconds = 0.5
         self._lease_seconds = 5.0
         self._lease_ends = 0.0
@@ -128,6 +130,7 @@ class Membership:
             pid=os.getpid(),
             host=socket.gethostname(),
             reader=self._reader,
+            signature=self._signature,
         )
         self._clock = asyncio.get_running_loop().time
         sent = self._clock()

@@ -19,6 +19,7 @@ from oarlock.client.packed import Form, decode_rows, unpack_dense
 from oarlock.client.pieces import MESSAGE_BYTES, Piece, by_owner, dense_by_owner
 from oarlock.client.probe import Probe
 from oarlock.client.router import Routes, ShardAddress
+from oarlock.client.stage import Commit
 from oarlock.embedding.keys import KeySet
 from oarlock.proto.arrays import Part, pack, unpack, view_of
 from oarlock.proto.bulk import Bulk, Landing, opened
@@ -129,12 +130,13 @@ async def pull(
     number: int = 0,
     forms: Forms | None = None,
     caches: Caches | Probe | None = None,
+    commit: Commit | None = None,
 ) -> dict[int, int]:
     """Fill ``rows[table]`` float32[u, dim] in the order of the unique keys, and ``dense`` float32[P] if given.
 
     ``forms``: in which forms to ask for them; None: all as float32. Of tables in ``caches`` only those rows come that are not
-    kept there, or are too old. Return how many pushes each shard had applied, by its number: when the oldest of its answers
-    was made.
+    kept there, or are too old. ``commit``: of a rank, which goes to every shard. Return how many
+    pushes each shard had applied, by its number: when the oldest of its answers was made.
     """
     seen: dict[int, int] = {}
     layout = member.layout
@@ -155,9 +157,11 @@ async def pull(
                 if name in asked:
                     asked.request(request.header, name, piece, made, beside)
         lands = landing(message, rows, dense) if forms is None and asked is None else None
-        answered = await member.transport.call(
-            message.shard.address, "Shard.Pull", Bulk(request, beside, lands), timeout_seconds=timeout
-        )
+        sent = Bulk(request, beside, lands)
+        if commit is None:
+            answered = await member.transport.call(message.shard.address, "Shard.Pull", sent, timeout_seconds=timeout)
+        else:
+            answered = await commit.ask(member, message.shard, sent, timeout)
         reply, parts = opened(answered)
         _take_rows(reply, message, rows, formed, asked, parts)
         if dense is not None:
@@ -169,9 +173,18 @@ async def pull(
         wanted = np.zeros(layout.blocks, np.bool_)
         for _, blocks in left:
             wanted[blocks] = True
-        return cut_pull(layout, newer, keys, numbers, wanted)
+        return to_all(newer, cut_pull(layout, newer, keys, numbers, wanted))
 
-    await exchange(member, cut_pull(layout, routes, keys, numbers), send, recut)
+    def to_all(newest: Routes, messages: list[PullMessage]) -> list[PullMessage]:
+        if commit is None:
+            return messages
+        asked_for = {message.shard.id for message in messages}
+        return messages + [PullMessage(s, layout) for s in commit.missing(newest) if s.id not in asked_for]
+
+    await exchange(member, to_all(routes, cut_pull(layout, routes, keys, numbers)), send, recut)
+    while commit is not None and member.routes is not None and (left := to_all(member.routes, [])):
+        # By a placement that came meanwhile.
+        await exchange(member, left, send, recut)
     if asked is not None:
         asked.keep()
     return seen

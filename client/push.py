@@ -73,6 +73,7 @@ def reads_occurrences(spec: TableSpec) -> bool:
 class PushIdentity:
     """What a push is known by, (split, group), and what an update may use of the time it was made: ``step``, ssp's ``number``.
 
+    Under sync it is known by (step + 1, rank); ``rank`` counts from 1 here, 0: none.
     ``seen``: pushes that each shard had applied when it answered the pull that fed the group.
     """
 
@@ -81,6 +82,7 @@ class PushIdentity:
     step: int = 0
     number: int = 0
     seen: Mapping[int, int] = field(default_factory=dict)
+    rank: int = 0
 
 
 @dataclass
@@ -167,7 +169,9 @@ class _Packer:
             found = None
         if found is None:
             known = self._identity
-            request = PushRequest(split=known.split, group=known.group, step=known.step, number=known.number)
+            request = PushRequest(
+                split=known.split, group=known.group, step=known.step, number=known.number, rank=known.rank
+            )
             if shard in known.seen:
                 request.seen = 1 + known.seen[shard]
             found = self._filling[shard] = _Filling(request)
@@ -313,9 +317,8 @@ def recut_push(layout: Layout, routes: Routes, left: list[tuple[PushMessage, NDA
         wanted = np.zeros(layout.blocks, np.bool_)
         wanted[blocks] = True
         known, parts = message.request, message.parts
-        packer = _Packer(
-            layout, routes, PushIdentity(known.split, known.group, known.step, known.number), MESSAGE_BYTES, Buffers(0)
-        )
+        identity = PushIdentity(known.split, known.group, known.step, known.number, rank=known.rank)
+        packer = _Packer(layout, routes, identity, MESSAGE_BYTES, Buffers(0))
         for sent in message.request.tables:
             keys = unpack(sent.keys.keys, np.uint64, "keys", parts=parts)
             plain, encoded = not sent.HasField("packed"), None

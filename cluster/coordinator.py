@@ -26,10 +26,11 @@ from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
+from oarlock.cluster.ranks import work_of
 from oarlock.cluster.recovery import go_back, take_up
 from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
-from oarlock.cluster.work import MAX_FAILURES, Work
+from oarlock.cluster.work import MAX_FAILURES
 from oarlock.proto.common_pb2 import Placement
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
@@ -56,7 +57,7 @@ class Coordinator:
         self.metrics_address = ""
         self.lock = RLock()
         self.members = Members(spec.lease_seconds)
-        self.work = Work(spec.splits, spec.evaluation_splits, spec.epochs, spec.metrics)
+        self.work = work_of(spec, lambda: len(self.members.alive("worker")))
         self.clocks = Clocks()
         self.phase = GATHERING
         self.reason = ""

@@ -28,9 +28,10 @@ from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import moment_of
+from oarlock.cluster.ranks import hold_still
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
-from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
+from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, RankCommits, WriteRequest
 from oarlock.telemetry.stages import Stages
 
 logger = logging.getLogger(__name__)
@@ -104,10 +105,15 @@ class Cutting:
         c = self._c
         try:
             await self._gathered(gate)
-            await self._cut(gate.cut, gate.workers)
+            moment = commits = None
+            if c.spec.ranks:
+                # Ranks stand at no gate: they go on with the first views that have begun.
+                commits = await hold_still(c, gate.cut, self._ordered)
+                moment = moment_of(c, gate.cut)
+            await self._cut(gate.cut, gate.workers, commits)
             with c.lock:
                 # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
-                moment = moment_of(c, gate.cut)
+                moment = moment or moment_of(c, gate.cut)
                 c.cuts.open()
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
             await self._run(LocalStore(self._folder).commit, manifest)
@@ -137,11 +143,12 @@ class Cutting:
                 )
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _cut(self, cut: int, workers: list[int]) -> None:
+    async def _cut(self, cut: int, workers: list[int], commits: RankCommits | None) -> None:
         """Have every owner begin its view."""
 
         async def one(shard: ShardAddress) -> None:
-            request = CutRequest(cut=cut, workers=workers, committed=self._c.cuts.committed)
+            known = self._c.cuts.committed
+            request = CutRequest(cut=cut, workers=workers, committed=known, commits=commits)
             await self._ordered(shard, "Cut", request, self._c.spec.gate_seconds)
 
         await _all([one(shard) for shard in self._owners()])

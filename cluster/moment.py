@@ -55,7 +55,12 @@ class Moment:
 
 
 def moment_of(c: "Coordinator", cut: int) -> Moment:
-    """Return the job as it is now, for cut ``cut``. Under the lock."""
+    """Return the job as it is now, for cut ``cut``."""
+    with c.lock:
+        return _moment_of(c, cut)
+
+
+def _moment_of(c: "Coordinator", cut: int) -> Moment:
     work, best = c.work, c.work.best()
     return Moment(
         run=c.run,

@@ -11,6 +11,7 @@ from oarlock.client.job import OVER, STOPPING, TRAINING, WRITING
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
+from oarlock.cluster.ranks import check_signature, read_ranks
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
 from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
@@ -126,6 +127,8 @@ class CoordinatorService:
         if request.role == SHARD and not _ADDRESS.fullmatch(request.address):
             raise InvalidArgument(f"a shard's address {request.address[:100]!r} is neither host:port nor unix:PATH")
         with c.lock:
+            if request.role == WORKER:
+                check_signature(c, request.signature)
             member = c.join(
                 roles[request.role],
                 request.address if request.role == SHARD else "",
@@ -178,6 +181,7 @@ class CoordinatorService:
             raise InvalidArgument(f"more than {MAX_SPLITS} splits are held")
         c, clock = self._coordinator, request.clock
         held = {("train", s) for s in request.held} | {("evaluate", s) for s in request.evaluations}
+        held |= read_ranks(c.spec.ranks, list(request.ranks))
         if clock.active and clock.heard > clock.acknowledged:
             raise Malformed(
                 f"a clock of {clock.acknowledged} groups is below the minimum of {clock.heard} that it was told"
@@ -222,6 +226,10 @@ class CoordinatorService:
         elif c.phase == TRAINING and not c.clocks.unheard and c.cuts.gate is None:
             grant = c.work.grant(member.incarnation, request.wanted)
             reply.work = _WORK[grant.kind]
+            if grant.kind == "train" and c.spec.ranks:
+                reply.ranks.extend(grant.splits)
+                reply.epoch = c.work.epoch
+                return reply
             reply.splits.extend(grant.splits)
             reply.fresh.extend(grant.fresh)
             if grant.kind == "train":

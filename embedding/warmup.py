@@ -17,7 +17,7 @@ from oarlock.embedding.compress import Compression, Draw, RowCodec
 from oarlock.embedding.compress_residuals import Residuals
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.dense_group import DenseGroup
-from oarlock.embedding.keys import KeySorter
+from oarlock.embedding.keys import KeySorter, merge
 from oarlock.embedding.lookup import rows_from, rows_of
 from oarlock.embedding.make import make_table
 from oarlock.embedding.optimizers import OPTIMIZERS
@@ -77,7 +77,10 @@ def _use(spec: TableSpec) -> None:
                 table.pull_newer(found.keys, found.blocks, found.counts, np.zeros(len(found.keys), np.uint32), bound=0)
             if pulled:
                 table.pull(found.keys, found.blocks, found.counts, rows)
-            table.push(found.keys, found.blocks, found.counts, np.ones_like(rows), rate=0.1)
+            gradients = np.empty_like(rows)
+            # As a shard adds up the parts of a step under sync.
+            merge(np.ones((len(keys), spec.dim), np.float32), found.inverse, gradients)
+            table.push(found.keys, found.blocks, found.counts, gradients, rate=0.1)
             view.content(0)
             table.commit_view(1)
             view = table.begin_view(1)

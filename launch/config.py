@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from oarlock.client.compression import read_compression
-from oarlock.client.job import MAX_THREADS, MODES
+from oarlock.client.job import MAX_THREADS, MODES, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
 from oarlock.launch.every import read_every
 from oarlock.proto.errors import InvalidArgument, NotFound
@@ -33,6 +33,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 class RunConfig:
     """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``).
 
+    ``ranks``: of mode sync; 0: as many as there are workers.
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
@@ -44,6 +45,7 @@ class RunConfig:
     seed: int = 0
     mode: str = "async"
     staleness: int = 0
+    ranks: int = 0
     accumulate: int = 1
     reader: str = "auto"
     checkpoint_epochs: int = 1
@@ -100,6 +102,7 @@ class RunConfig:
                 f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "
                 "give mode = 'ssp', or staleness = 0"
             )
+        check_ranks(self.mode, self.ranks, self.prefetch)
         if not 0 <= self.restarts <= 1 << 20:
             raise InvalidArgument(
                 f"restarts = {self.restarts}: give an integer from 0 (killed processes are not started again) to {1 << 20}"

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RUNS = Path("runs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
 # What a run may change when it goes on from a checkpoint: nothing that a batch or a row depends on. Threads may change the
-# order of sums and of pushes, but no mode fixes that yet.
+# order of sums and of pushes, which sync alone fixes.
 _FIXED = (
     "recipe",
     "seed",
@@ -40,6 +40,7 @@ _FIXED = (
     "dense",
     "batch_rows",
     "accumulate",
+    "ranks",
     "rows_per_split",
     "files",
     "splits",
@@ -84,7 +85,7 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
     if manifest is None:
         raise NotFound(f"{folder / 'checkpoints'} holds no whole checkpoint: train anew under another --name")
     spec = make_spec(run, old.name, job=old.job)
-    for name in _FIXED:
+    for name in (*_FIXED, "blas_threads") if old.ranks else _FIXED:
         was, wanted = _plain(old, name), _plain(spec, name)
         if name == "config":
             was |= _newer(load_recipe(spec.recipe).Config, was, wanted, options)
@@ -138,7 +139,7 @@ def _difference(name: str, was: Any, wanted: Any) -> str:
 
 
 def _write(folder: Path, run: RunConfig, spec: JobSpec) -> None:
-    run = replace(run, data=str(Path(run.data).absolute()))
+    run = replace(run, data=str(Path(run.data).absolute()), ranks=spec.ranks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)

@@ -44,6 +44,8 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         transforms=plan.transforms,
         mode=run.mode,
         staleness=run.staleness,
+        # Written down with the job: another number of workers that goes on with it hosts the same ranks.
+        ranks=(run.ranks or run.workers) if run.mode == "sync" else 0,
         accumulate=run.accumulate,
         compression=read_compression(run.compression, "job file"),
         reader=run.reader,

@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
         Method("Shard.Pull", shard.PullRequest, shard.PullReply, frame=PULL),
         Method("Shard.Push", shard.PushRequest, shard.PushReply, frame=PUSH),
         Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
+        Method("Shard.Ranks", shard.RanksRequest, shard.RanksReply),
         Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply, slow=True),
         Method("Shard.Close", shard.CloseRequest, common.Empty),
         Method("Shard.Cut", shard.CutRequest, common.Empty),

@@ -60,23 +60,29 @@ class Packed(_message.Message):
     def __init__(self, codec: _Optional[_Union[Codec, _Mapping]] = ..., payload: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., values: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("header", "tables", "dense", "number", "codecs", "dense_codec")
+    __slots__ = ("header", "tables", "dense", "number", "codecs", "dense_codec", "rank", "state", "samples")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     DENSE_CODEC_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
     dense: _common_pb2.Array
     number: int
     codecs: _containers.RepeatedCompositeFieldContainer[Codec]
     dense_codec: Codec
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, _Mapping]]] = ..., dense_codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
+    rank: int
+    state: int
+    samples: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., number: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, _Mapping]]] = ..., dense_codec: _Optional[_Union[Codec, _Mapping]] = ..., rank: _Optional[int] = ..., state: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("rows", "dense", "pushes", "packed", "packed_dense", "positions", "versions", "failure")
+    __slots__ = ("rows", "dense", "pushes", "packed", "packed_dense", "positions", "versions", "failure", "waits", "lowest", "highest", "generation")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +91,10 @@ class PullReply(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     dense: _common_pb2.Array
     pushes: int
@@ -93,7 +103,11 @@ class PullReply(_message.Message):
     positions: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     versions: _containers.RepeatedCompositeFieldContainer[_common_pb2.Array]
     failure: _common_pb2.Failure
-    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., packed: _Optional[_Iterable[_Union[Packed, _Mapping]]] = ..., packed_dense: _Optional[_Union[Packed, _Mapping]] = ..., positions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+    waits: bool
+    lowest: int
+    highest: int
+    generation: int
+    def __init__(self, rows: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., pushes: _Optional[int] = ..., packed: _Optional[_Iterable[_Union[Packed, _Mapping]]] = ..., packed_dense: _Optional[_Union[Packed, _Mapping]] = ..., positions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[_common_pb2.Array, _Mapping]]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ..., waits: bool = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class TableGradients(_message.Message):
     __slots__ = ("keys", "gradients", "rate", "occurrences", "clicks", "packed")
@@ -124,7 +138,7 @@ class DenseGradients(_message.Message):
     def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gradients: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rate: _Optional[float] = ..., packed: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "split", "group", "tables", "dense", "step", "number", "seen")
+    __slots__ = ("header", "split", "group", "tables", "dense", "step", "number", "seen", "rank")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +147,7 @@ class PushRequest(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     split: int
     group: int
@@ -141,7 +156,8 @@ class PushRequest(_message.Message):
     step: int
     number: int
     seen: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("applied", "skipped", "moved", "refused", "failure")
@@ -170,6 +186,32 @@ class MarksReply(_message.Message):
     NEXT_FIELD_NUMBER: _ClassVar[int]
     next: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, next: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RankCommits(_message.Message):
+    __slots__ = ("steps", "samples")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    steps: _common_pb2.Array
+    samples: _common_pb2.Array
+    def __init__(self, steps: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., samples: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class RanksRequest(_message.Message):
+    __slots__ = ("header", "hold")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    hold: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., hold: _Optional[int] = ...) -> None: ...
+
+class RanksReply(_message.Message):
+    __slots__ = ("commits", "lowest", "highest")
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    commits: RankCommits
+    lowest: int
+    highest: int
+    def __init__(self, commits: _Optional[_Union[RankCommits, _Mapping]] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class AdoptRequest(_message.Message):
     __slots__ = ("header", "placement", "closed", "restore")
@@ -200,16 +242,18 @@ class CloseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ...) -> None: ...
 
 class CutRequest(_message.Message):
-    __slots__ = ("header", "cut", "workers", "committed")
+    __slots__ = ("header", "cut", "workers", "committed", "commits")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     cut: int
     workers: _containers.RepeatedScalarFieldContainer[int]
     committed: int
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ...) -> None: ...
+    commits: RankCommits
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., commits: _Optional[_Union[RankCommits, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("header", "cut")

@@ -149,6 +149,10 @@ class Rows:
             raise InvalidArgument(f"steps = {request.steps}: give 1 to {MAX_STEPS}")
         content = hashlib.sha256(b"%d " % request.steps + request.keys.SerializeToString(deterministic=True)).digest()
         shard = self._shard
+        if shard.staged is not None:
+            raise InvalidArgument(
+                "mode sync and undo contradict each other: its rows are those of every job with the same data and settings"
+            )
         with shard.push_lock:
             before = self._answers.get(request.number)
             if before is not None:

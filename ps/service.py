@@ -31,6 +31,8 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushReply,
     PushRequest,
+    RanksReply,
+    RanksRequest,
     RowsReply,
     RowsRequest,
     ShardStatsReply,
@@ -136,6 +138,19 @@ class ShardService:
             raise InvalidArgument(f"{len(request.splits)} splits asked for, at most {MAX_SPLITS} in one message")
         return MarksReply(next=shard.next_groups(list(request.splits)))
 
+    def ranks(self, request: RanksRequest) -> RanksReply:
+        if request.hold:
+            self._order(request.header)
+            shard = self._take(request.header)[1]
+        else:
+            shard = self._leased(request.header)
+        if shard.staged is None:
+            return RanksReply()
+        with shard.push_lock:
+            shard.staged.hold(request.hold)
+            lowest, highest = shard.staged.range()
+            return RanksReply(commits=shard.staged.told(), lowest=lowest, highest=highest)
+
     def close(self, request: CloseRequest) -> Empty:
         self._order(request.header)
         closed = ClosedSet.unpack(request.closed)
@@ -155,12 +170,16 @@ class ShardService:
         _, shard = self._take(request.header)
         with shard.push_lock:
             if shard.cuts.begin(request.cut, request.workers):
+                if shard.staged is not None:
+                    shard.staged.level(request.cut, request.commits)
                 self._views.begin(request.cut, request.committed)
         return Empty()
 
     def abort(self, request: AbortRequest) -> Empty:
         _, shard = self._take(request.header)
         with shard.push_lock:
+            if shard.staged is not None:
+                shard.staged.let_go(request.cut)
             if shard.cuts.give_up(request.cut):
                 self._views.let_go()
         return Empty()

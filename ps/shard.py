@@ -31,6 +31,7 @@ from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushReque
 from oarlock.proto.work import expects, refuse_late
 from oarlock.ps.cuts import Cuts
 from oarlock.ps.marks import Marks
+from oarlock.ps.rank_marks import RankMarks
 from oarlock.ps.request import (
     DensePush,
     Keys,
@@ -47,6 +48,7 @@ from oarlock.ps.request import (
     refuse_repeated,
     refuse_unpacked,
 )
+from oarlock.ps.staged import Staged
 from oarlock.ps.staleness import Staleness
 from oarlock.ps.sweep import Sweeper
 
@@ -109,9 +111,15 @@ class Shard:
         self.dense = self.dense_group.parameters
         self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
-        self.marks = Marks(self.layout.blocks)
+        self.marks: Marks = Marks(self.layout.blocks)
         self.cuts = Cuts()
-        self.sweeper = Sweeper(self.tables, epoch_steps=spec.splits * spec.groups(spec.rows_per_split))
+        # Of a sync job, whose marks are steps.
+        self.staged: Staged | None = None
+        if spec.ranks:
+            self.marks = steps = RankMarks(self.layout.blocks)
+            self.staged = Staged(self, spec.ranks, steps)
+        epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
+        self.sweeper = Sweeper(self.tables, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
 
     @property
     def sequence(self) -> NDArray[np.int64]:
@@ -158,6 +166,12 @@ class Shard:
                 f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
                 "ask for fewer at once"
             )
+        if request.rank:
+            if self.staged is None:
+                raise InvalidArgument(f"a pull of rank {request.rank - 1}, but the job's mode has no ranks")
+            without = self.staged.answer(request)
+            if without is not None:
+                return without if beside is None else Bulk(without, beside)
         # Encoded rows lie beside those that they were made of.
         expects(values * (4 if forms is None else 8))
         # A block may have been elsewhere between two placements, where it did not take along what is said of evicted rows.
@@ -196,6 +210,8 @@ class Shard:
                 self.counters["rows_pulled"] += len(newer.rows)
                 self.rows_pulled[keys.table] += len(newer.rows)
                 self.rows_asked[keys.table] += len(keys.keys)
+        if request.rank and self.staged is not None and (passed := self.staged.after(request, reply)) is not None:
+            return passed if beside is None else Bulk(passed, [])
         return reply if beside is None else Bulk(reply, beside)
 
     def _rows(self, keys: Keys, kept: NDArray[np.uint32] | None, bound: int) -> Newer:
@@ -218,8 +234,12 @@ class Shard:
 
     def push(self, sent: PushRequest | Bulk) -> PushReply:
         """Apply the group to the blocks that have not got it; say which blocks live elsewhere."""
+        if self.staged is not None:
+            return self.staged.push(sent)
         layout = self.layout
         request, parts = opened(sent)
+        if request.rank:
+            raise InvalidArgument(f"a push of rank {request.rank - 1}, but the job's mode has no ranks")
         if request.group >= 1 << 31:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
         refuse_parts(layout, len(request.tables) + len(request.dense))
@@ -316,7 +336,8 @@ class Shard:
 
     def sweep_some(self) -> bool:
         """Evict what is due of one slice of one block; return whether to come again soon."""
-        if self.sweeper.idle or not self.step:
+        # Under sync a step itself does it.
+        if self.sweeper.idle or not self.step or self.staged is not None:
             return False
         if not self.push_lock.acquire(timeout=SWEEP_WAIT_SECONDS):
             return True
@@ -344,6 +365,7 @@ class Shard:
             "rows": sum(t.rows for t in self.tables),
             "bytes": sum(t.nbytes for t in self.tables) + sum(d.nbytes for d in self.dense),
             "marks_bytes": self.marks.nbytes,
+            **({"staged_bytes": self.staged.nbytes} if self.staged is not None else {}),
             "blocks": int(self.owned.sum()),
             "sweeps": self.sweeper.slices,
             "tables": {t.spec.name: t.rows for t in self.tables},

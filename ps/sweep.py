@@ -71,6 +71,13 @@ class Sweeper:
         for each in self._rounds:
             each.begun = step
 
+    def go_on(self, step: int) -> None:
+        """Go on as one that has swept all that was due before ``step``, whenever it began: under sync rounds begin at step 0."""
+        for each in self._rounds:
+            behind = (step - 1) % each.steps
+            each.begun = step - 1 - behind
+            each.block = behind * each.table.spec.blocks // each.steps
+
     @property
     def idle(self) -> bool:
         """Tell whether there is no table to sweep at all."""

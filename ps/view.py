@@ -55,6 +55,8 @@ class View:
         self._layout = shard.layout
         self._base = base
         self._marks = shard.marks.copy()
+        # Under sync a step is a mark of every block, also of those in which it changed nothing.
+        self._stepping = shard.staged is not None
         self._dense_sequence = shard.dense_sequence.copy()
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
         self._dense: DenseView = shard.dense_group.begin_view(number)
@@ -89,7 +91,7 @@ class View:
         name, block = self._layout.name(number)
         view = self._tables[self._layout.table_index[name]]
         seq, marks = view.version(block), self._marks_of(number)
-        if before is not None and before.seq == seq:
+        if before is not None and before.seq == seq and not self._stepping:
             view.release(block)
             return before
         changes = view.changes(block) if before is not None else None
@@ -105,7 +107,7 @@ class View:
     def _write_dense(self, store: CheckpointStore, number: int, before: BlockEntry | None) -> BlockEntry:
         at = number - self._layout.dense_base
         seq = int(self._dense_sequence[at])
-        if before is None or before.seq != seq:
+        if before is None or before.seq != seq or self._stepping:
             image = _image(self._layout, number, seq, self._marks_of(number), self._dense.content(at))
             before = store.write_block(self.number, image)
         self._dense.release(at)

@@ -21,8 +21,9 @@ from oarlock.data.files import files_to_json, list_files
 from oarlock.data.reader import open_reader
 from oarlock.data.splits import SplitPlan, plan_splits
 from oarlock.embedding.spec import CacheSpec
+from oarlock.simulation import ranked
 from oarlock.simulation.counting import Config, parameters
-from oarlock.simulation.faults import GATE_SECONDS, HEARTBEAT_SECONDS, LEASE_SECONDS, TRAIN_ROWS, Schedule
+from oarlock.simulation.faults import GATE_SECONDS, HEARTBEAT_SECONDS, LEASE_SECONDS, SYNC, TRAIN_ROWS, Schedule
 from oarlock.simulation.rough import TABLE
 
 JOB = "00112233445566778899aabbccddeeff"
@@ -87,6 +88,10 @@ class Data:
                 WireSpec(push=schedule.push_dense, zstd=schedule.zstd),
             )
             changes["compression"] = dict(zip((TABLE, DENSE), wires, strict=True))
+        recipe, metrics = "oarlock.simulation.counting:recipe", ("count",)
+        if schedule.mode == SYNC:
+            recipe, tables, dense, metrics = "oarlock.simulation.ranked:recipe", ranked.TABLES, ranked.DENSE, ("mean",)
+            changes["ranks"], changes["checkpoint_steps"] = schedule.ranks, schedule.checkpoint_steps
         if schedule.mode == "ssp":
             changes["staleness"] = schedule.staleness
         if schedule.cache_rows:
@@ -97,7 +102,7 @@ class Data:
             job=JOB,
             name="simulated",
             seed=schedule.seed,
-            recipe="oarlock.simulation.counting:recipe",
+            recipe=recipe,
             tables=tables,
             dense=dense,
             files=tuple(files_to_json(train)),
@@ -110,7 +115,7 @@ class Data:
             epochs=schedule.epochs,
             servers=schedule.shards,
             workers=schedule.workers,
-            metrics=("count",),
+            metrics=metrics,
             config=vars(Config(trace=TRACE, rough=rough)),
             mode=schedule.mode,
             checkpoint_epochs=0,

@@ -31,6 +31,8 @@ WORLD = (
 )
 KINDS = (*WIRE, *WORLD)
 MODES = ("async", "ssp", "geo")
+# Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
+SYNC = "sync"
 # A message fault waits for the next message of its method. Pushes matter most.
 METHODS = (
     *("Shard.Push",) * 6,
@@ -81,6 +83,7 @@ class Schedule:
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
     ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone. ``at_gates``: faults that strike when
     the ``at``-th word of a worker that stands at a gate was heard.
+    ``ranks``: of sync; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the end.
     """
 
     seed: int
@@ -105,6 +108,8 @@ class Schedule:
     compute_threads: int = 1
     checkpoint_seconds: float = 0.0
     at_gates: tuple[Fault, ...] = ()
+    ranks: int = 0
+    checkpoint_steps: int = 0
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""
@@ -183,6 +188,8 @@ def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Sch
         cache_bound=rng.choice((0, 1, 3)),
         cache_adaptive=rng.choice((False, False, True)),
     )
+    if mode == SYNC:
+        return _ranked(schedule, rng)
     if mode == "geo" or rng.random() > ROUGH_SHARE:
         return schedule
     return replace(
@@ -191,6 +198,19 @@ def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Sch
         push_dense=rng.choice(FORMS),
         zstd=rng.random() < 0.25,
         compute_threads=rng.choice((1, 2, 3)),
+    )
+
+
+def _ranked(schedule: Schedule, rng: random.Random) -> Schedule:
+    """Return a schedule with what only sync has, and without what it has not."""
+    faults = tuple(replace(f, method=f.method.replace("Shard.Marks", "Shard.Ranks")) for f in schedule.faults)
+    return replace(
+        schedule,
+        faults=faults,
+        prefetch=1,
+        compute_threads=rng.choice((1, 2)),
+        ranks=rng.randint(1, 4),
+        checkpoint_steps=rng.choice((0, 0, 4, 9)),
     )
 
 

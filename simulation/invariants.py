@@ -5,6 +5,7 @@ Invariant: what was applied is read off the *values* (each batch has keys and de
 never off marks, which are what is tested. Checks look only; they change nothing.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,12 @@ class Checker:
             shard.dense[1].pull_block(0, dense)
             out.append((self._dense_trace, dense[split * self._per_split : (split + 1) * self._per_split]))
         return out
+
+    def handled(self, shard: Shard, method: str, request: Any, reply: Any) -> None:
+        """After a shard handled a message, whatever came of it."""
+
+    def check_cuts(self, folder: Path) -> None:
+        """At the end, of the checkpoints in ``folder``."""
 
     # Coordinator: record, then tell
 

@@ -24,13 +24,15 @@ from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
 from oarlock.simulation.cuts import Cuts
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Outcome, Schedule
+from oarlock.simulation.faults import SYNC, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Later, Process, Stalled, VirtualLoop
+from oarlock.simulation.rank_checker import RankChecker
 from oarlock.simulation.residuals import Residuals
 from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
+from oarlock.simulation.strikes import Strikes
 from oarlock.simulation.wire import Call, Killed, Wire
 from oarlock.worker.process import run_worker
 
@@ -40,10 +42,11 @@ MOST_SECONDS = 600.0
 RESTART_SECONDS = 0.2
 
 
-class World:
+class World(Strikes):
     """A job of the simulation. ``log``: a list that is told of every event, for people."""
 
     def __init__(self, schedule: Schedule, data: Data, folder: Path, log: list[str] | None = None) -> None:
+        super().__init__()
         self.schedule = schedule
         self.loop = VirtualLoop()
         self.loop.set_exception_handler(self._unhandled)
@@ -54,7 +57,7 @@ class World:
         self.log = log
         self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event)
         self.committed = Committed()
-        self.checker = Checker(self.spec, data, self.committed)
+        self.checker = (RankChecker if schedule.mode == SYNC else Checker)(self.spec, data, self.committed)
         self.bound = Bound(schedule.staleness)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
@@ -76,10 +79,8 @@ class World:
         self._refusing: set[int] = set()
         # When each member sent what the coordinator last answered.
         self._renewed: dict[str, float] = {}
-        # When the coordinator last heard of each member, and since when it could judge.
+        # When the coordinator last heard of each member.
         self._heard: dict[int, float] = {}
-        self._able_since = BEGIN
-        self._paused_at = BEGIN
         self._finished = self.loop.create_future()
 
     # Running
@@ -133,6 +134,7 @@ class World:
             shards = [s._joined[1] for s in self.services if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
+            self.checker.check_cuts(self.folder / "checkpoints")
 
     def _violated(self, what: str) -> None:
         if not self.violation:
@@ -182,6 +184,7 @@ class World:
                 self._check_shard(number, joined[1], call.method, request, reply)
 
     def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
+        self.checker.handled(shard, method, request, reply)
         if method == "Shard.Push":
             self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
@@ -313,96 +316,3 @@ class World:
 
         # Not as the process that happens to run: what the engine does, no process does.
         self.loop.call_later(seconds, call, context=contextvars.Context())
-
-    # Faults
-
-    def _strike(self, fault: Fault) -> None:
-        self.counts[fault.kind] += 1
-        self._note(f"fault: {fault}")
-        if fault.kind in WIRE:
-            self.wire.armed.append(fault)
-        else:
-            getattr(self, f"_{fault.kind}")(fault)
-
-    def _chosen(self, fault: Fault) -> Process | None:
-        return self.workers[fault.who % len(self.workers)] if self.workers else None
-
-    def _kill_worker(self, fault: Fault) -> None:
-        process = self._chosen(fault)
-        if process is not None:
-            process.alive = False
-            self.workers.remove(process)
-            self._later(fault.seconds, self._start_worker)
-
-    def _pause(self, process: Process | None, seconds: float) -> None:
-        if process is not None and process.alive and not process.paused:
-            process.paused = True
-            if process is self.coordinator_process:
-                self._paused_at = self.loop.now
-            self._later(seconds, self._resume, process)
-
-    def _resume(self, process: Process) -> None:
-        if process is self.coordinator_process and self.loop.now - self._paused_at > HEARTBEAT_SECONDS:
-            # It notices that it was away (K3); a shorter absence it may take for a slow machine.
-            self._able_since = self.loop.now
-        if self.rng.random() < 0.5:
-            self.loop.resume(process)
-            self.wire.resume(process)
-        else:
-            # What was sent to it is handled by other threads than the one whose timers have run out.
-            process.paused = False
-            self.wire.resume(process)
-            self._later(self.schedule.latency, self._release, process)
-
-    def _release(self, process: Process) -> None:
-        if not process.paused:
-            self.loop.resume(process)
-
-    def _pause_worker(self, fault: Fault) -> None:
-        self._pause(self._chosen(fault), fault.seconds)
-
-    def _pause_coordinator(self, fault: Fault) -> None:
-        self._pause(self.coordinator_process, fault.seconds)
-
-    def _pause_shard(self, fault: Fault) -> None:
-        self._pause(self.shard_processes[fault.who % len(self.shard_processes)], fault.seconds)
-
-    # Not in the middle of the event that it is struck by: what was begun there is done.
-    def _kill_coordinator(self, fault: Fault) -> None:
-        self._later(0.0, lambda: self._end_coordinator(self.coordinator_process, fault.seconds))
-
-    def _tear(self, fault: Fault) -> None:
-        self.store.tear = fault.who
-
-    def _cut(self, fault: Fault) -> None:
-        shard = self.shard_processes[fault.who // 2 % len(self.shard_processes)].name
-        worker = self._chosen(fault)
-        pair = (shard, "coordinator") if fault.who % 2 or worker is None else (worker.name, shard)
-        if fault.who == 4 and worker is not None:
-            pair = (worker.name, "coordinator")
-        link = frozenset(pair)
-        self.wire.cuts.add(link)
-        self._later(fault.seconds, self.wire.cuts.discard, link)
-
-    def _refuse(self, fault: Fault) -> None:
-        """The next push to one table of one shard meets the end of memory, after earlier parts of it were applied."""
-        joined = self.services[fault.who % len(self.services)]._joined
-        if joined is None:
-            return
-        table: Any = joined[1].tables[fault.who // 3 % 2]
-
-        def push(*arguments: Any, **named: Any) -> Any:
-            del table.push
-            raise MemoryError("no memory left")
-
-        table.push = push
-
-    def _join(self, fault: Fault) -> None:
-        if len(self.workers) < 4:
-            self._start_worker()
-
-    def _leave(self, fault: Fault) -> None:
-        process = self._chosen(fault)
-        if process is not None:
-            process.call(self.leaving[process.name].set)
-            self._later(fault.seconds, self._start_worker)

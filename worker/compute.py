@@ -36,6 +36,7 @@ def train_group(
     seed: int,
     draw: int,
     local: bool,
+    summed: bool = False,
 ) -> Trained:
     """Train a group's batches; ``draw``, ``draw`` + 1, ... tell them apart.
 
@@ -51,19 +52,22 @@ def train_group(
         feeds = _feeds(lookups, prepared, slice(at, at + size))
         at += size
         loss_sum += program.train(feeds, size, seed=seed, step=draw + number) * size
-        found = _by_table(program, lookups)
+        found, of_dense = _by_table(program, lookups), program.flat_gradients
+        if summed:
+            found = {table: gradient * np.float32(size) for table, gradient in found.items()}
+            of_dense = of_dense * np.float32(size)
         if local:
             for table, gradient in found.items():
                 prepared.rows[table] -= np.float32(rates.rows) * gradient
             program.flat_parameters -= np.float32(rates.dense) * program.flat_gradients
         elif len(prepared.sizes) == 1:
-            total = found
+            total, dense = found, of_dense
         elif not number:
-            total, dense = {table: gradient.copy() for table, gradient in found.items()}, dense.copy()
+            total, dense = {table: gradient.copy() for table, gradient in found.items()}, of_dense.copy()
         else:
             for table, gradient in found.items():
                 total[table] += gradient
-            dense += program.flat_gradients
+            dense += of_dense
     if local:
         total = {table: rows - prepared.rows[table] for table, rows in before.items()}
         return Trained(loss_sum, total, prepared.dense - program.flat_parameters, Rates(1.0, 1.0))

@@ -18,6 +18,7 @@ from typing import Any
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
 from oarlock.client.membership import Membership
+from oarlock.client.signature import compute_signature
 from oarlock.client.telemetry import Telemetry
 from oarlock.data.files import check_files, files_from_json
 from oarlock.data.reader import Reader
@@ -26,6 +27,7 @@ from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
+from oarlock.worker.rank_trainer import RankTrainer
 from oarlock.worker.recipe import Workload, load_recipe
 from oarlock.worker.session import Session
 from oarlock.worker.telemetry import worker_source
@@ -58,7 +60,8 @@ async def run_worker(
     instead of threads of the worker's own.
     """
     leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
-    member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name)
+    signature = compute_signature()
+    member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name, signature=signature)
     # A Join that is under way is heard out, or the coordinator would count on a member that went.
     if not await _done_before(leaving, JOIN_SECONDS, member.join()):
         logger.info("event=worker_over joined=false")
@@ -83,7 +86,7 @@ async def run_worker(
             if await _placed(member):
                 with _compute_threads(compute_threads if compute_in_threads else 0) as threads:
                     session = Session(workload, programs, client, member, reader, executor, computing or threads)
-                    trainer = Trainer(session)
+                    trainer = RankTrainer(session) if spec.ranks else Trainer(session)
                     trainer.progress.stages.track = trainer.evaluation_stages.track = telemetry.track
                     await trainer.run()
 

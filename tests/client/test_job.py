@@ -5,6 +5,7 @@ import json
 import pytest
 import rig
 
+from oarlock.client.compression import WireSpec
 from oarlock.client.job import JobSpec
 from oarlock.embedding.schedule import Schedule
 from oarlock.embedding.spec import CacheSpec, DenseSpec, OptimizerSpec, Part, TableSpec
@@ -31,7 +32,26 @@ def test_a_job_travels_whole_as_text():
         ({"accumulate": True}, "accumulate = True: give an integer >= 1"),
         ({"staleness": 2}, "staleness = 2 and mode = 'async' contradict each other"),
         ({"staleness": 2, "mode": "geo"}, "staleness = 2 and mode = 'geo' contradict each other"),
-        ({"mode": "sync"}, "mode 'sync': choose one of async"),
+        ({"mode": "hybrid"}, "mode 'hybrid': choose one of async, ssp, geo, sync"),
+        ({"mode": "sync"}, "mode = 'sync' needs ranks"),
+        ({"ranks": 2}, "ranks = 2 and mode = 'async' contradict each other"),
+        ({"mode": "sync", "ranks": 4097}, "ranks = 4097: give an integer from 0 to 4096"),
+        ({"mode": "sync", "ranks": True}, "ranks = True: give an integer"),
+        ({"mode": "sync", "ranks": 2, "prefetch": 2}, "mode = 'sync' and prefetch = 2 contradict each other"),
+        ({"mode": "sync", "ranks": 2, "staleness": 1}, "staleness = 1 and mode = 'sync' contradict each other"),
+        (
+            {"mode": "sync", "ranks": 2, "tables": (TableSpec("a", 2, cache=CacheSpec(9)),)},
+            "mode = 'sync' and the cache of table a contradict each other",
+        ),
+        (
+            {
+                "mode": "sync",
+                "ranks": 2,
+                "tables": (TableSpec("a", 2),),
+                "compression": {"a": WireSpec(push="int8+feedback")},
+            },
+            "mode = 'sync' and compression.a.push = 'int8\\+feedback' contradict each other",
+        ),
         ({"batch_rows": 0}, "batch_rows = 0: give an integer >= 1"),
         ({"epochs": 1.5}, "epochs = 1.5: give an integer >= 1"),
         ({"servers": True}, "servers = True: give an integer >= 1"),

@@ -72,6 +72,9 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushReply,
     PushRequest,
+    RankCommits,
+    RanksReply,
+    RanksRequest,
     RowsReply,
     RowsRequest,
     ShardStatsReply,
@@ -142,6 +145,11 @@ def packed(*payload: int) -> Packed:
     return Packed(codec=codec(), payload=pack(np.array(payload, np.uint8)), values=300)
 
 
+def commits() -> RankCommits:
+    steps, samples = np.array([70_001, 70_000], np.uint64), np.array([512, 300], np.uint64)
+    return RankCommits(steps=pack(steps), samples=pack(samples))
+
+
 def placement() -> Placement:
     members = [Member(id=1, address="unix:/s", incarnation=2**62 + 1)]
     return Placement(generation=9, owners=int32(1, 0, -1), shards=[MEMBER, *members])
@@ -180,6 +188,9 @@ MESSAGES: dict[str, Message] = {
             number=301,
             codecs=[codec(), Codec()],
             dense_codec=codec(5),
+            rank=3,
+            state=70_001,
+            samples=512,
         ),
         PullReply(
             rows=[pack(GRADIENTS)],
@@ -189,6 +200,10 @@ MESSAGES: dict[str, Message] = {
             packed_dense=packed(8, 7),
             positions=[int32(0, 1)],
             versions=[pack(np.array([311, 1], np.uint32))],
+            waits=True,
+            lowest=70_000,
+            highest=70_001,
+            generation=9,
             failure=failure(),
         ),
         full_gradients(),
@@ -202,16 +217,20 @@ MESSAGES: dict[str, Message] = {
             step=70000,
             number=301,
             seen=40_001,
+            rank=3,
         ),
         PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure()),
         MarksRequest(header=FULL, splits=[300, 1 << 40]),
         MarksReply(next=[0, 6, 300]),
+        commits(),
+        RanksRequest(header=FULL, hold=13),
+        RanksReply(commits=commits(), lowest=70_000, highest=70_001),
         AdoptRequest(header=FULL, placement=placement(), closed=CLOSED, restore="/jobs/a/checkpoints/cut-000012"),
         AdoptReply(generation=9, rows=1 << 33),
         CloseRequest(header=FULL, closed=CLOSED),
         WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints"),
         WriteReply(entries="[]", torn=True),
-        CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12),
+        CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits()),
         AbortRequest(header=FULL, cut=13),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
@@ -231,7 +250,14 @@ MESSAGES: dict[str, Message] = {
             refused=300,
         ),
         JoinRequest(
-            protocol=1, role=SHARD, address="127.0.0.1:5000", nonce=(1 << 63) - 1, pid=4242, host="h", reader="arrow"
+            protocol=1,
+            role=SHARD,
+            address="127.0.0.1:5000",
+            nonce=(1 << 63) - 1,
+            pid=4242,
+            host="h",
+            reader="arrow",
+            signature='{"blas": "b"}',
         ),
         JoinReply(
             job=JOB,
@@ -247,14 +273,29 @@ MESSAGES: dict[str, Message] = {
         ),
         CLOCK,
         HeartbeatRequest(
-            header=FULL, stats='{"batches": 8}', clock=CLOCK, held=[300, 301], evaluations=[40], asking=True
+            header=FULL,
+            stats='{"batches": 8}',
+            clock=CLOCK,
+            held=[300, 301],
+            evaluations=[40],
+            asking=True,
+            ranks=[0, 2],
         ),
         HeartbeatReply(
             term=6, generation=9, phase="training", step=70000, minimum=190, opened=12, gate=13, gate_seconds=0.25
         ),
         PlacementRequest(header=FULL),
-        LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK),
-        LeaseReply(work=TRAIN, splits=[302, 304], fresh=[True, False], retry_seconds=0.05, minimum=190, opened=12),
+        LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK, ranks=[0, 2]),
+        LeaseReply(
+            work=TRAIN,
+            splits=[302, 304],
+            fresh=[True, False],
+            retry_seconds=0.05,
+            minimum=190,
+            opened=12,
+            ranks=[1, 3],
+            epoch=7,
+        ),
         CloseSplitRequest(
             header=FULL,
             work=EVALUATE,

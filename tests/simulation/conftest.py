@@ -5,7 +5,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for _name in ("planted", "planted_modes", "planted_caches", "planted_residuals", "planted_cuts"):
+for _name in (
+    "planted",
+    "planted_modes",
+    "planted_caches",
+    "planted_residuals",
+    "planted_ranks",
+    "planted_cuts",
+):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     assert _spec is not None
     assert _spec.loader is not None

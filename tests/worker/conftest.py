@@ -312,6 +312,7 @@ def make_job(tmp_path: Path, rng: np.random.Generator, counting: Any) -> Callabl
     number = iter(range(100))
 
     def make(**changes: Any) -> Job:
-        return Job(tmp_path / f"job-{next(number)}", rng, **changes)
+        # Jobs that are to have the same files are given generators of the same seed.
+        return Job(tmp_path / f"job-{next(number)}", changes.pop("rng", rng), **changes)
 
     return make

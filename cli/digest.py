@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock digest`: one number for all rows and dense values of a checkpoint, equal for equal models (embedding/digest.py).
+
+Invariant: it reads block by block, so it needs the memory of one block, and changes nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
+from oarlock.embedding.digest import Digest
+from oarlock.launch.folder import locate
+from oarlock.proto.errors import InvalidArgument
+
+
+def digest_of(store: CheckpointStore, manifest: Manifest) -> Digest:
+    """Return the digest of a checkpoint."""
+    found = Digest()
+    for entry in manifest.blocks:
+        image = store.load_block(manifest, entry)
+        if image.kind == "dense":
+            found.add_dense(image.name, image.block, image.weights, image.state)
+        else:
+            found.add_rows(
+                image.name,
+                image.block,
+                image.keys,
+                image.weights,
+                image.state,
+                image.counters,
+                image.waiting,
+                image.waited,
+                image.sketch,
+            )
+    return found
+
+
+def checkpoints_of(target: str) -> Path:
+    """Return the checkpoint, or folder of them, that TARGET means: that itself, or a job by name or folder."""
+    path = Path(target)
+    if path.is_dir() and not (path / "job.json").exists():
+        return path
+    folder, _ = locate(target)
+    if folder is None:
+        raise InvalidArgument(f"{target}: give a job by its name or folder, or the folder of a checkpoint")
+    return folder / "checkpoints"
+
+
+def digest(options: argparse.Namespace) -> int:
+    """Print the digest of a checkpoint, or of a job's newest one."""
+    store, manifest = open_checkpoint(checkpoints_of(options.target))
+    found = digest_of(store, manifest)
+    if options.json:
+        rows = sum(entry.rows for entry in manifest.blocks if entry.kind == "rows")
+        told = {"digest": str(found), "cut": manifest.cut, "run": manifest.run, "epoch": manifest.epoch, "rows": rows}
+        print(json.dumps(told))
+    else:
+        print(found)
+    return 0

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sync in the coordinator: ranks are leased to worker processes, and a worker of another compute signature is refused.
+
+    share      no process hosts more than ceil(R / processes) ranks while others have none; who has more gives some up, and who
+               asks is given those that nobody has, the lowest first
+    split      belongs to the rank of its position in the epoch; whoever hosts that rank, or did, reports it closed
+    signature  what a worker's sums depend on besides its data; the first one of a job is recorded, another one is refused
+
+Invariant: a rank that nobody hosts is free for whoever asks. Two hosts of one rank do no harm (S2), so a lease is a matter of
+work done once, not of results: a report of a split that is true is taken from anybody. The coordinator's lock covers it.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oarlock.client.job import JobSpec
+from oarlock.cluster.work import MAX_FAILURES, Grant, Work
+from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.errors import InvalidArgument, Malformed
+from oarlock.proto.shard_pb2 import RankCommits, RanksRequest
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
+
+RANK = "rank"
+MAX_SIGNATURE = 4096
+
+
+@dataclass
+class RankWork(Work):
+    """Work whose training splits belong to ranks. ``hosts()``: how many worker processes there are."""
+
+    ranks: int = 1
+    hosts: Callable[[], int] = lambda: 1
+
+    def grant(self, worker: int, wanted: int) -> Grant:
+        """While splits are trained, lease ranks: the answer's splits are all ranks that ``worker`` shall host."""
+        if self.finished or self.trained:
+            return super().grant(worker, wanted)
+        mine = sorted(rank for kind, rank in self.leased_to(worker) if kind == RANK)
+        share = -(-self.ranks // max(1, self.hosts()))
+        free = [rank for rank in range(self.ranks) if (RANK, rank) not in self.leases]
+        found = mine[:share] + free[: max(0, share - len(mine))]
+        for rank in found:
+            self.leases[RANK, rank] = worker
+        # Also none: what it has beyond its share it gives up, and says so with its next question.
+        return Grant("train", tuple(sorted(found)), (False,) * len(found))
+
+    def _may_end(self, kind: str, worker: int, split: int) -> None:
+        if kind != "train":
+            super()._may_end(kind, worker, split)
+
+    def _due(self, kind: str, split: int) -> bool:
+        return split < self.ranks if kind == RANK else super()._due(kind, split)
+
+    def claim(self, worker: int, held: set[tuple[str, int]]) -> None:
+        """As ``Work.claim``; a rank never ends."""
+        super().claim(worker, {(kind, number) for kind, number in held if kind != RANK})
+        for kind, rank in held:
+            if kind == RANK and self._due(kind, rank):
+                self.leases.setdefault((RANK, rank), worker)
+
+    def release(self, worker: int, kind: str, split: int, reason: str) -> bool:
+        """As ``Work.release``; a training split is given back by giving up its rank."""
+        if kind == "train":
+            rank = split % self.splits % self.ranks
+            if self.leases.get((RANK, rank)) == worker:
+                del self.leases[RANK, rank]
+            if reason:
+                self.failures.setdefault((kind, split), {})[worker] = reason
+            return len(self.failures.get((kind, split), ())) < MAX_FAILURES
+        return super().release(worker, kind, split, reason)
+
+    def vanished(self, most: int) -> None:
+        """No rest of a split is kept by a worker."""
+
+
+def work_of(spec: JobSpec, hosts: Callable[[], int]) -> Work:
+    """Return the work of a job."""
+    if spec.ranks:
+        return RankWork(spec.splits, spec.evaluation_splits, spec.epochs, spec.metrics, ranks=spec.ranks, hosts=hosts)
+    return Work(spec.splits, spec.evaluation_splits, spec.epochs, spec.metrics)
+
+
+def read_ranks(ranks: int, told: list[int]) -> set[tuple[str, int]]:
+    """Return what a worker says it hosts."""
+    if len(told) > ranks or any(rank >= ranks for rank in told):
+        raise InvalidArgument(f"ranks {told[:8]} are held; this job has {ranks}, from 0 on")
+    return {(RANK, rank) for rank in told}
+
+
+def check_signature(c: "Coordinator", text: str) -> None:
+    """Record the first worker's compute signature; refuse a worker with another one. Under the coordinator's lock."""
+    if not c.spec.ranks:
+        return
+    mine = _read(text)
+    # Of this line of the job's history and of all before it: a restore goes on with the same sums.
+    known = c.store.fact("signature")
+    if known is None:
+        with c.store as store:
+            store.set_fact("signature", mine)
+        logger.info("event=signature %s", " ".join(f"{name}={value!r}" for name, value in mine.items()))
+        return
+    for name in sorted({*known, *mine}):
+        if known.get(name) != mine.get(name):
+            raise InvalidArgument(
+                f"the job's workers compute with {name} = {known.get(name)!r}, this one with {mine.get(name)!r}: mode sync "
+                "promises equal sums, so let workers of one kind take part, or train in another mode",
+                part=name,
+            )
+
+
+def _read(text: str) -> dict[str, str]:
+    if len(text) > MAX_SIGNATURE:
+        raise InvalidArgument(f"a compute signature of {len(text)} bytes, at most {MAX_SIGNATURE}")
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"a compute signature that is no JSON: {error}") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        raise Malformed(
+            "this job's mode is sync: its workers tell what their sums depend on, as a JSON object of texts"
+        )
+    return found
+
+
+async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitable[Any]]) -> RankCommits:
+    """Have all shards take in no more commits until their views of cut ``cut`` have begun; return those that any of them knows.
+
+    All parts of a step that was committed anywhere are staged everywhere, so with these commits all shards come to the same step.
+    What the coordinator has recorded by then holds every split that ended before it: a rank reports it before it commits more.
+    """
+    steps, samples = np.zeros(c.spec.ranks, np.uint64), np.zeros(c.spec.ranks, np.uint64)
+    asking = [ordered(s, "Ranks", RanksRequest(hold=cut), c.spec.gate_seconds) for s in c.shards.values()]
+    for reply in await asyncio.gather(*asking):
+        told = unpack(reply.commits.steps, np.uint64, "commits of ranks")
+        of_samples = unpack(reply.commits.samples, np.uint64, "samples of ranks")
+        newer = told > steps
+        steps[newer], samples[newer] = told[newer], of_samples[newer]
+    return RankCommits(steps=pack(steps), samples=pack(samples))

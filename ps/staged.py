@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sync on a shard: parts of a step are staged, and applied once every rank has committed it (SEMANTICS section 5).
+
+    push of (step, rank)      its part of each block is kept, unless it is there already or the block is past the step
+    pull for step t + 1       the rank's commit of step t, with the number of its samples; its parts of t are staged everywhere
+    all ranks have committed  per key the parts are added up in ascending rank, divided by the samples of all ranks, and given to
+                              the table as one update; the same for dense blocks; then the blocks are at step t
+
+Invariant: no block applies a step before every part of it is staged everywhere (S1), since a rank commits only after that; a
+block applies each step once, and what it applies depends on the parts alone, not on the order in which they came, nor on which
+other blocks are here. An update that fails in the middle leaves the blocks that had it at the step, and the parts of the
+others staged. At most one step is staged. The shard's push lock covers all of it; called from many threads.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.keys import KeySorter, merge
+from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.bulk import Bulk, opened
+from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
+from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest, RankCommits
+from oarlock.proto.work import refuse_late
+from oarlock.ps.rank_marks import RankMarks
+from oarlock.ps.request import (
+    STEP_LIMIT,
+    DensePush,
+    RowPush,
+    read_dense,
+    read_rows,
+    read_step,
+    refuse_parts,
+    refuse_repeated,
+    refuse_unpacked,
+)
+
+if TYPE_CHECKING:
+    from oarlock.ps.shard import Shard
+
+# float32 holds the samples of a step exactly.
+MAX_SAMPLES = 1 << 24
+_NONE = np.empty(0, np.int32)
+
+
+class Staged:
+    """The parts and commits of ``ranks`` ranks for the blocks of ``shard``; ``marks`` says at which step each block is."""
+
+    def __init__(self, shard: "Shard", ranks: int, marks: RankMarks) -> None:
+        self._shard = shard
+        self._layout = shard.layout
+        self._marks = marks
+        self._sorter = KeySorter()
+        self._orders = [np.arange(t.blocks, dtype=np.int32) for t in shard.layout.tables]
+        self.ranks = ranks
+        # The last commit of each rank, and how many samples it trained at that step.
+        self.commits: NDArray[np.int64] = np.zeros(ranks, np.int64)
+        self.samples: NDArray[np.int64] = np.zeros(ranks, np.int64)
+        # Parts of the step after the one that all blocks are at, by rank, in the order in which they came; and which blocks.
+        self._rows: list[list[RowPush]] = [[] for _ in range(ranks)]
+        self._dense: list[list[DensePush]] = [[] for _ in range(ranks)]
+        self._have: NDArray[np.bool_] = np.zeros((ranks, shard.layout.blocks), np.bool_)
+        # The cut before whose view no commit is taken in, 0 if there is none: all shards come to the same step first.
+        self._held = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts that are staged."""
+        rows = sum(p.gradients.nbytes + p.keys.keys.nbytes for parts in self._rows for p in parts)
+        return rows + sum(p.gradients.nbytes for parts in self._dense for p in parts)
+
+    def range(self) -> tuple[int, int]:
+        """Return the least and the most of the steps that the blocks here are at; 0 if there are none."""
+        steps = self._marks.steps[self._shard.owned]
+        return (int(steps.min()), int(steps.max())) if len(steps) else (0, 0)
+
+    def _rank(self, told: int) -> int:
+        if not 1 <= told <= self.ranks:
+            raise InvalidArgument(f"rank {told - 1}: this job is sync and has {self.ranks} ranks, from 0 on")
+        return told - 1
+
+    # Pushes
+
+    def push(self, sent: PushRequest | Bulk) -> PushReply:
+        """Stage a rank's part of a step; say which blocks live elsewhere."""
+        layout, shard = self._layout, self._shard
+        request, parts = opened(sent)
+        rank, step = self._rank(request.rank), read_step(request.step)
+        refuse_parts(layout, len(request.tables) + len(request.dense))
+        refuse_unpacked(request)
+        rows = [read_rows(layout, message, parts) for message in request.tables]
+        dense = [read_dense(layout, message, parts) for message in request.dense]
+        numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
+        refuse_repeated(numbers)
+        with shard.push_lock:
+            refuse_late()
+            here = shard.owned[numbers]
+            fresh = here & (self._marks.steps[numbers] < step) & ~self._have[rank, numbers]
+            if (self._marks.steps[numbers][fresh] + 1 < step).any():
+                # Its sender saw every block at the step before; whoever has this one now has it from there.
+                raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
+            at, kept = 0, list[RowPush]()
+            for part in rows:
+                chosen = fresh[at : at + len(part.keys.numbers)]
+                at += len(chosen)
+                keys = part.keys
+                shard.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
+                if chosen.any():
+                    kept.append(_copied(part.only(chosen)))
+            dense_kept = list[DensePush]()
+            for each in dense:
+                chosen = fresh[at : at + len(each.numbers)]
+                at += len(chosen)
+                if chosen.any():
+                    dense_kept.append(_only(each, chosen, layout.lengths_of(each.numbers)))
+            # Nothing above was changed: a message is staged whole, or not at all.
+            self._rows[rank].extend(kept)
+            self._dense[rank].extend(dense_kept)
+            self._have[rank, numbers[fresh]] = True
+            staged = int(fresh.sum())
+            shard.counters["parts_staged"] += staged
+            return PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+
+    # Commits
+
+    def answer(self, request: PullRequest) -> PullReply | None:
+        """Take in a rank's pull as its commit; return the answer if there are no rows for it now, None if it gets them."""
+        rank = self._rank(request.rank)
+        if request.state >= STEP_LIMIT or request.samples > MAX_SAMPLES:
+            raise InvalidArgument(
+                f"rank {rank} commits step {request.state} with {request.samples} samples: give at most {MAX_SAMPLES} of them"
+            )
+        with self._shard.push_lock:
+            refuse_late()
+            # Its sender has heard that the gate of that cut was opened again: this shard did not.
+            self.let_go(request.header.cut)
+            if not self._held:
+                self._commit(rank, request.state, request.samples)
+                self._advance()
+            elif request.state > self.commits[rank]:
+                lowest, highest = self.range()
+                return PullReply(waits=True, lowest=lowest, highest=highest, generation=self._shard.generation)
+            return self._without_rows(request.state)
+
+    def after(self, request: PullRequest, reply: PullReply) -> PullReply | None:
+        """Say with which step's rows a rank is answered; return another answer if it was passed while they were gathered."""
+        with self._shard.push_lock:
+            reply.lowest, reply.highest = self.range()
+            reply.generation = self._shard.generation
+            return self._without_rows(request.state)
+
+    def _without_rows(self, state: int) -> PullReply | None:
+        lowest, highest = self.range()
+        if lowest == highest == state or not self._shard.owned.any():
+            return None
+        return PullReply(waits=lowest < state, lowest=lowest, highest=highest, generation=self._shard.generation)
+
+    def _commit(self, rank: int, step: int, samples: int) -> None:
+        if step > self.commits[rank]:
+            self.commits[rank], self.samples[rank] = step, samples
+        elif step == self.commits[rank] and samples != self.samples[rank] and step > self.range()[0]:
+            # Of a step that all blocks are past nobody needs to know it any more, and its successor may not.
+            raise Malformed(
+                f"rank {rank} committed step {step} with {self.samples[rank]} samples, and again with {samples}: the recipe's "
+                "batches are not the same when they are made again"
+            )
+
+    def told(self) -> RankCommits:
+        """Return the last commit of each rank."""
+        return RankCommits(steps=pack(self.commits.astype(np.uint64)), samples=pack(self.samples.astype(np.uint64)))
+
+    def hold(self, cut: int) -> None:
+        """Take in no commits of ranks from now on, for cut ``cut`` (0: none). The push lock is held."""
+        if cut > max(self._held, self._shard.cuts.number):
+            self._held = cut
+
+    def let_go(self, cut: int) -> None:
+        """Take in commits again, if they wait for no later cut. The push lock is held."""
+        if self._held <= cut:
+            self._held = 0
+
+    def level(self, cut: int, message: RankCommits) -> None:
+        """Take in what other shards know of commits, by which all are at one step, and go on. The push lock is held.
+
+        All of them know the same commits until their views have begun: none that came since they were asked.
+        """
+        if cut != self._held:
+            raise InvalidArgument(f"this shard does not hold still for cut {cut}: it was given up", cut=cut)
+        steps, samples = (unpack(m, np.uint64, "commits of ranks") for m in (message.steps, message.samples))
+        if len(steps) != self.ranks or len(samples) != self.ranks:
+            raise Malformed(f"commits of {len(steps)} and {len(samples)} ranks, this job has {self.ranks}")
+        if max(int(steps.max()), int(samples.max())) >= STEP_LIMIT:
+            raise Malformed(f"commits of a step or of samples beyond {STEP_LIMIT}")
+        for rank, (step, count) in enumerate(zip(steps.tolist(), samples.tolist(), strict=True)):
+            self._commit(rank, step, count)
+        self._advance()
+        self._held = 0
+
+    # The update
+
+    def _advance(self) -> None:
+        """Apply the next step if every rank has committed it."""
+        step = self.range()[0] + 1
+        if not self._shard.owned.any() or int(self.commits.min()) < step:
+            return
+        if int(self.commits.max()) > step:
+            raise Internal(f"a rank has committed step {int(self.commits.max())}, and a block here is at {step - 1}")
+        self._apply(step)
+
+    def _apply(self, step: int) -> None:
+        shard, steps = self._shard, self._marks.steps
+        if not shard.step:
+            shard.sweeper.go_on(step)
+        shard.step = max(shard.step, step)
+        total = np.float32(self.samples.sum())
+        for table in range(len(shard.tables)):
+            self._apply_rows(table, step, total)
+        self._apply_dense(step, total)
+        # Also those that got no part of it.
+        steps[shard.owned] = step
+        for rank in range(self.ranks):
+            self._rows[rank].clear()
+            self._dense[rank].clear()
+        self._have[:] = False
+        shard.counters["pushes"] += 1
+        # What is due by this step goes now, and not when there is time: who comes next must find the same rows everywhere.
+        while shard.sweeper.sweep_some(step):
+            pass
+
+    def _apply_rows(self, number: int, step: int, total: np.float32) -> None:
+        """Add up all ranks' parts of a table and apply them."""
+        shard, steps = self._shard, self._marks.steps
+        parts = []
+        for part in (p for rank in self._rows for p in rank if p.keys.table == number):
+            # All of them, unless an update failed in the middle and is repeated.
+            waiting = part.only(steps[part.keys.numbers] < step)
+            if len(waiting.keys.keys):
+                parts.append(waiting)
+        if not parts:
+            return
+        table, base = shard.tables[number], self._layout.table_base[number]
+        keys = np.concatenate([p.keys.keys for p in parts])
+        found = self._sorter.build(keys, table.salt, table.bits, self._orders[number])
+        gradients: NDArray[np.float32] = np.empty((len(found.keys), table.spec.dim), np.float32)
+        merge(np.concatenate([p.gradients for p in parts]), found.inverse, gradients)
+        if total:
+            gradients /= total
+        numbers = base + found.blocks
+        try:
+            done = table.push(
+                found.keys,
+                found.blocks,
+                found.counts,
+                gradients,
+                rate=parts[0].rate,
+                step=step,
+                occurrences=_occurrences(parts, found.inverse, len(found.keys)),
+                clicks=_clicks(parts, found.inverse, len(found.keys)),
+            )
+        except PSError as error:
+            steps[numbers[: error.details.get("groups", 0)]] = step
+            raise
+        steps[numbers] = step
+        shard.counters["rows_pushed"] += len(found.keys)
+        shard.rows_pushed[number] += len(found.keys)
+        shard.counters["rows_refused"] += done.refused
+        shard.counters["rows_not_admitted"] += done.waiting
+
+    def _apply_dense(self, step: int, total: np.float32) -> None:
+        """Add up all ranks' parts of dense blocks and apply them."""
+        shard, layout, steps = self._shard, self._layout, self._marks.steps
+        parts = [p for rank in self._dense for p in rank]
+        if not parts:
+            return
+        numbers = np.unique(np.concatenate([p.numbers for p in parts]))
+        numbers = numbers[steps[numbers] < step].astype(np.int32)
+        if not len(numbers):
+            return
+        lengths = layout.lengths_of(numbers)
+        starts = np.cumsum(lengths) - lengths
+        where = dict(zip(numbers.tolist(), starts.tolist(), strict=True))
+        values: NDArray[np.float32] = np.zeros(int(lengths.sum()), np.float32)
+        for part in parts:
+            if np.array_equal(part.numbers, numbers):
+                values += part.gradients
+                continue
+            sizes = layout.lengths_of(part.numbers).tolist()
+            for block, start, size in zip(part.numbers.tolist(), part.starts.tolist(), sizes, strict=True):
+                if block in where:
+                    values[where[block] : where[block] + size] += part.gradients[start : start + size]
+        if total:
+            values /= total
+        blocks = (numbers - layout.dense_base).astype(np.int64)
+        refused = shard.dense_group.push(blocks, starts, values, rate=parts[0].rate, step=step)
+        steps[numbers] = step
+        shard.dense_sequence[blocks] += 1
+        shard.counters["dense_refused"] += int(refused.sum())
+
+
+def _copied(part: RowPush) -> RowPush:
+    """Return a part that outlives its message."""
+    keys = part.keys
+    own = type(keys)(keys.table, keys.keys.copy(), keys.blocks.copy(), keys.counts.copy(), keys.numbers.copy())
+    return RowPush(own, part.gradients.copy(), part.rate, part.occurrences.copy(), part.clicks.copy())
+
+
+def _only(part: DensePush, chosen: NDArray[np.bool_], lengths: NDArray[np.int64]) -> DensePush:
+    """Return the chosen blocks of a part, in memory of their own."""
+    gradients = part.gradients[np.repeat(chosen, lengths)].copy()
+    taken = lengths[chosen]
+    return DensePush(part.numbers[chosen], gradients, np.cumsum(taken) - taken, part.rate)
+
+
+def _occurrences(parts: list[RowPush], inverse: NDArray[np.int32], keys: int) -> NDArray[np.uint32]:
+    if not any(len(p.occurrences) for p in parts):
+        return np.empty(0, np.uint32)
+    given = [p.occurrences if len(p.occurrences) else np.ones(len(p.keys.keys), np.uint32) for p in parts]
+    # Integers below 2^53 in float64.
+    return np.bincount(inverse, np.concatenate(given), minlength=keys).astype(np.uint32)
+
+
+def _clicks(parts: list[RowPush], inverse: NDArray[np.int32], keys: int) -> NDArray[np.float32]:
+    if not any(len(p.clicks) for p in parts):
+        return np.empty(0, np.float32)
+    given = [p.clicks if len(p.clicks) else np.zeros(len(p.keys.keys), np.float32) for p in parts]
+    out: NDArray[np.float32] = np.empty((keys, 1), np.float32)
+    merge(np.concatenate(given)[:, None], inverse, out)
+    return out[:, 0]
