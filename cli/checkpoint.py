@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oarlock checkpoint`: checkpoints checked, described and compared.
+"""`oarlock checkpoint`: checkpoints checked, described and compared; one is made by checkpoint_now.py.
 
 Invariant: nothing is changed; the result is standard output (for people, or one JSON object), progress and complaints are
 standard error. One block is in memory at a time.
@@ -21,7 +21,7 @@ from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import MANIFEST, cut_folder
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore, locate, open_checkpoint
-from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from oarlock.proto.errors import CorruptCheckpoint, NotFound
 
 Told = Callable[[int, int], None]
 # Open splits whose marks a description for people has room for.
@@ -31,10 +31,9 @@ SHOWN = 8
 def checkpoint(options: argparse.Namespace) -> int:
     """Run `oarlock checkpoint VERB`."""
     if options.verb == "now":
-        raise InvalidArgument(
-            f"{options.job}: a checkpoint on demand is not possible yet; a job makes one after each epoch and at its end. "
-            "To look at checkpoints: oarlock checkpoint verify|describe|diff PATH"
-        )
+        from oarlock.cli.checkpoint_now import checkpoint_now
+
+        return checkpoint_now(options)
     return {"verify": _verify, "describe": _describe, "diff": _diff}[str(options.verb)](options)
 
 

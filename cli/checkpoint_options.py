@@ -14,7 +14,7 @@ def add_checkpoint(commands: Any) -> None:
         "checkpoint",
         help="check checkpoints, say what is in them and what differs",
         description="Check the files of checkpoints, say what is in them, and what differs between two. Nothing is changed.",
-        epilog="oarlock checkpoint JOB: have a running job make a checkpoint now (not possible yet)",
+        epilog="oarlock checkpoint JOB: have a running job make a checkpoint now, and wait until it is there",
     )
     # What is meant if the first word is no verb.
     checkpoint.bare = "now"
@@ -40,7 +40,7 @@ def add_checkpoint(commands: Any) -> None:
         "weight.",
     )
     diff.add_argument("paths", metavar="PATH[@CUT]", nargs=2, help=_WHERE)
-    for verb in (verify, describe, diff):
+    now = verbs.add_parser("now", description="Have a running job make a checkpoint now, and wait until it is there.")
+    for verb in (verify, describe, diff, now):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
-    now = verbs.add_parser("now", description="Have a running job make a checkpoint now (not possible yet).")
     now.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")

@@ -20,6 +20,11 @@ from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.rpc import GrpcTransport
 
 
+def ask(address: str, method: str, request: Any) -> Any:
+    """Return what a coordinator answers."""
+    return asyncio.run(_ask(address, method, request))
+
+
 async def _ask(address: str, method: str, request: Any) -> Any:
     transport = GrpcTransport()
     try:
@@ -28,12 +33,12 @@ async def _ask(address: str, method: str, request: Any) -> Any:
         await transport.close()
 
 
-def _live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
+def live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
     """Return what the coordinator at ``address`` says, if it answers and is the one of the folder's job."""
     if address is None:
         return None
     try:
-        reply: StatusReply = asyncio.run(_ask(address, "Coordinator.Status", StatusRequest()))
+        reply: StatusReply = ask(address, "Coordinator.Status", StatusRequest())
     except PSError:
         if folder is None:
             raise
@@ -46,7 +51,7 @@ def _live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
 def status(options: argparse.Namespace) -> int:
     """Show a job: the live one if its coordinator answers, else what its folder says."""
     folder, address = locate(options.job)
-    found = _live(folder, address)
+    found = live(folder, address)
     if found is None:
         assert folder is not None
         found = stored_status(folder)
@@ -106,13 +111,13 @@ def _members(found: dict[str, Any]) -> Table:
 def stop(options: argparse.Namespace) -> int:
     """Ask a running job to end."""
     folder, address = locate(options.job)
-    found = _live(folder, address)
+    found = live(folder, address)
     if found is None or found["phase"] in OVER:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {options.job} runs in one process: press Ctrl-C there")
         raise Unavailable(f"job {options.job} is not running")
     assert address is not None
     request = StopRequest(checkpoint=not options.no_checkpoint, reason="oarlock stop")
-    asyncio.run(_ask(address, "Coordinator.Stop", request))
+    ask(address, "Coordinator.Stop", request)
     print(f"job {found['name']} was asked to stop", file=sys.stderr)
     return 0

@@ -6,12 +6,14 @@ same order again. Orders come from the coordinator, any thread; the push lock is
 """
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
+from oarlock.checkpoint.writing import read_blocks
 from oarlock.client.closed import ClosedSet
 from oarlock.client.layout import Layout
 from oarlock.client.router import Routes
@@ -52,12 +54,11 @@ def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str
 
 
 class _Images:
-    """The block images of one checkpoint, by name."""
+    """The block images of one checkpoint."""
 
     def __init__(self, store: CheckpointStore, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
-        self._entries = {(e.kind, e.name, e.block): e for e in manifest.blocks}
 
     def check(self, layout: Layout) -> None:
         """Raise SpecMismatch unless the checkpoint's blocks fit into this job's tables and dense parameters."""
@@ -72,8 +73,16 @@ class _Images:
                     table=spec.name,
                 )
 
-    def load(self, kind: str, name: str, block: int) -> BlockImage:
-        return self._store.load_block(self._manifest, self._entries[kind, name, block])
+    def load(self, layout: Layout, numbers: list[int], use: Callable[[int, BlockImage], None]) -> None:
+        """Give the images of blocks to ``use``, several at a time; each is let go after that."""
+        wanted = {("dense" if n >= layout.dense_base else "rows", *layout.name(n)): n for n in numbers}
+        entries = [e for e in self._manifest.blocks if (e.kind, e.name, e.block) in wanted]
+        read_blocks(
+            self._store,
+            self._manifest,
+            entries,
+            lambda entry, image: use(wanted[entry.kind, entry.name, entry.block], image),
+        )
 
 
 def _form(spec: TableSpec | DenseSpec) -> str:
@@ -113,17 +122,22 @@ def _create_all(shard: Shard, numbers: list[int], restore: str) -> None:
     layout = shard.layout
     created: list[int] = []
     try:
-        images = None
+        for number in numbers:
+            _create(shard, number)
+            created.append(number)
         if restore:
             images = _Images(*open_checkpoint(restore))
             images.check(layout)
-        for number in numbers:
-            kind = "dense" if number >= layout.dense_base else "rows"
-            image = images.load(kind, *layout.name(number)) if images else None
-            _create(shard, number)
-            created.append(number)
-            if image is not None:
+            marks: dict[int, dict[int, int]] = {}
+
+            def use(number: int, image: BlockImage) -> None:
                 _fill(shard, number, image)
+                marks[number] = dict(image.marks)
+
+            images.load(layout, numbers, use)
+            # By one thread: splits that several blocks have marks of share an array.
+            for number, of in marks.items():
+                shard.marks.restore(number, of)
     except BaseException as error:
         for number in created:
             _drop(shard, number)
@@ -161,7 +175,6 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
             image.sketch,
         )
         shard.tables[layout.table_index[name]].import_block(local, rows, version=image.seq)
-    shard.marks.restore(number, dict(image.marks))
 
 
 def _drop(shard: Shard, number: int) -> None:

@@ -12,6 +12,8 @@ One view at a time: beginning another one lets it go.
 
 import logging
 from collections.abc import Mapping
+from functools import partial
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.chain import should_be_whole
 from oarlock.checkpoint.entry import BlockEntry
-from oarlock.checkpoint.store import CheckpointStore, open_store
+from oarlock.checkpoint.store import NONE_GONE, CheckpointStore, open_store
+from oarlock.checkpoint.writing import BlockTask, Change, write_blocks
 from oarlock.client.layout import Layout
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
@@ -58,16 +61,27 @@ class View:
         # Under sync a step is a mark of every block, also of those in which it changed nothing.
         self._stepping = shard.staged is not None
         self._dense_sequence = shard.dense_sequence.copy()
+        self._block_bytes = [table.nbytes // max(1, len(table.owned)) for table in shard.tables]
+        # A view is read by one thread at a time.
+        self._reading = Lock()
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
         self._dense: DenseView = shard.dense_group.begin_view(number)
 
     def write(self, store: CheckpointStore) -> dict[int, BlockEntry]:
-        """Write all blocks; return their entries by number."""
+        """Write all blocks that have changed, several at a time; return the entries of all by number."""
         if self.entries is None:
-            entries = {number: self._write(store, number) for number in self.blocks.tolist()}
+            changed = []
+            for number in self.blocks.tolist():
+                if self._stands(number):
+                    self._release(number)
+                else:
+                    changed.append(number)
+            tasks = [BlockTask(self._bytes(number), partial(self._change, number)) for number in changed]
+            written = write_blocks(store, self.number, tasks)
+            entries = {n: self._base[n] for n in self.blocks.tolist() if n in self._base}
+            entries.update(zip(changed, written, strict=True))
             self.entries = entries
             self.close()
-            written = [e for number, e in entries.items() if e != self._base.get(number)]
             logger.info(
                 "event=blocks_written cut=%d blocks=%d increments=%d unchanged=%d bytes=%d",
                 self.number,
@@ -84,34 +98,51 @@ class View:
             view.close()
         self._dense.close()
 
-    def _write(self, store: CheckpointStore, number: int) -> BlockEntry:
-        before = self._base.get(number)
+    def _sequence_of(self, number: int) -> int:
+        """Return how many operations had changed a block."""
         if number >= self._layout.dense_base:
-            return self._write_dense(store, number, before)
-        name, block = self._layout.name(number)
-        view = self._tables[self._layout.table_index[name]]
-        seq, marks = view.version(block), self._marks_of(number)
-        if before is not None and before.seq == seq and not self._stepping:
-            view.release(block)
-            return before
-        changes = view.changes(block) if before is not None else None
-        if changes is not None and not should_be_whole(before, len(changes.rows.keys)):
-            image = _image(self._layout, number, seq, marks, changes.rows)
-            entry = store.write_block(self.number, image, after=before, gone=changes.gone)
-        else:
-            del changes
-            entry = store.write_block(self.number, _image(self._layout, number, seq, marks, view.content(block)))
-        view.release(block)
-        return entry
+            return int(self._dense_sequence[number - self._layout.dense_base])
+        view, block = self._table_of(number)
+        return view.version(block)
 
-    def _write_dense(self, store: CheckpointStore, number: int, before: BlockEntry | None) -> BlockEntry:
-        at = number - self._layout.dense_base
-        seq = int(self._dense_sequence[at])
-        if before is None or before.seq != seq or self._stepping:
-            image = _image(self._layout, number, seq, self._marks_of(number), self._dense.content(at))
-            before = store.write_block(self.number, image)
-        self._dense.release(at)
-        return before
+    def _stands(self, number: int) -> bool:
+        """Whether a block is as the committed cut has it, marks included."""
+        before = self._base.get(number)
+        return not self._stepping and before is not None and before.seq == self._sequence_of(number)
+
+    def _release(self, number: int) -> None:
+        if number >= self._layout.dense_base:
+            self._dense.release(number - self._layout.dense_base)
+        else:
+            view, block = self._table_of(number)
+            view.release(block)
+
+    def _table_of(self, number: int) -> tuple[TableView | ExpandingView, int]:
+        name, block = self._layout.name(number)
+        return self._tables[self._layout.table_index[name]], block
+
+    def _bytes(self, number: int) -> int:
+        """Return about how many bytes a block's content is."""
+        if number >= self._layout.dense_base:
+            return 8 * self._layout.dense_blocks[number - self._layout.dense_base].length
+        return self._block_bytes[self._layout.table_index[self._layout.name(number)[0]]]
+
+    def _change(self, number: int) -> Change:
+        """Return what is to be written of a block."""
+        seq, marks, before = self._sequence_of(number), self._marks_of(number), self._base.get(number)
+        if number >= self._layout.dense_base:
+            content = self._dense.content(number - self._layout.dense_base)
+            self._dense.release(number - self._layout.dense_base)
+            return Change(_image(self._layout, number, seq, marks, content))
+        view, block = self._table_of(number)
+        with self._reading:
+            changes = view.changes(block) if before is not None else None
+            if changes is not None and not should_be_whole(before, len(changes.rows.keys)):
+                rows, after, gone = changes.rows, before, changes.gone
+            else:
+                rows, after, gone = view.content(block), None, NONE_GONE
+            view.release(block)
+        return Change(_image(self._layout, number, seq, marks, rows), after, gone)
 
     def _marks_of(self, number: int) -> dict[int, int]:
         return {split: int(of[number]) for split, of in self._marks.items() if of[number] >= 0}

@@ -154,6 +154,7 @@ class Job:
             blocks._drop(old, number)
             blocks._create(new, number)
             blocks._fill(new, number, image)
+            new.marks.restore(number, dict(image.marks))
             old.owned = old.owned & (np.arange(len(old.owned)) != number)
             new.owned = new.owned | (np.arange(len(new.owned)) == number)
         self.place(np.where(np.arange(len(self.owners)) == number, to, self.owners), adopt=False)

@@ -197,7 +197,7 @@ def test_a_sketch_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch)
     path = checkpoint(job, tmp_path, table)
     real = LocalStore.load_block
 
-    def load(store, manifest, entry):
+    def load(store, manifest, entry, *, checked=False):
         image = real(store, manifest, entry)
         return dataclasses.replace(image, sketch=image.sketch[:-8]) if entry.block == 3 else image
 

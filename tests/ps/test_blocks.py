@@ -208,7 +208,7 @@ def test_an_order_that_fails_at_any_block_can_be_repeated(trained, tmp_path, mon
     for victim in range(17):
         loaded = 0
 
-        def load(store, manifest, entry, victim=victim):
+        def load(store, manifest, entry, *, checked=False, victim=victim):
             nonlocal loaded
             loaded += 1
             if loaded == victim + 1:
@@ -344,7 +344,7 @@ def test_pulls_and_pushes_during_an_order_see_whole_blocks_only(trained, tmp_pat
     seen = []
     real = LocalStore.load_block
 
-    def load(store, manifest, entry):
+    def load(store, manifest, entry, *, checked=False):
         with pytest.raises(StalePlacement):
             again.services[0].pull(request)
         seen.append(entry)
