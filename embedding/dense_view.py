@@ -43,7 +43,6 @@ class DenseLedger:
             self.unsaved[block] = False
         self.rows.pop(block, None)
         self.lives[block] += 1
-        self._known[block] = 0
         self._changed[block] = self._phase
 
     def before_change(self, blocks: Numbers) -> None:

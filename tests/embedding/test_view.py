@@ -307,8 +307,9 @@ def test_a_push_that_stops_half_way_saves_what_it_changes_once():
     t.close()
 
 
-def test_records_that_a_view_is_about_to_read_stay_readable(tmp_path):
-    """Between the look at their words and the reading, pushes bring rows back, and others take the places in the file."""
+@pytest.fixture
+def spilling(tmp_path):
+    """A table of one block that keeps eight rows in memory and the others in a file of small segments."""
 
     def small_segments(folder, width, slack):
         return SpillFile(folder, width, limit_bytes=1 << 20, segment_bytes=8 * (-(-width // 8) * 8 + 8), slack=slack)
@@ -320,23 +321,46 @@ def test_records_that_a_view_is_about_to_read_stay_readable(tmp_path):
     ):
         t = stored(TableSpec("t", 3, OptimizerSpec("adagrad"), blocks=1, memory_bytes=1), folder=tmp_path)
         push(t, range(300))
-        before = whole(t)
-        view = t.begin_view(1)
-        read, calls = t._cold.read_of, []
-
-        def read_late(keys, records):
-            calls.append(len(keys))
-            if len(calls) == 1:
-                for turn in range(3):
-                    for start in range(0, 300, 20):
-                        push(t, range(start, start + 20), step=turn + 1)
-            return read(keys, records)
-
-        with mock.patch.object(t._cold, "read_of", read_late):
-            assert as_dict(view.content(0)) == before
-        assert calls[0] > 100
-        assert t._cold.file.counts.dead_records > 0
+        yield t
         t.close()
+
+
+def test_records_that_a_view_is_about_to_read_stay_readable(spilling):
+    """Between the look at their words and the reading, pushes bring rows back, and others take the places in the file."""
+    t = spilling
+    before = whole(t)
+    view = t.begin_view(1)
+    read, calls = t._cold.read_of, []
+
+    def read_late(keys, records):
+        calls.append(len(keys))
+        if len(calls) == 1:
+            for turn in range(3):
+                for start in range(0, 300, 20):
+                    push(t, range(start, start + 20), step=turn + 1)
+        return read(keys, records)
+
+    with mock.patch.object(t._cold, "read_of", read_late):
+        assert as_dict(view.content(0)) == before
+    assert calls[0] > 100
+    assert t._cold.file.counts.dead_records > 0
+
+
+def test_rows_in_the_file_stay_readable_when_their_block_is_dropped(spilling):
+    t = spilling
+    before = whole(t)
+    view = t.begin_view(1)
+    push(t, range(200, 250))
+    t.drop(0)
+    t.adopt(0)
+    for turn in range(4):
+        for start in range(1000, 1300, 20):
+            push(t, range(start, start + 20), step=turn + 1)
+    assert as_dict(view.content(0)) == before
+    written = t._cold.file.counts.dead_records
+    view.release(0)  # what was held back for the view goes
+    push(t, range(1000, 1020), step=9)
+    assert t._cold.file.counts.dead_records < written
 
 
 def test_growing_and_rehashing_leave_a_view_alone():
