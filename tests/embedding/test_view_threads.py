@@ -21,7 +21,7 @@ CUTS = 12 if reference.JIT else 4
 
 
 def small_segments(folder, width, slack):
-    return SpillFile(folder, width, limit_bytes=1 << 20, segment_bytes=64 * (-(-width // 8) * 8 + 8), slack=slack)
+    return SpillFile(folder, width, limit_bytes=1 << 26, segment_bytes=64 * (-(-width // 8) * 8 + 8), slack=slack)
 
 
 @pytest.mark.parametrize("kind", ["memory", "spill"])
