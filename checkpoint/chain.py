@@ -19,7 +19,6 @@ from oarlock.checkpoint.format import compact_folder
 from oarlock.proto.errors import InvalidArgument
 
 MAX_LINKS = 8
-_PIECE = 1 << 16  # rows that are copied at once, so that what is copied in between stays small
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +72,14 @@ def merge(links: Sequence[Increment]) -> BlockImage:
         waits[at] = ~among(image.waiting, over)
         if at:
             over = np.unique(np.concatenate([over, links[at].gone, image.keys, image.waiting]))
-    keys = np.concatenate([link.image.keys[kept] for link, kept in zip(links, live, strict=True)])
-    order = np.argsort(keys, kind="stable")
-    place = np.empty(len(keys), np.intp)
-    place[order] = np.arange(len(keys))
+    keys = np.concatenate([link.image.keys for link in links])
+    rows = np.flatnonzero(np.concatenate(live))
+    # A link's rows ascend, so this merges runs more than it sorts.
+    rows = rows[np.argsort(keys[rows], kind="stable")]
     columns: list[NDArray[Any]] = []
-    for name, dtype in (("weights", np.float32), ("state", np.float32), ("counters", np.uint32)):
-        out = np.empty((len(keys), getattr(newest, name).shape[1]), dtype)
-        begin = 0
-        for link, kept in zip(links, live, strict=True):
-            rows = np.flatnonzero(kept)
-            _scatter(out, place[begin : begin + len(rows)], getattr(link.image, name), rows)
-            begin += len(rows)
+    for name in ("weights", "state", "counters"):
+        # Put together first, since whole rows are then gathered at once, which is worth the copy.
+        out = np.concatenate([getattr(link.image, name) for link in links]).take(rows, axis=0)
         out.flags.writeable = False
         columns.append(out)
     waiting = np.concatenate([link.image.waiting[kept] for link, kept in zip(links, waits, strict=True)])
@@ -92,7 +87,7 @@ def merge(links: Sequence[Increment]) -> BlockImage:
     by_key = np.argsort(waiting, kind="stable")
     return replace(
         newest,
-        keys=keys[order],
+        keys=keys[rows],
         weights=columns[0],
         state=columns[1],
         counters=columns[2],
@@ -119,10 +114,3 @@ def among(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bo
     at = np.minimum(np.searchsorted(others, keys), len(others) - 1)
     same: NDArray[np.bool_] = others[at] == keys
     return same
-
-
-def _scatter(out: NDArray[Any], place: NDArray[np.intp], values: NDArray[Any], rows: NDArray[np.intp]) -> None:
-    """Copy row ``rows[i]`` of ``values`` to row ``place[i]`` of ``out``, for all i."""
-    for begin in range(0, len(rows) if out.shape[1] else 0, _PIECE):
-        piece = slice(begin, begin + _PIECE)
-        out[place[piece]] = values[rows[piece]]

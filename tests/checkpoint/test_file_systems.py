@@ -265,7 +265,7 @@ def fail_at_steps(steps: Iterator[int], mode: str, make_manifest: Any) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("steps", [[3, 4, 5], pytest.param(range(1, 10), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [[4, 5], pytest.param(range(1, 10), marks=pytest.mark.slow)])
 def test_s3_that_answers_errors_in_mid_write(
     late: bool, steps: Any, s3: S3, make_manifest: Any, monkeypatch: Any
 ) -> None:
@@ -303,7 +303,8 @@ def test_s3_that_answers_errors_in_mid_write(
         if puts < fail_at:
             break
     # Three files and a manifest; of that the answer alone may be lost, since what is there can be read.
-    assert outcomes[-3:] == ["failed", "committed" if late else "failed", "committed"]
+    assert outcomes[-2:] == ["committed" if late else "failed", "committed"]
+    assert outcomes[:-2] == ["failed"] * len(outcomes[:-2])
     store.discard_incomplete()
     assert check(store) == store.cuts()
 
