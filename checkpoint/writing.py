@@ -62,7 +62,14 @@ def write_blocks(
         change = task.make()
         return store.write_block(cut, change.image, after=change.after, gone=change.gone)
 
-    return _run(list(tasks), write, lambda task: task.bytes, 2, threads, bytes_in_flight, progress)
+    return in_threads(
+        list(tasks),
+        write,
+        lambda task: 2 * task.bytes,
+        threads=threads,
+        bytes_in_flight=bytes_in_flight,
+        progress=None if progress is None else lambda done, total: progress(done // 2, total // 2),
+    )
 
 
 def read_blocks(
@@ -84,18 +91,26 @@ def read_blocks(
     def read(entry: BlockEntry) -> Result:
         return use(entry, store.load_block(manifest, entry, checked=checked))
 
-    return _run(list(entries), read, lambda entry: entry.total_bytes, 2, threads, bytes_in_flight, progress)
+    return in_threads(
+        list(entries),
+        read,
+        lambda entry: 2 * entry.total_bytes,
+        threads=threads,
+        bytes_in_flight=bytes_in_flight,
+        progress=None if progress is None else lambda done, total: progress(done // 2, total // 2),
+    )
 
 
-def _run(
+def in_threads(
     tasks: Sequence[Task],
     do: Callable[[Task], Result],
     size: Callable[[Task], int],
-    times: int,
-    threads: int,
-    bytes_in_flight: int,
-    progress: Progress | None,
+    *,
+    threads: int = 2,
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
+    progress: Progress | None = None,
 ) -> list[Result]:
+    """Return ``do(task)`` of all tasks, in their order. ``size(task)``: what it holds in memory, of which progress is told."""
     if threads < 1 or bytes_in_flight < 1:
         raise InvalidArgument(f"threads = {threads}, bytes_in_flight = {bytes_in_flight}: give at least 1 of each")
     work = _Work(sum(size(task) for task in tasks), bytes_in_flight, progress)
@@ -109,14 +124,14 @@ def _run(
             work.stop()
             raise
         finally:
-            work.leave(times * size(task))
+            work.leave(size(task))
 
     futures: list[Future[Result]] = []
     with ThreadPoolExecutor(min(threads, max(1, len(tasks))), thread_name_prefix="checkpoint") as pool:
         try:
             for task in tasks:
                 # The room is taken here, in the order of the tasks, so that a large one waits for small ones once only.
-                if not work.enter(times * size(task)):
+                if not work.enter(size(task)):
                     break
                 futures.append(pool.submit(one, task))
         except BaseException:
