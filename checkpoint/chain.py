@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.block_file import BlockImage, take_rows
 from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import compact_folder
 from oarlock.proto.errors import InvalidArgument
@@ -79,7 +79,7 @@ def merge(links: Sequence[Increment]) -> BlockImage:
     columns: list[NDArray[Any]] = []
     for name in ("weights", "state", "counters"):
         # Put together first, since whole rows are then gathered at once, which is worth the copy.
-        out = np.concatenate([getattr(link.image, name) for link in links]).take(rows, axis=0)
+        out = take_rows(np.concatenate([getattr(link.image, name) for link in links]), rows)
         out.flags.writeable = False
         columns.append(out)
     waiting = np.concatenate([link.image.waiting[kept] for link, kept in zip(links, waits, strict=True)])

