@@ -49,13 +49,14 @@ def write_blocks(
     cut: int,
     tasks: Iterable[BlockTask],
     *,
-    threads: int = 2,
+    threads: int = 3,
     bytes_in_flight: int = BYTES_IN_FLIGHT,
     progress: Progress | None = None,
 ) -> list[BlockEntry]:
     """Write blocks of a cut; return their entries. ``progress(done, total)`` is told the tasks' bytes, from one thread at a time.
 
-    A block counts twice its bytes while it is written: its arrays, and the file that is made of them.
+    A block counts twice its bytes while it is written: its arrays, and those in order of key. Of three threads one waits for the
+    disk most of the time.
     """
 
     def write(task: BlockTask) -> BlockEntry:
