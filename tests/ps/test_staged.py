@@ -156,25 +156,30 @@ def test_who_has_passed_a_later_gate_ends_the_holding(job):
     assert not pull(job, 1, 1, 1, cut=4).waits
 
 
-def test_what_is_due_is_evicted_with_the_step_wherever_it_began():
-    tables = (TableSpec("user", 2, rig.SGD, rig.ZEROS, 8, eviction=Eviction(age=2)),)
+def test_blocks_are_swept_at_the_same_steps_wherever_it_began():
+    tables = (TableSpec("user", 2, rig.SGD, rig.ZEROS, 8, eviction=Eviction(age=24)),)
     found = []
-    for begin in (0, 5):
-        made = rig.Job(
-            rig.spec_of(tables=tables, dense=(), mode="sync", ranks=1, splits=2, batch_rows=1), shards=1
-        ).place()
+    for begin in (0, 5, 21):
+        spec = rig.spec_of(tables=tables, dense=(), mode="sync", ranks=1, splits=20, rows_per_split=10, batch_rows=1)
+        made = rig.Job(spec, shards=1).place()
         made.shards[0].marks.steps[:] = begin
         made.shards[0].staged.commits[:] = begin
-        evicted = []
-        for step in range(begin + 1, 13):
-            keys = tuple(range(step % 7, 40, 7))
-            push(made, 0, step, tables=("user",), raw=keys, dense=None)
-            request = PullRequest(header=made.header(0), rank=1, state=step, samples=1)
-            made.services[0].pull(request)
-            evicted.append(made.shards[0].tables[0].evicted)
-        found.append([b - a for a, b in zip(evicted[-5:], evicted[-4:], strict=False)])
-    assert found[0] == found[1]
-    assert sum(found[0]) > 0
+        table, swept = made.shards[0].tables[0], []
+        sweep = table.sweep
+
+        def noted(block, *, tick, sweep=sweep, swept=swept, **named):
+            swept.append((tick, block))
+            return sweep(block, tick=tick, **named)
+
+        table.sweep = noted
+        for step in range(begin + 1, 40):
+            push(made, 0, step, tables=("user",), raw=(1, 2, 3), dense=None)
+            made.services[0].pull(PullRequest(header=made.header(0), rank=1, state=step, samples=1))
+        found.append([one for one in swept if one[0] > 21])
+    assert found[0] == found[1] == found[2]
+    # Six steps a round, and not all blocks at one of them.
+    assert {block for _, block in found[0]} == set(range(8))
+    assert len({tick for tick, _ in found[0]}) > 12
 
 
 def test_a_checkpoint_of_another_mode_is_no_step():
