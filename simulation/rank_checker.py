@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
@@ -61,6 +62,8 @@ class RankChecker(Checker):
             self._rows.append(self._snapshot())
             self._dense.append(course.state.dense)
             self._weights.append(self._of_keys())
+        # The last step of each split.
+        self._ends = {u[0]: s for s, of in enumerate(course.of_steps, 1) for u in of if u is not None}
         # By (step, rank): blocks whose owner has its part; by (step, rank, block): what came first.
         self._staged: dict[tuple[int, int], set[int]] = {}
         self._sent: dict[tuple[int, int, int], bytes] = {}
@@ -104,7 +107,7 @@ class RankChecker(Checker):
         """After a shard handled a message, whatever came of it."""
         if method == "Shard.Push" and not isinstance(reply, PSError):
             self._pushed(request, reply)
-        self._look(shard)
+        self._look(shard, adopted=method == "Shard.Adopt")
         if method == "Shard.Pull" and not isinstance(reply, PSError) and not reply.waits:
             self._answered(shard, request, reply)
 
@@ -118,8 +121,8 @@ class RankChecker(Checker):
             if block not in moved:
                 have.add(block)
 
-    def _look(self, shard: Shard) -> None:
-        """Compare those blocks of a shard that may have changed with the course."""
+    def _look(self, shard: Shard, *, adopted: bool = False) -> None:
+        """Compare those blocks of a shard that may have changed with the course; some may have come out of a checkpoint."""
         marks = shard.marks
         assert isinstance(marks, RankMarks)
         for block in np.flatnonzero(shard.owned).tolist():
@@ -129,6 +132,8 @@ class RankChecker(Checker):
                 continue
             self._at[id(shard), block] = now
             step = now[0]
+            if adopted:
+                before = now
             require(
                 step - before[0] in (0, 1),
                 "S1",
@@ -204,28 +209,56 @@ class RankChecker(Checker):
             right = measured is not None and abs(measured - wanted) < 1e-9
             require(right, "E1", f"epoch {epoch} was evaluated as {measured}, the course says {wanted}")
 
-    def check_cuts(self, folder: Path) -> None:
-        """Look into every checkpoint that is there."""
-        store = LocalStore(folder)
-        for cut in store.cuts():
-            manifest = store.load_manifest(cut)
-            images = [store.load_block(manifest, entry) for entry in manifest.blocks]
-            steps = {step for image in images for step in image.marks.values()}
-            require(len(steps) == 1, "C1", f"cut {cut} has blocks at steps {sorted(steps)}")
-            (step,) = steps
-            for image in images:
-                self._check_block(self._number(image), step, _of_image(image))
-            closed, units = manifest.closed, [u for of in self.course.of_steps[: step - 1] for u in of if u is not None]
-            later = {u[0] for of in self.course.of_steps[step:] for u in of if u is not None}
-            for split in {unit[0] for unit in units} - later:
-                ended = max(s for s, of in enumerate(self.course.of_steps, 1) if any(u and u[0] == split for u in of))
-                known = split < closed.floor or split in closed.above
-                require(known or ended == step, "C1", f"cut {cut} is of step {step} and has split {split} open")
+    def cuts(self, folder: Path) -> "RankCuts":
+        return RankCuts(self, folder)
+
+    def check_cut(self, manifest: Manifest, images: list[BlockImage]) -> None:
+        """Compare a committed cut with the course."""
+        cut, closed = manifest.cut, manifest.closed
+        steps = {step for image in images for step in image.marks.values()}
+        require(len(steps) == 1, "C1", f"cut {cut} has blocks at steps {sorted(steps)}")
+        (step,) = steps
+        for image in images:
+            self._check_block(self._number(image), step, _of_image(image))
+        for split, ended in self._ends.items():
+            known = split < closed.floor or split in closed.above
+            require(known or ended >= step, "C1", f"cut {cut} is of step {step} and has split {split} open")
+            require(not known or ended <= step, "C1", f"cut {cut} is of step {step} and has split {split} closed")
 
     def _number(self, image: BlockImage) -> int:
         if image.kind == "dense":
             return self._layout.dense_base
         return self._layout.table_base[self._layout.table_index[image.name]] + image.block
+
+
+class RankCuts:
+    """The cuts of one job in ``folder``; ``committed``: how many there were."""
+
+    def __init__(self, checker: RankChecker, folder: Path) -> None:
+        self._checker = checker
+        self._store = LocalStore(folder)
+        self.committed = 0
+
+    def watch(self, c: Coordinator) -> None:
+        """Look at every cut that this coordinator commits."""
+        commit = c.cuts.commit
+
+        def committed(manifest: Manifest, path: str) -> None:
+            commit(manifest, path)
+            self.committed += 1
+            read = self._store.load_manifest(manifest.cut)
+            self._checker.check_cut(read, [self._store.load_block(read, entry) for entry in read.blocks])
+
+        c.cuts.commit = committed  # type: ignore[method-assign]
+
+    def leased(self, request: Any, reply: Any) -> None:
+        """Ranks are leased, and not splits."""
+
+    def stood(self, worker: int, cut: int) -> None:
+        """Nobody has to stand at a gate."""
+
+    def pushed(self, request: Any, reply: Any) -> None:
+        """Nothing is changed by a push."""
 
 
 def _of_image(image: BlockImage) -> Any:

@@ -61,7 +61,7 @@ class World(Strikes):
         self.bound = Bound(schedule.staleness)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
-        self.cuts = Cuts(self.spec, folder / "checkpoints")
+        self.cuts = self.checker.cuts(folder / "checkpoints") or Cuts(self.spec, folder / "checkpoints")
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -134,7 +134,6 @@ class World(Strikes):
             shards = [s._joined[1] for s in self.services if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
-            self.checker.check_cuts(self.folder / "checkpoints")
 
     def _violated(self, what: str) -> None:
         if not self.violation:

@@ -14,7 +14,8 @@ import pytest
 from oarlock.ps.shard import Shard
 from oarlock.simulation.campaign import files, run_seeds
 from oarlock.simulation.faults import SYNC, Fault, Outcome, draw
-from oarlock.simulation.world import World, run
+from oarlock.simulation.restored import run
+from oarlock.simulation.world import World
 
 MOST = 400
 # Found within a second.
