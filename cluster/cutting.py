@@ -109,7 +109,8 @@ class Cutting:
             if c.spec.ranks:
                 # Ranks stand at no gate: they go on with the first views that have begun.
                 commits = await hold_still(c, gate.cut, self._ordered)
-                moment = moment_of(c, gate.cut)
+                with c.lock:
+                    moment = moment_of(c, gate.cut)
             await self._cut(gate.cut, gate.workers, commits)
             with c.lock:
                 # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.

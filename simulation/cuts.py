@@ -35,10 +35,6 @@ class Cuts:
         # The newest gate at which a worker said to stand, and splits of which it pushed something new by an older number since.
         self._stood: dict[int, int] = {}
         self._alone: dict[int, int] = {}
-        # Sync has no marks by split (rank_checker.py).
-        self._follows = not spec.ranks
-        if not self._follows:
-            return
         self._trace = spec.config["trace"]
         self._total = spec.dense[1].size
         self._per_split = self._total // (spec.splits * spec.epochs)
@@ -55,8 +51,7 @@ class Cuts:
         def committed(manifest: Manifest, path: str) -> None:
             commit(manifest, path)
             self.committed += 1
-            if self._follows:
-                self._check(c, self._store.load_manifest(manifest.cut))
+            self._check(c, self._store.load_manifest(manifest.cut))
 
         c.cuts.commit = committed  # type: ignore[method-assign]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import SYNC, Outcome, Schedule
+from oarlock.simulation.faults import Outcome, Schedule
 from oarlock.simulation.world import World
 
 
@@ -48,8 +48,7 @@ def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome
         folder = Path(name)
         world = World(schedule, data, folder, log)
         outcome = world.run()
-        # A sync job's cuts are compared with its course as they are (rank_checker.py).
-        if outcome.violation or not world.cuts.committed or schedule.mode == SYNC:
+        if outcome.violation or not world.cuts.committed:
             return outcome
         again = go_on(schedule, data, folder / "checkpoints", folder / "again", log)
         outcome.counts.update({"cut committed": world.cuts.committed, "restored": 1})
