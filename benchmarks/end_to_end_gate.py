@@ -50,6 +50,13 @@ class Gate(CoordinatorService):
             self._changed.notify_all()
             return self._end
 
+    def rest(self) -> None:
+        """Hand out no more splits of the window that is open: it ends with those that are under way."""
+        with self._changed:
+            self._splits = len(self._granted)
+            if len(self._closed) == self._splits and not self._end.done():
+                self._end.set_result((time.perf_counter() - self._begun, self._samples))
+
     def shut(self) -> None:
         """Answer all questions that are kept, for the end of the job."""
         with self._changed:

@@ -101,11 +101,11 @@ class GatedJob:
         self._coordinator = Coordinator(self._store, self.spec, clock=time.monotonic, rng=random.SystemRandom())
         self._coordinator.open()
         self.gate = Gate(self._coordinator)
-        orders = Orders(self._coordinator, self._transport, self._folder / "checkpoints")
+        self.orders = Orders(self._coordinator, self._transport, self._folder / "checkpoints")
         # Questions that are kept hold a thread each.
         self._server = GrpcServer(self.gate, "Coordinator", listen="127.0.0.1:0", threads=64)
         self.address = self._server.start()
-        self._running = asyncio.create_task(run_coordinator(self._coordinator, orders))
+        self._running = asyncio.create_task(run_coordinator(self._coordinator, self.orders))
 
     def add(self, name: str, module: str, *arguments: str) -> None:
         """Start ``python -m module`` as a member of this job."""

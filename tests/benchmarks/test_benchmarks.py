@@ -60,6 +60,15 @@ def test_overload(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_checkpoint(tmp_path: Path) -> None:
+    result = run("checkpoint", tmp_path)
+    assert {"pause_ms", "cut_ms", "cow_peak_over_model"} < set(result)
+    for name in ("write_vs_raw", "restore_vs_raw", "incremental_over_touched", "slowdown", "step_ms"):
+        assert result[name] > 0
+    assert all(touched > 0 for touched in result["touched_rows"])
+
+
+@pytest.mark.slow
 def test_ncf(tmp_path: Path) -> None:
     result = run("ncf", tmp_path)
     ways = {"ps", "ps_1x1", "inprocess", "torch", "torch_given_batches", "local"}
