@@ -222,8 +222,8 @@ def build_parser() -> Parser:
     digest = commands.add_parser(
         "digest",
         help="print one number for all that a checkpoint holds",
-        description="Print 128 bits that are the same for two checkpoints with the same rows and dense values to the bit: on "
-        "however many shards, and in whatever order, they are stored.",
+        description="Print 128 bits that are the same for two checkpoints with the same rows and dense values to the bit:\n"
+        "on however many shards, and in whatever order they were written.",
     )
     digest.add_argument(
         "target", metavar="TARGET", help="a job's name or folder (its newest checkpoint), or a checkpoint"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.cli.digest import digest_of
 
@@ -20,6 +22,8 @@ def train(oarlock: Oarlock, data: Path, name: str, *more: str) -> str:
     return str(ended.out.strip())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_equal_models_have_one_digest_on_any_number_of_shards(oarlock: Oarlock, data: Path) -> None:
     one = train(oarlock, data, "one", "--servers", "1")
     assert len(one) == 32
