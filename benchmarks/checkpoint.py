@@ -60,7 +60,7 @@ class Size:
 
 
 # All rows of Criteo's 26 fields are 4.9 GB; with as many categories a field at most, 1.0 GB.
-FULL = Size(1 << 20, 1 << 25, 0, whole=4, incremental=6, quiet_seconds=5.0, rounds=3, restores=3)
+FULL = Size(1 << 20, 1 << 24, 0, whole=1, incremental=2, quiet_seconds=4.0, rounds=1, restores=1)
 QUICK = Size(1 << 18, 1 << 22, 1_280_000, whole=1, incremental=1, quiet_seconds=1.5, rounds=1, restores=1)
 TINY = Size(1 << 16, 1 << 20, 2_000, whole=1, incremental=1, quiet_seconds=0.3, rounds=1, restores=1)
 
