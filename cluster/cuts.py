@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cuts: when one is due, and what the coordinator records and allows while one is made (SEMANTICS section 7).
 
-    begin      its number is on disk; the gate stands: nothing is leased, nobody joins
+    begin      its number is on disk; the gate stands: nobody joins, and once it is shut nothing is leased
     open       every owner has begun its view, or the cut is given up: training goes on, while views are written
     commit     the manifest is on disk; then it is recorded
     give_up    it never was; the one before stays
@@ -44,7 +44,7 @@ class Cuts:
         # The newest that came to nothing, and why.
         self.failed: dict[str, Any] = {}
         # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
-        self._holds = self._ends_job = False
+        self._holds = self.ends_job = False
         self._since_seconds = coordinator.clock()
         self._since_steps = 0
 
@@ -96,7 +96,7 @@ class Cuts:
             self.wanted = False
             self._since_seconds, self._since_steps = now, c.work.steps
             self._holds = c.phase == WRITING
-            self._ends_job = c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
+            self.ends_job = c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
             self.gate = Gate(self.last, shuts=shuts, ends=shuts + c.spec.gate_seconds, workers=pushing)
             logger.info("event=cut_begun cut=%d workers=%d", self.last, len(pushing))
             return self.gate
@@ -106,6 +106,11 @@ class Cuts:
         c = self._c
         holders = {holder for (kind, _), holder in c.work.leases.items() if kind == "train"}
         return [m.incarnation for m in c.members.alive("worker") if m.incarnation in holders | c.clocks.unheard]
+
+    @property
+    def gate_is_shut(self) -> bool:
+        """Whether a gate stands, and the moment is there at which workers shut theirs."""
+        return self.gate is not None and self._c.clock() >= self.gate.shuts
 
     def seconds_to_gate(self) -> float:
         return max(0.0, self.gate.shuts - self._c.clock()) if self.gate is not None else 0.0
@@ -117,8 +122,8 @@ class Cuts:
             self.gate = None
             self.opened = self.last
             if self._holds:
-                self._ends_job = c.work.finished or c.stop_wanted is not None
-                if not self._ends_job:
+                self.ends_job = c.work.finished or c.stop_wanted is not None
+                if not self.ends_job:
                     self._train()
 
     def commit(self, manifest: Manifest, path: str) -> None:
@@ -130,7 +135,7 @@ class Cuts:
                 self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
                 for name in ("begun", "committed", "checkpoints"):
                     store.set_fact(name, getattr(self, name))
-            if c.phase not in OVER and self._ends_job:
+            if c.phase not in OVER and self.ends_job:
                 c.set_phase(DONE if c.work.finished else STOPPED, "" if c.work.finished else c.stop_reason)
 
     def give_up(self, error: str, *, again: bool = False) -> None:
@@ -146,9 +151,9 @@ class Cuts:
                 store.set_fact("begun", 0)
             self.failed = {"cut": cut, "error": error}
             logger.info("event=cut_given_up cut=%d error=%s", cut, error)
-            if c.phase in OVER or (again and (self._ends_job or self._holds)):
+            if c.phase in OVER or (again and (self.ends_job or self._holds)):
                 return
-            if self._ends_job:
+            if self.ends_job:
                 c.fail(f"the last checkpoint could not be written: {error}")
             else:
                 c.warn(f"checkpoint {cut} could not be written, training goes on: {error}")

@@ -5,8 +5,8 @@
     passed       every worker that may push says that it stands at the gate, or is gone
     late         ``gate_seconds`` after it shut; the cut is given up
 
-Invariant: while a gate stands nobody is leased anything and nobody joins, so no other worker than those can push. The
-coordinator's lock covers it.
+Invariant: nobody joins while a gate stands; whoever is given a split before it shuts is waited for, too, and from then on nobody
+is given any. So no other worker than those can push. The coordinator's lock covers it.
 """
 
 from collections.abc import Iterable
@@ -21,6 +21,11 @@ class Gate:
         self.ends = ends
         self._missing = set(workers)
         self._come: set[int] = set()
+
+    def wait_for(self, worker: int) -> None:
+        """A worker is given something to push."""
+        if worker not in self._come:
+            self._missing.add(worker)
 
     def come(self, worker: int) -> None:
         """A worker stands at the gate. One that was not asked to pushes nothing either."""

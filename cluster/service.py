@@ -223,7 +223,7 @@ class CoordinatorService:
         reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10, opened=c.cuts.opened)
         if c.phase in (STOPPING, *OVER):
             reply.work = FINISHED
-        elif c.phase == TRAINING and not c.clocks.unheard and c.cuts.gate is None:
+        elif c.phase == TRAINING and not c.clocks.unheard and not c.cuts.gate_is_shut:
             grant = c.work.grant(member.incarnation, request.wanted)
             reply.work = _WORK[grant.kind]
             if grant.kind == "train" and c.spec.ranks:
@@ -233,6 +233,10 @@ class CoordinatorService:
             reply.splits.extend(grant.splits)
             reply.fresh.extend(grant.fresh)
             if grant.kind == "train":
+                if c.cuts.gate is not None:
+                    # It hears of it now: the next heartbeat may come too late.
+                    c.cuts.gate.wait_for(member.incarnation)
+                    reply.gate, reply.gate_seconds = c.cuts.gate.cut, c.cuts.seconds_to_gate()
                 reply.minimum = c.clocks.activate(member.incarnation)
                 # It counts on from where it was: a heartbeat of its earlier splits, come late, claims no more than is done.
                 acknowledged = request.clock.acknowledged

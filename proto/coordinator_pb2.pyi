@@ -147,13 +147,15 @@ class LeaseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., wanted: _Optional[int] = ..., number: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum", "opened", "ranks", "epoch")
+    __slots__ = ("work", "splits", "fresh", "retry_seconds", "minimum", "opened", "gate", "gate_seconds", "ranks", "epoch")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SPLITS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     RETRY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
+    GATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     work: Work
@@ -162,9 +164,11 @@ class LeaseReply(_message.Message):
     retry_seconds: float
     minimum: int
     opened: int
+    gate: int
+    gate_seconds: float
     ranks: _containers.RepeatedScalarFieldContainer[int]
     epoch: int
-    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., splits: _Optional[_Iterable[int]] = ..., fresh: _Optional[_Iterable[bool]] = ..., retry_seconds: _Optional[float] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., ranks: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class GateRequest(_message.Message):
     __slots__ = ("header", "cut")

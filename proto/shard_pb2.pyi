@@ -264,14 +264,16 @@ class AbortRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("header", "cut", "root")
+    __slots__ = ("header", "cut", "root", "alone")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     cut: int
     root: str
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., root: _Optional[str] = ...) -> None: ...
+    alone: bool
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., root: _Optional[str] = ..., alone: bool = ...) -> None: ...
 
 class WriteReply(_message.Message):
     __slots__ = ("entries", "torn")

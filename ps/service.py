@@ -51,6 +51,8 @@ from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
 MAX_SPLITS = 1024
+# That write a cut while nobody trains. Beside training one does: more cost more of its speed than they save time.
+ALONE_THREADS = 3
 
 
 class ShardService:
@@ -195,7 +197,7 @@ class ShardService:
         if view.torn:
             return WriteReply(torn=True)
         with self._writing:
-            entries = self._views.write(view, root)
+            entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:

@@ -67,7 +67,7 @@ class View:
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
         self._dense: DenseView = shard.dense_group.begin_view(number)
 
-    def write(self, store: CheckpointStore) -> dict[int, BlockEntry]:
+    def write(self, store: CheckpointStore, threads: int = 1) -> dict[int, BlockEntry]:
         """Write all blocks that have changed, several at a time; return the entries of all by number."""
         if self.entries is None:
             changed = []
@@ -77,7 +77,7 @@ class View:
                 else:
                     changed.append(number)
             tasks = [BlockTask(self._bytes(number), partial(self._change, number)) for number in changed]
-            written = write_blocks(store, self.number, tasks)
+            written = write_blocks(store, self.number, tasks, threads=threads)
             entries = {n: self._base[n] for n in self.blocks.tolist() if n in self._base}
             entries.update(zip(changed, written, strict=True))
             self.entries = entries
@@ -180,10 +180,10 @@ class Views:
             raise InvalidArgument(f"this shard has no view of cut {number}: it was given up", cut=number)
         return self._open
 
-    def write(self, view: View, root: str) -> list[BlockEntry]:
+    def write(self, view: View, root: str, *, threads: int) -> list[BlockEntry]:
         """Write a view into the folder of its cut under ``root``; nothing exists until the manifest is committed."""
         try:
-            entries = view.write(open_store(root))
+            entries = view.write(open_store(root), threads)
         except OSError as error:
             raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
         self._last = Written(view.number, entries)

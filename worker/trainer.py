@@ -157,7 +157,7 @@ class Trainer:
             self._asking = True
             reply: LeaseReply = await self._member.call("Coordinator.Lease", request)
             self._asking = False
-        self._member.gate.hear(reply.opened)
+        self._member.gate.hear(reply.opened, reply.gate, reply.gate_seconds)
         if reply.work == TRAIN:
             self._opening.update(reply.splits)
             if not request.clock.active:

@@ -59,21 +59,37 @@ def test_after_a_restart_everybody_is_waited_for_who_has_not_told_what_it_holds(
     assert cluster.coordinator.cuts.begin().missing == [one]
 
 
-def test_while_the_gate_stands_nothing_is_leased_and_nobody_joins(cluster: Any) -> None:
+def test_while_the_gate_stands_nobody_joins_and_once_it_is_shut_nothing_is_leased(cluster: Any) -> None:
     cluster.shards()
     one, two = cluster.workers()
     cluster.lease(one)
     cuts = cluster.coordinator.cuts
-    cuts.begin()
-    assert cluster.lease(two).work == pb.WAIT
+    gate = cuts.begin()
     with pytest.raises(Unavailable, match="a cut begins"):
         cluster.join("worker")
+    cluster.clock.now = gate.shuts
+    assert cluster.lease(two).work == pb.WAIT
     at_gate(cluster, one)
     cuts.open()
     reply = cluster.lease(two)
     assert (reply.work, reply.opened) == (pb.TRAIN, 1)
     assert cluster.join("worker").opened == 1
     assert at_gate(cluster, one) == 1
+
+
+def test_who_is_given_a_split_before_the_gate_shuts_hears_of_it_and_is_waited_for(cluster: Any) -> None:
+    cluster.shards()
+    one, two = cluster.workers()
+    cluster.lease(one)
+    gate = cluster.coordinator.cuts.begin()
+    cluster.clock.now += 0.1
+    reply = cluster.lease(two)
+    assert (reply.work, reply.gate, gate.missing) == (pb.TRAIN, 1, sorted([one, two]))
+    assert reply.gate_seconds == pytest.approx(gate.shuts - cluster.clock.now)
+    at_gate(cluster, one)
+    assert not gate.passed
+    at_gate(cluster, two)
+    assert gate.workers == sorted([one, two])
 
 
 def test_workers_hear_of_the_gate_and_of_its_opening_with_heartbeats(cluster: Any) -> None:

@@ -162,6 +162,7 @@ def failure() -> Failure:
 FULL = header(generation=9, term=6, cut=7)
 MEMBER = Member(id=300, address="127.0.0.1:5000", incarnation=(1 << 63) - 1)
 CLOSED = ClosedSplits(floor=1000, bitmap=b"\x05\x80")
+OPENED: dict[str, Any] = {"opened": 12, "gate": 13, "gate_seconds": 0.25}
 CLOCK = Clock(active=True, acknowledged=200, heard=190)
 
 MESSAGES: dict[str, Message] = {
@@ -228,7 +229,7 @@ MESSAGES: dict[str, Message] = {
         AdoptRequest(header=FULL, placement=placement(), closed=CLOSED, restore="/jobs/a/checkpoints/cut-000012"),
         AdoptReply(generation=9, rows=1 << 33),
         CloseRequest(header=FULL, closed=CLOSED),
-        WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints"),
+        WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints", alone=True),
         WriteReply(entries="[]", torn=True),
         CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits()),
         AbortRequest(header=FULL, cut=13),
@@ -281,9 +282,7 @@ MESSAGES: dict[str, Message] = {
             asking=True,
             ranks=[0, 2],
         ),
-        HeartbeatReply(
-            term=6, generation=9, phase="training", step=70000, minimum=190, opened=12, gate=13, gate_seconds=0.25
-        ),
+        HeartbeatReply(term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED),
         PlacementRequest(header=FULL),
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK, ranks=[0, 2]),
         LeaseReply(
@@ -292,7 +291,7 @@ MESSAGES: dict[str, Message] = {
             fresh=[True, False],
             retry_seconds=0.05,
             minimum=190,
-            opened=12,
+            **OPENED,
             ranks=[1, 3],
             epoch=7,
         ),
