@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 
 from oarlock.checkpoint.manifest import Manifest
@@ -46,9 +45,9 @@ def gate_opened_before_the_views(patch: Patch) -> None:
     """Workers push again while the last owners begin their views."""
     original = Cutting._cut
 
-    async def cut(self: Cutting, number: int, workers: list[int]) -> None:
+    async def cut(self: Cutting, number: int, workers: list[int], commits: Any) -> None:
         self._c.cuts.opened = number
-        await original(self, number, workers)
+        await original(self, number, workers, commits)
 
     patch.setattr(Cutting, "_cut", cut)
 
@@ -106,9 +105,9 @@ def told_before_the_views_begin(patch: Patch) -> None:
     early: dict[int, Moment] = {}
     cut = Cutting._cut
 
-    async def before(self: Cutting, number: int, workers: list[int]) -> None:
+    async def before(self: Cutting, number: int, workers: list[int], commits: Any) -> None:
         early[number] = original(self._c, number)
-        await cut(self, number, workers)
+        await cut(self, number, workers, commits)
 
     patch.setattr(Cutting, "_cut", before)
     patch.setattr(cutting, "moment_of", lambda c, number: early[number])
@@ -185,14 +184,13 @@ def restored_without_marks(patch: Patch) -> None:
 
 def dense_blocks_are_taken_for_unchanged(patch: Patch) -> None:
     """A dense block stands as the cut before wrote it, though it was updated since."""
-    original = view.View._write_dense
+    original = view.View._stands
 
-    def write_dense(self: view.View, store: Any, number: int, before: Any) -> Any:
-        if before is not None:
-            self._dense_sequence[number - self._layout.dense_base] = np.int64(before.seq)
-        return original(self, store, number, before)
+    def stands(self: view.View, number: int) -> bool:
+        known = number >= self._layout.dense_base and number in self._base
+        return known or original(self, number)
 
-    patch.setattr(view.View, "_write_dense", write_dense)
+    patch.setattr(view.View, "_stands", stands)
 
 
 PLANTED: tuple[Callable[[Patch], None], ...] = (

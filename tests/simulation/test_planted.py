@@ -32,6 +32,8 @@ RARE = {
     planted_cuts.told_when_it_is_committed,
     planted_cuts.told_before_the_views_begin,
     planted_cuts.views_of_later,
+    planted_cuts.silent_workers_are_not_waited_for_after_a_restart,
+    planted_cuts.the_fastest_worker_opens_the_gate,
 }
 
 
