@@ -216,27 +216,23 @@ def _written(cut: Cut) -> float:
 def _restores(
     job: CheckpointJob, routes: Any, cut: Cut, turns: int, rows: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Restore a cut and read its files in turns: from the disk, then from the system's cache."""
+    """Restore a cut and read its files in turns, both from the disk."""
     warm_up()
     where = job.checkpoints / cut_folder(cut.spans.cut)
-    taken: dict[str, list[tuple[float, float]]] = {"disk": [], "cache": []}
+    times: list[tuple[float, float]] = []
     for _ in range(turns):
-        for source, times in taken.items():
-            if source == "disk":
-                forget(cut.files)
-            raw = read_raw(cut.files)
-            if source == "disk":
-                forget(cut.files)
-            seconds, found = restore(job.spec, SHARD_ID, routes, where)
-            if found < rows:
-                raise RuntimeError(f"{found} rows came back of {rows}")
-            times.append((raw, seconds))
-            say(f"from the {source}: {seconds:.2f} s to restore a cut, {raw:.2f} s to read and copy its files")
+        forget(cut.files)
+        raw = read_raw(cut.files)
+        forget(cut.files)
+        seconds, found = restore(job.spec, SHARD_ID, routes, where)
+        if found < rows:
+            raise RuntimeError(f"{found} rows came back of {rows}")
+        times.append((raw, seconds))
+        say(f"{seconds:.2f} s to restore a cut, {raw:.2f} s to read and copy its files")
     return {
-        "restore_vs_raw": round(statistics.median(raw / s for raw, s in taken["disk"]), 3),
-        "restore_vs_raw_cached": round(statistics.median(raw / s for raw, s in taken["cache"]), 3),
-        "restore_s": {source: spread([s for _, s in times]) for source, times in taken.items()},
-        "raw_read_s": {source: spread([raw for raw, _ in times]) for source, times in taken.items()},
+        "restore_vs_raw": round(statistics.median(raw / s for raw, s in times), 3),
+        "restore_s": spread([s for _, s in times]),
+        "raw_read_s": spread([raw for raw, _ in times]),
     }
 
 

@@ -67,10 +67,14 @@ def fill(table: Table, keys: Any) -> None:
     weights = np.random.default_rng(0).normal(0, 0.05, (most, spec.dim)).astype(np.float32)
     state = np.full((most, table.state_columns), 0.1, np.float32)
     counters = np.zeros((most, table.counters), np.uint32)
-    for block in table.owned.tolist():
+
+    def load(block: int) -> None:
         mine = keys[ends[block - 1] if block else 0 : ends[block]]
         n = len(mine)
         table.import_block(block, BlockRows(mine, weights[:n], state[:n], counters[:n], NO_KEYS, NO_COUNTS))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load, table.owned.tolist()))
 
 
 class Noting:

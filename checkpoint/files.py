@@ -8,13 +8,14 @@ below the root and never lead out of it. Stateless: any number of threads and pr
 
 import contextlib
 import errno
-import mmap
+import fcntl
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from oarlock.checkpoint.direct import LEAST_BYTES, read_direct, write_direct
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -53,6 +54,15 @@ class Calls:
 
     def write(self, descriptor: int, data: memoryview) -> int:
         return os.write(descriptor, data)
+
+    def bypass(self, descriptor: int, on: bool) -> bool:
+        """Have what is read and written go past the system's cache, or not; return whether it does."""
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+        except (OSError, AttributeError):
+            return False
+        return on
 
     def begin_sync(self, descriptor: int) -> None:
         # The system begins to write what it is told not to keep; what is not on the disk yet stays in its cache.
@@ -118,11 +128,14 @@ class LocalFiles:
             self._calls.remove(target)
             descriptor = self._calls.create(target)
         try:
-            for piece in data if isinstance(data, list) else [data]:
-                rest = memoryview(piece).cast("B")
-                while rest:
-                    rest = rest[self._calls.write(descriptor, rest) :]
-            self._calls.begin_sync(descriptor)
+            pieces = [memoryview(piece).cast("B") for piece in (data if isinstance(data, list) else [data])]
+            if sum(map(len, pieces)) >= LEAST_BYTES:
+                write_direct(self._calls, descriptor, pieces)
+            else:
+                for rest in pieces:
+                    while rest:
+                        rest = rest[self._calls.write(descriptor, rest) :]
+                self._calls.begin_sync(descriptor)
             meanwhile()
             self._calls.sync(descriptor)
         finally:
@@ -138,11 +151,14 @@ class LocalFiles:
         self._calls.sync_folder(folder)
 
     def read_file(self, path: str) -> Any:
-        """Return a read-only buffer over the file's bytes: mapped, so that nothing is copied."""
+        """Return a read-only buffer of the file's bytes. In memory: a file that is cut short meanwhile harms nobody."""
         descriptor = self._open(path)
         try:
             size = os.fstat(descriptor).st_size
-            return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b""
+            if size >= LEAST_BYTES:
+                return read_direct(self._calls, descriptor, size)
+            with os.fdopen(descriptor, "rb", closefd=False) as opened:
+                return opened.read(size)
         finally:
             os.close(descriptor)
 

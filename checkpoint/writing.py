@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.direct import buffers
 from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import NONE_GONE, CheckpointStore
@@ -138,6 +139,7 @@ def in_threads(
         except BaseException:
             work.stop()
             raise
+    buffers.let_go()
     # Of several errors that of the earliest task; a task after it may have been given up before it began.
     return [future.result() for future in futures]
 

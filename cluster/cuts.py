@@ -45,6 +45,8 @@ class Cuts:
         self.failed: dict[str, Any] = {}
         # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
         self._holds = self.ends_job = False
+        # Nobody had work when it was begun, nor waits for it.
+        self.idle = False
         self._since_seconds = coordinator.clock()
         self._since_steps = 0
 
@@ -97,6 +99,7 @@ class Cuts:
             self._since_seconds, self._since_steps = now, c.work.steps
             self._holds = c.phase == WRITING
             self.ends_job = c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
+            self.idle = not (self._holds or c.work.leases or c.clocks.unheard)
             self.gate = Gate(self.last, shuts=shuts, ends=shuts + c.spec.gate_seconds, workers=pushing)
             logger.info("event=cut_begun cut=%d workers=%d", self.last, len(pushing))
             return self.gate

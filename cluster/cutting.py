@@ -158,7 +158,8 @@ class Cutting:
         """Have every owner write its view; return the entries of all blocks."""
 
         async def one(shard: ShardAddress) -> list[BlockEntry]:
-            request = WriteRequest(cut=cut, root=str(self._folder), alone=self._c.cuts.ends_job)
+            alone = self._c.cuts.ends_job or self._c.cuts.idle
+            request = WriteRequest(cut=cut, root=str(self._folder), alone=alone)
             reply = await self._ordered(shard, "Write", request, WRITE_SECONDS)
             if reply.torn:
                 raise Unavailable(f"a worker pushed to shard {shard.id} without waiting for its gate to open")

@@ -270,7 +270,7 @@ class ColdRows:
         weights = np.empty((n, shape.dim), np.float32)
         state = np.empty((n, rows.state.shape[1]), np.float32)
         counters = np.empty((n, rows.counters.shape[1]), np.uint32)
-        split_records(content, shape, address_of(weights), state, counters)
+        split_records(content, shape, np.arange(len(content)), address_of(weights), state, counters)
         return rows._replace(
             keys=np.concatenate([rows.keys, keys]),
             weights=np.concatenate([rows.weights, weights]),

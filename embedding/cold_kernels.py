@@ -173,10 +173,15 @@ def decode_records(content: NDArray[np.uint8], shape: Layout, where: NDArray[np.
 
 @jit
 def split_records(
-    content: NDArray[np.uint8], shape: Layout, weights: Int, state: NDArray[np.float32], counters: NDArray[np.uint32]
+    content: NDArray[np.uint8],
+    shape: Layout,
+    places: NDArray[np.int64],
+    weights: Int,
+    state: NDArray[np.float32],
+    counters: NDArray[np.uint32],
 ) -> None:
-    """Take records apart: weights: float32[n, dim] at an address, state and counters as ``read_row`` gives them."""
+    """Take records apart, each to its place of places: int64[n] in weights: float32[m, dim] at an address, state and counters."""
     for i in range(content.shape[0]):
-        row = address_in(content, i * content.shape[1]) + 8
-        out = weights + 4 * i * shape.dim
-        read_row(row, row + shape.weight_bytes, shape, counters.shape[1], i, out, state, counters)
+        row, place = address_in(content, i * content.shape[1]) + 8, places[i]
+        out = weights + 4 * place * shape.dim
+        read_row(row, row + shape.weight_bytes, shape, counters.shape[1], place, out, state, counters)

@@ -5,6 +5,7 @@ Invariant: what was saved never changes; it lives as long as somebody holds this
 mutex, but for ``parts`` once they are taken.
 """
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,15 +13,46 @@ from numpy.typing import NDArray
 
 from oarlock.embedding.descriptor import SAVED, SAVED_ROOM
 from oarlock.embedding.pointer import address_of
+from oarlock.embedding.recycled import Recycled
 
 LEAST = 64  # keys of a piece of memory
-PUSHES = 16  # pushes as large as the one that needs room, which a piece has room for
+PUSHES = 4  # pushes as large as the one that needs room, which a piece has room for
 PIECE_BYTES = 4 << 20  # but if one push needs more, it has no more than this
+SEGMENT_BYTES = 4 << 20
+# Kept from one cut to the next: what a large batch saves in its first pushes after a cut, while workers wait for them.
+READY_BYTES = 64 << 20
 
 if TYPE_CHECKING:
     from oarlock.embedding.view import TableView
 
 Part = NDArray[np.uint8]
+
+
+class _Memory:
+    """Pieces of memory for what is saved, cut from segments of this process. Any thread."""
+
+    def __init__(self) -> None:
+        self._recycled = Recycled(READY_BYTES)
+        self._lock = threading.Lock()
+        self._segment: Part = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Part:
+        with self._lock:
+            if size > len(self._segment):
+                self._segment = self._recycled.take(max(size, SEGMENT_BYTES))
+            piece, self._segment = self._segment[:size], self._segment[size:]
+            return piece
+
+    def warm(self) -> None:
+        self._recycled.warm(SEGMENT_BYTES, READY_BYTES)
+
+
+_memory = _Memory()
+
+
+def make_ready() -> None:
+    """Have memory for the first pushes after a view began, which would else wait for the system to find it."""
+    _memory.warm()
 
 
 class Saved:
@@ -45,9 +77,9 @@ class Saved:
         left = int(words[SAVED_ROOM])
         if left >= max(n, min(least, PIECE_BYTES // self._pitch // 2)):
             return
-        # Most of it may never be used, and costs nothing then: a push that stops for room costs more than address space.
+        # Not for each push anew, yet not much more than it needs: others want warm memory, too.
         room = max(n, min(max(LEAST, PUSHES * n), PIECE_BYTES // self._pitch))
-        piece = np.empty((room, self._pitch), np.uint8)
+        piece = _memory.take(room * self._pitch).reshape(room, self._pitch)
         self._end_piece(left)
         self._pieces.append(piece)
         words[SAVED], words[SAVED_ROOM] = address_of(piece), room

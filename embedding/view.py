@@ -6,10 +6,10 @@
     release(block)   nothing is saved for it any more
     commit_view(n)   it is on disk: the next view's changes count from here
 
-Invariant: what a view gives of a block is what ``export_block`` would have given when the view began, but for the order of
-keys. Rows are copied in slices under the block's mutex, so a push waits for one slice, and a pull for nothing. A table has
-one open view, which keeps blocks that are dropped or replaced meanwhile until they are released. Any thread; one view is
-read by one thread at a time.
+Invariant: what a view gives of a block is what ``export_block`` would have given when the view began, but for the order: rows
+are sorted by key. They are copied in slices under the block's mutex, so a push waits for one slice, and a pull for nothing. A
+table has one open view, which keeps blocks that are dropped or replaced meanwhile until they are released. Any thread; one
+view is read by one thread at a time.
 """
 
 import os
@@ -208,14 +208,20 @@ class _Copy:
     ) -> None:
         self._view, self._table, self._block = view, view._table, block
         self._wanted, self._only = wanted, only
-        self._keys = keys
         self._early = sum(map(len, saved))
-        waits = int(np.count_nonzero((words >= PENDING) & (words < SPILLED)))
-        rows = len(words) - waits
+        are_rows = (words < PENDING) | (words >= SPILLED)
+        found, waits = [keys[are_rows]], len(words) - int(np.count_nonzero(are_rows))
         for part in saved:
-            _, kinds, chosen = self._choose(part)
+            mine, kinds, chosen = self._choose(part)
             waits += int(np.count_nonzero(chosen & (kinds >= PENDING)))
-            rows += int(np.count_nonzero(chosen & (kinds < PENDING)))
+            found.append(mine[chosen & (kinds < PENDING)])
+        # Each row is written to the place at which a file has it: moving all of them there later would cost as much again.
+        self._sorted: Keys = np.sort(np.concatenate(found))
+        own = self._sorted if len(self._sorted) == len(found[0]) else np.sort(found[0])
+        self._keys: Keys = np.concatenate([own, keys[~are_rows]])
+        self._places: NDArray[np.int64] = np.zeros(len(keys), np.int64)
+        self._places[: len(own)] = self._places_of(own)
+        rows = len(self._sorted)
         self._out = BlockRows(
             np.empty(rows, np.uint64),
             np.empty((rows, self._table.spec.dim), np.float32),
@@ -259,6 +265,7 @@ class _Copy:
                         table.salt,
                         table.layout,
                         self._keys,
+                        self._places,
                         begin,
                         end,
                         self._entries,
@@ -286,12 +293,14 @@ class _Copy:
 
     def _add_rows(self, keys: Keys, records: Part) -> None:
         """Add rows that are given as records of the spill file: uint8[n, bytes], which may be longer than those are."""
-        out, begin = self._out, int(self._progress[ROWS_AT])
-        end = begin + len(keys)
-        out.keys[begin:end] = keys
-        where = address_of(out.weights) + begin * out.weights.strides[0]
-        split_records(records, self._table.layout, where, out.state[begin:end], out.counters[begin:end])
-        self._progress[ROWS_AT] = end
+        out, places = self._out, self._places_of(keys)
+        out.keys[places] = keys
+        split_records(records, self._table.layout, places, address_of(out.weights), out.state, out.counters)
+        self._progress[ROWS_AT] += len(keys)
+
+    def _places_of(self, keys: Keys) -> NDArray[np.int64]:
+        """Return where rows of these keys go."""
+        return np.searchsorted(self._sorted, keys)
 
     def _choose(self, part: Part) -> tuple[Keys, NDArray[np.uint32], NDArray[np.bool_]]:
         """Return the keys: uint64[n] and words: uint32[n] of saved keys, and which of them are wanted: bool[n]."""

@@ -159,6 +159,7 @@ def copy_unchanged(
     salt: np.uint64,
     shape: Layout,
     keys: NDArray[np.uint64],
+    places: NDArray[np.int64],
     begin: Int,
     end: Int,
     entries: NDArray[np.int64],
@@ -173,9 +174,10 @@ def copy_unchanged(
     filed_keys: NDArray[np.uint64],
     records: NDArray[np.int64],
 ) -> None:
-    """Copy those of keys begin to end - 1 that are unchanged still to the next places; tell of each what became of it.
+    """Copy those of keys begin to end - 1 that are unchanged still; tell of each what became of it.
 
-    Rows in the file are listed with their records instead. entries: scratch of end - begin.
+    A row goes to its place of places: int64[n], a waiting key behind the last one. Rows in the file are listed with their
+    records instead. entries: scratch of end - begin.
     """
     buckets: Int = load_i64(descriptor, BUCKETS)
     count: Int = load_i64(descriptor, COUNT)
@@ -188,7 +190,7 @@ def copy_unchanged(
             row, side = row_at(chunks, np.int64(load_u32(entry, 0)) & VALUE, shape)
             prefetch_bytes(row, shape.weight_bytes)
             prefetch_bytes(side, max(shape.side_bytes, 1))
-    at = progress[ROWS_AT]
+    copied = progress[ROWS_AT]
     waits = progress[WAITING_AT]
     in_file = np.int64(0)
     for i in range(begin, end):
@@ -201,9 +203,10 @@ def copy_unchanged(
             continue
         if word < PENDING:
             row, side = row_at(chunks, word & VALUE, shape)
-            read_row(row, side, shape, counted.shape[1], at, weights + 4 * at * shape.dim, state, counted)
-            out_keys[at] = keys[i]
-            at += 1
+            place = places[i]
+            read_row(row, side, shape, counted.shape[1], place, weights + 4 * place * shape.dim, state, counted)
+            out_keys[place] = keys[i]
+            copied += 1
             fates[i] = COPIED
         elif word < SPILLED:
             waiting[waits] = keys[i]
@@ -215,6 +218,6 @@ def copy_unchanged(
             records[in_file] = record_of(word)
             in_file += 1
             fates[i] = IN_FILE
-    progress[ROWS_AT] = at
+    progress[ROWS_AT] = copied
     progress[WAITING_AT] = waits
     progress[FILED_AT] = in_file

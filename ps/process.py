@@ -11,6 +11,7 @@ import random
 
 from oarlock.client.membership import Membership
 from oarlock.client.telemetry import Telemetry
+from oarlock.embedding.saved import make_ready
 from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
 from oarlock.ps.identity import Identity
@@ -44,6 +45,8 @@ async def run_shard(
     identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
     shard = service.configure(spec, identity, holds_lease=member.holds_lease)
     telemetry = telemetry or Telemetry()
+    loop = asyncio.get_running_loop()
+    member.before_cut = lambda: loop.run_in_executor(None, make_ready)
     with telemetry.of_member(member, shard_source(service, shard)):
         async with member.kept(telemetry.told(shard.stats)):
             sweeping = asyncio.ensure_future(_sweep(shard))

@@ -29,6 +29,7 @@ from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
 from oarlock.embedding.dense_view import DenseView
 from oarlock.embedding.expanding_view import ExpandingView
+from oarlock.embedding.saved import make_ready
 from oarlock.embedding.view import TableView
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.shard import Shard
@@ -55,6 +56,8 @@ class View:
         self.entries: dict[int, BlockEntry] | None = None
         # Whether it was torn when it was first asked for, None before: later tears break nothing.
         self.torn: bool | None = None
+        # Whether pushes are expected while it is written.
+        self._training = False
         self._layout = shard.layout
         self._base = base
         self._marks = shard.marks.copy()
@@ -70,6 +73,7 @@ class View:
     def write(self, store: CheckpointStore, threads: int = 1) -> dict[int, BlockEntry]:
         """Write all blocks that have changed, several at a time; return the entries of all by number."""
         if self.entries is None:
+            self._training = threads == 1
             changed = []
             for number in self.blocks.tolist():
                 if self._stands(number):
@@ -142,6 +146,8 @@ class View:
             else:
                 rows, after, gone = view.content(block), None, NONE_GONE
             view.release(block)
+        if self._training:
+            make_ready()
         return Change(_image(self._layout, number, seq, marks, rows), after, gone)
 
     def _marks_of(self, number: int) -> dict[int, int]:
