@@ -103,7 +103,8 @@ class Coordinator:
         with self.lock:
             known = self.members.by_nonce(role, nonce)
             if known is not None:
-                return known
+                # It heard nothing of its lease before this answer.
+                return self.members.renew(known.incarnation, self.clock())
             if role == "shard":
                 for old in self.members.alive("shard"):
                     if old.address == address:

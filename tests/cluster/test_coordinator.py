@@ -58,6 +58,17 @@ def test_seconds_are_counted_to_training_until_the_last_split_closes(cluster: An
     assert (work.train_seconds, work.evaluate_seconds) == (pytest.approx(0.25), 0.0)
 
 
+def test_a_repeated_join_is_a_sign_of_life(cluster: Any) -> None:
+    """Its sender counts its lease from the Join that was answered; the answer to the one before it was lost."""
+    first = cluster.join("shard", "a:1", nonce=5)
+    cluster.pass_time(cluster.spec.lease_seconds - 0.5)
+    assert cluster.join("shard", "a:1", nonce=5).incarnation == first.incarnation
+    cluster.pass_time(cluster.spec.lease_seconds - 0.5)
+    assert [m.incarnation for m in cluster.coordinator.members.alive("shard")] == [first.incarnation]
+    cluster.pass_time(1.5)
+    assert cluster.coordinator.members.alive("shard") == []
+
+
 def test_a_repeated_join_gets_the_same_answer(cluster: Any) -> None:
     first = cluster.join("shard", "a:1", nonce=5)
     again = cluster.join("shard", "a:1", nonce=5)
