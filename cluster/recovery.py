@@ -74,6 +74,8 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         c.work.results = {int(s): list(v) for s, v in saved["evaluations"].items()}
         for name, value in saved["counted"].items():
             setattr(c.work, name, value)
+        # Whoever gets them begins with nothing kept of them.
+        c.work.given_back += len(manifest.open_splits)
         c.work.all_touched = True
         c.generation += 1
         c.owners[:] = -1

@@ -184,6 +184,21 @@ def test_a_new_run_begins_where_the_manifest_ends(cluster: Any) -> None:
     assert len(cluster.status()["history"]) == 3
 
 
+def test_splits_that_were_open_at_a_cut_have_lost_what_was_kept_of_them(cluster: Any) -> None:
+    """Whoever gets them in the new run begins with nothing kept, and that is told."""
+    cluster.shards()
+    one, two = cluster.workers()
+    assert len(cluster.lease(one, 2).splits) == 2
+    cluster.lease(two)
+    cluster.leave(two, "it failed")
+    c = cluster.coordinator
+    assert c.counted()["given_back"] == 1
+    c.begin_run(cluster.manifest(), "/cut-000004")
+    assert c.counted()["given_back"] == 3
+    cluster.restart()
+    assert cluster.coordinator.counted()["given_back"] == 3
+
+
 def test_a_run_with_nothing_left_to_do_is_done_at_once(cluster: Any) -> None:
     cluster.shards()
     worker, _ = cluster.workers()
