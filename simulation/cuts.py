@@ -55,6 +55,13 @@ class Cuts:
 
         c.cuts.commit = committed  # type: ignore[method-assign]
 
+    def went_back(self, c: Coordinator, cut: int) -> None:
+        """The job goes on from a cut. Splits of which it has whole groups are as if nobody had had them."""
+        counts, _ = self._read(self._store.load_manifest(cut))
+        for split in list(self._holders):
+            if counts[split].max() == counts[split].min():
+                del self._holders[split]
+
     def leased(self, request: LeaseRequest, reply: LeaseReply | PSError) -> None:
         if not isinstance(reply, PSError) and reply.work == TRAIN:
             for split in reply.splits:

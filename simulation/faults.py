@@ -29,7 +29,9 @@ WORLD = (
     "join",
     "leave",
 )
-KINDS = (*WIRE, *WORLD)
+# Ends the job, which then goes on from its newest cut.
+KILL_SHARD = "kill_shard"
+KINDS = (*WIRE, *WORLD, KILL_SHARD)
 MODES = ("async", "ssp", "geo")
 # Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
 SYNC = "sync"
@@ -58,6 +60,17 @@ GATE_SECONDS = 2.0
 CUT_METHODS = ("Coordinator.Gate", "Coordinator.Heartbeat", "Shard.Cut", "Shard.Write", "Shard.Abort")
 CUT_WORLD = ("kill_worker", "pause_worker", "kill_coordinator", "tear", "pause_coordinator", "cut")
 CUTS_SHARE = 0.5
+# Of all jobs: those that lose shards, at a word of these messages, or whenever.
+LOSSES_SHARE = 0.25
+LOSS_METHODS = (
+    *("Shard.Cut",) * 3,
+    *("Shard.Write",) * 3,
+    *("Coordinator.Gate",) * 2,
+    "Shard.Abort",
+    "Shard.Ranks",
+    "Shard.Adopt",
+    "Shard.Push",
+)
 # Of the jobs of modes in which something may be kept from group to group.
 ROUGH_SHARE = 0.4
 
@@ -83,6 +96,8 @@ class Schedule:
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
     ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone. ``at_gates``: faults that strike when
     the ``at``-th word of a worker that stands at a gate was heard.
+    ``at_cuts``: faults that strike when the ``at``-th message of their method was handled, or, if ``who`` is odd, is about to be,
+    counted once ``cuts_before`` cuts are committed.
     ``ranks``: of sync; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the end.
     """
 
@@ -108,6 +123,8 @@ class Schedule:
     compute_threads: int = 1
     checkpoint_seconds: float = 0.0
     at_gates: tuple[Fault, ...] = ()
+    at_cuts: tuple[Fault, ...] = ()
+    cuts_before: int = 0
     ranks: int = 0
     checkpoint_steps: int = 0
 
@@ -121,15 +138,19 @@ class Schedule:
     @staticmethod
     def from_json(text: str) -> "Schedule":
         values = json.loads(text)
-        for name in ("faults", "at_gates"):
+        for name in ("faults", "at_gates", "at_cuts"):
             values[name] = tuple(Fault(**f) for f in values.get(name, ()))
         return Schedule(**values)
 
 
 def draw(seed: int, modes: tuple[str, ...] = MODES) -> Schedule:
     """Return the schedule of a seed."""
-    schedule = _draw_training(random.Random(seed), seed, modes)
-    rng = random.Random(f"cuts of {seed}")
+    return _losing(_draw_cuts(_draw_training(random.Random(seed), seed, modes)))
+
+
+def _draw_cuts(schedule: Schedule) -> Schedule:
+    """Return a schedule with what its seed has of cuts."""
+    rng = random.Random(f"cuts of {schedule.seed}")
     if rng.random() > CUTS_SHARE:
         return schedule
     kinds, favourites = rng.sample(WIRE, 2), rng.sample(CUT_METHODS, 2)
@@ -149,6 +170,37 @@ def _aimed(rng: random.Random) -> list[Fault]:
         # Longer than it waits: when the coordinator is back, all have come and the views begin.
         return [Fault(at, "pause_coordinator", who, 2 * GATE_SECONDS + rng.random() * 2), late]
     return [Fault(at, "cut", 4, LEASE_SECONDS * (1 + rng.random() / 2)), late]
+
+
+def _losing(schedule: Schedule) -> Schedule:
+    """Return a schedule with the shards that die by its seed: in the midst of cuts, most of them."""
+    rng = random.Random(f"shards of {schedule.seed}")
+    if rng.random() > LOSSES_SHARE:
+        return schedule
+    aimed, faults = list[Fault](), list(schedule.faults)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        who, seconds = rng.randrange(12), rng.random() * rng.choice((0.2, 2.0))
+        if rng.random() < 0.25:
+            faults.append(Fault(rng.randint(0, LEAST_EVENTS * 2), KILL_SHARD, who, seconds))
+            continue
+        method = rng.choice(LOSS_METHODS)
+        # Of pushes there are many.
+        at = rng.randint(1, 60 if method == "Shard.Push" else 12)
+        aimed.append(Fault(at, KILL_SHARD, who, seconds, method))
+    # Jobs that never make a cut begin anew, which is soon seen.
+    often = schedule.checkpoint_seconds or rng.choice((0.0, 0.5, 0.5, 2.0))
+    return replace(
+        schedule,
+        faults=tuple(sorted(faults, key=lambda f: f.at)),
+        at_cuts=tuple(aimed),
+        cuts_before=rng.choice((0, 1, 1, 2)),
+        checkpoint_seconds=often,
+    )
+
+
+def loses(schedule: Schedule) -> bool:
+    """Whether a shard is to die."""
+    return bool(schedule.at_cuts) or any(fault.kind == KILL_SHARD for fault in schedule.faults)
 
 
 def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Schedule:

@@ -131,6 +131,10 @@ class Checker:
     def handled(self, shard: Shard, method: str, request: Any, reply: Any) -> None:
         """After a shard handled a message, whatever came of it."""
 
+    def went_back(self) -> None:
+        """The job goes on from a cut."""
+        self._have.clear()
+
     def cuts(self, folder: Path) -> Any:
         """Return what looks at the cuts in ``folder`` in place of cuts.py, None if there is nothing."""
         return None

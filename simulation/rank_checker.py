@@ -209,6 +209,10 @@ class RankChecker(Checker):
             right = measured is not None and abs(measured - wanted) < 1e-9
             require(right, "E1", f"epoch {epoch} was evaluated as {measured}, the course says {wanted}")
 
+    def went_back(self) -> None:
+        """The job goes on from a cut: what was staged is gone with the shards that had it; what it says stays the same."""
+        self._staged.clear()
+
     def cuts(self, folder: Path) -> "RankCuts":
         return RankCuts(self, folder)
 
@@ -250,6 +254,11 @@ class RankCuts:
             self._checker.check_cut(read, [self._store.load_block(read, entry) for entry in read.blocks])
 
         c.cuts.commit = committed  # type: ignore[method-assign]
+
+    def went_back(self, c: Coordinator, cut: int) -> None:
+        """The job goes on from a cut, which nobody may have heard of."""
+        read = self._store.load_manifest(cut)
+        self._checker.check_cut(read, [self._store.load_block(read, entry) for entry in read.blocks])
 
     def leased(self, request: Any, reply: Any) -> None:
         """Ranks are leased, and not splits."""

@@ -36,7 +36,7 @@ def go_on(schedule: Schedule, data: Data, checkpoints: Path, folder: Path, log: 
     """Restore one of the cuts in ``checkpoints`` and train to the end."""
     rng = random.Random(schedule.seed + 2)
     cut = rng.choice(LocalStore(checkpoints).cuts())
-    other = replace(schedule, shards=rng.randint(1, 3), workers=rng.randint(1, 3), faults=(), at_gates=())
+    other = replace(schedule, shards=rng.randint(1, 3), workers=rng.randint(1, 3), faults=(), at_gates=(), at_cuts=())
     folder.mkdir()
     outcome = Restored(other, data, folder, f"{checkpoints}@{cut}", log).run()
     return replace(outcome, violation=f"{outcome.violation} (restored from cut {cut})" if outcome.violation else "")
@@ -50,6 +50,6 @@ def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome
         outcome = world.run()
         if outcome.violation or not world.cuts.committed:
             return outcome
-        again = go_on(schedule, data, folder / "checkpoints", folder / "again", log)
+        again = go_on(schedule, data, world.folder / "checkpoints", folder / "again", log)
         outcome.counts.update({"cut committed": world.cuts.committed, "restored": 1})
         return replace(outcome, violation=again.violation, events=outcome.events + again.events)

@@ -33,7 +33,7 @@ class WatchedStore(Store):
         self._died = died
         self._committed = committed
         self._pending: list[tuple[dict[Any, Any], Any, Any]] = []
-        self._clear = False
+        self._clear = self._clear_epochs = False
         self.tear: int | None = None
         self._dead = False
 
@@ -62,12 +62,17 @@ class WatchedStore(Store):
     def _note(self) -> None:
         if self._clear:
             self._committed.evaluations.clear()
+        if self._clear_epochs:
+            self._committed.epochs.clear()
         for where, key, value in self._pending:
             where[key] = value
-        self._pending, self._clear = [], False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending, self._clear, self._clear_epochs = [], False, False
 
     def __enter__(self) -> "WatchedStore":
-        self._pending, self._clear = [], False
+        self._forget()
         super().__enter__()
         return self
 
@@ -86,6 +91,10 @@ class WatchedStore(Store):
     def clear_evaluations(self) -> None:
         super().clear_evaluations()
         self._clear = True
+
+    def clear_epochs(self) -> None:
+        super().clear_epochs()
+        self._clear_epochs = True
 
     def set_placement(self, generation: int, owners: bytes, shards: list[dict[str, Any]]) -> None:
         super().set_placement(generation, owners, shards)

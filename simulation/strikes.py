@@ -49,6 +49,15 @@ class Strikes(ABC):
     @abstractmethod
     def _end_coordinator(self, process: Process, seconds: float) -> None: ...
 
+    @property
+    def shards_now(self) -> list[Process]:
+        """The shards that a fault may choose among."""
+        return self.shard_processes
+
+    @property
+    def services_now(self) -> list[ShardService]:
+        return self.services
+
     def _strike(self, fault: Fault) -> None:
         self.counts[fault.kind] += 1
         self._note(f"fault: {fault}")
@@ -98,7 +107,7 @@ class Strikes(ABC):
         self._pause(self.coordinator_process, fault.seconds)
 
     def _pause_shard(self, fault: Fault) -> None:
-        self._pause(self.shard_processes[fault.who % len(self.shard_processes)], fault.seconds)
+        self._pause(self.shards_now[fault.who % len(self.shards_now)], fault.seconds)
 
     # Not in the middle of the event that it is struck by: what was begun there is done.
     def _kill_coordinator(self, fault: Fault) -> None:
@@ -108,7 +117,7 @@ class Strikes(ABC):
         self.store.tear = fault.who
 
     def _cut(self, fault: Fault) -> None:
-        shard = self.shard_processes[fault.who // 2 % len(self.shard_processes)].name
+        shard = self.shards_now[fault.who // 2 % len(self.shards_now)].name
         worker = self._chosen(fault)
         pair = (shard, "coordinator") if fault.who % 2 or worker is None else (worker.name, shard)
         if fault.who == 4 and worker is not None:
@@ -119,7 +128,7 @@ class Strikes(ABC):
 
     def _refuse(self, fault: Fault) -> None:
         """The next push to one table of one shard meets the end of memory, after earlier parts of it were applied."""
-        joined = self.services[fault.who % len(self.services)]._joined
+        joined = self.services_now[fault.who % len(self.services_now)]._joined
         if joined is None:
             return
         table: Any = joined[1].tables[fault.who // 3 % 2]

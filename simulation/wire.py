@@ -43,7 +43,8 @@ class Call:
 
 
 class Wire:
-    """Connects processes by address. ``event(process, method, request, reply)`` is told of every delivery."""
+    """Connects processes by address. ``event(process, call, request, reply)`` is told of every delivery, ``before`` of requests
+    that are about to be handled, and says whether who should handle one has just died."""
 
     def __init__(
         self,
@@ -51,11 +52,13 @@ class Wire:
         rng: random.Random,
         latency: float,
         event: Callable[[Process | None, Call, Any, Any], None],
+        before: Callable[[Process, Call], bool] = lambda process, call: False,
     ) -> None:
         self._loop = loop
         self._rng = rng
         self._latency = latency
         self._event = event
+        self._before = before
         self._nowhere = contextvars.Context()
         self._listeners: dict[str, tuple[Process, object]] = {}
         self._inboxes: dict[Process, deque[Call]] = {}
@@ -125,6 +128,9 @@ class Wire:
         if process.paused:
             self._inboxes.setdefault(process, deque()).append(call)
             return
+        if self._before(process, call):
+            self._broken(call)
+            return
         request = METHODS[call.method].request.FromString(call.data)
         reply, error = None, None
         try:
@@ -138,7 +144,7 @@ class Wire:
             return
         self._event(process, call, request, error if reply is None else reply)
         data = None if reply is None else reply.SerializeToString()
-        if "deaf" in call.faults:
+        if "deaf" in call.faults or (not process.alive and self._rng.random() < 0.5):
             self._broken(call)
         else:
             extra = call.seconds if "slow_reply" in call.faults else 0.0

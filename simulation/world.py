@@ -30,9 +30,9 @@ from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Later, Process, Stalled, VirtualLoop
 from oarlock.simulation.rank_checker import RankChecker
 from oarlock.simulation.residuals import Residuals
+from oarlock.simulation.resuming import LOOK_SECONDS, Resuming
 from oarlock.simulation.staleness import Bound
 from oarlock.simulation.state import Committed, WatchedStore
-from oarlock.simulation.strikes import Strikes
 from oarlock.simulation.wire import Call, Killed, Wire
 from oarlock.worker.process import run_worker
 
@@ -42,7 +42,7 @@ MOST_SECONDS = 600.0
 RESTART_SECONDS = 0.2
 
 
-class World(Strikes):
+class World(Resuming):
     """A job of the simulation. ``log``: a list that is told of every event, for people."""
 
     def __init__(self, schedule: Schedule, data: Data, folder: Path, log: list[str] | None = None) -> None:
@@ -55,13 +55,8 @@ class World(Strikes):
         self.data = data
         self.folder = folder
         self.log = log
-        self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event)
-        self.committed = Committed()
-        self.checker = (RankChecker if schedule.mode == SYNC else Checker)(self.spec, data, self.committed)
-        self.bound = Bound(schedule.staleness)
-        self.kept = Kept(self.spec)
-        self.residuals = Residuals(self.spec)
-        self.cuts = self.checker.cuts(folder / "checkpoints") or Cuts(self.spec, folder / "checkpoints")
+        self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event, self._before)
+        self._begin_anew()
         self.processes: list[Process] = []
         self.coordinator: Coordinator
         self.coordinator_process: Process
@@ -82,6 +77,23 @@ class World(Strikes):
         # When the coordinator last heard of each member.
         self._heard: dict[int, float] = {}
         self._finished = self.loop.create_future()
+
+    def _begin_anew(self) -> None:
+        """Watch the job that ``spec`` says, in ``folder``, from its begin."""
+        self.committed = Committed()
+        self.checker = (RankChecker if self.schedule.mode == SYNC else Checker)(self.spec, self.data, self.committed)
+        self.bound = Bound(self.schedule.staleness)
+        self.kept = Kept(self.spec)
+        self.residuals = Residuals(self.spec)
+        checkpoints = self.folder / "checkpoints"
+        self.cuts = self.checker.cuts(checkpoints) or Cuts(self.spec, checkpoints)
+
+    def _went_back(self, cut: int) -> None:
+        """Watch on from a cut. What follows a job from its begin sees no more of it."""
+        self.checker.went_back()
+        self.cuts.went_back(self.coordinator, cut)
+        self.bound = Bound(self.schedule.staleness)
+        self.kept.follows = self.residuals.kept = False
 
     # Running
 
@@ -109,29 +121,26 @@ class World(Strikes):
 
     async def _play(self) -> None:
         self._start_coordinator()
-        for number in range(self.schedule.shards):
-            self._start_shard(number)
+        for _ in range(self.schedule.shards):
+            self._start_shard()
         for _ in range(self.schedule.workers):
             self._start_worker()
         while not self.violation and self.committed.facts.get("phase") not in OVER:
             await asyncio.sleep(0.25)
+            if self.committed.facts.get("phase") == FAILED and self._lost(self.committed.facts.get("reason", "")):
+                self._lose()
             if self.loop.now - BEGIN > MOST_SECONDS:
                 raise Violation(
                     f"L1: the job is not over after {MOST_SECONDS:g} s: {self.coordinator.status()['phase']}"
                 )
         if self.violation:
             return
-        reason = self.committed.facts.get("reason", "")
-        if self.committed.facts["phase"] == FAILED and reason.startswith("shard") and "lease ended" in reason:
-            # Its faults added up to a whole lease of silence (K3): the job ends there, as it has to, today.
-            self.counts["shard lost"] += 1
-            return
         if self.committed.facts["phase"] == FAILED:
             raise Violation(f"L2: the job failed: {self.committed.facts['reason']}")
         # A late message finds the shards as they are, and must find nothing to do.
         await asyncio.sleep(max(0.0, self.wire.last_copy - self.loop.now) + 1.0)
         if not self.violation:
-            shards = [s._joined[1] for s in self.services if s._joined is not None]
+            shards = [s._joined[1] for s in self.services_now if s._joined is not None]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
 
@@ -148,6 +157,10 @@ class World(Strikes):
 
     # Events
 
+    def _before(self, process: Process, call: Call) -> bool:
+        self._strike_at(call.method, before=True)
+        return not process.alive
+
     def _event(self, process: Process | None, call: Call, request: Any, reply: Any) -> None:
         self.events += 1
         if call.method in ("Coordinator.Join", "Coordinator.Heartbeat") and process is None:
@@ -162,6 +175,8 @@ class World(Strikes):
             for fault in self.schedule.at_gates:
                 if fault.at == self._gates:
                     self._strike(fault)
+        if process is not None:
+            self._strike_at(call.method, before=False)
         while self._faults and self._faults[0].at <= self.events:
             self._strike(self._faults.pop(0))
 
@@ -169,6 +184,8 @@ class World(Strikes):
         if process is self.coordinator_process:
             if hasattr(request, "header") and not isinstance(reply, PSError):
                 self._heard[request.header.sender] = self.loop.now
+            if call.method == "Coordinator.Join" and reply is not None and not isinstance(reply, PSError):
+                self._heard[reply.incarnation] = self.loop.now
             if call.method == "Coordinator.Lease" and reply is not None:
                 self.bound.leased(request, reply)
                 self.cuts.leased(request, reply)
@@ -176,7 +193,7 @@ class World(Strikes):
                 self.cuts.stood(request.header.sender, request.cut)
             self.residuals.answered(call.method, request)
             self.checker.answered(call.method, request, reply)
-        elif process in self.shard_processes:
+        elif process in self.shards_now:
             number = self.shard_processes.index(process)
             joined = self.services[number]._joined
             if joined is not None:
@@ -246,6 +263,7 @@ class World(Strikes):
         task.add_done_callback(lambda t: self._ended(process, t))
 
     def _opened(self, c: Coordinator) -> None:
+        self._take_up(c)
         self.cuts.watch(c)
 
     def _judge(self, member: Any, error: str) -> None:
@@ -264,10 +282,12 @@ class World(Strikes):
             self.store.close()
             self._later(RESTART_SECONDS + seconds, self._start_coordinator)
 
-    def _start_shard(self, number: int) -> None:
+    def _start_shard(self) -> None:
+        number = len(self.shard_processes)
         process = self._process(f"shard-{number}")
         service = ShardService()
-        address = f"in-process:shard-{number}"
+        # Where one of the life before was.
+        address = f"in-process:shard-{number - self._first_shard}"
         self.wire.serve(process, address, service)
         self.services.append(service)
         self.shard_processes.append(process)
@@ -294,10 +314,18 @@ class World(Strikes):
         self._note(f"{process.name} ended: {error!r}")
         if process.name.startswith("worker"):
             self._worker_ended(process, error)
-        elif error is not None and not isinstance(error, LeaseLost):
+            return
+        self._later(LOOK_SECONDS, self._shard_ended, process)
+        if error is not None and not isinstance(error, LeaseLost):
             self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
 
     def _worker_ended(self, process: Process, error: BaseException | None) -> None:
+        if process not in self.workers:
+            # Left over from an earlier life, and told so.
+            self.counts["left over"] += 1
+            if error is not None and not isinstance(error, PSError):
+                self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
+            return
         self.workers.remove(process)
         if error is None:
             return

@@ -12,6 +12,7 @@ for _name in (
     "planted_residuals",
     "planted_ranks",
     "planted_cuts",
+    "planted_losses",
 ):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     assert _spec is not None

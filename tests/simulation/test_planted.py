@@ -7,12 +7,13 @@ from collections.abc import Callable
 import planted
 import planted_caches
 import planted_cuts
+import planted_losses
 import planted_modes
 import planted_residuals
 import pytest
 
 from oarlock.simulation.campaign import files, smallest
-from oarlock.simulation.faults import Schedule, draw
+from oarlock.simulation.faults import Schedule, draw, loses
 from oarlock.simulation.restored import run
 
 MOST = 1000
@@ -34,6 +35,9 @@ RARE = {
     planted_cuts.views_of_later,
     planted_cuts.silent_workers_are_not_waited_for_after_a_restart,
     planted_cuts.the_fastest_worker_opens_the_gate,
+    planted_losses.runs_and_lives_are_not_told_apart,
+    planted_losses.results_of_the_lost_run_stay_on_disk,
+    planted_losses.an_owner_that_died_is_left_out_of_the_cut,
 }
 
 
@@ -41,9 +45,13 @@ def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch
     """Return the first seed that breaks an invariant, and which."""
     plant(patch)
     rough, cuts = plant in planted_residuals.PLANTED, plant in planted_cuts.PLANTED
+    losses = plant in planted_losses.PLANTED
     for seed in range(MOST):
         # No other job has anything to show there.
-        if (rough and not draw(seed).push) or (cuts and not draw(seed).checkpoint_seconds):
+        schedule = draw(seed)
+        if (rough and not schedule.push) or (cuts and not schedule.checkpoint_seconds):
+            continue
+        if losses and not loses(schedule):
             continue
         violation = run(draw(seed), files()).violation
         if violation:
@@ -59,7 +67,7 @@ def found(plant: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch
     "plant",
     [
         pytest.param(p, marks=pytest.mark.slow if p in RARE else (), id=p.__name__)
-        for module in (planted, planted_modes, planted_caches, planted_residuals, planted_cuts)
+        for module in (planted, planted_modes, planted_caches, planted_residuals, planted_cuts, planted_losses)
         for p in module.PLANTED
     ],
 )

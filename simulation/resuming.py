@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows the loss of a shard: the whole job ends, and goes on from its newest committed cut on other shards.
+
+    a shard dies        nobody, or the launcher, sees it; meanwhile the others go on as they would, also with a cut
+    the job ends        its coordinator and shards with it; some workers are left over, and are told that their run is over
+    the job goes on     as ``--resume`` does: the same state file, the next run, other numbers of shards and workers
+    there is no cut     a new job begins, with a state, a number and a folder of its own
+
+Invariant: what a schedule says decides who dies when; what was there before a loss has no say in what comes after it. One thread.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from oarlock.checkpoint.format import cut_folder
+from oarlock.checkpoint.store import LocalStore, open_checkpoint
+from oarlock.client.job import DONE, OVER, STOPPED, JobSpec
+from oarlock.cluster.coordinator import Coordinator
+from oarlock.ps.service import ShardService
+from oarlock.simulation.faults import LEASE_SECONDS, Fault
+from oarlock.simulation.loop import Process
+from oarlock.simulation.state import Committed
+from oarlock.simulation.strikes import Strikes
+
+# The launcher looks so often whether a process has ended.
+LOOK_SECONDS = 0.25
+# Of workers, which of them outlive the job that they belong to.
+LEFT_OVER = 0.3
+
+
+class Resuming(Strikes):
+    """The half of a world that loses shards, and goes on. ``lives``: how often it began."""
+
+    spec: JobSpec
+    folder: Path
+    committed: Committed
+    cuts: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives = 1
+        # The shards of this life are those from here on.
+        self._first_shard = 0
+        # What a coordinator is told to begin from, unless it has recorded the run that does.
+        self._restore, self._run_before = "", 0
+        # Messages of cuts that were handled so far, by method.
+        self._handled: dict[str, int] = {}
+
+    @property
+    def shards_now(self) -> list[Process]:
+        """The shards of this life; dead ones, too."""
+        return self.shard_processes[self._first_shard :]
+
+    @property
+    def services_now(self) -> list[ShardService]:
+        return self.services[self._first_shard :]
+
+    def _start_coordinator(self) -> None:
+        raise NotImplementedError
+
+    def _start_shard(self) -> None:
+        raise NotImplementedError
+
+    def _begin_anew(self) -> None:
+        """Forget all of the job that was, and know the one that ``spec`` says."""
+        raise NotImplementedError
+
+    def _went_back(self, cut: int) -> None:
+        """What is watched is at a cut again."""
+        raise NotImplementedError
+
+    # A shard dies
+
+    def _kill_shard(self, fault: Fault) -> None:
+        living = [process for process in self.shards_now if process.alive]
+        if living and self.committed.facts.get("phase") not in OVER:
+            process = living[fault.who % len(living)]
+            process.alive = False
+            # Seen by who started it, or by nobody: then its lease ends.
+            seen = self.rng.random() * 2 * LOOK_SECONDS if self.rng.random() < 0.7 else 2 * LEASE_SECONDS
+            self._later(fault.seconds + seen, self._shard_ended, process)
+
+    def _strike_at(self, method: str, *, before: bool) -> None:
+        """Strike what the schedule has for this message, which is about to be handled, or was."""
+        if self.cuts.committed < self.schedule.cuts_before:
+            return
+        count = self._handled[method] = self._handled.get(method, 0) + before
+        for fault in self.schedule.at_cuts:
+            if (fault.method, fault.at, bool(fault.who % 2)) == (method, count, before):
+                self._strike(replace(fault, who=fault.who // 2))
+
+    def _shard_ended(self, process: Process) -> None:
+        """The launcher sees that a shard ended: it ends the job, whatever the coordinator knows of it."""
+        if process in self.shards_now and self.committed.facts.get("phase") not in (DONE, STOPPED):
+            self._lose()
+
+    # The job goes on
+
+    def _lost(self, reason: str) -> bool:
+        """Whether a job that failed for ``reason`` lost a shard, and is to be resumed."""
+        return reason.startswith("shard")
+
+    def _lose(self) -> None:
+        """End all that is left of this life, and begin the next one a while later."""
+        self.lives += 1
+        self.counts["resumed"] += 1
+        self._note("the job lost a shard and is resumed")
+        for process in self.shards_now:
+            process.alive = False
+        for process in list(self.workers):
+            if self.rng.random() >= LEFT_OVER:
+                process.alive = False
+        self.workers.clear()
+        self._first_shard = len(self.shard_processes)
+        was_there = self.coordinator_process.alive
+        self.coordinator_process.alive = False
+        self.store.close()
+        # What is on disk of a job that ended says nothing of the next life.
+        self.committed.facts.pop("phase", None)
+        manifest = LocalStore(self.folder / "checkpoints").latest()
+        shards = self.rng.randint(1, 3)
+        self.spec = replace(self.spec, servers=shards)
+        if manifest is None:
+            self.folder = self.folder / "anew"
+            self.folder.mkdir()
+            self.spec = replace(self.spec, job=f"{self.lives:032x}")
+            self._restore = ""
+            self._begin_anew()
+            self.counts["begun anew"] += 1
+        else:
+            path = str(self.folder / "checkpoints" / cut_folder(manifest.cut))
+            self._restore, self._run_before = path, self._recorded()
+            self._went_back(manifest.cut)
+        if was_there:
+            self._later(self.rng.random(), self._start_coordinator)
+        for _ in range(shards):
+            self._later(self.rng.random(), self._start_shard)
+        for _ in range(self.schedule.workers):
+            self._later(self.rng.random(), self._start_worker)
+
+    def _recorded(self) -> int:
+        return int(self.committed.facts.get("run", 1))
+
+    def _take_up(self, c: Coordinator) -> None:
+        """As the coordinator's process does at its start: begin the run that it was told of, unless that is recorded."""
+        if self._restore and c.run == self._run_before:
+            c.begin_run(open_checkpoint(self._restore)[1], self._restore)
