@@ -236,7 +236,7 @@ class World(Resuming):
 
     def _start_coordinator(self) -> None:
         process = self.coordinator_process = self._process("coordinator")
-        self.store = WatchedStore(self.folder / "state.sqlite", self.committed, lambda: self._coordinator_died(process))
+        self.store = self._make_store(process)
         self._able_since = self.loop.now
 
         def begin() -> None:
@@ -261,6 +261,9 @@ class World(Resuming):
         orders = Orders(self.coordinator, self.wire.link(process), self.folder / "checkpoints", executor=Inline())
         task = self.loop.start(process, run_coordinator(self.coordinator, orders))
         task.add_done_callback(lambda t: self._ended(process, t))
+
+    def _make_store(self, process: Process) -> WatchedStore:
+        return WatchedStore(self.folder / "state.sqlite", self.committed, lambda: self._coordinator_died(process))
 
     def _opened(self, c: Coordinator) -> None:
         self._take_up(c)
