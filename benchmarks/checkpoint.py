@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.benchmarks.checkpoint_disk import forget, read_raw, restore, write_raw
+from oarlock.benchmarks.checkpoint_disk import compact, forget, read_raw, restore, write_raw
 from oarlock.benchmarks.checkpoint_gaps import longest_gap, median_gap, speed, touched_rows
 from oarlock.benchmarks.checkpoint_job import CheckpointJob, Cut
 from oarlock.benchmarks.checkpoint_recipe import prolong, table_spec
@@ -124,7 +124,7 @@ def of_training(cuts: list[Cut], quiet: list[tuple[float, float]], told: list[ND
 
 
 def of_increments(job: CheckpointJob, cuts: list[Cut], data: Path) -> dict[str, Any]:
-    """Return what incremental cuts wrote over what their groups touched, as the data says."""
+    """Return what incremental cuts wrote over what their groups touched, as the data says. Compaction's bytes are not in it."""
     keys: NDArray[np.uint64] = np.load(data / "keys.npy", mmap_mode="r")
     notes = np.concatenate(job.notes())
     ratios, only, touched = [], [], []
@@ -136,7 +136,7 @@ def of_increments(job: CheckpointJob, cuts: list[Cut], data: Path) -> dict[str, 
     return {
         "incremental_over_touched": round(statistics.median(ratios), 3),
         "incrementals_over_touched": [round(r, 3) for r in ratios],
-        # Without the blocks whose turn it was to be written whole.
+        # Without blocks that were written whole, since most of their rows had changed.
         "increment_files_over_their_rows": [round(r, 3) for r in only],
         "increment_share_of_bytes": [round(c.increment_bytes / max(1, c.bytes), 3) for c in cuts],
         "touched_rows": touched,
@@ -187,14 +187,22 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
             **of_increments(job, [c for c in cuts if not c.whole], data),
         }
         routes = job.routes()
+        beside = job.compaction()
     finally:
         await job.close()
+    incremental = [c for c in cuts if not c.whole][-1]
+    compacted, taken = await asyncio.to_thread(compact, job.checkpoints, incremental.spans.cut)
+    say(f"{taken:.2f} s to compact chains to {compacted / 1e6:.0f} MB")
     last = resting[-1][0]
     restored = await asyncio.to_thread(_restores, job, routes, last, size.restores, rows, say)
     whole = [c for c in cuts if c.whole]
     bytes_of = [sum(f.stat().st_size for f in last.files)] * len(resting)
     return {
         **found,
+        # What the shard compacted by itself while all of this went on; and all chains of the last incremental cut, in one go.
+        "compacted_beside_training": beside,
+        "compact_all_mb": round(compacted / 1e6, 1),
+        "compact_all_s": round(taken, 2),
         "write_vs_raw": round(statistics.median(raw / _written(cut) for cut, raw in resting), 3),
         "write_mb_per_s": spread([n / 1e6 / _written(cut) for n, (cut, _) in zip(bytes_of, resting, strict=True)], 0),
         "raw_write_mb_per_s": spread([n / 1e6 / raw for n, (_, raw) in zip(bytes_of, resting, strict=True)], 0),

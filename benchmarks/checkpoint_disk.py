@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import Routes
@@ -38,6 +39,15 @@ def write_raw(files: Iterable[Path], folder: Path) -> float:
         return time.monotonic() - begun
     finally:
         shutil.rmtree(folder)
+
+
+def compact(root: Path, cut: int) -> tuple[int, float]:
+    """Return the bytes that a compaction of all chains of a cut writes, and its seconds, one block after the other."""
+    store = LocalStore(root)
+    manifest = store.load_manifest(cut)
+    begun = time.monotonic()
+    found = store.compact(manifest)
+    return sum(entry.total_bytes for entry in found), time.monotonic() - begun
 
 
 def forget(files: Iterable[Path]) -> None:

@@ -127,6 +127,12 @@ class CheckpointJob(GatedJob):
         spans = Spans(wanted, asked, shut or opened, opened, opened + self._written_seconds() - written, committed)
         return self._made(Cut(spans, whole, training, self._manifest(wanted), watched.most - watched.first))
 
+    def compaction(self) -> dict[str, float]:
+        """Return what the shard told of its compaction: chains, bytes and seconds."""
+        (shard,) = self._coordinator.members.alive("shard")
+        found = shard.stats.get("compaction", {})
+        return {name: found.get(name, 0) for name in ("blocks", "bytes", "seconds")}
+
     def _written_seconds(self) -> float:
         """Return how long orders to write took so far."""
         return self.orders.stages.seconds.get("write", 0.0)

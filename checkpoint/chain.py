@@ -5,7 +5,6 @@ Invariant: a merged chain is the block at the newest link's instant: per link, f
 and waiting keys count, whatever older links say. Pure functions over arrays and entries; nothing loops over keys.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,10 @@ from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import compact_folder
 from oarlock.proto.errors import InvalidArgument
 
+# From here on a chain is compacted, beside training: reading eight links takes about four times a whole file's CPU time.
 MAX_LINKS = 8
+# However far compaction has fallen behind, a chain gets no longer, nor its increments more rows than so many whole files.
+HARD_LINKS, HARD_ROWS = 32, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,19 +31,30 @@ class Increment:
     gone: NDArray[np.uint64]
 
 
-def should_be_whole(entry: BlockEntry | None, changed_rows: int) -> bool:
-    """Tell whether the next cut should have the block whole, after ``entry``, with so many rows changed since.
+def should_be_whole(entry: BlockEntry | None, changed_rows: int, rows: int) -> bool:
+    """Tell whether the next cut should have the block whole, after ``entry``: ``changed_rows`` of its ``rows`` changed since.
 
-    A chain has at most 8 links, and its increments at most half as many rows as the whole file before them. Blocks take
-    turns, by the number of the cut with which a chain began: of blocks that began together an eighth is due at each cut.
+    It should if an increment would save next to nothing, or if compaction is so far behind that reading the chain would cost
+    many times its block. Else chains are compaction's (``should_be_compacted``): a cut has to be quick.
     """
-    if entry is None or entry.kind != "rows":
+    if entry is None or entry.kind != "rows" or 8 * changed_rows > 7 * rows:
         return True
-    links = entry.links
-    turn = (links[0].number + entry.block + zlib.crc32(entry.name.encode())) % MAX_LINKS
-    if len(links) >= MAX_LINKS - turn:
-        return True
-    return 2 * (sum(link.rows for link in links[1:]) + changed_rows) > links[0].rows
+    return len(entry.base) >= HARD_LINKS - 1 or _rows_after(entry) + changed_rows > HARD_ROWS * max(
+        rows, _rows_of(entry)
+    )
+
+
+def should_be_compacted(entry: BlockEntry, links: int = MAX_LINKS) -> bool:
+    """Tell whether a chain is to be made one whole file: it has ``links``, or more rows after its whole file than in it."""
+    return len(entry.base) >= max(1, links - 1) or (bool(entry.base) and _rows_after(entry) > _rows_of(entry))
+
+
+def _rows_of(entry: BlockEntry) -> int:
+    return entry.links[0].rows
+
+
+def _rows_after(entry: BlockEntry) -> int:
+    return sum(link.rows for link in entry.links[1:])
 
 
 def rebase(entry: BlockEntry, compacted: BlockEntry) -> BlockEntry:

@@ -76,6 +76,8 @@ class Membership:
         self.id = -1
         self.incarnation = 0
         self.run = 0
+        # The newest cut of the run that is committed, as far as is known here.
+        self.committed = 0
         self.term = 0
         self.gate = Gate(self)
         self._address = address
@@ -185,6 +187,7 @@ class Membership:
         self._in_phase(reply.phase)
         self.step = reply.step
         self.minimum = max(self.minimum, reply.minimum)
+        self.committed = max(self.committed, reply.committed)
         self.gate.hear(reply.opened, reply.gate, reply.gate_seconds)
         if reply.gate_seconds > 0:
             self.before_cut()

@@ -163,6 +163,8 @@ class Cutting:
             reply = await self._ordered(shard, "Write", request, WRITE_SECONDS)
             if reply.torn:
                 raise Unavailable(f"a worker pushed to shard {shard.id} without waiting for its gate to open")
+            if reply.trouble and (told := f"shard {shard.id}: {reply.trouble}") not in self._c.warnings:
+                self._c.warn(told)
             return [BlockEntry(**e) for e in json.loads(reply.entries)]
 
         return [entry for part in await _all([one(shard) for shard in self._owners()]) for entry in part]

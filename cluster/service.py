@@ -173,6 +173,7 @@ class CoordinatorService:
                 opened=c.cuts.opened,
                 gate=c.cuts.gate.cut if c.cuts.gate is not None and member.role == "worker" else 0,
                 gate_seconds=c.cuts.seconds_to_gate(),
+                committed=c.cuts.committed,
             )
 
     def _hear(self, member: Member, request: HeartbeatRequest | LeaseRequest) -> set[tuple[str, int]]:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from oarlock.proto import common_pb2 as oarlock_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foarlock/proto/coordinator.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"\x9a\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x1b\n\x04role\x18\x02 \x01(\x0e\x32\r.oarlock.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x0e\n\x06reader\x18\x07 \x01(\t\x12\x11\n\tsignature\x18( \x01(\t\"\xcb\x01\n\tJoinReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\n\n\x02id\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x0c\n\x04spec\x18\x06 \x01(\t\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12%\n\tplacement\x18\t \x01(\x0b\x32\x12.oarlock.Placement\x12\x0e\n\x06opened\x18\n \x01(\x04\"<\n\x05\x43lock\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x08\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x04\x12\r\n\x05heard\x18\x03 \x01(\x04\"\xa3\x01\n\x10HeartbeatRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05stats\x18\x02 \x01(\t\x12\x1d\n\x05\x63lock\x18\x03 \x01(\x0b\x32\x0e.oarlock.Clock\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x0e\n\x06\x61sking\x18\x06 \x01(\x08\x12\r\n\x05ranks\x18( \x03(\r\"\x94\x01\n\x0eHeartbeatReply\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\x12\x0e\n\x06opened\x18\x06 \x01(\x04\x12\x0c\n\x04gate\x18\x07 \x01(\x04\x12\x14\n\x0cgate_seconds\x18\x08 \x01(\x01\"3\n\x10PlacementRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\"\xa0\x01\n\x0cLeaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x1d\n\x05\x63lock\x18\x06 \x01(\x0b\x32\x0e.oarlock.Clock\x12\r\n\x05ranks\x18( \x03(\r\"\xc2\x01\n\nLeaseReply\x12\x1b\n\x04work\x18\x01 \x01(\x0e\x32\r.oarlock.Work\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\r\n\x05\x66resh\x18\x03 \x03(\x08\x12\x15\n\rretry_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\x12\x0e\n\x06opened\x18\x06 \x01(\x04\x12\x0c\n\x04gate\x18\x07 \x01(\x04\x12\x14\n\x0cgate_seconds\x18\x08 \x01(\x01\x12\r\n\x05ranks\x18( \x03(\r\x12\r\n\x05\x65poch\x18) \x01(\x04\";\n\x0bGateRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\"\x1b\n\tGateReply\x12\x0e\n\x06opened\x18\x01 \x01(\x04\"\xb1\x01\n\x11\x43loseSplitRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x1b\n\x04work\x18\x02 \x01(\x0e\x32\r.oarlock.Work\x12\r\n\x05split\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x0c\n\x04sums\x18\x06 \x03(\x01\x12\x0e\n\x06groups\x18\x07 \x01(\x04\x12\x0e\n\x06scores\x18\x08 \x01(\x0c\"f\n\x0eReleaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x03 \x03(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\">\n\x0cLeaveRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"1\n\x0bStopRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x13\n\x11\x43heckpointRequest\"\x1f\n\x0f\x43heckpointReply\x12\x0c\n\x04last\x18\x01 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"l\n\rDescribeReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12%\n\tplacement\x18\x04 \x01(\x0b\x32\x12.oarlock.Placement\x12\x0c\n\x04step\x18\x05 \x01(\x04*3\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05SHARD\x10\x01\x12\n\n\x06WORKER\x10\x02*M\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x08\n\x04WAIT\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foarlock/proto/coordinator.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"\x9a\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x1b\n\x04role\x18\x02 \x01(\x0e\x32\r.oarlock.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x0e\n\x06reader\x18\x07 \x01(\t\x12\x11\n\tsignature\x18( \x01(\t\"\xcb\x01\n\tJoinReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\n\n\x02id\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x0c\n\x04spec\x18\x06 \x01(\t\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12%\n\tplacement\x18\t \x01(\x0b\x32\x12.oarlock.Placement\x12\x0e\n\x06opened\x18\n \x01(\x04\"<\n\x05\x43lock\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x08\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x04\x12\r\n\x05heard\x18\x03 \x01(\x04\"\xa3\x01\n\x10HeartbeatRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05stats\x18\x02 \x01(\t\x12\x1d\n\x05\x63lock\x18\x03 \x01(\x0b\x32\x0e.oarlock.Clock\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x0e\n\x06\x61sking\x18\x06 \x01(\x08\x12\r\n\x05ranks\x18( \x03(\r\"\xa7\x01\n\x0eHeartbeatReply\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\x12\x0e\n\x06opened\x18\x06 \x01(\x04\x12\x0c\n\x04gate\x18\x07 \x01(\x04\x12\x14\n\x0cgate_seconds\x18\x08 \x01(\x01\x12\x11\n\tcommitted\x18\x46 \x01(\x04\"3\n\x10PlacementRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\"\xa0\x01\n\x0cLeaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0c\n\x04held\x18\x04 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x05 \x03(\x04\x12\x1d\n\x05\x63lock\x18\x06 \x01(\x0b\x32\x0e.oarlock.Clock\x12\r\n\x05ranks\x18( \x03(\r\"\xc2\x01\n\nLeaseReply\x12\x1b\n\x04work\x18\x01 \x01(\x0e\x32\r.oarlock.Work\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\r\n\x05\x66resh\x18\x03 \x03(\x08\x12\x15\n\rretry_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07minimum\x18\x05 \x01(\x04\x12\x0e\n\x06opened\x18\x06 \x01(\x04\x12\x0c\n\x04gate\x18\x07 \x01(\x04\x12\x14\n\x0cgate_seconds\x18\x08 \x01(\x01\x12\r\n\x05ranks\x18( \x03(\r\x12\r\n\x05\x65poch\x18) \x01(\x04\";\n\x0bGateRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\"\x1b\n\tGateReply\x12\x0e\n\x06opened\x18\x01 \x01(\x04\"\xb1\x01\n\x11\x43loseSplitRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x1b\n\x04work\x18\x02 \x01(\x0e\x32\r.oarlock.Work\x12\r\n\x05split\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x0c\n\x04sums\x18\x06 \x03(\x01\x12\x0e\n\x06groups\x18\x07 \x01(\x04\x12\x0e\n\x06scores\x18\x08 \x01(\x0c\"f\n\x0eReleaseRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\x0e\n\x06splits\x18\x02 \x03(\x04\x12\x13\n\x0b\x65valuations\x18\x03 \x03(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\">\n\x0cLeaveRequest\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.oarlock.Header\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\"1\n\x0bStopRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x13\n\x11\x43heckpointRequest\"\x1f\n\x0f\x43heckpointReply\x12\x0c\n\x04last\x18\x01 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"l\n\rDescribeReply\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\r\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12%\n\tplacement\x18\x04 \x01(\x0b\x32\x12.oarlock.Placement\x12\x0c\n\x04step\x18\x05 \x01(\x04*3\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05SHARD\x10\x01\x12\n\n\x06WORKER\x10\x02*M\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x08\n\x04WAIT\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oarlock.proto.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1947
-  _globals['_ROLE']._serialized_end=1998
-  _globals['_WORK']._serialized_start=2000
-  _globals['_WORK']._serialized_end=2077
+  _globals['_ROLE']._serialized_start=1966
+  _globals['_ROLE']._serialized_end=2017
+  _globals['_WORK']._serialized_start=2019
+  _globals['_WORK']._serialized_end=2096
   _globals['_JOINREQUEST']._serialized_start=73
   _globals['_JOINREQUEST']._serialized_end=227
   _globals['_JOINREPLY']._serialized_start=230
@@ -45,35 +45,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_start=498
   _globals['_HEARTBEATREQUEST']._serialized_end=661
   _globals['_HEARTBEATREPLY']._serialized_start=664
-  _globals['_HEARTBEATREPLY']._serialized_end=812
-  _globals['_PLACEMENTREQUEST']._serialized_start=814
-  _globals['_PLACEMENTREQUEST']._serialized_end=865
-  _globals['_LEASEREQUEST']._serialized_start=868
-  _globals['_LEASEREQUEST']._serialized_end=1028
-  _globals['_LEASEREPLY']._serialized_start=1031
-  _globals['_LEASEREPLY']._serialized_end=1225
-  _globals['_GATEREQUEST']._serialized_start=1227
-  _globals['_GATEREQUEST']._serialized_end=1286
-  _globals['_GATEREPLY']._serialized_start=1288
-  _globals['_GATEREPLY']._serialized_end=1315
-  _globals['_CLOSESPLITREQUEST']._serialized_start=1318
-  _globals['_CLOSESPLITREQUEST']._serialized_end=1495
-  _globals['_RELEASEREQUEST']._serialized_start=1497
-  _globals['_RELEASEREQUEST']._serialized_end=1599
-  _globals['_LEAVEREQUEST']._serialized_start=1601
-  _globals['_LEAVEREQUEST']._serialized_end=1663
-  _globals['_STATUSREQUEST']._serialized_start=1665
-  _globals['_STATUSREQUEST']._serialized_end=1680
-  _globals['_STATUSREPLY']._serialized_start=1682
-  _globals['_STATUSREPLY']._serialized_end=1711
-  _globals['_STOPREQUEST']._serialized_start=1713
-  _globals['_STOPREQUEST']._serialized_end=1762
-  _globals['_CHECKPOINTREQUEST']._serialized_start=1764
-  _globals['_CHECKPOINTREQUEST']._serialized_end=1783
-  _globals['_CHECKPOINTREPLY']._serialized_start=1785
-  _globals['_CHECKPOINTREPLY']._serialized_end=1816
-  _globals['_DESCRIBEREQUEST']._serialized_start=1818
-  _globals['_DESCRIBEREQUEST']._serialized_end=1835
-  _globals['_DESCRIBEREPLY']._serialized_start=1837
-  _globals['_DESCRIBEREPLY']._serialized_end=1945
+  _globals['_HEARTBEATREPLY']._serialized_end=831
+  _globals['_PLACEMENTREQUEST']._serialized_start=833
+  _globals['_PLACEMENTREQUEST']._serialized_end=884
+  _globals['_LEASEREQUEST']._serialized_start=887
+  _globals['_LEASEREQUEST']._serialized_end=1047
+  _globals['_LEASEREPLY']._serialized_start=1050
+  _globals['_LEASEREPLY']._serialized_end=1244
+  _globals['_GATEREQUEST']._serialized_start=1246
+  _globals['_GATEREQUEST']._serialized_end=1305
+  _globals['_GATEREPLY']._serialized_start=1307
+  _globals['_GATEREPLY']._serialized_end=1334
+  _globals['_CLOSESPLITREQUEST']._serialized_start=1337
+  _globals['_CLOSESPLITREQUEST']._serialized_end=1514
+  _globals['_RELEASEREQUEST']._serialized_start=1516
+  _globals['_RELEASEREQUEST']._serialized_end=1618
+  _globals['_LEAVEREQUEST']._serialized_start=1620
+  _globals['_LEAVEREQUEST']._serialized_end=1682
+  _globals['_STATUSREQUEST']._serialized_start=1684
+  _globals['_STATUSREQUEST']._serialized_end=1699
+  _globals['_STATUSREPLY']._serialized_start=1701
+  _globals['_STATUSREPLY']._serialized_end=1730
+  _globals['_STOPREQUEST']._serialized_start=1732
+  _globals['_STOPREQUEST']._serialized_end=1781
+  _globals['_CHECKPOINTREQUEST']._serialized_start=1783
+  _globals['_CHECKPOINTREQUEST']._serialized_end=1802
+  _globals['_CHECKPOINTREPLY']._serialized_start=1804
+  _globals['_CHECKPOINTREPLY']._serialized_end=1835
+  _globals['_DESCRIBEREQUEST']._serialized_start=1837
+  _globals['_DESCRIBEREQUEST']._serialized_end=1854
+  _globals['_DESCRIBEREPLY']._serialized_start=1856
+  _globals['_DESCRIBEREPLY']._serialized_end=1964
 # @@protoc_insertion_point(module_scope)

@@ -103,7 +103,7 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds")
+    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds", "committed")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class HeartbeatReply(_message.Message):
     OPENED_FIELD_NUMBER: _ClassVar[int]
     GATE_FIELD_NUMBER: _ClassVar[int]
     GATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     phase: str
@@ -120,7 +121,8 @@ class HeartbeatReply(_message.Message):
     opened: int
     gate: int
     gate_seconds: float
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ...) -> None: ...
+    committed: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., committed: _Optional[int] = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
     __slots__ = ("header",)

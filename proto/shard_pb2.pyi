@@ -276,12 +276,14 @@ class WriteRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., root: _Optional[str] = ..., alone: bool = ...) -> None: ...
 
 class WriteReply(_message.Message):
-    __slots__ = ("entries", "torn")
+    __slots__ = ("entries", "torn", "trouble")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     TORN_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
     entries: str
     torn: bool
-    def __init__(self, entries: _Optional[str] = ..., torn: bool = ...) -> None: ...
+    trouble: str
+    def __init__(self, entries: _Optional[str] = ..., torn: bool = ..., trouble: _Optional[str] = ...) -> None: ...
 
 class ShardStatsReply(_message.Message):
     __slots__ = ("stats",)

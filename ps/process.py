@@ -8,12 +8,14 @@ from before the join until after the job is over.
 import asyncio
 import logging
 import random
+from concurrent.futures import Executor
 
 from oarlock.client.membership import Membership
 from oarlock.client.telemetry import Telemetry
 from oarlock.embedding.saved import make_ready
 from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
+from oarlock.ps.compacting import REST, Compacting
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
@@ -38,8 +40,12 @@ async def run_shard(
     *,
     rng: random.Random,
     telemetry: Telemetry | None = None,
+    executor: Executor | None = None,
 ) -> None:
-    """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already."""
+    """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already.
+
+    Files are compacted in a thread of ``executor`` (None: of the loop's own).
+    """
     member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
     spec = await member.join()
     identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
@@ -48,12 +54,17 @@ async def run_shard(
     loop = asyncio.get_running_loop()
     member.before_cut = lambda: loop.run_in_executor(None, make_ready)
     with telemetry.of_member(member, shard_source(service, shard)):
-        async with member.kept(telemetry.told(shard.stats)):
-            sweeping = asyncio.ensure_future(_sweep(shard))
+        async with member.kept(telemetry.told(service.told)):
+            beside = [
+                asyncio.ensure_future(_sweep(shard)),
+                asyncio.ensure_future(_compact(member, service.compacting, executor)),
+            ]
             try:
                 await member.over.wait()
             finally:
-                sweeping.cancel()
+                service.compacting.stop()
+                for task in beside:
+                    task.cancel()
     logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
     await member.leave()
 
@@ -62,3 +73,16 @@ async def _sweep(shard: Shard) -> None:
     """Evict rows, slice by slice, until cancelled."""
     while not shard.sweeper.idle:
         await asyncio.sleep(BUSY_SECONDS if shard.sweep_some() else IDLE_SECONDS)
+
+
+async def _compact(member: Membership, compacting: Compacting, executor: Executor | None) -> None:
+    """Make long chains of files short, a block at a time and gently, until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        compacting.committed(member.committed)
+        rest = IDLE_SECONDS
+        if compacting.due:
+            begun = loop.time()
+            await loop.run_in_executor(executor, compacting.step)
+            rest = max(BUSY_SECONDS, REST * (loop.time() - begun - compacting.waited))
+        await asyncio.sleep(rest)

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from oarlock import __version__
+from oarlock.checkpoint.chain import MAX_LINKS
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_placement
@@ -42,6 +44,7 @@ from oarlock.proto.shard_pb2 import (
 )
 from oarlock.proto.version import hello
 from oarlock.ps.blocks import adopt
+from oarlock.ps.compacting import Compacting
 from oarlock.ps.identity import Identity
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
@@ -56,9 +59,12 @@ ALONE_THREADS = 3
 
 
 class ShardService:
-    """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder."""
+    """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder.
 
-    def __init__(self, *, spill_folder: Path | None = None) -> None:
+    ``compact_links``: from which length on a chain of files is compacted.
+    """
+
+    def __init__(self, *, spill_folder: Path | None = None, compact_links: int = MAX_LINKS) -> None:
         self._spill_folder = spill_folder
         self._joined: tuple[Identity, Shard] | None = None
         self._rows: Rows | None = None
@@ -66,6 +72,7 @@ class ShardService:
         self._term = 0
         self._ordering = Lock()
         self._views: Views
+        self.compacting = Compacting(links=compact_links)
         self._writing = Lock()
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
@@ -77,12 +84,13 @@ class ShardService:
         shard = Shard(spec, spill_folder=self._spill_folder)
         self._holds_lease = holds_lease
         self._rows = Rows(shard, identity.id)
-        self._views = Views(shard)
+        self._views = Views(shard, self.compacting)
         self._joined = (identity, shard)
         return shard
 
     def end(self) -> None:
         """Give back what the shard has besides memory, after the last call."""
+        self.compacting.stop()
         if self._joined is not None:
             self._joined[1].close()
 
@@ -198,10 +206,17 @@ class ShardService:
             return WriteReply(torn=True)
         with self._writing:
             entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
-        return WriteReply(entries=json.dumps([asdict(e) for e in entries]))
+        return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:
-        return ShardStatsReply(stats=json.dumps(self._shard(request.header)[1].stats()))
+        self._shard(request.header)
+        return ShardStatsReply(stats=json.dumps(self.told()))
+
+    def told(self) -> dict[str, Any]:
+        """Return what the shard holds and has done, its chains of files included."""
+        assert self._joined is not None, "asked of a shard that has joined"
+        done = self.compacting.told()
+        return {**self._joined[1].stats(), **({"compaction": done} if any(done.values()) else {})}
 
     def rows(self, request: RowsRequest) -> RowsReply:
         self._leased(request.header)

@@ -3,7 +3,7 @@
 
     a block that has not changed since the last committed cut    what that wrote still holds
     one that has, and of which it is known what                  an increment: its changed rows, and the keys that left
-    any other                                                    whole
+    any other, or one whose increment would be as large          whole
 
 Invariant: begun under the push lock, so each block's content, marks and seq are of the same groups; what is written of a block is
 its content at that instant, whatever was pushed since. A cut follows on the newest one that the coordinator calls committed.
@@ -28,10 +28,12 @@ from oarlock.client.layout import Layout
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
 from oarlock.embedding.dense_view import DenseView
+from oarlock.embedding.descriptor import ROWS, SPILLED_ROWS
 from oarlock.embedding.expanding_view import ExpandingView
 from oarlock.embedding.saved import make_ready
 from oarlock.embedding.view import TableView
 from oarlock.proto.errors import InvalidArgument
+from oarlock.ps.compacting import Compacting
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class View:
         self._stepping = shard.staged is not None
         self._dense_sequence = shard.dense_sequence.copy()
         self._block_bytes = [table.nbytes // max(1, len(table.owned)) for table in shard.tables]
+        self._rows = [t.descriptors[:, ROWS] + t.descriptors[:, SPILLED_ROWS] for t in shard.tables]
         # A view is read by one thread at a time.
         self._reading = Lock()
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
@@ -131,6 +134,11 @@ class View:
             return 8 * self._layout.dense_blocks[number - self._layout.dense_base].length
         return self._block_bytes[self._layout.table_index[self._layout.name(number)[0]]]
 
+    def _rows_of(self, number: int) -> int:
+        """Return how many rows a table's block had."""
+        name, block = self._layout.name(number)
+        return int(self._rows[self._layout.table_index[name]][block])
+
     def _change(self, number: int) -> Change:
         """Return what is to be written of a block."""
         seq, marks, before = self._sequence_of(number), self._marks_of(number), self._base.get(number)
@@ -141,7 +149,7 @@ class View:
         view, block = self._table_of(number)
         with self._reading:
             changes = view.changes(block) if before is not None else None
-            if changes is not None and not should_be_whole(before, len(changes.rows.keys)):
+            if changes is not None and not should_be_whole(before, len(changes.rows.keys), self._rows_of(number)):
                 rows, after, gone = changes.rows, before, changes.gone
             else:
                 rows, after, gone = view.content(block), None, NONE_GONE
@@ -155,10 +163,14 @@ class View:
 
 
 class Views:
-    """The view that a shard has open, and what it wrote before. The push lock is held, but for ``write``."""
+    """The view that a shard has open, and what it wrote before. The push lock is held, but for ``write``.
 
-    def __init__(self, shard: Shard) -> None:
+    What ``compacting`` makes of chains is what the next view's increments follow.
+    """
+
+    def __init__(self, shard: Shard, compacting: Compacting) -> None:
         self._shard = shard
+        self._compacting = compacting
         self._open: View | None = None
         # Of the newest cut that was written, and of the newest that is known to be committed.
         self._last = self._committed = Written(0, {})
@@ -173,7 +185,7 @@ class Views:
             self._committed = self._last
         self.let_go()
         base = self._committed.entries if self._committed.number == committed else {}
-        self._open = View(shard, number, base)
+        self._open = View(shard, number, self._compacting.rebased(committed, base))
 
     def let_go(self) -> None:
         if self._open is not None:
@@ -188,11 +200,14 @@ class Views:
 
     def write(self, view: View, root: str, *, threads: int) -> list[BlockEntry]:
         """Write a view into the folder of its cut under ``root``; nothing exists until the manifest is committed."""
+        store = open_store(root)
         try:
-            entries = view.write(open_store(root), threads)
+            with self._compacting.writing():
+                entries = view.write(store, threads)
         except OSError as error:
             raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
         self._last = Written(view.number, entries)
+        self._compacting.written(view.number, entries, store)
         return list(entries.values())
 
 

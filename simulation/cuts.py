@@ -24,12 +24,13 @@ from oarlock.simulation.invariants import require
 
 
 class Cuts:
-    """The cuts of one job in ``folder``; ``committed``: how many there were."""
+    """The cuts of one job in ``folder``; ``committed``: how many there were; ``compacted``: blocks in them that begin with a
+    file of compaction."""
 
     def __init__(self, spec: JobSpec, folder: Path) -> None:
         self._spec = spec
         self._store = LocalStore(folder)
-        self.committed = 0
+        self.committed = self.compacted = 0
         # Who was ever leased a split.
         self._holders: dict[int, set[int]] = {}
         # The newest gate at which a worker said to stand, and splits of which it pushed something new by an older number since.
@@ -51,6 +52,7 @@ class Cuts:
         def committed(manifest: Manifest, path: str) -> None:
             commit(manifest, path)
             self.committed += 1
+            self.compacted += compacted_blocks(manifest)
             self._check(c, self._store.load_manifest(manifest.cut))
 
         c.cuts.commit = committed  # type: ignore[method-assign]
@@ -139,3 +141,8 @@ class Cuts:
             require(samples == whole, "C2", f"{name}: {samples} samples are counted, closed splits have {whole}")
         loss = counted["loss_sum"] - LOSS * counted["samples"]
         require(abs(loss) < 1e-6, "C2", f"{name}: the loss is not that of what is counted: {loss}")
+
+
+def compacted_blocks(manifest: Manifest) -> int:
+    """Return how many blocks of a cut begin with a file that compaction wrote."""
+    return sum(entry.links[0].folder.startswith("compact-") for entry in manifest.blocks)

@@ -30,6 +30,7 @@ from oarlock.proto.errors import PSError
 from oarlock.ps.rank_marks import RankMarks
 from oarlock.ps.shard import Shard
 from oarlock.simulation.counting import COLUMNS
+from oarlock.simulation.cuts import compacted_blocks
 from oarlock.simulation.data import Data
 from oarlock.simulation.invariants import Checker, require
 from oarlock.simulation.ranked import TABLES, Course, Part, Values
@@ -236,12 +237,12 @@ class RankChecker(Checker):
 
 
 class RankCuts:
-    """The cuts of one job in ``folder``; ``committed``: how many there were."""
+    """The cuts of one job in ``folder``: as in cuts.py."""
 
     def __init__(self, checker: RankChecker, folder: Path) -> None:
         self._checker = checker
         self._store = LocalStore(folder)
-        self.committed = 0
+        self.committed = self.compacted = 0
 
     def watch(self, c: Coordinator) -> None:
         """Look at every cut that this coordinator commits."""
@@ -250,6 +251,7 @@ class RankCuts:
         def committed(manifest: Manifest, path: str) -> None:
             commit(manifest, path)
             self.committed += 1
+            self.compacted += compacted_blocks(manifest)
             read = self._store.load_manifest(manifest.cut)
             self._checker.check_cut(read, [self._store.load_block(read, entry) for entry in read.blocks])
 

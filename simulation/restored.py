@@ -51,5 +51,6 @@ def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome
         if outcome.violation or not world.cuts.committed:
             return outcome
         again = go_on(schedule, data, world.folder / "checkpoints", folder / "again", log)
-        outcome.counts.update({"cut committed": world.cuts.committed, "restored": 1})
+        found = {"cut committed": world.cuts.committed, "block compacted": world.cuts.compacted, "restored": 1}
+        outcome.counts.update(found)
         return replace(outcome, violation=again.violation, events=outcome.events + again.events)

@@ -288,14 +288,16 @@ class World(Resuming):
     def _start_shard(self) -> None:
         number = len(self.shard_processes)
         process = self._process(f"shard-{number}")
-        service = ShardService()
+        # Few cuts are made here: chains count as long as soon as they are chains.
+        service = ShardService(compact_links=2)
         # Where one of the life before was.
         address = f"in-process:shard-{number - self._first_shard}"
         self.wire.serve(process, address, service)
         self.services.append(service)
         self.shard_processes.append(process)
         rng = random.Random(self.schedule.seed * 31 + number)
-        task = self.loop.start(process, run_shard(self.wire.link(process), COORDINATOR, service, address, rng=rng))
+        running = run_shard(self.wire.link(process), COORDINATOR, service, address, rng=rng, executor=Inline())
+        task = self.loop.start(process, running)
         task.add_done_callback(lambda t: self._ended(process, t))
 
     def _start_worker(self) -> None:

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oarlock.checkpoint.block_file import BlockImage, decode, encode
-from oarlock.checkpoint.chain import MAX_LINKS, Increment, merge, rebase, should_be_whole
+from oarlock.checkpoint.chain import (
+    HARD_LINKS,
+    MAX_LINKS,
+    Increment,
+    merge,
+    rebase,
+    should_be_compacted,
+    should_be_whole,
+)
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.store import CheckpointStore
 from oarlock.embedding.spec import TableSpec, to_json
@@ -301,39 +309,39 @@ def test_rows_of_another_width_do_not_merge(store: CheckpointStore, make_manifes
 # When to begin anew
 
 
-def test_chains_are_bounded_and_blocks_take_turns() -> None:
-    counts = []
-    chains: dict[int, BlockEntry | None] = dict.fromkeys(range(64))
-    for cut in range(1, 60):
-        begun = 0
-        for block, entry in chains.items():
-            new = BlockEntry(
-                "rows", "user", block, f"rows-user-{block:05d}.arrow", 9, 1000, cut, "a" * 64, folder=f"cut-{cut:06d}"
-            )
-            if should_be_whole(entry, 10):
-                chains[block], begun = new, begun + 1
-            else:
-                assert entry is not None
-                chains[block] = replace(new, rows=10, base=entry.links)
-            assert len(chains[block].links) <= MAX_LINKS  # type: ignore[union-attr]
-        counts.append(begun)
-    assert counts[0] == 64
-    assert set(counts[1:]) == {8}
+def grown(changed: int, links: int, rows: int = 1000) -> BlockEntry:
+    """The entry of a block whose chain has a whole file of ``rows`` and increments of ``changed``."""
+    entry = BlockEntry("rows", "user", 7, "rows-user-00007.arrow", 9, rows, 1, "a" * 64, folder="cut-000001")
+    for cut in range(2, links + 1):
+        entry = replace(entry, folder=f"cut-{cut:06d}", rows=changed, base=entry.links)
+    return entry
 
 
-def test_increments_stay_below_half_of_the_whole() -> None:
-    entry = BlockEntry("rows", "user", 7, "rows-user-00007.arrow", 9, 1000, 1, "a" * 64, folder="cut-000008")
-    turn = next(b for b in range(8) if not should_be_whole(replace(entry, block=b), 0))
-    entry = replace(entry, block=turn)
-    assert not should_be_whole(entry, 500)
-    assert should_be_whole(entry, 501)
-    longer = replace(entry, folder="cut-000009", rows=300, base=entry.links)
-    assert not should_be_whole(longer, 200)
-    assert should_be_whole(longer, 201)
-    assert should_be_whole(None, 0)
+def test_cuts_are_increments_unless_those_would_be_as_large_or_chains_without_end() -> None:
+    assert not should_be_whole(grown(10, 1), 875, rows=1000)
+    assert should_be_whole(grown(10, 1), 876, rows=1000)
+    assert should_be_whole(None, 0, rows=1000)
     assert should_be_whole(
-        BlockEntry("dense", "w", 0, "dense-w-00000.arrow", 9, 9, 1, "a" * 64, folder="cut-000001"), 0
+        BlockEntry("dense", "w", 0, "dense-w-00000.arrow", 9, 9, 1, "a" * 64, folder="cut-000001"), 0, rows=9
     )
+    # Nothing of it changed, of which nothing has to be read either.
+    assert not should_be_whole(grown(0, 1, rows=0), 0, rows=0)
+    # However far behind compaction is: a chain has at most so many links, and its increments so many rows.
+    assert not should_be_whole(grown(10, HARD_LINKS - 1), 10, rows=1000)
+    assert should_be_whole(grown(10, HARD_LINKS), 10, rows=1000)
+    assert not should_be_whole(grown(500, 8), 500, rows=1000)
+    assert should_be_whole(grown(500, 8), 501, rows=1000)
+    # A block that grew is judged by what it is now.
+    assert not should_be_whole(grown(500, 8), 501, rows=2000)
+
+
+def test_long_chains_and_fat_ones_are_compacted() -> None:
+    assert not should_be_compacted(grown(10, MAX_LINKS - 1))
+    assert should_be_compacted(grown(10, MAX_LINKS))
+    assert should_be_compacted(grown(10, 3), links=3)
+    assert not should_be_compacted(grown(500, 3))
+    assert should_be_compacted(grown(501, 3))
+    assert not should_be_compacted(grown(0, 1, rows=0), links=1)
 
 
 # Compaction

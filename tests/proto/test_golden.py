@@ -230,7 +230,7 @@ MESSAGES: dict[str, Message] = {
         AdoptReply(generation=9, rows=1 << 33),
         CloseRequest(header=FULL, closed=CLOSED),
         WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints", alone=True),
-        WriteReply(entries="[]", torn=True),
+        WriteReply(entries="[]", torn=True, trouble="table u"),
         CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits()),
         AbortRequest(header=FULL, cut=13),
         ShardStatsRequest(header=FULL),
@@ -282,7 +282,7 @@ MESSAGES: dict[str, Message] = {
             asking=True,
             ranks=[0, 2],
         ),
-        HeartbeatReply(term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED),
+        HeartbeatReply(term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED, committed=11),
         PlacementRequest(header=FULL),
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK, ranks=[0, 2]),
         LeaseReply(

@@ -3,10 +3,12 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.closed import ClosedSet
 from oarlock.client.gate import Gate
@@ -16,7 +18,7 @@ from oarlock.cluster.cutting import Cutting
 from oarlock.cluster.gate import Gate as GateOfJob
 from oarlock.cluster.moment import Moment
 from oarlock.embedding.view import TableView
-from oarlock.ps import view
+from oarlock.ps import compacting, view
 from oarlock.ps.cuts import Cuts as CutsOfShard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
@@ -193,6 +195,35 @@ def dense_blocks_are_taken_for_unchanged(patch: Patch) -> None:
     patch.setattr(view.View, "_stands", stands)
 
 
+def compaction_leaves_out_the_newest_increment(patch: Patch) -> None:
+    """What stands for a chain is what it was one cut before."""
+    original = compacting.compact_block
+
+    def compact_block(store: Any, write: Any, manifest: Manifest, entry: BlockEntry, used: Any) -> BlockEntry:
+        before = BlockEntry(entry.kind, entry.name, entry.block, **entry.base[-1].__dict__, base=entry.base[:-1])
+
+        class Older:
+            files = store.files
+
+            def load_block(self, manifest: Manifest, _: BlockEntry) -> Any:
+                newest = store.load_block(manifest, entry)
+                return replace(store.load_block(manifest, before), seq=newest.seq, marks=newest.marks)
+
+        return original(Older(), write, manifest, entry, used)
+
+    patch.setattr(compacting, "compact_block", compact_block)
+
+
+def increments_after_what_was_compacted_are_dropped(patch: Patch) -> None:
+    """A cut follows on a compacted file, whatever was written since its chain was."""
+    original = compacting.rebase
+
+    def rebase(entry: BlockEntry, done: BlockEntry) -> BlockEntry:
+        return entry if original(entry, done) is entry else done
+
+    patch.setattr(compacting, "rebase", rebase)
+
+
 PLANTED: tuple[Callable[[Patch], None], ...] = (
     gate_shut_with_pushes_under_way,
     the_fastest_worker_opens_the_gate,
@@ -209,4 +240,6 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     restored_with_the_closed_splits_of_the_end,
     restored_without_marks,
     dense_blocks_are_taken_for_unchanged,
+    compaction_leaves_out_the_newest_increment,
+    increments_after_what_was_compacted_are_dropped,
 )

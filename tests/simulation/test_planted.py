@@ -38,6 +38,7 @@ RARE = {
     planted_losses.runs_and_lives_are_not_told_apart,
     planted_losses.results_of_the_lost_run_stay_on_disk,
     planted_losses.an_owner_that_died_is_left_out_of_the_cut,
+    planted_cuts.increments_after_what_was_compacted_are_dropped,
 }
 
 
