@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oarlock.cli.show import epochs_table, wire_lines
+from oarlock.cli.show import epochs_table, event_lines, wire_lines
 from oarlock.client.job import OVER
 from oarlock.launch.folder import is_running, locate, read_spec, stored_status
 from oarlock.proto.coordinator_pb2 import StatusReply, StatusRequest, StopRequest
@@ -72,6 +72,8 @@ def status(options: argparse.Namespace) -> int:
     if found.get("metrics"):
         console.print(f"metrics at http://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True)
     for line in wire_lines(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in event_lines(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for warning in found.get("warnings", []):
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from oarlock import __version__
 from oarlock.cli.checkpoint_options import add_checkpoint
+from oarlock.cli.restore_options import add_restore, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
@@ -18,6 +19,7 @@ examples:
   oarlock data import ncf ml1m-ncf ml1m                rating files to Parquet
   oarlock train ncf --data ml1m --name first           train NCF with 2 shards and 2 workers
   oarlock train ncf --name first --resume --epochs 30  go on from its newest checkpoint
+  oarlock train ncf --restore first@4 --name second    a new job that goes on from a cut of another one
   oarlock status first                                 what it did, or does
   oarlock rows explain first user 42                   all that is known of a key while it trains
 
@@ -161,6 +163,7 @@ def build_parser() -> Parser:
     train.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of the job in --name or --dir"
     )
+    add_restore(train)
     _add_run_options(train)
     _add_show_options(train)
 
@@ -172,6 +175,7 @@ def build_parser() -> Parser:
     )
     prepare.add_argument("recipe", help="a recipe's name (ncf), module:attribute, or a job file (*.toml)")
     _add_plan_options(prepare)
+    add_restore(prepare)
     _add_run_options(prepare)
 
     demo = commands.add_parser(
@@ -247,8 +251,8 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         known = [name for action in chosen._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         chosen.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    if options.command == "train" and options.resume and not (options.name or options.dir):
-        chosen.error("--resume needs the --name or --dir of the job")
+    if wrong := complaint(options):
+        chosen.error(wrong)
     if not hasattr(options, "data") and options.command == "demo":
         options.data = None
     return options

@@ -106,6 +106,19 @@ class RunView:
             self._safely(lambda: self._console.print(epochs_table(status)))
 
 
+def event_lines(status: dict[str, Any]) -> list[str]:
+    """Return a line for each thing that was done to a job besides training."""
+    return [_event(event, status["job"]) for event in status.get("events", []) if isinstance(event, dict)]
+
+
+def _event(event: dict[str, Any], job: object) -> str:
+    what = event.get("event")
+    if what == "restore":
+        whose = "" if event.get("of_job") == job else f" of job {event.get('of_job')}"
+        what = f"went on from cut {event.get('cut')}{whose}, made in run {event.get('of_run')}"
+    return f"run {event.get('run')}: {what} ({event.get('created')})"
+
+
 def wire_lines(status: dict[str, Any]) -> list[str]:
     """Return a line on the forms in which a job's values travel, if it says any, and one for each table of which rows are kept.
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oarlock.cli.restore_options import cut_of
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
@@ -23,10 +24,11 @@ from oarlock.launch.config import assign, load_toml, run_config
 from oarlock.launch.folder import create, job_folder, read_run, resume
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.kernels import make_ready
+from oarlock.launch.origin import find_origin, values_of
 from oarlock.launch.processes import LocalProcesses
 from oarlock.launch.processors import processors_of
 from oarlock.launch.trace import traced_job
-from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, Unavailable
 from oarlock.telemetry.log import to_file
 
 _OPTIONS = (
@@ -72,6 +74,12 @@ def _base(options: argparse.Namespace) -> dict[str, Any]:
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:
     values = _merged(_base(options), _changes(options))
+    if options.restore:
+        values["restore"] = options.restore
+    if values.get("restore"):
+        # A job that goes on with another one's training is like that one in all that is not said here.
+        began = values_of(find_origin(str(values["restore"])))
+        values = {**_merged(began, values), "restore": began["restore"]}
     if not values.get("data"):
         raise InvalidArgument("no data: give --data DIR, or `data` in the job file")
     return values
@@ -86,7 +94,13 @@ def train(options: argparse.Namespace) -> int:
     restore = ""
     if options.resume:
         # A job file may change what may be changed; a recipe's name says again which it is.
-        spec, restore = resume(folder, _merged(_base(options), _changes(options)))
+        changes = _merged(_base(options), _changes(options))
+        try:
+            spec, restore = resume(folder, changes, cut=cut_of(options.restore) if options.restore else None)
+        except CorruptCheckpoint as error:
+            older = error.details.get("older")
+            how = f"; `{_resumed(options, folder)} --restore @{older}` goes on from that one" if older else ""
+            raise CorruptCheckpoint(f"{error.message}{how}", **error.details) from None
     else:
         run_as = run_config(_values(options))
         # Before there is a folder that another try would find taken.
@@ -108,7 +122,7 @@ def demo(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="oarlock-demo-") as temporary:
         data = Path(temporary) / "data"
         info = generate_ncf(data, seed=options.seed or 0)
-        options.recipe, options.data, options.resume = "ncf", str(data), False
+        options.recipe, options.data, options.resume, options.restore = "ncf", str(data), False, ""
         if options.epochs is None:
             options.epochs = 6
         kept = ""
@@ -184,8 +198,13 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
 def _how_to_go_on(options: argparse.Namespace, folder: Path, status: dict[str, Any]) -> str:
     if not status["checkpoints"]:
         return "there is no checkpoint to go on from"
+    return f"go on with `{_resumed(options, folder)}`"
+
+
+def _resumed(options: argparse.Namespace, folder: Path) -> str:
+    """Return the command that goes on with a job."""
     where = f"--dir {options.dir}" if options.dir else f"--name {folder.name}"
-    return f"go on with `oarlock train {options.recipe} {where} --resume`"
+    return f"oarlock train {options.recipe} {where} --resume"
 
 
 class _Interrupts:

@@ -4,6 +4,7 @@
 Invariant: it does not change while the job lives; the coordinator stores it and gives it to whoever joins.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,19 @@ GATHERING, TRAINING, WRITING, STOPPING = "gathering", "training", "writing", "st
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 OVER = (DONE, STOPPED, FAILED)
 
+_PLAN = (
+    "mode",
+    "staleness",
+    "ranks",
+    "accumulate",
+    "batch_rows",
+    "splits",
+    "rows_per_split",
+    "evaluation_splits",
+    "evaluation_rows_per_split",
+    "blas_threads",
+    "epochs",
+)
 
 # Each has its parts of a step on every shard.
 MAX_RANKS = 4096
@@ -61,6 +75,7 @@ class JobSpec:
     every ``checkpoint_epochs`` epochs (0: only at the end), and while an epoch is trained after so many steps, or seconds, since
     the last one (0: not). ``gate_seconds``: how long workers that do not shut their gate are waited for.
     ``compute_threads``: batches that a worker computes at once; ``blas_threads``: threads of each matrix product.
+    ``restore``: of a job that goes on with another one's training, the cut that it begins with, as a path or URL; empty: none.
     """
 
     job: str
@@ -99,6 +114,7 @@ class JobSpec:
     lease_seconds: float = 5.0
     heartbeat_seconds: float = 0.5
     gate_seconds: float = 2.0
+    restore: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -164,6 +180,8 @@ class JobSpec:
                 f"heartbeat_seconds = {self.heartbeat_seconds} must be above 0 and below lease_seconds = "
                 f"{self.lease_seconds}, and that below {MAX_LEASE_SECONDS:g}"
             )
+        if not isinstance(self.restore, str) or "\0" in self.restore:
+            raise InvalidArgument(f"restore = {self.restore!r}: give the path or URL of a checkpoint")
         names = [t.name for t in self.tables] + [d.name for d in self.dense]
         for name in names:
             if names.count(name) > 1:
@@ -189,6 +207,16 @@ class JobSpec:
         """Return how many groups a split of ``rows`` raw rows has."""
         batches = -(-rows // self.batch_rows)
         return -(-batches // self.accumulate)
+
+    def plan(self) -> dict[str, Any]:
+        """Return what else than its manifest's own fields decides how a job goes on from a cut, JSON-ready."""
+        return {
+            **{name: getattr(self, name) for name in _PLAN},
+            "evaluation_files": list(self.evaluation_files),
+            "metrics": list(self.metrics),
+            # May be megabytes, and follow from the data and the configuration.
+            "transforms": hashlib.sha256(self.transforms.encode()).hexdigest(),
+        }
 
     @property
     def job_bytes(self) -> bytes:

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from oarlock.checkpoint.store import open_checkpoint
+from oarlock.checkpoint.store import LocalStore
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import announce
 from oarlock.client.telemetry import Telemetry, client_source, observed_as, server_source
 from oarlock.client.trace import trace_requests
+from oarlock.cluster.beginning import begin
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -59,8 +60,7 @@ def main() -> int:
         try:
             coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom())
             coordinator.open()
-            if given.restore:
-                coordinator.begin_run(open_checkpoint(given.restore)[1], given.restore)
+            begin(coordinator, given.restore, LocalStore(folder / "checkpoints"))
             orders = Orders(coordinator, transport, folder / "checkpoints")
             server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
             coordinator.metrics_address = telemetry.address

@@ -20,10 +20,12 @@ from oarlock.client.compression import feedback_of
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress, pack_placement
+from oarlock.cluster.beginning import Past
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
+from oarlock.cluster.events import Events
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.ranks import work_of
@@ -62,6 +64,8 @@ class Coordinator:
         self.phase = GATHERING
         self.reason = ""
         self.run = 1
+        # Whether a run was ever begun from a checkpoint.
+        self.has_begun = False
         self.term = 0
         self.generation = 0
         self.owners: NDArray[np.int32] = np.full(self.layout.blocks, -1, np.int32)
@@ -80,6 +84,7 @@ class Coordinator:
         self.judged = 0.0
         # What went wrong without ending the job.
         self.warnings: list[str] = []
+        self.events = Events()
         self.cuts = Cuts(self)
 
     def open(self) -> None:
@@ -91,9 +96,15 @@ class Coordinator:
                 self._shard_gone(member, member.error)
             self._place_if_complete()
 
-    def begin_run(self, manifest: Manifest, path: str) -> None:
-        """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""
+    def begin_run(self, manifest: Manifest, path: str, past: Past | None = None) -> None:
+        """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's.
+
+        ``past``: what the folder of the job's checkpoints says of it, None: nothing.
+        """
+        past = past or Past()
         with self.lock:
+            self.run, self.cuts.last = max(self.run, past.run), max(self.cuts.last, past.cut)
+            self.events.adopt(past.events)
             go_back(self, manifest, path)
 
     # What members are told

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oarlock.checkpoint.format import cut_folder
+from oarlock.checkpoint.line import line_of
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.router import ShardAddress
@@ -201,7 +202,11 @@ class Cutting:
         """Delete old cuts, but for the one of the best epoch if that is kept."""
         c, store = self._c, LocalStore(self._folder)
         try:
-            store.keep_last(c.spec.checkpoints_kept)
+            # Cuts of abandoned runs are not counted, and go with those of the line that are older than they are.
+            cuts = [n for n in store.cuts() if store.newest([n]) is not None]
+            line = line_of(cuts, c.events.restores)
+            oldest = line[-c.spec.checkpoints_kept :][0]
+            store.keep_last(sum(n >= oldest for n in cuts))
             store.discard_incomplete(below=cut)
         except OSError as error:
             c.warn(f"old checkpoints in {self._folder} could not be deleted: {error}")

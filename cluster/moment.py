@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from oarlock.checkpoint.line import EVENTS, PLAN
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.client.job import JobSpec
@@ -75,6 +76,8 @@ def _moment_of(c: "Coordinator", cut: int) -> Moment:
             # Scores are much for a manifest, and its blocks give them again: those splits are evaluated anew.
             "evaluations": {str(s): v for s, v in work.results.items() if isinstance(v, list)},
             "counted": c.counted(),
+            EVENTS: c.events.all,
+            PLAN: c.spec.plan(),
         },
         best=asdict(best) if best else {},
     )

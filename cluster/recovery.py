@@ -6,20 +6,23 @@ Invariant: the number of the term, and of the run, is on disk before anybody hea
 
 import json
 import logging
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from oarlock.checkpoint.line import RESTORE
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import GATHERING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.clocks import Clocks
+from oarlock.cluster.evaluation import Found
 from oarlock.cluster.members import Member
 from oarlock.cluster.work import EpochResult
 from oarlock.embedding.spec import to_json
-from oarlock.proto.errors import InvalidArgument, SpecMismatch
+from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, SpecMismatch
 
 if TYPE_CHECKING:
     from oarlock.cluster.coordinator import Coordinator
@@ -35,8 +38,9 @@ def take_up(c: "Coordinator") -> None:
         c.term = store.fact("term", 0) + 1
         store.set_fact("job", c.spec.job)
         store.set_fact("term", c.term)
-        c.run = store.fact("run", 1)
+        c.run, c.has_begun = store.fact("run", 1), store.fact("run") is not None
         c.cuts.take_up(store)
+        c.events.take_up(store)
         c.phase, c.reason = store.fact("phase", GATHERING), store.fact("reason", "")
         c.restore = store.fact("restore", "")
         c.stop_wanted, c.stop_reason = store.fact("stop", None), store.fact("stop_reason", "")
@@ -64,15 +68,15 @@ def take_up(c: "Coordinator") -> None:
 def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
     """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""
     _check_fits(c, manifest, path)
+    saved = _saved(c, manifest, path)
     with c.store as store:
         c.run = max(c.run, manifest.run) + 1
-        c.restore = path
+        c.restore, c.has_begun = path, True
         c.work.closed = ClosedSet(manifest.closed.floor, manifest.closed.above)
-        saved = manifest.metrics
-        c.work.history = [EpochResult(**e) for e in saved["history"]]
+        c.work.history = saved.history
         c.work.epoch = len(c.work.history)
-        c.work.results = {int(s): list(v) for s, v in saved["evaluations"].items()}
-        for name, value in saved["counted"].items():
+        c.work.results = saved.evaluations
+        for name, value in saved.counted.items():
             setattr(c.work, name, value)
         # Whoever gets them begins with nothing kept of them.
         c.work.given_back += len(manifest.open_splits)
@@ -98,6 +102,16 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         for name in ("run", "restore", "phase", "reason"):
             store.set_fact(name, getattr(c, name))
         c.cuts.go_back(store, manifest, path)
+        c.events.add(
+            store,
+            RESTORE,
+            c.run,
+            cut=manifest.cut,
+            last=c.cuts.last,
+            of_run=manifest.run,
+            of_job=manifest.job,
+            path=path,
+        )
         store.set_fact("stop", None)
         c.record_work(store)
     logger.info("event=run_begun run=%d restore=%s", c.run, path)
@@ -117,3 +131,58 @@ def _check_fits(c: "Coordinator", manifest: Manifest, path: str) -> None:
     for name, value in mine.items():
         if json.dumps(value, sort_keys=True) != json.dumps(theirs[name], sort_keys=True):
             raise SpecMismatch(f"the checkpoint {path} has another {name} than job {spec.name}", field=name)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a manifest says of a job's results."""
+
+    history: list[EpochResult]
+    evaluations: dict[int, Found]
+    counted: dict[str, Any]
+
+
+def _saved(c: "Coordinator", manifest: Manifest, path: str) -> _Saved:
+    """Return a manifest's results, which may have come from anywhere; CorruptCheckpoint if they are none of a job like this."""
+    try:
+        saved = manifest.metrics
+        history = [_result(number, each) for number, each in enumerate(saved["history"])]
+        evaluations: dict[int, Found] = {
+            int(split): [_number(v) for v in found] for split, found in saved["evaluations"].items()
+        }
+        epochs = max(c.spec.epochs, manifest.epoch + 1)
+        if not all(0 <= split < max(1, c.spec.evaluation_splits) * epochs for split in evaluations):
+            raise ValueError(f"evaluation splits {sorted(evaluations)[:8]}")
+        known = c.counted()
+        counted = {name: type(known[name])(_number(value)) for name, value in saved["counted"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpoint(
+            f"the checkpoint {path} does not say how far its job was ({type(error).__name__}: {error}): no job goes on from it; "
+            "its rows can be taken over into a new job with --warm-start",
+        ) from None
+    last, closed = c.spec.splits * epochs, max(manifest.closed.floor, *manifest.closed.above, 0)
+    if len(history) != manifest.epoch or closed > last:
+        raise CorruptCheckpoint(
+            f"the checkpoint {path} is of epoch {manifest.epoch} with {len(history)} results, and has splits closed up to "
+            f"{closed} of {last}: it is of no job like {c.spec.name}"
+        )
+    return _Saved(history, evaluations, counted)
+
+
+def _result(number: int, values: Any) -> EpochResult:
+    result = EpochResult(**values)
+    if result.epoch != number or not isinstance(result.metrics, dict):
+        raise ValueError(f"result {number} is of epoch {result.epoch!r}")
+    for field in fields(result):
+        if field.name != "metrics":
+            _number(getattr(result, field.name))
+    for value in result.metrics.values():
+        if value is not None:
+            _number(value)
+    return result
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value

@@ -42,6 +42,7 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "history": [asdict(r) for r in c.work.history],
         "checkpoints": c.cuts.checkpoints,
         "cut": c.cuts.told(),
+        "events": c.events.all,
         "warnings": c.warnings,
         "members": [{**m.record(), "stats": m.stats} for m in c.members.all.values() if m.state == "alive"],
         "lost": [m.record() for m in c.members.lost() if m.run == c.run],

@@ -34,6 +34,7 @@ class RunConfig:
     """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``).
 
     ``ranks``: of mode sync; 0: as many as there are workers.
+    ``restore``: the checkpoint with which the job begins, of whose training it is the continuation.
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
@@ -66,6 +67,7 @@ class RunConfig:
     heartbeat_seconds: float = 0.5
     gate_seconds: float = 2.0
     restarts: int = 1000
+    restore: str = ""
     compression: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)

@@ -4,51 +4,32 @@
 Invariant: a folder belongs to one job for ever; a new job never takes over a folder that has one.
 """
 
-import json
 import logging
 import os
 import re
 import secrets
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from oarlock.checkpoint.format import cut_folder
+from oarlock.checkpoint.line import Restore, restores_in
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.compression import feedback_of
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
+from oarlock.cluster.events import FACT as EVENTS
 from oarlock.cluster.store import Store
 from oarlock.data.scores import merit
+from oarlock.launch.beginning import cut_to_resume
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
-from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, Unavailable
-from oarlock.worker.recipe import load_recipe
+from oarlock.launch.origin import RUNS, check_continues, find_origin
+from oarlock.launch.unchanged import check_unchanged, fixed_of
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-RUNS = Path("runs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
-# What a run may change when it goes on from a checkpoint: nothing that a batch or a row depends on. Threads may change the
-# order of sums and of pushes, which sync alone fixes.
-_FIXED = (
-    "recipe",
-    "seed",
-    "config",
-    "transforms",
-    "tables",
-    "dense",
-    "batch_rows",
-    "accumulate",
-    "ranks",
-    "rows_per_split",
-    "files",
-    "splits",
-    "evaluation_rows_per_split",
-    "evaluation_files",
-    "evaluation_splits",
-    "metrics",
-)
 STATE_FILE = "state.sqlite"
 
 
@@ -66,13 +47,22 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
     """Plan a new job and write its folder."""
     if (folder / "job.json").exists():
         raise InvalidArgument(f"{folder} holds a job already: go on with --resume, or choose another --name or --dir")
-    spec = make_spec(run, name)
+    if run.restore:
+        # One cut for good: its folder may get newer ones.
+        run = replace(run, restore=find_origin(run.restore).path)
+        spec = make_spec(run, name)
+        check_continues(run, spec)
+    else:
+        spec = make_spec(run, name)
     _write(folder, run, spec)
     return spec
 
 
-def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
-    """Plan the rest of a folder's job with some fields changed; return its spec and the checkpoint to begin from."""
+def resume(folder: Path, changes: dict[str, Any], *, cut: int | None = None) -> tuple[JobSpec, str]:
+    """Plan the rest of a folder's job with some fields changed; return its spec and the checkpoint to begin from.
+
+    That is cut ``cut``, or the newest of the job's line of history. CorruptCheckpoint has the next older whole one as ``older``.
+    """
     old = read_spec(folder)
     if is_running(folder):
         raise Unavailable(f"job {old.name} is running: stop it before it is resumed")
@@ -80,24 +70,16 @@ def resume(folder: Path, changes: dict[str, Any]) -> tuple[JobSpec, str]:
     options = {**values.get("recipe_options", {}), **changes.get("recipe_options", {})}
     compression = _merged(values.get("compression", {}), changes.get("compression", {}))
     run = run_config({**values, **changes, "recipe_options": options, "compression": compression})
-    store = LocalStore(folder / "checkpoints")
-    manifest = store.latest()
-    if manifest is None:
-        raise NotFound(f"{folder / 'checkpoints'} holds no whole checkpoint: train anew under another --name")
     spec = make_spec(run, old.name, job=old.job)
-    for name in (*_FIXED, "blas_threads") if old.ranks else _FIXED:
-        was, wanted = _plain(old, name), _plain(spec, name)
-        if name == "config":
-            was |= _newer(load_recipe(spec.recipe).Config, was, wanted, options)
-        if was != wanted:
-            raise SpecMismatch(_difference(name, was, wanted), field=name)
-    try:
-        store.verify(manifest)
-    except CorruptCheckpoint as error:
-        cut = folder / "checkpoints" / cut_folder(manifest.cut)
-        raise CorruptCheckpoint(f"{error}; move {cut} away to go on from an older one", **error.details) from None
+    if spec.restore != old.restore:
+        raise InvalidArgument(
+            f"restore = {spec.restore!r}: with what a job began cannot change (it was {old.restore!r}); to go back to a cut of "
+            "the job itself give --restore @CUT"
+        )
+    check_unchanged(fixed_of(old), spec, options)
+    path = cut_to_resume(LocalStore(folder / "checkpoints"), old, stored_restores(folder), cut)
     _write(folder, run, spec)
-    return spec, str(folder / "checkpoints" / cut_folder(manifest.cut))
+    return spec, path
 
 
 def _merged(old: dict[str, Any], changes: Any) -> Any:
@@ -109,33 +91,6 @@ def _merged(old: dict[str, Any], changes: Any) -> Any:
         was = old.get(table)
         out[table] = {**was, **settings} if isinstance(was, dict) and isinstance(settings, dict) else settings
     return out
-
-
-def _plain(spec: JobSpec, name: str) -> Any:
-    return json.loads(spec.to_json())[name]
-
-
-def _newer(kind: type, was: dict[str, Any], wanted: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a recipe's Config that there were not yet when the job was made, as the job then did without them.
-
-    That is their default, or what the plan made of it; whoever gives another value changes them.
-    """
-    out = {}
-    for f in fields(kind):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if f.name not in was and f.name in wanted and default is not MISSING:
-            default = json.loads(json.dumps(default))
-            out[f.name] = wanted[f.name] if given.get(f.name, default) == default else default
-    return out
-
-
-def _difference(name: str, was: Any, wanted: Any) -> str:
-    """Say what cannot change in a job that goes on, as near to what the user wrote as possible."""
-    if isinstance(was, dict) and isinstance(wanted, dict):
-        part = next(k for k in [*was, *wanted] if was.get(k) != wanted.get(k))
-        name, was, wanted = f"recipe_options.{part}", was.get(part), wanted.get(part)
-    shown = f" (it was {was!r}, now {wanted!r})" if len(repr(was)) + len(repr(wanted)) < 100 else ""
-    return f"{name} cannot change in a job that goes on from a checkpoint{shown}; train anew under another --name"
 
 
 def _write(folder: Path, run: RunConfig, spec: JobSpec) -> None:
@@ -172,6 +127,17 @@ def stored_run(folder: Path) -> int:
     store = Store(folder / STATE_FILE).open()
     try:
         return int(store.fact("run", 0))
+    finally:
+        store.close()
+
+
+def stored_restores(folder: Path) -> list[Restore] | None:
+    """Return the restores of a folder's job, None if its coordinator's file is lost or knows of no run."""
+    if not (folder / STATE_FILE).exists():
+        return None
+    store = Store(folder / STATE_FILE).open()
+    try:
+        return restores_in(store.fact(EVENTS, [])) if store.fact("term") else None
     finally:
         store.close()
 
@@ -227,7 +193,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
     store = Store(path)
     try:
         with store.open():
-            facts = {n: store.fact(n) for n in ("phase", "reason", "run", "checkpoints", "closed", "counted")}
+            facts = {n: store.fact(n) for n in ("phase", "reason", "run", "checkpoints", "closed", "counted", EVENTS)}
             history = store.epochs()
     except Unavailable:
         raise Unavailable(
@@ -269,6 +235,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "best": best,
         "history": history,
         "checkpoints": facts["checkpoints"] or [],
+        "events": facts[EVENTS] or [],
         "warnings": [],
         "members": [],
     }

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from oarlock.checkpoint.store import open_checkpoint
+from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
 from oarlock.client.trace import recorded
+from oarlock.cluster.beginning import begin
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
@@ -70,8 +71,7 @@ def run_in_process(
     try:
         coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.SystemRandom())
         coordinator.open()
-        if restore:
-            coordinator.begin_run(open_checkpoint(restore)[1], restore)
+        begin(coordinator, restore, LocalStore(folder / "checkpoints"))
         with (
             ThreadPoolExecutor(min(spec.servers, MOST_WRITERS), thread_name_prefix="oarlock-blocks") as executor,
             observed("job", metrics_port, trace=trace) as telemetry,

@@ -60,4 +60,5 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         lease_seconds=run.lease_seconds,
         heartbeat_seconds=run.heartbeat_seconds,
         gate_seconds=run.gate_seconds,
+        restore=run.restore,
     )

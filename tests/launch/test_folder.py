@@ -179,7 +179,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_begun(job: Path) -> None:
             resume(job, {"epochs": 3})
         assert victim.name in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert "to go on from an older one" in str(caught.value)
+        assert "cut 1 is damaged" in str(caught.value)
+        assert str(caught.value).endswith("no older cut is whole")
     victim.unlink()
     with pytest.raises(CorruptCheckpoint, match=f"{victim.name}.*missing"):
         resume(job, {"epochs": 3})

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beginning: from which checkpoint a coordinator that has just opened its state begins a run, if from any.
+
+    told to restore              that one
+    a job made of a checkpoint   that one, unless a run of the job was begun before
+    any other                    none
+
+Invariant: a run's number and those of its cuts are above all that the job's folder of checkpoints has, also where the
+coordinator's own file was lost.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from oarlock.checkpoint.line import events_of
+from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
+from oarlock.proto.errors import CorruptCheckpoint
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+
+class Past(NamedTuple):
+    """What a folder of checkpoints says of a job: its highest cut, attempts included, its highest run, and its history."""
+
+    cut: int = 0
+    run: int = 0
+    events: tuple[dict[str, Any], ...] = ()
+
+
+def past_of(store: CheckpointStore, job: str) -> Past:
+    """Return what a store says of job ``job``."""
+    run, events = 0, None
+    for cut in reversed(store.cuts()):
+        try:
+            manifest = store.read_manifest(cut)
+        except CorruptCheckpoint:
+            continue
+        if manifest.job == job:
+            run = max(run, manifest.run)
+            events = events_of(manifest.metrics) if events is None else events
+    return Past(max(store.folders("cut"), default=0), run, tuple(events or ()))
+
+
+def begin(c: "Coordinator", restore: str, store: CheckpointStore) -> None:
+    """Begin a run of ``c``, whose checkpoints are in ``store``, if one is to be begun. ``restore``: what it was told."""
+    path = restore or (c.spec.restore if not c.has_begun else "")
+    if path:
+        c.begin_run(open_checkpoint(path)[1], path, past_of(store, c.spec.job))
