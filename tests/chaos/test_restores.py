@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes that go on from checkpoints of other jobs, while their coordinators are killed."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as csv
+import pytest
+
+from oarlock.checkpoint.store import open_checkpoint
+from oarlock.cli.digest import digest_of
+from oarlock.client.job import JobSpec
+from oarlock.data.planted import generate_ncf
+from oarlock.launch.config import RunConfig, run_config
+from oarlock.launch.folder import create
+from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.origin import find_origin, values_of
+from oarlock.launch.processes import LocalProcesses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arrow_listens_for_interrupts() -> None:
+    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
+    csv.read_csv(pa.BufferReader(b"a\n1\n"))
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_not_printed() -> Iterator[None]:
+    handler = logging.NullHandler()
+    logging.getLogger("oarlock").addHandler(handler)
+    yield
+    logging.getLogger("oarlock").removeHandler(handler)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    generate_ncf(folder, users=600, items=400, positives_per_user=40, seed=1)
+    return folder
+
+
+def config(data: Path, **changes: Any) -> RunConfig:
+    values = {
+        "data": str(data),
+        "seed": 3,
+        "lease_seconds": 2.0,
+        "heartbeat_seconds": 0.2,
+        "checkpoints_kept": 99,
+        "recipe_options": {"batch_samples": 1024},
+        **changes,
+    }
+    return run_config(values)
+
+
+def digest(folder: Path) -> str:
+    return str(digest_of(*open_checkpoint(folder / "checkpoints")))
+
+
+class Killer:
+    """Kills a job's coordinator with the first statuses that it gives, so often."""
+
+    def __init__(self, spec: JobSpec, folder: Path, kills: int) -> None:
+        self.launched = LocalProcesses(spec, folder)
+        self.left = kills
+
+    def watch(self, status: dict[str, Any]) -> bool:
+        if self.left and status.get("phase") in ("gathering", "training") and "note" not in status:
+            self.left -= 1
+            child = next(c for c in self.launched.children if c.role == "coordinator")
+            os.kill(child.process.pid, signal.SIGKILL)
+        return True
+
+
+def test_two_jobs_begin_with_one_cut_at_once_and_end_as_the_first_did(data: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    spec = create(first, "first", config(data, mode="sync", ranks=4, epochs=6))
+    assert run_in_process(spec, first, watch=lambda status: True)["phase"] == "done"
+    killers = []
+    for servers in (1, 3):
+        folder = tmp_path / f"on-{servers}"
+        values = {**values_of(find_origin(f"{first}/checkpoints@2")), "servers": servers, "workers": 2}
+        killers.append(Killer(create(folder, folder.name, run_config(values)), folder, kills=2))
+
+    async def both() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(each.launched.run(each.watch) for each in killers))
+
+    for status in asyncio.run(both()):
+        assert (status["phase"], status["reason"], len(status["history"])) == ("done", "", 6)
+        assert [event["cut"] for event in status["events"]] == [2], "a run that was begun is not begun again"
+        assert status["restarts"] == 2
+    assert digest(tmp_path / "on-1") == digest(tmp_path / "on-3") == digest(first)
