@@ -23,13 +23,13 @@ from oarlock.client.entry import parser, run
 from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.data.reader import open_reader
-from oarlock.embedding import warmup
 from oarlock.embedding.content import NO_COUNTS, NO_KEYS, BlockRows
 from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.table import Table
 from oarlock.proto.bulk import opened
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.shard_pb2 import AdoptReply, AdoptRequest, PushRequest
+from oarlock.ps import warmup
 from oarlock.ps.process import SWITCH_SECONDS, run_shard
 from oarlock.ps.service import ShardService
 from oarlock.worker.process import run_worker

@@ -20,7 +20,7 @@ PUSHES = 4  # pushes as large as the one that needs room, which a piece has room
 PIECE_BYTES = 4 << 20  # but if one push needs more, it has no more than this
 SEGMENT_BYTES = 4 << 20
 # Kept from one cut to the next: what a large batch saves in its first pushes after a cut, while workers wait for them.
-READY_BYTES = 64 << 20
+READY_BYTES = 128 << 20
 
 if TYPE_CHECKING:
     from oarlock.embedding.view import TableView
@@ -43,16 +43,19 @@ class _Memory:
             piece, self._segment = self._segment[:size], self._segment[size:]
             return piece
 
-    def warm(self) -> None:
-        self._recycled.warm(SEGMENT_BYTES, READY_BYTES)
+    def warm(self, total: int) -> None:
+        self._recycled.warm(SEGMENT_BYTES, total // SEGMENT_BYTES * SEGMENT_BYTES)
 
 
 _memory = _Memory()
 
 
-def make_ready() -> None:
-    """Have memory for the first pushes after a view began, which would else wait for the system to find it."""
-    _memory.warm()
+def make_ready(most: int) -> None:
+    """Have memory for the first pushes after a view began, which would else wait for the system to find it.
+
+    ``most``: bytes of all rows; no more than that is ever saved.
+    """
+    _memory.warm(min(most, READY_BYTES))
 
 
 class Saved:

@@ -10,12 +10,12 @@ from oarlock.client.entry import parser, run
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, announce
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.client.trace import trace_requests
-from oarlock.embedding.warmup import warm_up
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.rpc.frame_client import CONNECTIONS
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.ps.process import SWITCH_SECONDS, run_shard
 from oarlock.ps.service import ShardService
+from oarlock.ps.warmup import warm_up
 
 
 def main() -> int:

@@ -52,7 +52,7 @@ async def run_shard(
     shard = service.configure(spec, identity, holds_lease=member.holds_lease)
     telemetry = telemetry or Telemetry()
     loop = asyncio.get_running_loop()
-    member.before_cut = lambda: loop.run_in_executor(None, make_ready)
+    member.before_cut = lambda: loop.run_in_executor(None, make_ready, sum(table.nbytes for table in shard.tables))
     with telemetry.of_member(member, shard_source(service, shard)):
         async with member.kept(telemetry.told(service.told)):
             beside = [

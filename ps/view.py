@@ -38,6 +38,9 @@ from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
 
+# Memory for pushes that is kept ready between two blocks.
+TRAINING_READY_BYTES = 32 << 20
+
 _NO_KEYS = np.empty(0, np.uint64)
 
 
@@ -60,6 +63,8 @@ class View:
         self.torn: bool | None = None
         # Whether pushes are expected while it is written.
         self._training = False
+        # Bytes of blocks that are not written yet: what pushes may want to save.
+        self._left = 0
         self._layout = shard.layout
         self._base = base
         self._marks = shard.marks.copy()
@@ -76,7 +81,7 @@ class View:
     def write(self, store: CheckpointStore, threads: int = 1) -> dict[int, BlockEntry]:
         """Write all blocks that have changed, several at a time; return the entries of all by number."""
         if self.entries is None:
-            self._training = threads == 1
+            self._training, self._left = threads == 1, sum(map(self._bytes, self.blocks.tolist()))
             changed = []
             for number in self.blocks.tolist():
                 if self._stands(number):
@@ -154,8 +159,9 @@ class View:
             else:
                 rows, after, gone = view.content(block), None, NONE_GONE
             view.release(block)
+        self._left -= self._bytes(number)
         if self._training:
-            make_ready()
+            make_ready(min(self._left, TRAINING_READY_BYTES))
         return Change(_image(self._layout, number, seq, marks, rows), after, gone)
 
     def _marks_of(self, number: int) -> dict[int, int]:
