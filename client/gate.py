@@ -33,6 +33,8 @@ class Gate:
         self._member = member
         self.cut = 0
         self._announced = 0
+        # The last one for which it shut.
+        self._shut_for = 0
         self._standing: asyncio.Task[None] | None = None
         self._under_way = 0
         self._is_open = asyncio.Event()
@@ -78,13 +80,16 @@ class Gate:
         if self.cut >= cut:
             return
         self._is_open.clear()
+        self._shut_for = cut
         try:
             while self._under_way and self.cut < cut:
                 self._changed.clear()
                 await self._changed.wait()
             await self._ask_until_open(cut)
         finally:
-            self._is_open.set()
+            # Who is told of the next gate while its last question is on the way ends here when that one is shut already.
+            if self._shut_for == cut:
+                self._is_open.set()
 
     async def _ask_until_open(self, cut: int) -> None:
         member, clock = self._member, asyncio.get_running_loop().time

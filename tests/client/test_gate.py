@@ -65,6 +65,37 @@ def test_it_shuts_at_the_announced_moment_and_says_so_until_it_is_opened():
     rig.run(body())
 
 
+def test_a_question_at_the_gate_before_that_ends_late_opens_none():
+    """It is cancelled when the next gate is announced, and may take its time with that; by then the next one is shut."""
+
+    class Slow(Member):
+        async def call(self, address, method, request, *, timeout_seconds):
+            try:
+                return await super().call(address, method, request, timeout_seconds=timeout_seconds)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.5)
+                raise
+
+    async def body():
+        member = Slow(0)
+        member.gate.hear(0, gate=1)
+        await until(lambda: member.asked)
+        member.gate.hear(1, gate=2)
+        await until(lambda: member.asked[-1][2] == 2)
+        end = now() + 1.5
+        while now() < end:
+            assert not member.gate.is_open
+            await asyncio.sleep(0.01)
+        member.gate.hear(2)
+        await until(lambda: member.gate.is_open)
+        member.gate.hear(2, gate=3)
+        await until(lambda: not member.gate.is_open)
+        member.gate.forget()
+        await until(lambda: member.gate.is_open)
+
+    rig.run(body())
+
+
 def test_pushes_that_are_under_way_end_first_and_later_ones_wait():
     async def body():
         member, log = Member(0, 0, 1), []
