@@ -63,10 +63,6 @@ class Lived:
     shards: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def kills(self) -> int:
-        return sum(count for what, count in self.done.items() if not what.startswith("stop"))
-
 
 class _AllKilled(Exception):
     """All processes of a life were killed at once."""
