@@ -2,6 +2,7 @@
 """The virtual loop: time jumps, and processes stop between two steps."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -23,6 +24,18 @@ def test_time_passes_only_when_nothing_else_can_happen(loop: VirtualLoop) -> Non
         return [loop.time()]
 
     assert loop.run_until_complete(both()) == [loop.now]
+
+
+def test_what_would_be_done_in_a_thread_is_done_at_once(loop: VirtualLoop) -> None:
+    """Another thread would take real time, and two runs of a seed would differ."""
+
+    async def body() -> int:
+        begun = loop.time()
+        found = await loop.run_in_executor(None, threading.get_ident)
+        assert loop.time() == begun
+        return found
+
+    assert loop.run_until_complete(body()) == threading.get_ident()
 
 
 def test_waiting_for_nothing_is_an_error(loop: VirtualLoop) -> None:
