@@ -157,17 +157,21 @@ class CheckpointStore(Reading):
             collect(self, below=whole[-1] + 1)
         return gone
 
-    def best_cuts(self, n: int, metric: str, *, smallest: bool = False) -> list[int]:
+    def best_cuts(
+        self, n: int, metric: str, *, smallest: bool = False, merit: Callable[[float], float] | None = None
+    ) -> list[int]:
         """Return the ``n`` whole cuts with the largest (or smallest) value of a metric, best first: to be ``pinned``.
 
-        Cuts without a number of that name in their metrics are none of them; of equal ones the newest.
+        ``merit`` says how good a value is, the higher the better, where neither is what is wanted. Cuts without a number of
+        that name in their metrics are none of them; of equal ones the newest.
         """
         found = []
         for cut in self.cuts():
             manifest = self.newest([cut])
             value = None if manifest is None else manifest.metrics.get(metric)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                found.append((value if smallest else -value, -cut))
+                good = merit(value) if merit is not None else -value if smallest else value
+                found.append((-good, -cut))
         return [-cut for _, cut in sorted(found)[: max(0, n)]]
 
     def discard_incomplete(self, *, below: int | None = None) -> list[int]:

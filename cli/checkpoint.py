@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,7 +21,8 @@ from oarlock.checkpoint.difference import Difference, compare
 from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import MANIFEST, cut_folder
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.store import CheckpointStore, locate, open_checkpoint
+from oarlock.checkpoint.store import CheckpointStore
+from oarlock.launch.place import find, find_cut
 from oarlock.proto.errors import CorruptCheckpoint, NotFound
 
 Told = Callable[[int, int], None]
@@ -54,7 +56,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _cuts_of(path: str, all_cuts: bool) -> Iterator[tuple[CheckpointStore, int]]:
     """Yield the cuts that are to be verified: without a number the newest whole one, and those that are newer but damaged."""
-    store, cut = locate(path)
+    store, cut = find(path)
     if cut is not None:
         if not store.is_committed(cut):
             store.load_manifest(cut)  # says which there are
@@ -112,7 +114,7 @@ def _say_verified(found: dict[str, Any]) -> None:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    store, manifest = open_checkpoint(options.paths[0])
+    store, manifest = find_cut(options.paths[0])
     with _progress("marks", whole_numbers=True) as told:
         found = _description(store, manifest, told)
     if options.json:
@@ -131,8 +133,7 @@ def _describe(options: argparse.Namespace) -> int:
         lines.append(f"  split {split}: group {low if low == high else f'{low} to {high}'}")
     if len(found["marks"]) > SHOWN:
         lines.append(f"  and {len(found['marks']) - SHOWN} more (--json has all)")
-    numbers = {name: value for name, value in found["metrics"].items() if isinstance(value, int | float | str)}
-    lines.append("metrics: " + (", ".join(f"{name} {value}" for name, value in numbers.items()) or "none"))
+    lines.append("metrics: " + (", ".join(f"{n} {v}" for n, v in _numbers(manifest).items()) or "none"))
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -177,7 +178,13 @@ def _cut_line(store: CheckpointStore, cut: int) -> dict[str, Any]:
         "bytes": sum(entry.total_bytes for entry in manifest.blocks),
         "increments": sum(1 for entry in own if entry.base),
         "longest": max((len(entry.links) for entry in manifest.blocks), default=0),
+        # What its evaluation found, of a cut right after an epoch.
+        "metrics": _numbers(manifest),
     }
+
+
+def _numbers(manifest: Manifest) -> dict[str, Any]:
+    return {name: value for name, value in manifest.metrics.items() if isinstance(value, int | float | str)}
 
 
 def _table_line(manifest: Manifest, kind: str, name: str, dim: int) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def _table_line(manifest: Manifest, kind: str, name: str, dim: int) -> dict[str,
 
 def _show_cuts(console: Console, cuts: list[dict[str, Any]], chosen: int) -> None:
     table = Table(title="cuts", title_justify="left")
-    for name in ("cut", "created", "run", "step", "written", "needs", "increments", "links"):
+    names = list(dict.fromkeys(name for each in cuts for name in each.get("metrics", {})))[:SHOWN]
+    for name in ("cut", "created", "run", "step", "written", "needs", "increments", "links", *map(escape, names)):
         table.add_column(name, justify="left" if name == "created" else "right", no_wrap=name == "created")
     for each in cuts:
         number = f"{each['cut']}{' *' if each['cut'] == chosen else ''}"
@@ -206,7 +214,9 @@ def _show_cuts(console: Console, cuts: list[dict[str, Any]], chosen: int) -> Non
             table.add_row(number, "damaged")
             continue
         values = [each[name] for name in ("run", "step", "written", "bytes", "increments", "longest")]
-        table.add_row(number, each["created"][:16], *(f"{value:,}" for value in values))
+        told = [each["metrics"].get(name, "") for name in names]
+        found = [f"{value:.4f}" if isinstance(value, float) else escape(str(value)) for value in told]
+        table.add_row(number, each["created"][:16], *(f"{value:,}" for value in values), *found)
     console.print(table)
 
 
@@ -224,7 +234,7 @@ def _show_tables(console: Console, found: dict[str, Any]) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    before, after = (open_checkpoint(path) for path in options.paths)
+    before, after = (find_cut(path) for path in options.paths)
     with _progress("blocks", whole_numbers=True) as told:
         found = compare(before, after, told)
     if options.json:

@@ -4,7 +4,8 @@
 from typing import Any
 
 _WHERE = (
-    "a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's folder"
+    "a job, a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's "
+    "folder"
 )
 
 

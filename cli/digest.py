@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
+from oarlock.checkpoint.store import CheckpointStore, is_url
 from oarlock.embedding.digest import Digest
 from oarlock.launch.folder import locate
+from oarlock.launch.place import find_cut
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -37,20 +38,20 @@ def digest_of(store: CheckpointStore, manifest: Manifest) -> Digest:
     return found
 
 
-def checkpoints_of(target: str) -> Path:
-    """Return the checkpoint, or folder of them, that TARGET means: that itself, or a job by name or folder."""
+def checkpoints_of(target: str) -> str:
+    """Return the checkpoint, folder or URL of them, or job's folder, that TARGET means: that itself, or a job by its name."""
     path = Path(target)
-    if path.is_dir() and not (path / "job.json").exists():
-        return path
+    if is_url(target) or (path.is_dir() and not (path / "job.json").exists()):
+        return target
     folder, _ = locate(target)
     if folder is None:
         raise InvalidArgument(f"{target}: give a job by its name or folder, or the folder of a checkpoint")
-    return folder / "checkpoints"
+    return str(folder)
 
 
 def digest(options: argparse.Namespace) -> int:
     """Print the digest of a checkpoint, or of a job's newest one."""
-    store, manifest = open_checkpoint(checkpoints_of(options.target))
+    store, manifest = find_cut(checkpoints_of(options.target))
     found = digest_of(store, manifest)
     if options.json:
         rows = sum(entry.rows for entry in manifest.blocks if entry.kind == "rows")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from oarlock.cli.cut_lines import cut_lines
 from oarlock.cli.show import epochs_table, event_lines, wire_lines
 from oarlock.client.job import OVER
 from oarlock.launch.folder import is_running, locate, read_spec, stored_status
@@ -71,7 +72,7 @@ def status(options: argparse.Namespace) -> int:
     )
     if found.get("metrics"):
         console.print(f"metrics at http://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True)
-    for line in wire_lines(found):
+    for line in [*wire_lines(found), *cut_lines(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in event_lines(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

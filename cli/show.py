@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from oarlock.cli.cut_lines import progress_line
+
+# A cut that takes longer is told of in lines, so often.
+CUT_SECONDS = 10.0
+
 
 class RunView:
     """Shows the statuses of a running job. Everything goes to standard error, so that standard output is the result."""
@@ -36,6 +41,8 @@ class RunView:
         self._samples = 0
         self._since = time.monotonic()
         self._speed = 0.0
+        # When it was last said how far a cut is, or there was none.
+        self._cut_told = self._since
 
     def __enter__(self) -> "RunView":
         self._safely(self._progress.start)
@@ -69,12 +76,22 @@ class RunView:
         for result in status["history"][self._epochs :]:
             self.say(_line(result, status["epochs"]))
         self._epochs = max(self._epochs, len(status["history"]))
+        self._show_cut(status)
         warnings = status.get("warnings", [])
         for warning in warnings[self._warnings :]:
             self.say(f"warning: {warning}")
         self._warnings = len(warnings)
         if self._task is not None and "splits" in status:
             self._safely(lambda: self._update(status))
+
+    def _show_cut(self, status: dict[str, Any]) -> None:
+        """Say every now and then how far a cut is, where there is no bar that shows it."""
+        line, now = progress_line(status), time.monotonic()
+        if not line:
+            self._cut_told = now
+        elif not self._console.is_terminal and now - self._cut_told >= CUT_SECONDS:
+            self._cut_told = now
+            self.say(line)
 
     def _update(self, status: dict[str, Any]) -> None:
         if self._task is not None:
@@ -83,6 +100,7 @@ class RunView:
             if not note:
                 self._measure(status)
                 note = f"{self._speed:,.0f} samples/s" if self._speed else ""
+                note = "; ".join(part for part in (note, progress_line(status)) if part)
             evaluating = status["splits_closed"] == status["splits"]
             done, total = ("evaluated", "evaluation_splits") if evaluating else ("splits_closed", "splits")
             self._progress.update(

@@ -74,6 +74,9 @@ class JobSpec:
     ``metrics`` names the evaluation's means; the first one decides which epoch was best. A checkpoint is written after
     every ``checkpoint_epochs`` epochs (0: only at the end), and while an epoch is trained after so many steps, or seconds, since
     the last one (0: not). ``gate_seconds``: how long workers that do not shut their gate are waited for.
+    ``checkpoint_keep_best``: so many of those after the best epochs stay beside the ``checkpoints_kept`` newest.
+    ``checkpoint_path``: a folder or URL (empty: ``checkpoints`` in the job's folder), with options of its file system, none of
+    them secret (``checkpoint/place.py``).
     ``compute_threads``: batches that a worker computes at once; ``blas_threads``: threads of each matrix product.
     ``restore``: of a job that goes on with another one's training, the cut that it begins with, as a path or URL; empty: none.
     """
@@ -104,6 +107,10 @@ class JobSpec:
     checkpoint_steps: int = 0
     checkpoint_seconds: float = 0.0
     checkpoints_kept: int = 2
+    checkpoint_keep_best: int = 0
+    checkpoint_path: str = ""
+    checkpoint_options: dict[str, Any] = field(default_factory=dict)
+    checkpoint_compress: str = ""
     reader: str = "auto"
     open_splits: int = 2
     prefetch: int = 1
@@ -140,7 +147,7 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 1")
-        for name in ("evaluation_splits", "checkpoint_epochs", "checkpoint_steps", "staleness"):
+        for name in ("evaluation_splits", "checkpoint_epochs", "checkpoint_steps", "checkpoint_keep_best", "staleness"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer >= 0")
@@ -148,6 +155,11 @@ class JobSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_THREADS:
                 raise InvalidArgument(f"{name} = {value!r}: give an integer from 1 to {MAX_THREADS}")
+        for name in ("checkpoint_path", "checkpoint_compress"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidArgument(f"{name} = {getattr(self, name)!r}: give text")
+        if not isinstance(self.checkpoint_options, dict):
+            raise InvalidArgument(f"checkpoint_options = {self.checkpoint_options!r}: give a table")
         if self.staleness and self.mode != "ssp":
             raise InvalidArgument(
                 f"staleness = {self.staleness} and mode = {self.mode!r} contradict each other: only ssp bounds it; "

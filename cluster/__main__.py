@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.place import place_of
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import announce
@@ -60,7 +60,7 @@ def main() -> int:
         try:
             coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom())
             coordinator.open()
-            begin(coordinator, given.restore, LocalStore(folder / "checkpoints"))
+            begin(coordinator, given.restore, place_of(spec).open(folder))
             orders = Orders(coordinator, transport, folder / "checkpoints")
             server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
             coordinator.metrics_address = telemetry.address

@@ -12,6 +12,7 @@ coordinator's own file was lost.
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oarlock.checkpoint.line import events_of
+from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
 from oarlock.proto.errors import CorruptCheckpoint
 
@@ -45,4 +46,5 @@ def begin(c: "Coordinator", restore: str, store: CheckpointStore) -> None:
     """Begin a run of ``c``, whose checkpoints are in ``store``, if one is to be begun. ``restore``: what it was told."""
     path = restore or (c.spec.restore if not c.has_begun else "")
     if path:
-        c.begin_run(open_checkpoint(path)[1], path, past_of(store, c.spec.job))
+        options = place_of(c.spec).options_for(path)
+        c.begin_run(open_checkpoint(path, options=options)[1], path, past_of(store, c.spec.job))

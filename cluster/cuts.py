@@ -41,6 +41,8 @@ class Cuts:
         # Somebody asked for one.
         self.wanted = False
         self.checkpoints: list[dict[str, Any]] = []
+        # The one that is kept since the epoch before it was the best one; 0: none.
+        self.best = 0
         # The newest that came to nothing, and why.
         self.failed: dict[str, Any] = {}
         # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
@@ -56,6 +58,7 @@ class Cuts:
         self.begun = store.fact("begun", 0)
         self.committed = store.fact("committed", 0)
         self.checkpoints = store.fact("checkpoints", [])
+        self.best = store.fact("best_cut", 0)
         self._since_seconds = self._c.clock()
 
     def go_back(self, store: Store, manifest: Manifest, path: str) -> None:
@@ -111,6 +114,11 @@ class Cuts:
         return [m.incarnation for m in c.members.alive("worker") if m.incarnation in holders | c.clocks.unheard]
 
     @property
+    def after_epoch(self) -> bool:
+        """Whether the one that is being made is of the moment after an epoch: nobody has trained since."""
+        return self._holds
+
+    @property
     def gate_is_shut(self) -> bool:
         """Whether a gate stands, and the moment is there at which workers shut theirs."""
         return self.gate is not None and self._c.clock() >= self.gate.shuts
@@ -138,6 +146,7 @@ class Cuts:
                 self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
                 for name in ("begun", "committed", "checkpoints"):
                     store.set_fact(name, getattr(self, name))
+                store.set_fact("best_cut", self.best)
             if c.phase not in OVER and self.ends_job:
                 c.set_phase(DONE if c.work.finished else STOPPED, "" if c.work.finished else c.stop_reason)
 
@@ -170,5 +179,16 @@ class Cuts:
         self._c.last_tick = self._c.clock()
 
     def told(self) -> dict[str, Any]:
-        """Return what people ask: the newest number, the one that is being made (0: none), and the one that failed last."""
-        return {"last": self.last, "begun": self.begun, **({"failed": self.failed} if self.failed else {})}
+        """Return what people ask: the newest number, the one being made (0: none) and how much of it shards said to have
+        written, the best one, and the one that failed last."""
+        found: dict[str, Any] = {"last": self.last, "begun": self.begun}
+        if self.begun:
+            told = [m.stats.get("writing") for m in self._c.members.alive("shard")]
+            of = [each for each in told if isinstance(each, dict) and each.get("cut") == self.begun]
+            for name in ("written_bytes", "bytes"):
+                found[name] = sum(value for each in of if isinstance(value := each.get(name), int) and value >= 0)
+        if self.best:
+            found["best"] = self.best
+        if self.failed:
+            found["failed"] = self.failed
+        return found

@@ -24,12 +24,14 @@ from typing import Any, TypeVar
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.line import line_of
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.place import check_owner, place_of
+from oarlock.checkpoint.store import CheckpointStore
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import moment_of
 from oarlock.cluster.ranks import hold_still
+from oarlock.data.scores import merit
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
 from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, RankCommits, WriteRequest
@@ -48,7 +50,10 @@ Send = Callable[[ShardAddress, str, Any, float], Awaitable[Any]]
 
 
 class Cutting:
-    """Makes the cuts that are due; ``step()`` looks once. ``send`` and ``header`` are those of the coordinator's orders."""
+    """Makes the cuts that are due; ``step()`` looks once. ``send`` and ``header`` are those of the coordinator's orders.
+
+    They go to ``checkpoints``, unless the job says another place.
+    """
 
     def __init__(
         self,
@@ -60,7 +65,8 @@ class Cutting:
         executor: Executor | None,
     ) -> None:
         self._c = coordinator
-        self._folder = checkpoints
+        self._place = place_of(coordinator.spec)
+        self._root = self._place.path or str(checkpoints)
         self._send = send
         self._header = header
         self._stages = stages
@@ -83,6 +89,9 @@ class Cutting:
             with self._stages.time("checkpoint", cut=gate.cut):
                 await self._make(gate)
 
+    def _store(self) -> CheckpointStore:
+        return self._place.store(self._root)
+
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
@@ -93,7 +102,7 @@ class Cutting:
         if not cut:
             return
         try:
-            manifest = await self._run(LocalStore(self._folder).load_manifest, cut)
+            manifest = await self._run(self._store().load_manifest, cut)
             if (manifest.job, manifest.run) != (c.spec.job, c.run):
                 raise CorruptCheckpoint(f"cut {cut} is of another history")
         except (PSError, OSError) as error:
@@ -105,6 +114,7 @@ class Cutting:
     async def _make(self, gate: Gate) -> None:
         c = self._c
         try:
+            await self._run(self._check_owner)
             await self._gathered(gate)
             moment = commits = None
             if c.spec.ranks:
@@ -118,7 +128,7 @@ class Cutting:
                 moment = moment or moment_of(c, gate.cut)
                 c.cuts.open()
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
-            await self._run(LocalStore(self._folder).commit, manifest)
+            await self._run(self._store().commit, manifest)
         except (PSError, OSError) as error:
             self.counts["failed"] += 1
             again = isinstance(error, PSError) and error.retryable
@@ -129,9 +139,16 @@ class Cutting:
         await self._run(self._clean, manifest.cut)
         self._committed(manifest)
 
+    def _check_owner(self) -> None:
+        """Raise InvalidArgument if another job has its checkpoints where this one's go."""
+        store = self._store()
+        # Of what it has committed itself it is the owner.
+        if store.cuts()[-1:] != [self._c.cuts.committed]:
+            check_owner(store, self._c.spec.job)
+
     def _committed(self, manifest: Manifest) -> None:
         self.counts["committed"] += 1
-        self._c.cuts.commit(manifest, str(self._folder / cut_folder(manifest.cut)))
+        self._c.cuts.commit(manifest, f"{self._root}/{cut_folder(manifest.cut)}")
 
     async def _gathered(self, gate: Gate) -> None:
         """Wait until all workers are at the gate; Unavailable if one is late."""
@@ -160,7 +177,7 @@ class Cutting:
 
         async def one(shard: ShardAddress) -> list[BlockEntry]:
             alone = self._c.cuts.ends_job or self._c.cuts.idle
-            request = WriteRequest(cut=cut, root=str(self._folder), alone=alone)
+            request = WriteRequest(cut=cut, root=self._root, alone=alone)
             reply = await self._ordered(shard, "Write", request, WRITE_SECONDS)
             if reply.torn:
                 raise Unavailable(f"a worker pushed to shard {shard.id} without waiting for its gate to open")
@@ -198,18 +215,29 @@ class Cutting:
             if isinstance(result, BaseException) and not isinstance(result, PSError):
                 raise result
 
+    def _best(self, store: CheckpointStore, line: list[int]) -> list[int]:
+        """Return those of ``line`` that are kept for what the evaluation of their epoch found, best first."""
+        c, spec = self._c, self._c.spec
+        if not spec.checkpoint_keep_best or not spec.metrics:
+            return []
+        first = spec.metrics[0]
+        every = store.best_cuts(len(store.cuts()), first, merit=lambda value: merit(first, value))
+        found = [cut for cut in every if cut in line][: spec.checkpoint_keep_best]
+        c.cuts.best = found[0] if found else 0
+        return found
+
     def _clean(self, cut: int) -> None:
         """Delete old cuts, but for the one of the best epoch if that is kept."""
-        c, store = self._c, LocalStore(self._folder)
+        c, store = self._c, self._store()
         try:
             # Cuts of abandoned runs are not counted, and go with those of the line that are older than they are.
             cuts = [n for n in store.cuts() if store.newest([n]) is not None]
             line = line_of(cuts, c.events.restores)
             oldest = line[-c.spec.checkpoints_kept :][0]
-            store.keep_last(sum(n >= oldest for n in cuts))
+            store.keep_last(sum(n >= oldest for n in cuts), pinned=self._best(store, line))
             store.discard_incomplete(below=cut)
         except OSError as error:
-            c.warn(f"old checkpoints in {self._folder} could not be deleted: {error}")
+            c.warn(f"old checkpoints in {self._root} could not be deleted: {error}")
 
 
 async def _all(asking: list[Awaitable[Any]]) -> list[Any]:

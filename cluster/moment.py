@@ -63,6 +63,8 @@ def moment_of(c: "Coordinator", cut: int) -> Moment:
 
 def _moment_of(c: "Coordinator", cut: int) -> Moment:
     work, best = c.work, c.work.best()
+    # What its evaluation found is said of the model of a cut, where there was one.
+    found = work.history[-1].metrics if c.cuts.after_epoch and work.history else {}
     return Moment(
         run=c.run,
         cut=cut,
@@ -72,6 +74,7 @@ def _moment_of(c: "Coordinator", cut: int) -> Moment:
         epoch=work.epoch,
         step=work.steps,
         metrics={
+            **found,
             "history": [asdict(r) for r in work.history],
             # Scores are much for a manifest, and its blocks give them again: those splits are evaluated anew.
             "evaluations": {str(s): v for s, v in work.results.items() if isinstance(v, list)},

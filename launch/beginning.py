@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.line import Restore, events_of, line_of, restores_in
 from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
 from oarlock.client.job import JobSpec
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, SpecMismatch
@@ -36,7 +37,7 @@ def cut_to_resume(store: CheckpointStore, spec: JobSpec, restores: Sequence[Rest
         _check(store, spec, line[-1], line[:-1])
         return f"{store.files.root}/{cut_folder(line[-1])}"
     if spec.restore:
-        other, manifest = open_checkpoint(spec.restore)
+        other, manifest = open_checkpoint(spec.restore, options=place_of(spec).options_for(spec.restore))
         other.verify(manifest)
         return spec.restore
     raise NotFound(f"{store.files.root} holds no whole checkpoint: train anew under another --name")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from oarlock.checkpoint.place import place_of
 from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
@@ -35,6 +36,8 @@ class RunConfig:
 
     ``ranks``: of mode sync; 0: as many as there are workers.
     ``restore``: the checkpoint with which the job begins, of whose training it is the continuation.
+    ``checkpoint_path``: where checkpoints go, a folder or a URL like ``s3://bucket/folder`` (empty: the job's folder), with the
+    options of its file system (TOML table ``[checkpoint_options]``). Credentials are none of them: see ``checkpoint/place.py``.
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
@@ -52,6 +55,9 @@ class RunConfig:
     checkpoint_epochs: int = 1
     checkpoint_every: str = ""
     checkpoints_kept: int = 2
+    checkpoint_keep_best: int = 0
+    checkpoint_path: str = ""
+    checkpoint_compress: str = ""
     # performance
     servers: int = 2
     workers: int = 2
@@ -68,6 +74,7 @@ class RunConfig:
     gate_seconds: float = 2.0
     restarts: int = 1000
     restore: str = ""
+    checkpoint_options: dict[str, Any] = field(default_factory=dict)
     compression: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +118,11 @@ class RunConfig:
             )
         if self.checkpoint_epochs < 0 or self.checkpoints_kept < 1:
             raise InvalidArgument("checkpoint_epochs must be >= 0 and checkpoints_kept >= 1")
+        if not 0 <= self.checkpoint_keep_best <= 1 << 20:
+            raise InvalidArgument(
+                f"checkpoint_keep_best = {self.checkpoint_keep_best}: give an integer from 0 to {1 << 20}"
+            )
+        place_of(self)
         read_every(self.checkpoint_every)
         if not 0 < self.gate_seconds <= 3600:
             raise InvalidArgument(f"gate_seconds = {self.gate_seconds}: give a number above 0, at most 3600")

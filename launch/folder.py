@@ -8,12 +8,14 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.line import Restore, restores_in
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.place import check_owner, place_of
 from oarlock.client.compression import feedback_of
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
@@ -54,6 +56,9 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
         check_continues(run, spec)
     else:
         spec = make_spec(run, name)
+    if spec.checkpoint_path:
+        with _reading(spec.checkpoint_path):
+            check_owner(place_of(spec).open(folder), spec.job)
     _write(folder, run, spec)
     return spec
 
@@ -77,9 +82,25 @@ def resume(folder: Path, changes: dict[str, Any], *, cut: int | None = None) -> 
             "the job itself give --restore @CUT"
         )
     check_unchanged(fixed_of(old), spec, options)
-    path = cut_to_resume(LocalStore(folder / "checkpoints"), old, stored_restores(folder), cut)
+    store = place_of(spec).open(folder)
+    with _reading(store.files.root):
+        moved = spec.checkpoint_path != old.checkpoint_path and not store.cuts()
+    if moved:
+        # From now on its checkpoints go elsewhere; those that there are stay where they are.
+        store = place_of(old).open(folder)
+    with _reading(store.files.root):
+        path = cut_to_resume(store, old, stored_restores(folder), cut)
     _write(folder, run, spec)
     return spec, path
+
+
+@contextmanager
+def _reading(root: str) -> Iterator[None]:
+    """Say what a file system that does not answer means."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"the checkpoints in {root} cannot be read: {error}") from None
 
 
 def _merged(old: dict[str, Any], changes: Any) -> Any:
@@ -94,7 +115,8 @@ def _merged(old: dict[str, Any], changes: Any) -> Any:
 
 
 def _write(folder: Path, run: RunConfig, spec: JobSpec) -> None:
-    run = replace(run, data=str(Path(run.data).absolute()), ranks=spec.ranks)
+    data = str(Path(run.data).absolute())
+    run = replace(run, data=data, ranks=spec.ranks, checkpoint_path=spec.checkpoint_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
@@ -193,7 +215,8 @@ def stored_status(folder: Path) -> dict[str, Any]:
     store = Store(path)
     try:
         with store.open():
-            facts = {n: store.fact(n) for n in ("phase", "reason", "run", "checkpoints", "closed", "counted", EVENTS)}
+            names = ("phase", "reason", "run", "checkpoints", "closed", "counted", "best_cut", EVENTS)
+            facts = {n: store.fact(n) for n in names}
             history = store.epochs()
     except Unavailable:
         raise Unavailable(
@@ -236,6 +259,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "history": history,
         "checkpoints": facts["checkpoints"] or [],
         "events": facts[EVENTS] or [],
+        "cut": {"best": facts["best_cut"]} if facts["best_cut"] else {},
         "warnings": [],
         "members": [],
     }

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.place import place_of
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
@@ -71,7 +71,7 @@ def run_in_process(
     try:
         coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.SystemRandom())
         coordinator.open()
-        begin(coordinator, restore, LocalStore(folder / "checkpoints"))
+        begin(coordinator, restore, place_of(spec).open(folder))
         with (
             ThreadPoolExecutor(min(spec.servers, MOST_WRITERS), thread_name_prefix="oarlock-blocks") as executor,
             observed("job", metrics_port, trace=trace) as telemetry,

@@ -4,6 +4,7 @@
 import secrets
 from pathlib import Path
 
+from oarlock.checkpoint.store import is_url
 from oarlock.client.compression import read_compression
 from oarlock.client.job import JobSpec
 from oarlock.data.files import files_to_json
@@ -12,6 +13,12 @@ from oarlock.launch.cache import with_caches
 from oarlock.launch.config import RunConfig, recipe_config
 from oarlock.launch.every import read_every
 from oarlock.worker.recipe import load_recipe, recipe_name
+
+
+def where(run: RunConfig) -> str:
+    """Return the path of a run's checkpoints as every process can use it, wherever it is started."""
+    path = run.checkpoint_path
+    return str(Path(path).absolute()) if path and not is_url(path) else path
 
 
 def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
@@ -57,6 +64,10 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         checkpoint_steps=steps,
         checkpoint_seconds=seconds,
         checkpoints_kept=run.checkpoints_kept,
+        checkpoint_keep_best=run.checkpoint_keep_best,
+        checkpoint_path=where(run),
+        checkpoint_options=run.checkpoint_options,
+        checkpoint_compress=run.checkpoint_compress,
         lease_seconds=run.lease_seconds,
         heartbeat_seconds=run.heartbeat_seconds,
         gate_seconds=run.gate_seconds,

@@ -8,6 +8,7 @@
 Invariant: an origin names one cut for good, whatever is added to its folder later; every file of it was looked at. Reads only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.line import PLAN
 from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.store import CheckpointStore, is_url, open_checkpoint
 from oarlock.client.job import JobSpec
 from oarlock.launch.config import RunConfig, load_toml
@@ -24,7 +26,7 @@ from oarlock.proto.errors import InvalidArgument, NotFound, PSError
 
 RUNS = Path("runs")
 # Of a job file, what belongs to one job alone, or says with what it began.
-_OWN = ("restore", "warm_start", "checkpoint_path")
+_OWN = ("restore", "warm_start", "checkpoint_path", "checkpoint_options")
 # What a manifest's plan says in the words of a job file.
 _RUN = ("mode", "staleness", "ranks", "accumulate", "blas_threads", "epochs")
 
@@ -49,8 +51,10 @@ def find_origin(target: str) -> Origin:
         )
     name, cut = (target, None) if is_url(target) or Path(target).is_dir() else split_cut(target)
     job = next((f for f in (Path(name), RUNS / name) if not is_url(name) and (f / "job.json").exists()), None)
+    options: Mapping[str, Any] = {}
     if job is not None:
-        target = f"{(job / 'checkpoints').absolute()}" + ("" if cut is None else f"@{cut}")
+        place = place_of(JobSpec.from_json((job / "job.json").read_text(encoding="utf-8")))
+        target, options = place.root(job.absolute()) + ("" if cut is None else f"@{cut}"), place.options
     elif not is_url(target) and not Path(name).exists():
         known = sorted(p.parent.name for p in RUNS.glob("*/job.json"))
         raise NotFound(
@@ -58,9 +62,9 @@ def find_origin(target: str) -> Origin:
         )
     elif not is_url(target):
         target = str(Path(target).absolute())
-    store, manifest = open_checkpoint(target)
+    store, manifest = open_checkpoint(target, options=options)
     path = f"{store.files.root}/{cut_folder(manifest.cut)}"
-    folder = None if is_url(path) else Path(path).parent.parent
+    folder = job or (None if is_url(path) else Path(path).parent.parent)
     spec, values = _job_of(folder, manifest) if folder is not None else (None, {})
     return Origin(path, store, manifest, spec, values)
 

@@ -6,7 +6,8 @@ same order again. Orders come from the coordinator, any thread; the push lock is
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +28,20 @@ from oarlock.ps.shard import Shard
 logger = logging.getLogger(__name__)
 
 
-def adopt(shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str) -> None:
-    """Own what ``routes`` gives shard ``me``; new blocks come from the checkpoint ``restore``, or start at first values."""
+def adopt(
+    shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str, *, options: Mapping[str, Any] | None = None
+) -> None:
+    """Own what ``routes`` gives shard ``me``; new blocks come from the checkpoint ``restore``, or start at first values.
+
+    ``options``: of the checkpoint's file system.
+    """
     with shard.push_lock:
         if routes.generation < shard.generation:
             raise InvalidArgument(f"generation {routes.generation} is older than this shard's {shard.generation}")
         if routes.generation == shard.generation:
             return
         wanted = routes.owners == me
-        _create_all(shard, np.flatnonzero(wanted & ~shard.owned).tolist(), restore)
+        _create_all(shard, np.flatnonzero(wanted & ~shard.owned).tolist(), restore, options)
         for number in np.flatnonzero(shard.owned & ~wanted).tolist():
             _drop(shard, number)
         if restore:
@@ -117,7 +123,7 @@ def _form(spec: TableSpec | DenseSpec) -> str:
     return ", ".join(said)
 
 
-def _create_all(shard: Shard, numbers: list[int], restore: str) -> None:
+def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping[str, Any] | None) -> None:
     """Create the blocks, all or none of them."""
     layout = shard.layout
     created: list[int] = []
@@ -126,7 +132,7 @@ def _create_all(shard: Shard, numbers: list[int], restore: str) -> None:
             _create(shard, number)
             created.append(number)
         if restore:
-            images = _Images(*open_checkpoint(restore))
+            images = _Images(*open_checkpoint(restore, options=options))
             images.check(layout)
             marks: dict[int, dict[int, int]] = {}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from oarlock import __version__
 from oarlock.checkpoint.chain import MAX_LINKS
+from oarlock.checkpoint.place import Place, place_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_placement
@@ -72,6 +73,7 @@ class ShardService:
         self._term = 0
         self._ordering = Lock()
         self._views: Views
+        self._place = Place()
         self.compacting = Compacting(links=compact_links)
         self._writing = Lock()
         self._timing = Lock()
@@ -84,7 +86,8 @@ class ShardService:
         shard = Shard(spec, spill_folder=self._spill_folder)
         self._holds_lease = holds_lease
         self._rows = Rows(shard, identity.id)
-        self._views = Views(shard, self.compacting)
+        self._place = place_of(spec)
+        self._views = Views(shard, self.compacting, self._place)
         self._joined = (identity, shard)
         return shard
 
@@ -173,7 +176,7 @@ class ShardService:
         closed = ClosedSet.unpack(request.closed)
         restore = request.restore and read_path(request.restore, "the checkpoint to restore")
         self._take(request.header)
-        adopt(shard, identity.id, routes, closed, restore)
+        adopt(shard, identity.id, routes, closed, restore, options=self._place.options_for(restore))
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 
     def cut(self, request: CutRequest) -> Empty:
@@ -215,8 +218,17 @@ class ShardService:
     def told(self) -> dict[str, Any]:
         """Return what the shard holds and has done, its chains of files included."""
         assert self._joined is not None, "asked of a shard that has joined"
-        done = self.compacting.told()
-        return {**self._joined[1].stats(), **({"compaction": done} if any(done.values()) else {})}
+        done, writing = self.compacting.told(), self.writing
+        return {
+            **self._joined[1].stats(),
+            **({"compaction": done} if any(done.values()) else {}),
+            **({"writing": writing} if writing else {}),
+        }
+
+    @property
+    def writing(self) -> dict[str, int] | None:
+        """Return how far the cut is that is being written, None if none is: its number, bytes that are written, and in all."""
+        return self._views.writing if self._joined is not None else None
 
     def rows(self, request: RowsRequest) -> RowsReply:
         self._leased(request.header)

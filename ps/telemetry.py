@@ -23,7 +23,7 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
     """Return the source of the metrics of ``shard``, which ``service`` answers for."""
 
     def source() -> dict[str, Any]:
-        counters, compacted = shard.counters.copy(), service.compacting.told()
+        counters, compacted, writing = shard.counters.copy(), service.compacting.told(), service.writing or {}
         return {
             "oarlock_shard_pulls_total": counters["pulls"],
             "oarlock_shard_pushes_total": counters["pushes"],
@@ -44,6 +44,9 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
             "oarlock_shard_not_admitted_gradients_total": counters["rows_not_admitted"],
             "oarlock_shard_undone_rows_total": counters["rows_undone"],
             "oarlock_shard_sweep_slices_total": shard.sweeper.slices,
+            "oarlock_shard_cut_bytes": {
+                state: writing.get(name, 0) for state, name in (("written", "written_bytes"), ("in_all", "bytes"))
+            },
             "oarlock_shard_compacted_blocks_total": compacted["blocks"],
             "oarlock_shard_compacted_bytes_total": compacted["bytes"],
             "oarlock_shard_compacting_seconds_total": compacted["seconds"],

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.chain import should_be_whole
 from oarlock.checkpoint.entry import BlockEntry
-from oarlock.checkpoint.store import NONE_GONE, CheckpointStore, open_store
+from oarlock.checkpoint.place import Place
+from oarlock.checkpoint.store import NONE_GONE, CheckpointStore
 from oarlock.checkpoint.writing import BlockTask, Change, write_blocks
 from oarlock.client.layout import Layout
 from oarlock.embedding.content import BlockRows
@@ -59,6 +60,8 @@ class View:
         self.blocks: NDArray[np.int64] = np.flatnonzero(shard.owned)
         # What was written, once all of it is: an order that is repeated gets the same answer.
         self.entries: dict[int, BlockEntry] | None = None
+        # Of the blocks that are written: about how many bytes are, and will be.
+        self.progress: tuple[int, int] | None = None
         # Whether it was torn when it was first asked for, None before: later tears break nothing.
         self.torn: bool | None = None
         # Whether pushes are expected while it is written.
@@ -89,7 +92,8 @@ class View:
                 else:
                     changed.append(number)
             tasks = [BlockTask(self._bytes(number), partial(self._change, number)) for number in changed]
-            written = write_blocks(store, self.number, tasks, threads=threads)
+            self.progress = (0, sum(task.bytes for task in tasks))
+            written = write_blocks(store, self.number, tasks, threads=threads, progress=self._told)
             entries = {n: self._base[n] for n in self.blocks.tolist() if n in self._base}
             entries.update(zip(changed, written, strict=True))
             self.entries = entries
@@ -103,6 +107,9 @@ class View:
                 sum(e.bytes + e.waiting_bytes + e.gone_bytes for e in written),
             )
         return self.entries
+
+    def _told(self, done: int, total: int) -> None:
+        self.progress = (done, total)
 
     def close(self) -> None:
         """Let go what is kept for it."""
@@ -171,11 +178,12 @@ class View:
 class Views:
     """The view that a shard has open, and what it wrote before. The push lock is held, but for ``write``.
 
-    What ``compacting`` makes of chains is what the next view's increments follow.
+    What ``compacting`` makes of chains is what the next view's increments follow. ``place``: how its checkpoints are opened.
     """
 
-    def __init__(self, shard: Shard, compacting: Compacting) -> None:
+    def __init__(self, shard: Shard, compacting: Compacting, place: Place) -> None:
         self._shard = shard
+        self._place = place
         self._compacting = compacting
         self._open: View | None = None
         # Of the newest cut that was written, and of the newest that is known to be committed.
@@ -198,6 +206,14 @@ class Views:
             self._open.close()
             self._open = None
 
+    @property
+    def writing(self) -> dict[str, int] | None:
+        """Return how far the cut is that is being written here, None if none is."""
+        view = self._open
+        if view is None or view.entries is not None or view.progress is None:
+            return None
+        return {"cut": view.number, "written_bytes": view.progress[0], "bytes": view.progress[1]}
+
     def of(self, number: int) -> View:
         """Return the view of cut ``number``; InvalidArgument if there is none."""
         if self._open is None or self._open.number != number:
@@ -206,7 +222,7 @@ class Views:
 
     def write(self, view: View, root: str, *, threads: int) -> list[BlockEntry]:
         """Write a view into the folder of its cut under ``root``; nothing exists until the manifest is committed."""
-        store = open_store(root)
+        store = self._place.store(root)
         try:
             with self._compacting.writing():
                 entries = view.write(store, threads)

@@ -89,6 +89,11 @@ _SHARD = _metrics(
     ("not_admitted_gradients_total", "counter", "Gradients of keys that a table's admission did not let in yet."),
     ("undone_rows_total", "counter", "Rows whose last updates were taken back on request."),
     ("sweep_slices_total", "counter", "Slices of blocks that were looked through for rows to evict."),
+    (
+        "cut_bytes state",
+        "gauge",
+        "Of the cut that is being written: about how many bytes are, and will be; 0 if none is.",
+    ),
     ("compacted_blocks_total", "counter", "Chains of checkpoint files that were made one file, beside training."),
     ("compacted_bytes_total", "counter", "Bytes of these files."),
     ("compacting_seconds_total", "counter", "Time in which they were made."),

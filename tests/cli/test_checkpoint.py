@@ -108,6 +108,7 @@ def test_what_is_described(folder: Path, capsys: Any) -> None:
         "bytes": 33576,
         "increments": 4,
         "longest": 2,
+        "metrics": {"auc": 0.75, "loss": 0.1},
     }
     assert found["marks"] == {"7": [6, 8], str(1 << 40): [3, 3]}
     assert (found["open_splits"], found["metrics"]) == ([7, 1 << 40], {"auc": 0.75, "loss": 0.1})

@@ -16,6 +16,7 @@ from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import TableSpec, to_json
 from oarlock.proto.bulk import inlined
 from oarlock.proto.shard_pb2 import CutRequest, WriteRequest
+from oarlock.ps.view import View
 
 TABLES = (TableSpec("user", 2, rig.SGD, rig.ZEROS, 2),)
 LINKS = 4
@@ -265,3 +266,27 @@ def test_it_waits_while_a_cut_is_written_and_ends_at_once(job):
     assert compacting.told()["blocks"] == 1
     assert not compacting.trouble
     assert not compacting.due
+
+
+def test_a_shard_tells_how_far_the_writing_of_a_cut_is(tmp_path, monkeypatch):
+    job = Job(tmp_path, 1)
+    service, seen = job.services[0], []
+    original = View._told
+
+    def note(self, done, total):
+        original(self, done, total)
+        seen.append(service.told()["writing"])
+
+    monkeypatch.setattr(View, "_told", note)
+    try:
+        assert service.writing is None
+        job.push(range(40))
+        job.make(1)
+        assert len(seen) == 6
+        assert {each["cut"] for each in seen} == {1}
+        done = [each["written_bytes"] for each in seen]
+        assert done == sorted(done)
+        assert seen[-1]["written_bytes"] == seen[-1]["bytes"] > done[0]
+        assert "writing" not in service.told()
+    finally:
+        job.end()
