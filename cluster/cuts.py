@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The cut that a job ends with is tried again after these pauses: who is told that a disk is full may make room, and meanwhile
+# shards have the model.
+LAST_PAUSES = (1.0, 4.0, 15.0, 40.0)
+
 # Heartbeats are sent so often, and each tells when the gate shuts: every worker has heard it once so many have passed.
 HEARTBEATS_BEFORE_GATE = 1.25
 
@@ -45,6 +49,8 @@ class Cuts:
         self.best = 0
         # The newest that came to nothing, and why.
         self.failed: dict[str, Any] = {}
+        # Of the one to end with: how often it failed, and when it is tried again.
+        self._failures, self._again = 0, 0.0
         # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
         self._holds = self.ends_job = False
         # Nobody had work when it was begun, nor waits for it.
@@ -64,7 +70,7 @@ class Cuts:
     def go_back(self, store: Store, manifest: Manifest, path: str) -> None:
         """Begin a new run from ``manifest``: no cut of it is there yet."""
         self.last = self.opened = max(self.last, manifest.cut)
-        self.begun = self.committed = 0
+        self.begun = self.committed = self._failures = 0
         if path not in [known["path"] for known in self.checkpoints]:
             self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
         for name, value in (("cut", self.last), ("begun", 0), ("committed", 0), ("checkpoints", self.checkpoints)):
@@ -73,6 +79,8 @@ class Cuts:
     def due(self) -> bool:
         """Whether a cut is to be made now."""
         c, spec = self._c, self._c.spec
+        if c.phase in (WRITING, STOPPING) and c.clock() < self._again:
+            return False
         if c.phase == WRITING:
             return True
         if c.phase == STOPPING:
@@ -151,7 +159,7 @@ class Cuts:
                 c.set_phase(DONE if c.work.finished else STOPPED, "" if c.work.finished else c.stop_reason)
 
     def give_up(self, error: str, *, again: bool = False) -> None:
-        """Note that the cut came to nothing. Training goes on, unless it was the one to end with.
+        """Note that the cut came to nothing. Training goes on, unless it was the one to end with: that is tried again some times.
 
         ``again``: what went wrong may pass: while nobody trains, the next look makes another one.
         """
@@ -165,8 +173,13 @@ class Cuts:
             logger.info("event=cut_given_up cut=%d error=%s", cut, error)
             if c.phase in OVER or (again and (self.ends_job or self._holds)):
                 return
-            if self.ends_job:
-                c.fail(f"the last checkpoint could not be written: {error}")
+            if self.ends_job and self._failures < len(LAST_PAUSES):
+                pause = LAST_PAUSES[self._failures]
+                self._failures, self._again = self._failures + 1, c.clock() + pause
+                c.warn(f"the last checkpoint could not be written, it is tried again in {pause:g} s: {error}")
+            elif self.ends_job:
+                last = f"cut {self.checkpoints[-1]['cut']} is the newest one" if self.checkpoints else "there is none"
+                c.fail(f"the last checkpoint could not be written: {error}; {last}")
             else:
                 c.warn(f"checkpoint {cut} could not be written, training goes on: {error}")
                 if self._holds:

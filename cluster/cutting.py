@@ -113,6 +113,8 @@ class Cutting:
 
     async def _make(self, gate: Gate) -> None:
         c = self._c
+        # Whether its manifest may be there: the answer to a put that failed says nothing of what comes of it.
+        put = False
         try:
             await self._run(self._check_owner)
             await self._gathered(gate)
@@ -128,12 +130,18 @@ class Cutting:
                 moment = moment or moment_of(c, gate.cut)
                 c.cuts.open()
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
-            await self._run(self._store().commit, manifest)
+            put = True
+            await self._run(self._commit, manifest)
         except (PSError, OSError) as error:
             self.counts["failed"] += 1
             again = isinstance(error, PSError) and error.retryable
+            if put and isinstance(error, CorruptCheckpoint):
+                # Files of chains are not what they should be, and no cut that follows on them can be: the next one is whole.
+                c.cuts.committed = 0
             c.cuts.give_up(str(error), again=again)
             await self._abort(gate.cut)
+            if not put:
+                await self._run(self._discard, gate.cut)
             return
         # The manifest is what counts; old cuts go before the job can be over with this one.
         await self._run(self._clean, manifest.cut)
@@ -145,6 +153,23 @@ class Cutting:
         # Of what it has committed itself it is the owner.
         if store.cuts()[-1:] != [self._c.cuts.committed]:
             check_owner(store, self._c.spec.job)
+
+    def _commit(self, manifest: Manifest) -> None:
+        """Make the cut exist. Once it is there it is not given up for an error after that: it is made to stay."""
+        store = self._store()
+        try:
+            store.commit(manifest)
+        except OSError:
+            if not store.is_committed(manifest.cut):
+                raise
+            store.commit(manifest)
+
+    def _discard(self, cut: int) -> None:
+        """Delete what was written of a cut that came to nothing: a disk that is full has room for the next one."""
+        try:
+            self._store().discard_incomplete(below=cut + 1)
+        except (OSError, PSError) as error:
+            logger.info("event=not_discarded cut=%d error=%s", cut, error)
 
     def _committed(self, manifest: Manifest) -> None:
         self.counts["committed"] += 1

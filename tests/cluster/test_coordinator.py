@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oarlock.cluster.coordinator import STOP_SECONDS
+from oarlock.cluster.cuts import LAST_PAUSES
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 
@@ -258,8 +259,15 @@ def test_a_checkpoint_that_fails_is_a_warning_unless_it_is_the_last(make_cluster
     assert c.phase == "training"
     assert cluster.status()["warnings"] == ["checkpoint 1 could not be written, training goes on: no space left"]
     cluster.train_epoch(worker)
-    cluster.give_up(2, "no space left")
-    assert (c.phase, c.reason) == ("failed", "the last checkpoint could not be written: no space left")
+    for number, pause in enumerate(LAST_PAUSES, 2):
+        cluster.give_up(number, "no space left")
+        assert c.phase == "writing"
+        assert f"tried again in {pause:g} s: no space left" in cluster.status()["warnings"][-1]
+        assert not c.cuts.due()
+        cluster.clock.now += pause
+        assert c.cuts.due()
+    cluster.give_up(2 + len(LAST_PAUSES), "no space left")
+    assert (c.phase, c.reason) == ("failed", "the last checkpoint could not be written: no space left; there is none")
 
 
 def test_a_failed_checkpoint_after_a_stop_that_wanted_one_is_a_failure(cluster: Any) -> None:
@@ -267,7 +275,10 @@ def test_a_failed_checkpoint_after_a_stop_that_wanted_one_is_a_failure(cluster: 
     worker, _ = cluster.workers()
     cluster.train_epoch(worker)
     cluster.coordinator.stop(True, "enough")
-    cluster.give_up(1, "no space left")
+    for number in range(len(LAST_PAUSES) + 1):
+        assert cluster.coordinator.phase == "writing"
+        cluster.clock.now += 100
+        cluster.give_up(1 + number, "no space left")
     assert cluster.coordinator.phase == "failed"
 
 

@@ -141,8 +141,9 @@ def test_adoption_is_asked_again_until_it_is_answered(quick: Any, shards: Shards
 
 
 def test_a_failed_write_goes_back_to_training_and_the_last_one_fails(
-    quick: Any, shards: Shards, tmp_path: Path
+    quick: Any, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("oarlock.cluster.cuts.LAST_PAUSES", (0.01, 0.02))
     shards.say["Shard.Write"] = failing(Internal("No space left on device"))
     worker = quick.join("worker").incarnation
 
@@ -153,9 +154,12 @@ def test_a_failed_write_goes_back_to_training_and_the_last_one_fails(
 
     run(quick, shards, tmp_path, during)
     assert quick.coordinator.phase == "failed"
-    assert quick.coordinator.reason == "the last checkpoint could not be written: No space left on device"
+    why = "No space left on device"
+    assert quick.coordinator.reason == f"the last checkpoint could not be written: {why}; there is none"
     assert quick.status()["warnings"] == [
-        "checkpoint 1 could not be written, training goes on: No space left on device"
+        f"checkpoint 1 could not be written, training goes on: {why}",
+        f"the last checkpoint could not be written, it is tried again in 0.01 s: {why}",
+        f"the last checkpoint could not be written, it is tried again in 0.02 s: {why}",
     ]
     assert len(quick.coordinator.work.history) == 2
 

@@ -22,3 +22,10 @@ for _name in ("story", "faulty_files"):
         assert _SPEC.loader is not None
         sys.modules[f"checkpoint_{_name}"] = importlib.util.module_from_spec(_SPEC)
         _SPEC.loader.exec_module(sys.modules[f"checkpoint_{_name}"])
+
+if "compacting_rig" not in sys.modules:
+    _SPEC = importlib.util.spec_from_file_location("compacting_rig", Path(__file__).with_name("compacting_rig.py"))
+    assert _SPEC is not None
+    assert _SPEC.loader is not None
+    sys.modules["compacting_rig"] = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(sys.modules["compacting_rig"])
