@@ -270,6 +270,28 @@ def test_a_checkpoint_that_fails_is_a_warning_unless_it_is_the_last(make_cluster
     assert (c.phase, c.reason) == ("failed", "the last checkpoint could not be written: no space left; there is none")
 
 
+@pytest.mark.parametrize("every", [{"checkpoint_steps": 4}, {"checkpoint_seconds": 60.0}])
+def test_a_checkpoint_that_failed_is_made_when_the_next_one_is_due(make_cluster: Make, every: dict[str, Any]) -> None:
+    cluster = make_cluster(**every)
+    cuts, work = cluster.coordinator.cuts, cluster.coordinator.work
+    cluster.shards()
+    worker, _ = cluster.workers()
+    for number in (1, 2, 3):
+        assert not cuts.due()
+        work.steps += 4
+        cluster.pass_time(60.0, *[m.incarnation for m in cluster.coordinator.members.all.values()])
+        assert cuts.due()
+        if number < 3:
+            cluster.give_up(number, "no space left")
+            assert cluster.status()["cut"]["failed"] == {"cut": number, "error": "no space left"}
+            assert cluster.coordinator.phase == "training"
+        else:
+            cluster.commit(number)
+    assert not cuts.due()
+    assert [c["cut"] for c in cluster.status()["checkpoints"]] == [3]
+    assert worker
+
+
 def test_a_failed_checkpoint_after_a_stop_that_wanted_one_is_a_failure(cluster: Any) -> None:
     cluster.shards()
     worker, _ = cluster.workers()
