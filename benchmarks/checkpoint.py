@@ -34,7 +34,7 @@ from oarlock.benchmarks.checkpoint_recipe import prolong, table_spec
 from oarlock.benchmarks.end_to_end_data import DataSize, generate_clicks
 from oarlock.checkpoint.format import cut_folder
 from oarlock.embedding.store import keeps
-from oarlock.embedding.warmup import warm_up
+from oarlock.ps.warmup import warm_up
 
 DIM, BATCH, WORKERS = 16, 2048, 2
 # Nothing is leased while a gate is announced: a worker shall not run out of batches meanwhile.
@@ -57,12 +57,13 @@ class Size:
     quiet_seconds: float
     rounds: int
     restores: int
+    compacts: bool = False
 
 
 # All rows of Criteo's 26 fields are 4.9 GB; with as many categories a field at most, 1.0 GB.
-FULL = Size(1 << 20, 1 << 24, 0, whole=1, incremental=2, quiet_seconds=4.0, rounds=1, restores=1)
-QUICK = Size(1 << 18, 1 << 22, 1_280_000, whole=1, incremental=1, quiet_seconds=1.5, rounds=1, restores=1)
-TINY = Size(1 << 16, 1 << 20, 2_000, whole=1, incremental=1, quiet_seconds=0.3, rounds=1, restores=1)
+FULL = Size(1 << 20, 1 << 24, 0, whole=1, incremental=2, quiet_seconds=4.0, rounds=1, restores=1, compacts=True)
+QUICK = Size(1 << 18, 1 << 22, 1_280_000, whole=1, incremental=1, quiet_seconds=1.2, rounds=1, restores=1)
+TINY = Size(1 << 16, 1 << 20, 2_000, whole=1, incremental=1, quiet_seconds=0.3, rounds=1, restores=1, compacts=True)
 
 
 def row_bytes() -> int:
@@ -191,8 +192,10 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
     finally:
         await job.close()
     incremental = [c for c in cuts if not c.whole][-1]
-    compacted, taken = await asyncio.to_thread(compact, job.checkpoints, incremental.spans.cut)
-    say(f"{taken:.2f} s to compact chains to {compacted / 1e6:.0f} MB")
+    compacted, taken = 0, 0.0
+    if size.compacts:
+        compacted, taken = await asyncio.to_thread(compact, job.checkpoints, incremental.spans.cut)
+        say(f"{taken:.2f} s to compact chains to {compacted / 1e6:.0f} MB")
     last = resting[-1][0]
     restored = await asyncio.to_thread(_restores, job, routes, last, size.restores, rows, say)
     whole = [c for c in cuts if c.whole]
@@ -201,8 +204,7 @@ async def measure(size: Size, folder: Path, say: Callable[[str], None]) -> dict[
         **found,
         # What the shard compacted by itself while all of this went on; and all chains of the last incremental cut, in one go.
         "compacted_beside_training": beside,
-        "compact_all_mb": round(compacted / 1e6, 1),
-        "compact_all_s": round(taken, 2),
+        **({"compact_all_mb": round(compacted / 1e6, 1), "compact_all_s": round(taken, 2)} if size.compacts else {}),
         "write_vs_raw": round(statistics.median(raw / _written(cut) for cut, raw in resting), 3),
         "write_mb_per_s": spread([n / 1e6 / _written(cut) for n, (cut, _) in zip(bytes_of, resting, strict=True)], 0),
         "raw_write_mb_per_s": spread([n / 1e6 / raw for n, (_, raw) in zip(bytes_of, resting, strict=True)], 0),
