@@ -14,7 +14,7 @@ from typing import Any
 
 from oarlock.benchmarks.surroundings import surroundings
 from oarlock.simulation.campaign import campaign, files, run_seeds, smallest
-from oarlock.simulation.faults import MODES, SYNC, Schedule, draw
+from oarlock.simulation.faults import HYBRID, MODES, SYNC, Schedule, draw
 from oarlock.simulation.restored import run
 
 QUICK_SECONDS = 35.0
@@ -31,9 +31,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
     parser.add_argument(
         "--mode",
-        choices=(*MODES, SYNC, "all"),
+        choices=(*MODES, SYNC, HYBRID, "all"),
         default="all",
-        help=f"all: those but {SYNC}, which draws others (default)",
+        help=f"all: those but {SYNC} and {HYBRID}, which draw others (default)",
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(

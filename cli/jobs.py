@@ -72,6 +72,12 @@ def status(options: argparse.Namespace) -> int:
     )
     if found.get("metrics"):
         console.print(f"metrics at http://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True)
+    if found.get("ranks"):
+        # Each process tells which of them it hosts.
+        told = [(m["id"], m["stats"]["ranks"]) for m in found["members"] if isinstance(m["stats"].get("ranks"), list)]
+        hosts = "; ".join(f"worker {number}: {' '.join(map(str, ranks)) or 'none'}" for number, ranks in told)
+        text = f"mode {found['mode']} of {found['ranks']} ranks{', hosted by ' + hosts if hosts else ''}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     for line in [*wire_lines(found), *cut_lines(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in event_lines(found):

@@ -75,7 +75,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--staleness", type=int, metavar="S", help="of --mode ssp: groups that workers may be apart (default 0)"
     )
     command.add_argument(
-        "--ranks", type=int, metavar="R", help="of --mode sync: batches that make a step together (default: --workers)"
+        "--ranks",
+        type=int,
+        metavar="R",
+        help="of --mode sync and hybrid: batches that make a step together (default: --workers)",
     )
     command.add_argument(
         "--accumulate", type=int, metavar="K", help="batches that are pushed as one group; the k of geo (default 1)"

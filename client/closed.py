@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from oarlock.proto.common_pb2 import ClosedSplits
 from oarlock.proto.errors import Malformed
 
-# Splits are leased at most this far above the floor (SEMANTICS section 2), so a longer bitmap is no closed set of ours.
+# Splits are leased at most this far above the floor (SEMANTICS section 2), so a longer bitmap is no closed set of ours; but for
+# jobs with ranks, which are leased in place of splits (``JobSpec.closed_window``).
 SPLIT_WINDOW = 1024
 # Numbers of splits stay far below what files and messages can hold.
 MAX_SPLIT = 1 << 62
@@ -57,10 +58,10 @@ class ClosedSet:
         return ClosedSplits(floor=self.floor, bitmap=bits.to_bytes((bits.bit_length() + 7) // 8, "little"))
 
     @staticmethod
-    def unpack(message: ClosedSplits) -> "ClosedSet":
-        if len(message.bitmap) > SPLIT_WINDOW // 8 + 1:
+    def unpack(message: ClosedSplits, window: int = SPLIT_WINDOW) -> "ClosedSet":
+        if len(message.bitmap) > window // 8 + 1:
             raise Malformed(
-                f"a closed set reaches {len(message.bitmap) * 8} splits above its floor, at most {SPLIT_WINDOW} can be"
+                f"a closed set reaches {len(message.bitmap) * 8} splits above its floor, at most {window} can be"
             )
         if message.floor > MAX_SPLIT:
             raise Malformed(f"a closed set with the floor {message.floor}: no job has so many splits")

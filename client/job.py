@@ -9,11 +9,16 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from oarlock.client.closed import SPLIT_WINDOW
 from oarlock.client.compression import WireSpec, check_compression, read_compression
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
-MODES = ("async", "ssp", "geo", "sync")
+MODES = ("async", "ssp", "geo", "sync", "hybrid")
+# In which a fixed number of logical workers make each step of the dense parameters together.
+RANKED = ("sync", "hybrid")
+# In which rows are pushed and applied as each worker comes: what was kept of them lacks nothing that the mode promises.
+CACHED = ("async", "hybrid")
 
 # A lease that outlasts this is as good as none.
 MAX_LEASE_SECONDS = 1e9
@@ -48,9 +53,10 @@ def check_ranks(mode: str, ranks: int, prefetch: int) -> None:
     """Raise InvalidArgument for ranks, or a depth of pulls, that do not go with the mode."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or not 0 <= ranks <= MAX_RANKS:
         raise InvalidArgument(f"ranks = {ranks!r}: give an integer from 0 to {MAX_RANKS}")
-    if ranks and mode != "sync":
+    if ranks and mode not in RANKED:
         raise InvalidArgument(
-            f"ranks = {ranks} and mode = {mode!r} contradict each other: only sync has ranks; give mode = 'sync', or ranks = 0"
+            f"ranks = {ranks} and mode = {mode!r} contradict each other: only sync and hybrid have ranks; give mode = 'sync' or "
+            "'hybrid', or ranks = 0"
         )
     if mode == "sync" and prefetch > 1:
         raise InvalidArgument(
@@ -67,7 +73,8 @@ class JobSpec:
     from them and ``rows_per_split``. ``config`` is the recipe's own configuration. ``batch_rows`` counts raw rows.
     ``transforms``: how raw columns become what the model is fed, as fitted when the job was planned (JSON, empty: none).
     ``staleness`` is the s of ssp(s): a worker's rows hold all groups of every worker that are more than s behind its own.
-    ``ranks``: of sync, the R logical workers whose gradients make a step; any number of processes host them. 0 in other modes.
+    ``ranks``: of sync and hybrid, the R logical workers whose gradients make a step, in hybrid of the dense parameters alone; any
+    number of processes host them. 0 in other modes.
     ``accumulate``: batches of a group, whose gradients are pushed as one; it is the k of geo(k), where a worker steps rows of its
     own and pushes the difference that the group made.
     ``compression``: in which form values travel, by table, "dense" for the dense parameters; float32 where nothing is said.
@@ -166,16 +173,24 @@ class JobSpec:
                 "give mode = 'ssp', or staleness = 0"
             )
         for table in self.tables:
-            if table.cache is not None and self.mode != "async":
+            if table.cache is not None and self.mode not in CACHED:
                 raise InvalidArgument(
                     f"mode = {self.mode!r} and the cache of table {table.name} contradict each other: kept rows lack updates "
-                    f"that {self.mode} promises; give mode = 'async', or no cache"
+                    f"that {self.mode} promises; give mode = 'async' or 'hybrid', or no cache"
                 )
         if self.mode == "geo":
             self._check_geo()
         check_ranks(self.mode, self.ranks, self.prefetch)
-        if self.mode == "sync" and self.ranks < 1:
-            raise InvalidArgument("mode = 'sync' needs ranks: give ranks = 1 or more, the workers that make a step")
+        if self.mode in RANKED and self.ranks < 1:
+            raise InvalidArgument(
+                f"mode = {self.mode!r} needs ranks: give ranks = 1 or more, the workers that make a step"
+            )
+        if self.mode == "hybrid" and not (self.tables and self.dense):
+            what, other = ("dense parameters", "async") if self.tables else ("tables", "sync")
+            raise InvalidArgument(
+                f"mode = 'hybrid' and a recipe without {what} contradict each other: it trains the two in different ways; "
+                f"give mode = {other!r}"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"seed = {self.seed!r}: give an integer from 0 to 2^64 - 1")
         for name in ("heartbeat_seconds", "lease_seconds", "gate_seconds", "checkpoint_seconds"):
@@ -229,6 +244,11 @@ class JobSpec:
             # May be megabytes, and follow from the data and the configuration.
             "transforms": hashlib.sha256(self.transforms.encode()).hexdigest(),
         }
+
+    @property
+    def closed_window(self) -> int:
+        """How far above the closed floor a split may be that is trained or closed; ranks end those of an epoch in any order."""
+        return max(SPLIT_WINDOW, self.splits) if self.ranks else SPLIT_WINDOW
 
     @property
     def job_bytes(self) -> bytes:

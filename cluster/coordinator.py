@@ -128,7 +128,7 @@ class Coordinator:
                 )
             if len(self.members.alive(role)) >= MAX_ALIVE:
                 raise Unavailable(f"job {self.spec.name} has {MAX_ALIVE} {role}s and takes in no more for now")
-            if self.cuts.gate is not None:
+            if self.cuts.gate is not None and self.spec.mode != "hybrid":
                 raise Unavailable(f"job {self.spec.name} takes in nobody for the moment in which a cut begins")
             incarnation = self.rng.getrandbits(62) | 1
             while incarnation in self.members.all:
@@ -329,7 +329,7 @@ class Coordinator:
             if self.phase == STOPPING and now - self.stopping_since > STOP_SECONDS:
                 for member in self.members.alive("worker"):
                     self.member_gone(member, "dead", f"it did not leave within {STOP_SECONDS:g} s")
-            if self.phase == TRAINING and self.stop_wanted is not None:
+            if self.phase == TRAINING and self.stop_wanted is not None and not self.cuts.ends_together:
                 self.set_phase(STOPPING, self.stop_reason)
             if self.phase == TRAINING and self.work.finished:
                 self.set_phase(DONE)
@@ -348,7 +348,7 @@ class Coordinator:
                 store.set_fact("stop_reason", reason)
             if self.phase == GATHERING:
                 self.set_phase(STOPPED, reason)
-            elif self.phase == TRAINING:
+            elif self.phase == TRAINING and not self.cuts.ends_together:
                 self.set_phase(STOPPING, reason)
 
     def status(self) -> dict[str, Any]:

@@ -51,6 +51,12 @@ class Cuts:
         self.failed: dict[str, Any] = {}
         # Of the one to end with: how often it failed, and when it is tried again.
         self._failures, self._again = 0, 0.0
+        # The epoch that it was in when the newest one was begun.
+        self.epoch = 0
+        # Whether no worker was alive when the step of the newest one was chosen.
+        self.deserted = False
+        # Whether a cut that all ranks were to end with came to nothing: they end wherever they are.
+        self._ended_apart = False
         # Of the one that is being made: nobody trains until its views have begun; the job ends with it.
         self._holds = self.ends_job = False
         # Nobody had work when it was begun, nor waits for it.
@@ -90,8 +96,29 @@ class Cuts:
             return False
         steps, seconds = c.work.steps - self._since_steps, c.clock() - self._since_seconds
         by_steps = 0 < spec.checkpoint_steps <= steps
+        if self.ends_together:
+            return True
         by_time = 0 < spec.checkpoint_seconds <= seconds and bool(c.members.alive("worker"))
         return self.wanted or by_steps or by_time
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether the job is to end with a cut that is made while it trains: after one step, for all ranks of a hybrid job.
+
+        Workers leave when its views have begun. Without it each of them would leave in the middle of a step.
+        """
+        c = self._c
+        if c.spec.mode != "hybrid" or c.phase != TRAINING or not c.stop_wanted or self._ended_apart:
+            return False
+        return bool(c.members.alive("worker"))
+
+    @property
+    def withholds(self) -> bool:
+        """Whether nothing is leased, for a cut. Ranks of hybrid are, while its epoch is trained: it waits for a step of all."""
+        c = self._c
+        if c.spec.mode == "hybrid" and self.epoch == c.work.epoch and not c.work.trained:
+            return False
+        return self.gate_is_shut
 
     def begin(self) -> Gate:
         """Take a number, record it, and set up the gate."""
@@ -109,15 +136,23 @@ class Cuts:
             self.wanted = False
             self._since_seconds, self._since_steps = now, c.work.steps
             self._holds = c.phase == WRITING
-            self.ends_job = c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
+            self.ends_job = self.ends_together or (
+                c.phase in (STOPPING, WRITING) and (c.work.finished or c.stop_wanted is not None)
+            )
+            self.epoch = c.work.epoch
             self.idle = not (self._holds or c.work.leases or c.clocks.unheard)
             self.gate = Gate(self.last, shuts=shuts, ends=shuts + c.spec.gate_seconds, workers=pushing)
             logger.info("event=cut_begun cut=%d workers=%d", self.last, len(pushing))
             return self.gate
 
     def _pushing(self) -> list[int]:
-        """Return the workers that may have a push under way: those with a training split, or of whom that is not known."""
+        """Return the workers that may have a push under way: those with a training split, or of whom that is not known.
+
+        Under hybrid none of them is waited for: shards hold back what comes after the cut's step.
+        """
         c = self._c
+        if c.spec.mode == "hybrid":
+            return []
         holders = {holder for (kind, _), holder in c.work.leases.items() if kind == "train"}
         return [m.incarnation for m in c.members.alive("worker") if m.incarnation in holders | c.clocks.unheard]
 
@@ -140,6 +175,10 @@ class Cuts:
         with c.lock:
             self.gate = None
             self.opened = self.last
+            if self.ends_together:
+                # Also one that was begun before anybody asked the job to stop.
+                self.ends_job = True
+                c.set_phase(STOPPING, c.stop_reason)
             if self._holds:
                 self.ends_job = c.work.finished or c.stop_wanted is not None
                 if not self.ends_job:
@@ -171,6 +210,7 @@ class Cuts:
                 store.set_fact("begun", 0)
             self.failed = {"cut": cut, "error": error}
             logger.info("event=cut_given_up cut=%d error=%s", cut, error)
+            self._ended_apart |= self.ends_together
             if c.phase in OVER or (again and (self.ends_job or self._holds)):
                 return
             if self.ends_job and self._failures < len(LAST_PAUSES):

@@ -30,7 +30,7 @@ from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import moment_of
-from oarlock.cluster.ranks import hold_still
+from oarlock.cluster.ranks import cut_step, hold_still
 from oarlock.data.scores import merit
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 WRITE_SECONDS = 600.0
 # An order that was lost is given again; who has carried it out already answers the same.
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.005, 0.5
+# A view of hybrid begins after a step of all ranks, which is waited for so long: those that have made it wait for the last one
+# anyhow, and one that is gone has another host by then. Between two questions a part of what was waited so far goes by.
+STEP_SECONDS, PART_OF_STEP = 30.0, 8
 # Between two looks whether all workers are at the gate.
 LOOK_SECONDS = 0.001
 
@@ -119,12 +122,19 @@ class Cutting:
             await self._run(self._check_owner)
             await self._gathered(gate)
             moment = commits = None
+            at = 0
             if c.spec.ranks:
-                # Ranks stand at no gate: they go on with the first views that have begun.
-                commits = await hold_still(c, gate.cut, self._ordered)
+                commits, step = await hold_still(c, gate.cut, self._ordered)
                 with c.lock:
-                    moment = moment_of(c, gate.cut)
-            await self._cut(gate.cut, gate.workers, commits)
+                    if c.spec.mode == "sync":
+                        # Ranks stand at no gate: they go on with the first views that have begun.
+                        moment = moment_of(c, gate.cut)
+                    else:
+                        # Shards keep them back until they write.
+                        c.cuts.deserted = not c.members.alive("worker")
+                        at = cut_step(c, step)
+                        logger.info("event=cut_step cut=%d step=%d at=%d", gate.cut, step, at)
+            await self._cut(gate.cut, gate.workers, commits, at)
             with c.lock:
                 # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
                 moment = moment or moment_of(c, gate.cut)
@@ -187,13 +197,17 @@ class Cutting:
                 )
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _cut(self, cut: int, workers: list[int], commits: RankCommits | None) -> None:
-        """Have every owner begin its view."""
+    async def _cut(self, cut: int, workers: list[int], commits: RankCommits | None, at: int) -> None:
+        """Have every owner begin its view; under hybrid at step ``at``, before which it answers Unavailable."""
+
+        seconds, part_of_wait = self._c.spec.gate_seconds, 1
+        if self._c.spec.mode == "hybrid":
+            seconds, part_of_wait = max(seconds, STEP_SECONDS), PART_OF_STEP
 
         async def one(shard: ShardAddress) -> None:
             known = self._c.cuts.committed
-            request = CutRequest(cut=cut, workers=workers, committed=known, commits=commits)
-            await self._ordered(shard, "Cut", request, self._c.spec.gate_seconds)
+            request = CutRequest(cut=cut, workers=workers, committed=known, commits=commits, at=at)
+            await self._ordered(shard, "Cut", request, seconds, part_of_wait)
 
         await _all([one(shard) for shard in self._owners()])
 
@@ -215,19 +229,23 @@ class Cutting:
     def _owners(self) -> list[ShardAddress]:
         return list(self._c.shards.values())
 
-    async def _ordered(self, shard: ShardAddress, order: str, request: Any, seconds: float) -> Any:
-        """Give an order until it is answered, for ``seconds``."""
+    async def _ordered(
+        self, shard: ShardAddress, order: str, request: Any, seconds: float, part_of_wait: int = 1
+    ) -> Any:
+        """Give an order until it is answered, for ``seconds``; pauses are about a part of the time waited so far."""
         clock = asyncio.get_running_loop().time
         end, pause = clock() + seconds, FIRST_PAUSE_SECONDS
         while True:
             request.header.CopyFrom(self._header(shard))
             try:
-                return await self._send(shard, order, request, max(0.001, end - clock()))
+                # No single answer is waited for as long as a step may take.
+                each = WRITE_SECONDS if order == "Write" else self._c.spec.gate_seconds
+                return await self._send(shard, order, request, max(0.001, min(each, end - clock())))
             except PSError as error:
                 if not error.retryable or clock() + pause >= end or self._c.shards.get(shard.id) != shard:
                     raise
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MOST_PAUSE_SECONDS)
+            pause = min(pause * (1 + 1 / part_of_wait), MOST_PAUSE_SECONDS)
 
     async def _abort(self, cut: int) -> None:
         """Have views let go; who does not hear it lets it go with the next cut."""

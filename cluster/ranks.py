@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sync in the coordinator: ranks are leased to worker processes, and a worker of another compute signature is refused.
+"""Ranks in the coordinator: they are leased to worker processes, and a worker of another compute signature is refused.
 
     share      no process hosts more than ceil(R / processes) ranks while others have none; who has more gives some up, and who
                asks is given those that nobody has, the lowest first
     split      belongs to the rank of its position in the epoch; whoever hosts that rank, or did, reports it closed
-    signature  what a worker's sums depend on besides its data; the first one of a job is recorded, another one is refused
+    signature  under sync: what a worker's sums depend on besides its data; the first one of a job is recorded, another refused
 
 Invariant: a rank that nobody hosts is free for whoever asks. Two hosts of one rank do no harm (S2), so a lease is a matter of
 work done once, not of results: a report of a split that is true is taken from anybody. The coordinator's lock covers it.
@@ -14,13 +14,16 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oarlock.client.job import JobSpec
+from oarlock.client.job import TRAINING, JobSpec
 from oarlock.cluster.work import MAX_FAILURES, Grant, Work
+from oarlock.data.files import files_from_json
+from oarlock.data.ranks import RankPlan
+from oarlock.data.splits import plan_splits
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import InvalidArgument, Malformed
 from oarlock.proto.shard_pb2 import RankCommits, RanksRequest
@@ -40,6 +43,10 @@ class RankWork(Work):
 
     ranks: int = 1
     hosts: Callable[[], int] = lambda: 1
+    # Ranks whose workers were heard to host them: who then hosts one no more has lost what error feedback kept of its split.
+    heard: set[tuple[int, int]] = field(default_factory=set)
+    # Ranks that were counted as lost with a worker that was never heard again.
+    missing: set[int] = field(default_factory=set)
 
     def grant(self, worker: int, wanted: int) -> Grant:
         """While splits are trained, lease ranks: the answer's splits are all ranks that ``worker`` shall host."""
@@ -65,8 +72,20 @@ class RankWork(Work):
         """As ``Work.claim``; a rank never ends."""
         super().claim(worker, {(kind, number) for kind, number in held if kind != RANK})
         for kind, rank in held:
-            if kind == RANK and self._due(kind, rank):
-                self.leases.setdefault((RANK, rank), worker)
+            if kind == RANK and self._due(kind, rank) and self.leases.setdefault((RANK, rank), worker) == worker:
+                self.heard.add((rank, worker))
+
+    def keep_only(self, worker: int, held: set[tuple[str, int]]) -> None:
+        """As ``Work.keep_only``; a rank that was hosted and is no more was given up in the middle of its split."""
+        before = {rank for kind, rank in self.leased_to(worker) if kind == RANK and (rank, worker) in self.heard}
+        super().keep_only(worker, held)
+        self._lost(worker, {rank for rank in before if self.leases.get((RANK, rank)) != worker})
+
+    def _lost(self, worker: int, ranks: set[int]) -> None:
+        """Count the splits that these ranks, which the worker hosts no more, may have been in the middle of."""
+        self.heard -= {(rank, worker) for rank in ranks}
+        if not self.trained:
+            self.given_back += len(ranks)
 
     def release(self, worker: int, kind: str, split: int, reason: str) -> bool:
         """As ``Work.release``; a training split is given back by giving up its rank."""
@@ -77,10 +96,16 @@ class RankWork(Work):
             if reason:
                 self.failures.setdefault((kind, split), {})[worker] = reason
             return len(self.failures.get((kind, split), ())) < MAX_FAILURES
+        if kind == RANK and self.leases.get((RANK, split)) == worker:
+            self._lost(worker, {split})
         return super().release(worker, kind, split, reason)
 
     def vanished(self, most: int) -> None:
-        """No rest of a split is kept by a worker."""
+        """Count what a worker that ended before it could tell after a restart may have hosted: ranks that nobody has."""
+        nobodys = {rank for rank in range(self.ranks) if (RANK, rank) not in self.leases}
+        if not self.trained:
+            self.given_back += len(nobodys - self.missing)
+        self.missing = nobodys
 
 
 def work_of(spec: JobSpec, hosts: Callable[[], int]) -> Work:
@@ -99,7 +124,7 @@ def read_ranks(ranks: int, told: list[int]) -> set[tuple[str, int]]:
 
 def check_signature(c: "Coordinator", text: str) -> None:
     """Record the first worker's compute signature; refuse a worker with another one. Under the coordinator's lock."""
-    if not c.spec.ranks:
+    if c.spec.mode != "sync":
         return
     mine = _read(text)
     # Of this line of the job's history and of all before it: a restore goes on with the same sums.
@@ -132,17 +157,44 @@ def _read(text: str) -> dict[str, str]:
     return found
 
 
-async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitable[Any]]) -> RankCommits:
-    """Have all shards take in no more commits until their views of cut ``cut`` have begun; return those that any of them knows.
+async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitable[Any]]) -> tuple[RankCommits, int]:
+    """Have all shards take in no more commits until their views of cut ``cut`` have begun; return those that any of them knows,
+    and the step to which all shards come by them.
 
     All parts of a step that was committed anywhere are staged everywhere, so with these commits all shards come to the same step.
     What the coordinator has recorded by then holds every split that ended before it: a rank reports it before it commits more.
     """
     steps, samples = np.zeros(c.spec.ranks, np.uint64), np.zeros(c.spec.ranks, np.uint64)
+    proven = 0
     asking = [ordered(s, "Ranks", RanksRequest(hold=cut), c.spec.gate_seconds) for s in c.shards.values()]
     for reply in await asyncio.gather(*asking):
         told = unpack(reply.commits.steps, np.uint64, "commits of ranks")
         of_samples = unpack(reply.commits.samples, np.uint64, "samples of ranks")
         newer = told > steps
         steps[newer], samples[newer] = told[newer], of_samples[newer]
-    return RankCommits(steps=pack(steps), samples=pack(samples))
+        proven = max(proven, reply.highest)
+    # After a restore only blocks know: one at a step proves that all ranks have committed it, and all blocks are there.
+    behind = steps < proven
+    steps[behind], samples[behind] = proven, 0
+    return RankCommits(steps=pack(steps), samples=pack(samples)), int(steps.min())
+
+
+def cut_step(c: "Coordinator", step: int) -> int:
+    """Return the step after which a hybrid job's cut is made, once all shards hold still for it at ``step``. Under the lock.
+
+    Some ranks may have pushed rows of the step after it, and none any of a later one; so it is that step, unless nobody pushes:
+    what was begun is then left to whoever is next.
+    """
+    spec = c.spec
+    if c.phase != TRAINING or c.cuts.deserted:
+        return step
+    rows = [split.rows for split in plan_splits(files_from_json(list(spec.files)), spec.rows_per_split)]
+    plan = RankPlan(
+        rows,
+        seed=spec.seed,
+        ranks=spec.ranks,
+        epochs=spec.epochs,
+        batch_rows=spec.batch_rows,
+        accumulate=spec.accumulate,
+    )
+    return min(step + 1, plan.before(min(c.cuts.epoch + 1, spec.epochs)))

@@ -171,10 +171,14 @@ class CoordinatorService:
                 step=c.work.steps,
                 minimum=c.clocks.minimum,
                 opened=c.cuts.opened,
-                gate=c.cuts.gate.cut if c.cuts.gate is not None and member.role == "worker" else 0,
+                gate=c.cuts.gate.cut if c.cuts.gate is not None and self._stands(member) else 0,
                 gate_seconds=c.cuts.seconds_to_gate(),
                 committed=c.cuts.committed,
             )
+
+    def _stands(self, member: Member) -> bool:
+        """Whether a member has to stand at gates: under hybrid it is the shards that hold back what comes after a cut."""
+        return member.role == "worker" and self._coordinator.spec.mode != "hybrid"
 
     def _hear(self, member: Member, request: HeartbeatRequest | LeaseRequest) -> set[tuple[str, int]]:
         """Take in a worker's clock and return the splits that it holds."""
@@ -224,7 +228,7 @@ class CoordinatorService:
         reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10, opened=c.cuts.opened)
         if c.phase in (STOPPING, *OVER):
             reply.work = FINISHED
-        elif c.phase == TRAINING and not c.clocks.unheard and not c.cuts.gate_is_shut:
+        elif c.phase == TRAINING and not c.clocks.unheard and not c.cuts.withholds:
             grant = c.work.grant(member.incarnation, request.wanted)
             reply.work = _WORK[grant.kind]
             if grant.kind == "train" and c.spec.ranks:

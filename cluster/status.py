@@ -20,6 +20,8 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "version": __version__,
         "recipe": c.spec.recipe,
         "seed": c.spec.seed,
+        "mode": c.spec.mode,
+        "ranks": c.spec.ranks,
         "phase": c.phase,
         "reason": c.reason,
         "run": c.run,

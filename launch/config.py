@@ -34,7 +34,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 class RunConfig:
     """One run of `oarlock train`. The recipe's own fields stand in ``recipe_options`` (TOML table ``[recipe_options]``).
 
-    ``ranks``: of mode sync; 0: as many as there are workers.
+    ``ranks``: of modes sync and hybrid; 0: as many as there are workers.
     ``restore``: the checkpoint with which the job begins, of whose training it is the continuation.
     ``checkpoint_path``: where checkpoints go, a folder or a URL like ``s3://bucket/folder`` (empty: the job's folder), with the
     options of its file system (TOML table ``[checkpoint_options]``). Credentials are none of them: see ``checkpoint/place.py``.

@@ -235,6 +235,8 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "name": spec.name,
         "recipe": spec.recipe,
         "seed": spec.seed,
+        "mode": spec.mode,
+        "ranks": spec.ranks,
         "phase": phase if phase in OVER else "not running",
         "reason": facts["reason"] or "",
         "run": facts["run"] or 1,

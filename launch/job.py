@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oarlock.checkpoint.store import is_url
 from oarlock.client.compression import read_compression
-from oarlock.client.job import JobSpec
+from oarlock.client.job import RANKED, JobSpec
 from oarlock.data.files import files_to_json
 from oarlock.data.splits import plan_splits
 from oarlock.launch.cache import with_caches
@@ -52,7 +52,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         mode=run.mode,
         staleness=run.staleness,
         # Written down with the job: another number of workers that goes on with it hosts the same ranks.
-        ranks=(run.ranks or run.workers) if run.mode == "sync" else 0,
+        ranks=(run.ranks or run.workers) if run.mode in RANKED else 0,
         accumulate=run.accumulate,
         compression=read_compression(run.compression, "job file"),
         reader=run.reader,

@@ -41,7 +41,14 @@ FILES = ("files", "evaluation_files")
 def fixed_of(spec: JobSpec) -> dict[str, Any]:
     """Return what is fixed of a job, JSON-ready."""
     values = json.loads(spec.to_json())
-    return {name: values[name] for name in (*FIXED, *(("blas_threads",) if spec.ranks else ()))}
+    return {name: values[name] for name in (*FIXED, *_of_ranks(values))}
+
+
+def _of_ranks(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is fixed because of ranks: the mode, whose marks blocks have, and of sync what its sums depend on."""
+    if not values.get("ranks"):
+        return ()
+    return ("mode",) if values.get("mode") == "hybrid" else ("mode", "blas_threads")
 
 
 def fixed_in(manifest: Manifest) -> dict[str, Any]:
@@ -56,7 +63,7 @@ def fixed_in(manifest: Manifest) -> dict[str, Any]:
     }
     plan = manifest.metrics.get(PLAN)
     if isinstance(plan, dict):
-        names = (*FIXED, *(("blas_threads",) if plan.get("ranks") else ()))
+        names = (*FIXED, *_of_ranks(plan))
         values |= {name: plan[name] for name in names if name in plan and name not in values}
     return dict(json.loads(json.dumps(values)))
 
@@ -66,7 +73,7 @@ def check_unchanged(was: Mapping[str, Any], spec: JobSpec, options: Mapping[str,
 
     ``moved``: the data files may be in another folder, if they are the same otherwise.
     """
-    mine = {**fixed_of(spec), "blas_threads": spec.blas_threads}
+    mine = {**fixed_of(spec), "mode": spec.mode, "blas_threads": spec.blas_threads}
     for name, before in was.items():
         wanted = mine[name]
         if name == "transforms" and before != wanted:

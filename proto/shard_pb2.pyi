@@ -242,18 +242,20 @@ class CloseRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ...) -> None: ...
 
 class CutRequest(_message.Message):
-    __slots__ = ("header", "cut", "workers", "committed", "commits")
+    __slots__ = ("header", "cut", "workers", "committed", "commits", "at")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     COMMITS_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     cut: int
     workers: _containers.RepeatedScalarFieldContainer[int]
     committed: int
     commits: RankCommits
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., commits: _Optional[_Union[RankCommits, _Mapping]] = ...) -> None: ...
+    at: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., commits: _Optional[_Union[RankCommits, _Mapping]] = ..., at: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("header", "cut")

@@ -25,12 +25,16 @@ class Cuts:
         self._workers: frozenset[int] = frozenset()
         self._given_up = 0
 
-    def begin(self, number: int, workers: Collection[int]) -> bool:
-        """Take up cut ``number``, for which ``workers`` (incarnations) wait; return False if that was done already."""
+    def is_new(self, number: int) -> bool:
+        """Return whether cut ``number`` is to be begun, False if that was done already."""
         if number < 1 or number < self.number or number <= self._given_up:
             newest = max(self.number, self._given_up)
             raise InvalidArgument(f"cut {number} was given up, cut {newest} is the newest one here", cut=number)
-        if number == self.number:
+        return number != self.number
+
+    def begin(self, number: int, workers: Collection[int]) -> bool:
+        """Take up cut ``number``, for which ``workers`` (incarnations) wait; return False if that was done already."""
+        if not self.is_new(number):
             return False
         self.number, self._workers, self.torn = number, frozenset(workers), False
         return True

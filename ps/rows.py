@@ -149,7 +149,7 @@ class Rows:
             raise InvalidArgument(f"steps = {request.steps}: give 1 to {MAX_STEPS}")
         content = hashlib.sha256(b"%d " % request.steps + request.keys.SerializeToString(deterministic=True)).digest()
         shard = self._shard
-        if shard.staged is not None:
+        if shard.staged is not None and shard.staged.all_blocks:
             raise InvalidArgument(
                 "mode sync and undo contradict each other: its rows are those of every job with the same data and settings"
             )

@@ -165,15 +165,15 @@ class ShardService:
             return RanksReply(commits=shard.staged.told(), lowest=lowest, highest=highest)
 
     def close(self, request: CloseRequest) -> Empty:
-        self._order(request.header)
-        closed = ClosedSet.unpack(request.closed)
+        shard = self._order(request.header)[1]
+        closed = ClosedSet.unpack(request.closed, shard.closed_window)
         self._take(request.header)[1].close_splits(closed)
         return Empty()
 
     def adopt(self, request: AdoptRequest) -> AdoptReply:
         identity, shard = self._order(request.header)
         routes = unpack_placement(shard.layout, request.placement)
-        closed = ClosedSet.unpack(request.closed)
+        closed = ClosedSet.unpack(request.closed, shard.closed_window)
         restore = request.restore and read_path(request.restore, "the checkpoint to restore")
         self._take(request.header)
         adopt(shard, identity.id, routes, closed, restore, options=self._place.options_for(restore))
@@ -182,9 +182,13 @@ class ShardService:
     def cut(self, request: CutRequest) -> Empty:
         _, shard = self._take(request.header)
         with shard.push_lock:
-            if shard.cuts.begin(request.cut, request.workers):
-                if shard.staged is not None:
-                    shard.staged.level(request.cut, request.commits)
+            if shard.cuts.is_new(request.cut):
+                staged = shard.staged
+                if staged is not None and not staged.level(request.cut, request.commits, request.at):
+                    raise Unavailable(
+                        f"the blocks here are at step {staged.range()[0]}, the cut is of step {request.at}"
+                    )
+                shard.cuts.begin(request.cut, request.workers)
                 self._views.begin(request.cut, request.committed)
         return Empty()
 
@@ -205,6 +209,9 @@ class ShardService:
             view = self._views.of(request.cut)
             if view.torn is None:
                 view.torn = shard.cuts.torn
+            if shard.staged is not None:
+                # All views have begun, and what the cut says of its job is taken.
+                shard.staged.let_go(request.cut)
         if view.torn:
             return WriteReply(torn=True)
         with self._writing:

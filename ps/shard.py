@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
+from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.packed import encode_dense, encode_rows, packed
@@ -31,7 +31,7 @@ from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushReque
 from oarlock.proto.work import expects, refuse_late
 from oarlock.ps.cuts import Cuts
 from oarlock.ps.marks import Marks
-from oarlock.ps.rank_marks import RankMarks
+from oarlock.ps.rank_marks import HybridMarks, RankMarks
 from oarlock.ps.request import (
     DensePush,
     Keys,
@@ -113,11 +113,13 @@ class Shard:
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks: Marks = Marks(self.layout.blocks)
         self.cuts = Cuts()
-        # Of a sync job, whose marks are steps.
+        # Of a job with ranks, whose marks are steps: under sync of all blocks, under hybrid of the dense ones.
         self.staged: Staged | None = None
         if spec.ranks:
-            self.marks = steps = RankMarks(self.layout.blocks)
-            self.staged = Staged(self, spec.ranks, steps)
+            first = self.layout.dense_base if spec.mode == "hybrid" else 0
+            steps = HybridMarks(self.layout.blocks, first) if first else RankMarks(self.layout.blocks)
+            self.marks, self.staged = steps, Staged(self, spec.ranks, steps, first)
+        self.closed_window = spec.closed_window
         epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
         self.sweeper = Sweeper(self.tables, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
 
@@ -233,13 +235,15 @@ class Shard:
             )
 
     def push(self, sent: PushRequest | Bulk) -> PushReply:
-        """Apply the group to the blocks that have not got it; say which blocks live elsewhere."""
-        if self.staged is not None:
-            return self.staged.push(sent)
+        """Apply the group to the blocks that have not got it; say which blocks live elsewhere. Blocks of ranks are staged."""
+        staged = self.staged
+        if staged is not None and staged.all_blocks:
+            return staged.push(sent)
         layout = self.layout
         request, parts = opened(sent)
-        if request.rank:
+        if request.rank and staged is None:
             raise InvalidArgument(f"a push of rank {request.rank - 1}, but the job's mode has no ranks")
+        rank = -1 if staged is None else staged.rank_of(request.rank)
         if request.group >= 1 << 31:
             raise InvalidArgument(f"group {request.group} is over the limit of 2^31 groups in a split")
         refuse_parts(layout, len(request.tables) + len(request.dense))
@@ -248,15 +252,18 @@ class Shard:
         dense = [read_dense(layout, message, parts) for message in request.dense]
         split, group, step = request.split, request.group, read_step(request.step)
         numbers = np.concatenate([_NONE, *(p.keys.numbers for p in rows), *(p.numbers for p in dense)])
+        of_rows = sum(len(p.keys.numbers) for p in rows)
         refuse_repeated(numbers)
         with self.push_lock:
             # Pushes before it may have taken long.
             refuse_late()
-            self.cuts.check(request.header)
-            if split - self.closed.floor >= SPLIT_WINDOW:
+            if staged is None:
+                # A rank's push after a cut's step waits for all views; one of before changes nothing.
+                self.cuts.check(request.header)
+            if split - self.closed.floor >= self.closed_window:
                 # Nobody was leased such a split, unless word of closed ones has not come yet; it would keep marks for ever.
                 raise Unavailable(
-                    f"split {split} is {SPLIT_WINDOW} or more above {self.closed.floor}, below which this shard knows "
+                    f"split {split} is {self.closed_window} or more above {self.closed.floor}, below which this shard knows "
                     "all splits to be closed"
                 )
             here = self.owned[numbers]
@@ -265,17 +272,21 @@ class Shard:
                 keys, _ = part.keys.only(chosen)
                 self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
             todo = self._todo(split, group, numbers, here)
+            if staged is not None:
+                todo[of_rows:] = staged.fresh(rank, step, numbers[of_rows:], here[of_rows:])
             applied = int(todo.sum())
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
-            if applied:
+            if staged is not None:
+                staged.keep_dense(rank, dense, todo[of_rows:])
+            if (todo if staged is None else todo[:of_rows]).any():
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
                 self.step = max(self.step, step)
                 for part, chosen in _along(todo, rows):
                     self._push_rows(split, group, step, part.only(chosen), reply)
-                at = len(todo) - sum(len(p.numbers) for p in dense)
-                for each in dense:
+                at = of_rows
+                for each in dense if staged is None else ():
                     self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply)
                     at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
@@ -337,7 +348,7 @@ class Shard:
     def sweep_some(self) -> bool:
         """Evict what is due of one slice of one block; return whether to come again soon."""
         # Under sync a step itself does it.
-        if self.sweeper.idle or not self.step or self.staged is not None:
+        if self.sweeper.idle or not self.step or (self.staged is not None and self.staged.all_blocks):
             return False
         if not self.push_lock.acquire(timeout=SWEEP_WAIT_SECONDS):
             return True

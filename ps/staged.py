@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sync on a shard: parts of a step are staged, and applied once every rank has committed it (SEMANTICS section 5).
+"""Ranks on a shard: parts of a step are staged, and applied once every rank has committed it (SEMANTICS section 5).
 
+    which blocks              under sync all; under hybrid the dense ones, while rows are applied as they come (ps/shard.py)
     push of (step, rank)      its part of each block is kept, unless it is there already or the block is past the step
     pull for step t + 1       the rank's commit of step t, with the number of its samples; its parts of t are staged everywhere
     all ranks have committed  per key the parts are added up in ascending rank, divided by the samples of all ranks, and given to
@@ -23,6 +24,8 @@ from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest, RankCommits
 from oarlock.proto.work import refuse_late
+from oarlock.ps.hold import Hold
+from oarlock.ps.parts import clicks_of, copied, occurrences_of, only
 from oarlock.ps.rank_marks import RankMarks
 from oarlock.ps.request import (
     STEP_LIMIT,
@@ -45,10 +48,15 @@ _NONE = np.empty(0, np.int32)
 
 
 class Staged:
-    """The parts and commits of ``ranks`` ranks for the blocks of ``shard``; ``marks`` says at which step each block is."""
+    """The parts and commits of ``ranks`` ranks for the blocks of ``shard`` from number ``first`` on.
 
-    def __init__(self, shard: "Shard", ranks: int, marks: RankMarks) -> None:
+    ``marks`` says at which step each of them is.
+    """
+
+    def __init__(self, shard: "Shard", ranks: int, marks: RankMarks, first: int = 0) -> None:
         self._shard = shard
+        # Blocks of the job from this number on are staged.
+        self.first = first
         self._layout = shard.layout
         self._marks = marks
         self._sorter = KeySorter()
@@ -61,8 +69,7 @@ class Staged:
         self._rows: list[list[RowPush]] = [[] for _ in range(ranks)]
         self._dense: list[list[DensePush]] = [[] for _ in range(ranks)]
         self._have: NDArray[np.bool_] = np.zeros((ranks, shard.layout.blocks), np.bool_)
-        # The cut before whose view no commit is taken in, 0 if there is none: all shards come to the same step first.
-        self._held = 0
+        self._hold = Hold()
 
     @property
     def nbytes(self) -> int:
@@ -70,14 +77,31 @@ class Staged:
         rows = sum(p.gradients.nbytes + p.keys.keys.nbytes for parts in self._rows for p in parts)
         return rows + sum(p.gradients.nbytes for parts in self._dense for p in parts)
 
-    def range(self) -> tuple[int, int]:
-        """Return the least and the most of the steps that the blocks here are at; 0 if there are none."""
-        steps = self._marks.steps[self._shard.owned]
-        return (int(steps.min()), int(steps.max())) if len(steps) else (0, 0)
+    @property
+    def all_blocks(self) -> bool:
+        """Whether every block is staged, and none changed by a push."""
+        return not self.first
 
-    def _rank(self, told: int) -> int:
+    def _blocks(self) -> NDArray[np.int64]:
+        """Return the numbers of the blocks here that are staged."""
+        return np.flatnonzero(self._shard.owned[self.first :]) + self.first
+
+    def range(self) -> tuple[int, int]:
+        """Return the least and the most of the steps that the staged blocks here are at.
+
+        Without any, under hybrid, the step that all ranks have committed here; 0 if there is nothing here at all.
+        """
+        steps = self._marks.steps[self._blocks()]
+        if len(steps):
+            return int(steps.min()), int(steps.max())
+        least = int(self.commits.min()) if self.first and self._shard.owned.any() else 0
+        return least, least
+
+    def rank_of(self, told: int) -> int:
+        """Return the rank that a message says, counted from 1 there."""
         if not 1 <= told <= self.ranks:
-            raise InvalidArgument(f"rank {told - 1}: this job is sync and has {self.ranks} ranks, from 0 on")
+            mode = "sync" if self.all_blocks else "hybrid"
+            raise InvalidArgument(f"rank {told - 1}: this job is {mode} and has {self.ranks} ranks, from 0 on")
         return told - 1
 
     # Pushes
@@ -86,7 +110,7 @@ class Staged:
         """Stage a rank's part of a step; say which blocks live elsewhere."""
         layout, shard = self._layout, self._shard
         request, parts = opened(sent)
-        rank, step = self._rank(request.rank), read_step(request.step)
+        rank, step = self.rank_of(request.rank), read_step(request.step)
         refuse_parts(layout, len(request.tables) + len(request.dense))
         refuse_unpacked(request)
         rows = [read_rows(layout, message, parts) for message in request.tables]
@@ -96,10 +120,7 @@ class Staged:
         with shard.push_lock:
             refuse_late()
             here = shard.owned[numbers]
-            fresh = here & (self._marks.steps[numbers] < step) & ~self._have[rank, numbers]
-            if (self._marks.steps[numbers][fresh] + 1 < step).any():
-                # Its sender saw every block at the step before; whoever has this one now has it from there.
-                raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
+            fresh = self.fresh(rank, step, numbers, here)
             at, kept = 0, list[RowPush]()
             for part in rows:
                 chosen = fresh[at : at + len(part.keys.numbers)]
@@ -107,26 +128,43 @@ class Staged:
                 keys = part.keys
                 shard.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
                 if chosen.any():
-                    kept.append(_copied(part.only(chosen)))
-            dense_kept = list[DensePush]()
-            for each in dense:
-                chosen = fresh[at : at + len(each.numbers)]
-                at += len(chosen)
-                if chosen.any():
-                    dense_kept.append(_only(each, chosen, layout.lengths_of(each.numbers)))
+                    kept.append(copied(part.only(chosen)))
             # Nothing above was changed: a message is staged whole, or not at all.
+            self.keep_dense(rank, dense, fresh[at:])
             self._rows[rank].extend(kept)
-            self._dense[rank].extend(dense_kept)
-            self._have[rank, numbers[fresh]] = True
+            self._have[rank, numbers[:at][fresh[:at]]] = True
+            shard.counters["parts_staged"] += int(fresh[:at].sum())
             staged = int(fresh.sum())
-            shard.counters["parts_staged"] += staged
             return PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+
+    def fresh(self, rank: int, step: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return bool[m]: of which blocks the part of a step is new. Unavailable if it came before the step before it."""
+        steps = self._marks.steps[numbers]
+        fresh: NDArray[np.bool_] = here & (steps < step) & ~self._have[rank, numbers]
+        # Its sender saw every block at the step before; whoever has this one now has it from there. Under hybrid rows wait, too:
+        # what comes after a cut's step must not come before its view.
+        if (steps[fresh] + 1 < step).any() or (self.first and self.range()[0] + 1 < step):
+            raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
+        return fresh
+
+    def keep_dense(self, rank: int, parts: list[DensePush], fresh: NDArray[np.bool_]) -> None:
+        """Stage a rank's parts of dense blocks, those that ``fresh`` says of all of them. The push lock is held."""
+        at, kept = 0, list[DensePush]()
+        for part in parts:
+            chosen = fresh[at : at + len(part.numbers)]
+            at += len(chosen)
+            if chosen.any():
+                kept.append(only(part, chosen, self._layout.lengths_of(part.numbers)))
+        self._dense[rank].extend(kept)
+        for part in kept:
+            self._have[rank, part.numbers] = True
+        self._shard.counters["parts_staged"] += int(fresh.sum())
 
     # Commits
 
     def answer(self, request: PullRequest) -> PullReply | None:
         """Take in a rank's pull as its commit; return the answer if there are no rows for it now, None if it gets them."""
-        rank = self._rank(request.rank)
+        rank = self.rank_of(request.rank)
         if request.state >= STEP_LIMIT or request.samples > MAX_SAMPLES:
             raise InvalidArgument(
                 f"rank {rank} commits step {request.state} with {request.samples} samples: give at most {MAX_SAMPLES} of them"
@@ -135,20 +173,23 @@ class Staged:
             refuse_late()
             # Its sender has heard that the gate of that cut was opened again: this shard did not.
             self.let_go(request.header.cut)
-            if not self._held:
+            if self._hold.takes_in(request.state):
                 self._commit(rank, request.state, request.samples)
                 self._advance()
             elif request.state > self.commits[rank]:
-                lowest, highest = self.range()
-                return PullReply(waits=True, lowest=lowest, highest=highest, generation=self._shard.generation)
-            return self._without_rows(request.state)
+                return self._waits()
+            return self._waits() if self._hold.keeps_back(request.state) else self._without_rows(request.state)
 
     def after(self, request: PullRequest, reply: PullReply) -> PullReply | None:
         """Say with which step's rows a rank is answered; return another answer if it was passed while they were gathered."""
         with self._shard.push_lock:
             reply.lowest, reply.highest = self.range()
             reply.generation = self._shard.generation
-            return self._without_rows(request.state)
+            return self._waits() if self._hold.keeps_back(request.state) else self._without_rows(request.state)
+
+    def _waits(self) -> PullReply:
+        lowest, highest = self.range()
+        return PullReply(waits=True, lowest=lowest, highest=highest, generation=self._shard.generation)
 
     def _without_rows(self, state: int) -> PullReply | None:
         lowest, highest = self.range()
@@ -172,20 +213,20 @@ class Staged:
 
     def hold(self, cut: int) -> None:
         """Take in no commits of ranks from now on, for cut ``cut`` (0: none). The push lock is held."""
-        if cut > max(self._held, self._shard.cuts.number):
-            self._held = cut
+        if cut > self._shard.cuts.number:
+            self._hold.begin(cut)
 
     def let_go(self, cut: int) -> None:
         """Take in commits again, if they wait for no later cut. The push lock is held."""
-        if self._held <= cut:
-            self._held = 0
+        self._hold.end(cut)
 
-    def level(self, cut: int, message: RankCommits) -> None:
-        """Take in what other shards know of commits, by which all are at one step, and go on. The push lock is held.
+    def level(self, cut: int, message: RankCommits, at: int = 0) -> bool:
+        """Take in what other shards know of commits; return whether the view may begin. The push lock is held.
 
-        All of them know the same commits until their views have begun: none that came since they were asked.
+        Under sync all shards are at one step by that, and go on: they know the same commits until their views have begun, none
+        that came since they were asked. Under hybrid they go on to step ``at`` and stay there.
         """
-        if cut != self._held:
+        if cut != self._hold.cut:
             raise InvalidArgument(f"this shard does not hold still for cut {cut}: it was given up", cut=cut)
         steps, samples = (unpack(m, np.uint64, "commits of ranks") for m in (message.steps, message.samples))
         if len(steps) != self.ranks or len(samples) != self.ranks:
@@ -195,14 +236,21 @@ class Staged:
         for rank, (step, count) in enumerate(zip(steps.tolist(), samples.tolist(), strict=True)):
             self._commit(rank, step, count)
         self._advance()
-        self._held = 0
+        if self.all_blocks:
+            self._hold.end(cut)
+            return True
+        self._hold.limit = at
+        lowest, highest = self.range()
+        if highest > at:
+            raise InvalidArgument(f"this shard is at step {highest}, past step {at} of cut {cut}", cut=cut)
+        return lowest == at
 
     # The update
 
     def _advance(self) -> None:
         """Apply the next step if every rank has committed it."""
         step = self.range()[0] + 1
-        if not self._shard.owned.any() or int(self.commits.min()) < step:
+        if not self._shard.owned[self.first :].any() or int(self.commits.min()) < step:
             return
         if int(self.commits.max()) > step:
             raise Internal(f"a rank has committed step {int(self.commits.max())}, and a block here is at {step - 1}")
@@ -210,22 +258,23 @@ class Staged:
 
     def _apply(self, step: int) -> None:
         shard, steps = self._shard, self._marks.steps
-        if not shard.step:
-            shard.sweeper.go_on(step)
-        shard.step = max(shard.step, step)
         total = np.float32(self.samples.sum())
-        for table in range(len(shard.tables)):
-            self._apply_rows(table, step, total)
+        if self.all_blocks:
+            if not shard.step:
+                shard.sweeper.go_on(step)
+            shard.step = max(shard.step, step)
+            for table in range(len(shard.tables)):
+                self._apply_rows(table, step, total)
         self._apply_dense(step, total)
         # Also those that got no part of it.
-        steps[shard.owned] = step
+        steps[self._blocks()] = step
         for rank in range(self.ranks):
             self._rows[rank].clear()
             self._dense[rank].clear()
         self._have[:] = False
         shard.counters["pushes"] += 1
         # What is due by this step goes now, and not when there is time: who comes next must find the same rows everywhere.
-        while shard.sweeper.sweep_some(step):
+        while self.all_blocks and shard.sweeper.sweep_some(step):
             pass
 
     def _apply_rows(self, number: int, step: int, total: np.float32) -> None:
@@ -255,8 +304,8 @@ class Staged:
                 gradients,
                 rate=parts[0].rate,
                 step=step,
-                occurrences=_occurrences(parts, found.inverse, len(found.keys)),
-                clicks=_clicks(parts, found.inverse, len(found.keys)),
+                occurrences=occurrences_of(parts, found.inverse, len(found.keys)),
+                clicks=clicks_of(parts, found.inverse, len(found.keys)),
             )
         except PSError as error:
             steps[numbers[: error.details.get("groups", 0)]] = step
@@ -296,34 +345,3 @@ class Staged:
         steps[numbers] = step
         shard.dense_sequence[blocks] += 1
         shard.counters["dense_refused"] += int(refused.sum())
-
-
-def _copied(part: RowPush) -> RowPush:
-    """Return a part that outlives its message."""
-    keys = part.keys
-    own = type(keys)(keys.table, keys.keys.copy(), keys.blocks.copy(), keys.counts.copy(), keys.numbers.copy())
-    return RowPush(own, part.gradients.copy(), part.rate, part.occurrences.copy(), part.clicks.copy())
-
-
-def _only(part: DensePush, chosen: NDArray[np.bool_], lengths: NDArray[np.int64]) -> DensePush:
-    """Return the chosen blocks of a part, in memory of their own."""
-    gradients = part.gradients[np.repeat(chosen, lengths)].copy()
-    taken = lengths[chosen]
-    return DensePush(part.numbers[chosen], gradients, np.cumsum(taken) - taken, part.rate)
-
-
-def _occurrences(parts: list[RowPush], inverse: NDArray[np.int32], keys: int) -> NDArray[np.uint32]:
-    if not any(len(p.occurrences) for p in parts):
-        return np.empty(0, np.uint32)
-    given = [p.occurrences if len(p.occurrences) else np.ones(len(p.keys.keys), np.uint32) for p in parts]
-    # Integers below 2^53 in float64.
-    return np.bincount(inverse, np.concatenate(given), minlength=keys).astype(np.uint32)
-
-
-def _clicks(parts: list[RowPush], inverse: NDArray[np.int32], keys: int) -> NDArray[np.float32]:
-    if not any(len(p.clicks) for p in parts):
-        return np.empty(0, np.float32)
-    given = [p.clicks if len(p.clicks) else np.zeros(len(p.keys.keys), np.float32) for p in parts]
-    out: NDArray[np.float32] = np.empty((keys, 1), np.float32)
-    merge(np.concatenate(given)[:, None], inverse, out)
-    return out[:, 0]

@@ -71,8 +71,8 @@ class View:
         self._layout = shard.layout
         self._base = base
         self._marks = shard.marks.copy()
-        # Under sync a step is a mark of every block, also of those in which it changed nothing.
-        self._stepping = shard.staged is not None
+        # A step is a mark of every block that is staged, also of those in which it changed nothing.
+        self._stepping_from = shard.staged.first if shard.staged is not None else shard.layout.blocks
         self._dense_sequence = shard.dense_sequence.copy()
         self._block_bytes = [table.nbytes // max(1, len(table.owned)) for table in shard.tables]
         self._rows = [t.descriptors[:, ROWS] + t.descriptors[:, SPILLED_ROWS] for t in shard.tables]
@@ -127,7 +127,7 @@ class View:
     def _stands(self, number: int) -> bool:
         """Whether a block is as the committed cut has it, marks included."""
         before = self._base.get(number)
-        return not self._stepping and before is not None and before.seq == self._sequence_of(number)
+        return number < self._stepping_from and before is not None and before.seq == self._sequence_of(number)
 
     def _release(self, number: int) -> None:
         if number >= self._layout.dense_base:

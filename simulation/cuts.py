@@ -27,6 +27,9 @@ class Cuts:
     """The cuts of one job in ``folder``; ``committed``: how many there were; ``compacted``: blocks in them that begin with a
     file of compaction."""
 
+    # Whether dense values tell groups apart, too.
+    _traces_dense = True
+
     def __init__(self, spec: JobSpec, folder: Path) -> None:
         self._spec = spec
         self._store = LocalStore(folder)
@@ -111,23 +114,24 @@ class Cuts:
         return len(holders) > 1 or not holders <= alive
 
     def _read(self, manifest: Manifest) -> tuple[np.ndarray, list[dict[int, int]]]:  # type: ignore[type-arg]
-        """Return groups int64[splits, blocks + 1] that the tracing blocks have, the dense one last; and their marks."""
+        """Return groups int64[splits, blocks] that the tracing blocks have, the dense one last; and their marks."""
         images = {(e.kind, e.name, e.block): self._store.load_block(manifest, e) for e in manifest.blocks}
         traced = [images["rows", "trace", block] for block in range(self._trace)]
-        dense = images["dense", "applied", 0]
-        applied = np.empty((len(self._keys), self._trace + 1, self._per_split), np.float32)
+        dense = [images["dense", "applied", 0]] if self._traces_dense else []
+        applied = np.empty((len(self._keys), self._trace + len(dense), self._per_split), np.float32)
         for block, image in enumerate(traced):
             at = np.searchsorted(image.keys, self._keys[:, block])
             at = np.minimum(at, max(0, len(image.keys) - 1))
             there = image.keys[at] == self._keys[:, block] if len(image.keys) else np.zeros(at.shape, np.bool_)
             applied[:, block] = np.where(there, image.weights[at, 0], 0) if len(image.keys) else 0
-        applied[:, -1] = dense.weights[0].reshape(len(self._keys), self._per_split)
+        for image in dense:
+            applied[:, -1] = image.weights[0].reshape(len(self._keys), self._per_split)
         require(((applied == 0) | (applied == 1)).all(), "M1", f"cut {manifest.cut}: a batch is in a block twice")
         groups = applied[:, :, :: self._spec.accumulate].astype(np.int64)
         counts = groups.sum(axis=2)
         expected = np.arange(groups.shape[2]) < counts[:, :, None]
         require((groups == expected).all(), "M3", f"cut {manifest.cut}: a group is there and not the one before it")
-        return counts, [dict(image.marks) for image in (*traced, dense)]
+        return counts, [dict(image.marks) for image in (*traced, *dense)]
 
     def _check_counted(self, manifest: Manifest, closed: ClosedSet) -> None:
         """What the manifest counts is what its closed splits are."""

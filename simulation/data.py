@@ -21,9 +21,17 @@ from oarlock.data.files import files_to_json, list_files
 from oarlock.data.reader import open_reader
 from oarlock.data.splits import SplitPlan, plan_splits
 from oarlock.embedding.spec import CacheSpec
-from oarlock.simulation import ranked
+from oarlock.simulation import mixed, ranked
 from oarlock.simulation.counting import Config, parameters
-from oarlock.simulation.faults import GATE_SECONDS, HEARTBEAT_SECONDS, LEASE_SECONDS, SYNC, TRAIN_ROWS, Schedule
+from oarlock.simulation.faults import (
+    GATE_SECONDS,
+    HEARTBEAT_SECONDS,
+    HYBRID,
+    LEASE_SECONDS,
+    SYNC,
+    TRAIN_ROWS,
+    Schedule,
+)
 from oarlock.simulation.rough import TABLE
 
 JOB = "00112233445566778899aabbccddeeff"
@@ -91,6 +99,9 @@ class Data:
         recipe, metrics = "oarlock.simulation.counting:recipe", ("count",)
         if schedule.mode == SYNC:
             recipe, tables, dense, metrics = "oarlock.simulation.ranked:recipe", ranked.TABLES, ranked.DENSE, ("mean",)
+            changes["ranks"], changes["checkpoint_steps"] = schedule.ranks, schedule.checkpoint_steps
+        if schedule.mode == HYBRID:
+            recipe, dense = "oarlock.simulation.mixed:recipe", mixed.dense_of(dense)
             changes["ranks"], changes["checkpoint_steps"] = schedule.ranks, schedule.checkpoint_steps
         if schedule.mode == "ssp":
             changes["staleness"] = schedule.staleness

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
+from oarlock.client.job import CACHED
 from oarlock.simulation.rough import FORMS
 
 # What happens to messages. "lose": it never arrives; "deaf": its answer does not; "late": it arrives a second time, later;
@@ -35,6 +36,8 @@ KINDS = (*WIRE, *WORLD, KILL_SHARD)
 MODES = ("async", "ssp", "geo")
 # Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
 SYNC = "sync"
+# Its rows count as those of the other modes, its dense values take a course as those of sync.
+HYBRID = "hybrid"
 # A message fault waits for the next message of its method. Pushes matter most.
 METHODS = (
     *("Shard.Push",) * 6,
@@ -95,10 +98,11 @@ class Schedule:
     ``push``: how the rough rows travel, and with ``push_dense`` all dense parameters, ``zstd`` or not; empty: there are none.
     ``compute_threads``: groups that a worker computes at once, each for at most ``latency``.
     ``checkpoint_seconds``: between two cuts, 0: there is one at the end alone. ``at_gates``: faults that strike when
-    the ``at``-th word of a worker that stands at a gate was heard.
+    the ``at``-th word of a worker that stands at a gate was heard, or, under hybrid, a shard was asked to begin a view.
     ``at_cuts``: faults that strike when the ``at``-th message of their method was handled, or, if ``who`` is odd, is about to be,
     counted once ``cuts_before`` cuts are committed.
-    ``ranks``: of sync; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the end.
+    ``ranks``: of sync and hybrid; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the
+    end.
     """
 
     seed: int
@@ -236,11 +240,11 @@ def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Sch
         faults=tuple(sorted(faults, key=lambda f: f.at)),
         accumulate=accumulate,
         # Some rows give their places to others, or all have one.
-        cache_rows=rng.choice((0, 5, 100)) if mode == "async" else 0,
+        cache_rows=rng.choice((0, 5, 100)) if mode in CACHED else 0,
         cache_bound=rng.choice((0, 1, 3)),
         cache_adaptive=rng.choice((False, False, True)),
     )
-    if mode == SYNC:
+    if mode in (SYNC, HYBRID):
         return _ranked(schedule, rng)
     if mode == "geo" or rng.random() > ROUGH_SHARE:
         return schedule
@@ -254,12 +258,12 @@ def _draw_training(rng: random.Random, seed: int, modes: tuple[str, ...]) -> Sch
 
 
 def _ranked(schedule: Schedule, rng: random.Random) -> Schedule:
-    """Return a schedule with what only sync has, and without what it has not."""
+    """Return a schedule with what only jobs with ranks have, and without what they have not."""
     faults = tuple(replace(f, method=f.method.replace("Shard.Marks", "Shard.Ranks")) for f in schedule.faults)
     return replace(
         schedule,
         faults=faults,
-        prefetch=1,
+        prefetch=1 if schedule.mode == SYNC else schedule.prefetch,
         compute_threads=rng.choice((1, 2)),
         ranks=rng.randint(1, 4),
         checkpoint_steps=rng.choice((0, 0, 4, 9)),

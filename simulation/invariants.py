@@ -59,6 +59,9 @@ class Checker:
         # Which split of the plan stands where differs by epoch; with files cut evenly all have equally many batches.
         assert set(batches_of(spec)) == {self._per_split}, "the simulation's files make splits of equal size"
         self._groups = -(-self._per_split // spec.accumulate)
+        # Blocks that say which batches were; and what the first dense value comes to.
+        self._traced = self._trace + 1
+        self._counted: float = self._total
 
     # Shards
 
@@ -109,11 +112,20 @@ class Checker:
                 raise Violation(f"M1: block {block} has {count} groups of split {split}, and its mark says otherwise")
             have[block] = count
         # Group n + 1 is sent after every block has n, so no two blocks are further apart than one group.
-        if len(have) == self._trace + 1 and max(have.values()) - min(have.values()) > 1:
+        if len(have) == self._traced and max(have.values()) - min(have.values()) > 1:
             raise Violation(f"M3: blocks have {have} groups of split {split}")
 
     def _values(self, shard: Shard, split: int) -> list[tuple[int, NDArray[np.float32]]]:
         """Return (block, float32[batches of the split]: how often each one was applied) of the blocks that are here."""
+        out = self._row_values(shard, split)
+        if shard.owned[self._dense_trace]:
+            dense = np.empty(self._total, np.float32)
+            shard.dense[1].pull_block(0, dense)
+            out.append((self._dense_trace, dense[split * self._per_split : (split + 1) * self._per_split]))
+        return out
+
+    def _row_values(self, shard: Shard, split: int) -> list[tuple[int, NDArray[np.float32]]]:
+        """As _values, of the rows."""
         here = shard.owned[self._base : self._base + self._trace]
         out: list[tuple[int, NDArray[np.float32]]] = []
         if here.any():
@@ -122,10 +134,6 @@ class Checker:
             rows = np.empty((len(blocks) * self._per_split, 1), np.float32)
             shard.tables[1].pull(self._keys[split][here].reshape(-1), blocks, counts, rows)
             out.extend(zip((self._base + blocks).tolist(), rows.reshape(len(blocks), -1), strict=True))
-        if shard.owned[self._dense_trace]:
-            dense = np.empty(self._total, np.float32)
-            shard.dense[1].pull_block(0, dense)
-            out.append((self._dense_trace, dense[split * self._per_split : (split + 1) * self._per_split]))
         return out
 
     def handled(self, shard: Shard, method: str, request: Any, reply: Any) -> None:
@@ -202,7 +210,7 @@ class Checker:
         expected = data.occurrences() * spec.epochs
         lost, doubled = np.maximum(expected - counts, 0).sum(), np.maximum(counts - expected, 0).sum()
         require(not lost and not doubled, "M1", f"the counting table: {lost} occurrences lost, {doubled} counted twice")
-        require(batches == self._total, "M1", f"{batches:g} batches were counted, there are {self._total}")
+        require(batches == self._counted, "M1", f"{batches:g} batches were counted, there are {self._counted:g}")
         for split in range(len(self._keys)):
             for shard in shards:
                 for block, values in self._values(shard, split):

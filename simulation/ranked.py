@@ -171,6 +171,29 @@ class State:
 Part = tuple[int, dict[str, dict[int, Values]], Values]
 
 
+Units = list[tuple[int, int, int] | None]
+
+
+def steps_of(spec: JobSpec, rows: list[int]) -> tuple[list[int], list[Units]]:
+    """Return the steps before each epoch, and of each step each rank's (split, planned split, group), None without data.
+
+    ``rows``: of each planned split.
+    """
+    before, out = [0], list[Units]()
+    for epoch in range(spec.epochs):
+        order, of_ranks = split_order(spec.seed, epoch, spec.splits).tolist(), []
+        for rank in range(spec.ranks):
+            mine = []
+            for position in range(rank, spec.splits, spec.ranks):
+                groups = spec.groups(rows[order[position]])
+                mine += [(epoch * spec.splits + position, order[position], group) for group in range(groups)]
+            of_ranks.append(mine)
+        steps = max(map(len, of_ranks))
+        before.append(before[-1] + steps)
+        out += [[mine[step] if step < len(mine) else None for mine in of_ranks] for step in range(steps)]
+    return before, out
+
+
 class Course:
     """All steps of a job in ``plan``: the groups of each split, given as its raw rows, by the words of SEMANTICS section 5."""
 
@@ -179,32 +202,11 @@ class Course:
         self._splits = splits
         self.state = State()
         self.steps = 0
-        # Steps before each epoch.
-        self.before = [0]
-        per_epoch = [self._units(epoch) for epoch in range(spec.epochs)]
-        for units in per_epoch:
-            self.before.append(self.before[-1] + max(map(len, units)))
-        self.of_steps = [
-            [units[rank][step] if step < len(units[rank]) else None for rank in range(spec.ranks)]
-            for units in per_epoch
-            for step in range(max(map(len, units)))
-        ]
+        self.before, self.of_steps = steps_of(spec, [len(rows["a"]) for rows in splits])
         self.total = len(self.of_steps)
 
     def _batches(self, rows: int) -> int:
         return -(-rows // self._spec.batch_rows)
-
-    def _units(self, epoch: int) -> list[list[tuple[int, int, int]]]:
-        """Return of each rank the (split, planned split, group) of each of its steps."""
-        spec, out = self._spec, list[list[tuple[int, int, int]]]()
-        order = split_order(spec.seed, epoch, spec.splits).tolist()
-        for rank in range(spec.ranks):
-            mine = []
-            for position in range(rank, spec.splits, spec.ranks):
-                groups = -(-self._batches(len(self._splits[order[position]]["a"])) // spec.accumulate)
-                mine += [(epoch * spec.splits + position, order[position], group) for group in range(groups)]
-            out.append(mine)
-        return out
 
     def part(self, split: int, planned: int, group: int) -> Part:
         """Return what a group adds on the present state: its samples, gradients by table and key, and dense ones."""

@@ -24,10 +24,11 @@ from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
 from oarlock.simulation.cuts import Cuts
 from oarlock.simulation.data import Data
-from oarlock.simulation.faults import SYNC, Outcome, Schedule
+from oarlock.simulation.faults import HYBRID, SYNC, Outcome, Schedule
 from oarlock.simulation.invariants import Checker, Violation
 from oarlock.simulation.kept import Kept
 from oarlock.simulation.loop import BEGIN, Inline, Later, Process, Stalled, VirtualLoop
+from oarlock.simulation.mixed_checker import MixedChecker
 from oarlock.simulation.rank_checker import RankChecker
 from oarlock.simulation.residuals import Residuals
 from oarlock.simulation.resuming import LOOK_SECONDS, Resuming
@@ -81,7 +82,8 @@ class World(Resuming):
     def _begin_anew(self) -> None:
         """Watch the job that ``spec`` says, in ``folder``, from its begin."""
         self.committed = Committed()
-        self.checker = (RankChecker if self.schedule.mode == SYNC else Checker)(self.spec, self.data, self.committed)
+        kinds = {SYNC: RankChecker, HYBRID: MixedChecker}
+        self.checker = kinds.get(self.schedule.mode, Checker)(self.spec, self.data, self.committed)
         self.bound = Bound(self.schedule.staleness)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
@@ -170,7 +172,9 @@ class World(Resuming):
             self.counts[call.method] += 1
             self._note(f"{call.method} {call.sender.name} -> {process.name}", request, reply)
             self._check(process, call, request, reply)
-        if call.method == "Coordinator.Gate" and process is not None:
+        # Under hybrid nobody stands at a gate: shards are asked whether they have come to the step.
+        word = "Shard.Cut" if self.schedule.mode == HYBRID else "Coordinator.Gate"
+        if call.method == word and process is not None:
             self._gates += 1
             for fault in self.schedule.at_gates:
                 if fault.at == self._gates:

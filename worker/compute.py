@@ -36,13 +36,15 @@ def train_group(
     seed: int,
     draw: int,
     local: bool,
-    summed: bool = False,
+    summed_rows: bool = False,
+    summed_dense: bool = False,
 ) -> Trained:
     """Train a group's batches; ``draw``, ``draw`` + 1, ... tell them apart.
 
     Without ``local`` all of them see the rows that were pulled, and their gradients are added up. With it (geo) each one's
     gradients are applied to the rows and dense values at hand, by plain sgd, and what comes out is the difference that all of
-    them made, for a shard that applies it at the rate 1.
+    them made, for a shard that applies it at the rate 1. ``summed_rows``, ``summed_dense``: gradients of the samples' losses,
+    added up, and not of each batch's mean loss: for a shard that divides by the samples of all ranks.
     """
     program.flat_parameters[:] = prepared.dense
     before = {table: rows.copy() for table, rows in prepared.rows.items()} if local else {}
@@ -53,8 +55,9 @@ def train_group(
         at += size
         loss_sum += program.train(feeds, size, seed=seed, step=draw + number) * size
         found, of_dense = _by_table(program, lookups), program.flat_gradients
-        if summed:
+        if summed_rows:
             found = {table: gradient * np.float32(size) for table, gradient in found.items()}
+        if summed_dense:
             of_dense = of_dense * np.float32(size)
         if local:
             for table, gradient in found.items():

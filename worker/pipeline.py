@@ -102,7 +102,8 @@ class Pipeline:
         await self._clock.may_pull(group.turn)
         prepared.probe = self._session.probing.probe(group.turn)
         begun = time.perf_counter()
-        await self._session.pull(prepared, self._clock.on_wire(group.turn), lossless=False, cached=True, **about)
+        number = self._clock.on_wire(group.turn)
+        await self._session.pull(prepared, number, lossless=False, cached=True, dense=True, **about)
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
         return prepared
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from oarlock.client.client import Pushing
-from oarlock.client.push import RowGradients, reads_occurrences
+from oarlock.client.push import PushCounts, RowGradients, reads_occurrences
 from oarlock.client.stage import Behind, Commit, News
 from oarlock.data.ranks import RankPlan, Unit
 from oarlock.proto.coordinator_pb2 import TRAIN
@@ -40,22 +40,26 @@ Opening = Callable[[int], Awaitable[OpenSplit]]
 
 
 class Group(NamedTuple):
-    """A group that is encoded: of which split, its number there, its keys and inputs."""
+    """A group that is encoded: of which split, its number there, its keys and inputs; ``pulling``: its rows, where they come
+    ahead."""
 
     split: OpenSplit
     number: int
     prepared: Prepared
+    pulling: "asyncio.Task[None] | None" = None
 
 
 class Groups:
-    """The groups of ``units``, read and encoded ahead while the body of its ``async with`` runs."""
+    """The groups of ``units``, read and encoded ahead, ``ahead`` of them, while the body of its ``async with`` runs."""
 
-    def __init__(self, session: Session, blame: Blame, units: Sequence[Unit | None], opening: Opening) -> None:
+    def __init__(
+        self, session: Session, blame: Blame, units: Sequence[Unit | None], opening: Opening, ahead: int = AHEAD
+    ) -> None:
         self._session = session
         self._blame = blame
         self._units = [unit for unit in units if unit is not None]
         self._opening = opening
-        self._ready: asyncio.Queue[Group | Exception] = asyncio.Queue(AHEAD)
+        self._ready: asyncio.Queue[Group | Exception] = asyncio.Queue(ahead)
         self._task: asyncio.Task[None]
 
     async def __aenter__(self) -> "Groups":
@@ -80,9 +84,12 @@ class Groups:
                 if split is None or split.id != unit.split:
                     split = await self._blame.of(TRAIN, unit.split, self._opening(unit.split))
                 prepared = await self._blame.of(TRAIN, unit.split, self._encoded(split, unit.group))
-                await self._ready.put(Group(split, unit.group, prepared))
+                await self._ready.put(self._made(split, unit.group, prepared))
         except Exception as error:
             await self._ready.put(error)
+
+    def _made(self, split: OpenSplit, number: int, prepared: Prepared) -> Group:
+        return Group(split, number, prepared)
 
     async def _encoded(self, split: OpenSplit, group: int) -> Prepared:
         encode = self._session.workload.encode
@@ -95,6 +102,9 @@ class Groups:
 
 class Rank:
     """Rank ``number`` of a job. ``opening(split)`` reads one of its splits, ``closing(split)`` reports it."""
+
+    # Whether what it pushes of rows is divided by the samples of all ranks, as all of it is under sync.
+    _sums_rows = True
 
     def __init__(
         self,
@@ -134,7 +144,7 @@ class Rank:
         done = min(max(state - begin, 0), len(units))
         before = units[done - 1] if done else None
         coming = units[done - 1 :] if before else units[done:]
-        async with Groups(self._session, self._blame, coming, self._opening) as ahead:
+        async with self._groups(coming) as ahead:
             # What it trained at the step that is behind it says its data, not its predecessor.
             last = await ahead.next() if before else None
             ended = before is not None and before.last
@@ -151,6 +161,9 @@ class Rank:
                         tasks.create_task(self._step(group, step))
                 last, ended = group, unit is not None and unit.last
 
+    def _groups(self, units: Sequence[Unit | None]) -> Groups:
+        return Groups(self._session, self._blame, units, self._opening)
+
     async def _closed(self, split: OpenSplit) -> None:
         await self._closing(split)
 
@@ -158,20 +171,25 @@ class Rank:
         """Commit step ``state``, and pull what ``group`` needs of the rows after it."""
         samples = 0 if last is None else last.prepared.samples
         commit = Commit(self._number, state, samples, self._news)
-        pull, begun = self._session.client.pull, time.perf_counter()
+        begun = time.perf_counter()
         if group is None:
-            await pull({}, {}, commit=commit)
+            await self._session.client.pull({}, {}, commit=commit)
             return
-        about = {"split": group.split.id, "group": group.number}
-        prepared = group.prepared
         try:
-            await pull(prepared.keys, prepared.rows, dense=prepared.dense, lossless=False, about=about, commit=commit)
+            await self._pull_with(commit, group)
         except Behind:
             raise
         except Exception as error:
             self._blame.note(TRAIN, group.split.id, error)
             raise
         self._progress.pull_seconds.observe(time.perf_counter() - begun)
+
+    async def _pull_with(self, commit: Commit, group: Group) -> None:
+        """Pull what a group needs, with a commit."""
+        prepared, about = group.prepared, {"split": group.split.id, "group": group.number}
+        await self._session.client.pull(
+            prepared.keys, prepared.rows, dense=prepared.dense, lossless=False, about=about, commit=commit
+        )
 
     async def _step(self, group: Group, step: int) -> None:
         """Compute a group and have every block acknowledge its part."""
@@ -183,10 +201,11 @@ class Rank:
         progress.samples += group.prepared.samples
         begun = time.perf_counter()
 
-        async def pushed() -> Any:
+        async def pushed() -> PushCounts:
             return await push
 
-        await self._blame.of(TRAIN, group.split.id, pushed())
+        counts = await self._blame.of(TRAIN, group.split.id, pushed())
+        progress.refused += counts.refused
         progress.push_seconds.observe(time.perf_counter() - begun)
 
     async def _learn_loss(self, group: Group, state: int) -> None:
@@ -218,7 +237,8 @@ class Rank:
             seed=spec.seed,
             draw=split.id << 32 | split.batches_of(group.number).start,
             local=False,
-            summed=True,
+            summed_rows=self._sums_rows,
+            summed_dense=True,
         )
         gradients = {}
         for table, found in trained.rows.items():
@@ -234,6 +254,9 @@ class Rank:
                 dense_rate=trained.rates.dense,
                 step=step - 1,
                 rank=1 + self._number,
+                seen=prepared.seen,
+                feedback=split.feedback,
+                last=group.number == split.groups - 1,
             )
         return trained.loss_sum, push
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer of a sync job: hosts the ranks that the coordinator leases to this process, and evaluates between epochs.
+"""The trainer of a job with ranks: hosts the ranks that the coordinator leases to this process, and evaluates between epochs.
 
 Invariant: it hosts what it was last told to, and tells which ranks those are with every question and heartbeat; a rank that it
-is to give up is left in the middle of whatever it did, which a successor does again to the bit. One event loop.
+is to give up is left in the middle of whatever it did, which a successor does again: under sync to the bit. One event loop.
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Any
 
 from oarlock.client.stage import News
@@ -20,6 +23,7 @@ from oarlock.proto.coordinator_pb2 import (
     LeaseRequest,
     ReleaseRequest,
 )
+from oarlock.worker.hybrid import HybridRank
 from oarlock.worker.rank import Rank, ended
 from oarlock.worker.session import Session
 from oarlock.worker.splits import OpenSplit
@@ -43,6 +47,10 @@ class RankTrainer(Trainer):
             accumulate=spec.accumulate,
         )
         self._news = News()
+        turns = count()
+        self._made: Callable[..., Rank] = (
+            partial(HybridRank, turn=lambda: next(turns)) if spec.mode == "hybrid" else Rank
+        )
         # By rank: the epoch that it trains, or has trained, here.
         self._hosted: dict[int, tuple[int, asyncio.Task[Exception | None]]] = {}
 
@@ -99,7 +107,9 @@ class RankTrainer(Trainer):
             opened.append(await self._open_split(split, True))
             return opened[-1]
 
-        made = Rank(rank, self._session, self._steps, self._blame, self.progress, self._news, opening, self._report)
+        made = self._made(
+            rank, self._session, self._steps, self._blame, self.progress, self._news, opening, self._report
+        )
         try:
             await made.train(epoch)
         except Exception as error:

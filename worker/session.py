@@ -84,9 +84,16 @@ class Session:
         return await self._encoding.call(prepare)
 
     async def pull(
-        self, prepared: Prepared, number: int = 0, *, lossless: bool = True, cached: bool = False, **about: int
+        self,
+        prepared: Prepared,
+        number: int = 0,
+        *,
+        lossless: bool = True,
+        cached: bool = False,
+        dense: bool = True,
+        **about: int,
     ) -> Prepared:
-        """Fill the group with its rows and dense values, in the job's forms unless ``lossless``.
+        """Fill the group with its rows, and its dense values if ``dense``, in the job's forms unless ``lossless``.
 
         ``number``: of the group on the wire, under ssp. ``cached``: rows that are kept and new enough need not come.
         """
@@ -94,7 +101,7 @@ class Session:
         prepared.seen = await self.client.pull(
             prepared.keys,
             prepared.rows,
-            dense=prepared.dense,
+            dense=prepared.dense if dense else None,
             number=number,
             lossless=lossless,
             caches=caches,

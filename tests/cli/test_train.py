@@ -54,6 +54,20 @@ def test_the_resolved_job_file_is_a_job_file(oarlock: Command, train: Command, t
     assert first.read_text() == second.read_text()
 
 
+def test_a_hybrid_job_by_options(oarlock: Command, train: Command, tmp_path: Path) -> None:
+    assert train("--epochs", "1", "--name", "a", "--mode", "hybrid", "--ranks", "3").code == 0
+    job = tomllib.loads((tmp_path / "runs" / "a" / "job.toml").read_text())
+    assert (job["mode"], job["ranks"]) == ("hybrid", 3)
+    assert "mode hybrid of 3 ranks" in oarlock("status", "a").out
+    # The resolved job file is one that another job can be made of.
+    assert oarlock("prepare", "runs/a/job.toml", "--name", "b").code == 0
+    spec = json.loads((tmp_path / "runs" / "b" / "job.json").read_text())
+    assert (spec["mode"], spec["ranks"]) == ("hybrid", 3)
+    ended = train("--name", "c", "--mode", "ssp", "--ranks", "2")
+    assert ended.code == 1
+    assert "ranks = 2 and mode = 'ssp' contradict each other: only sync and hybrid have ranks" in ended.line
+
+
 def test_without_json_the_result_is_a_sentence(train: Command) -> None:
     ended = train("--epochs", "1", "--name", "a")
     assert ended.code == 0

@@ -32,7 +32,15 @@ def test_a_job_travels_whole_as_text():
         ({"accumulate": True}, "accumulate = True: give an integer >= 1"),
         ({"staleness": 2}, "staleness = 2 and mode = 'async' contradict each other"),
         ({"staleness": 2, "mode": "geo"}, "staleness = 2 and mode = 'geo' contradict each other"),
-        ({"mode": "hybrid"}, "mode 'hybrid': choose one of async, ssp, geo, sync"),
+        ({"mode": "bsp"}, "mode 'bsp': choose one of async, ssp, geo, sync, hybrid"),
+        ({"mode": "hybrid"}, "mode = 'hybrid' needs ranks"),
+        ({"mode": "hybrid", "ranks": 2, "dense": ()}, "without dense parameters contradict each other: .*'async'"),
+        ({"mode": "hybrid", "ranks": 2, "tables": ()}, "without tables contradict each other: .*'sync'"),
+        ({"mode": "hybrid", "ranks": 2, "staleness": 1}, "staleness = 1 and mode = 'hybrid' contradict each other"),
+        (
+            {"mode": "hybrid", "ranks": 2, "compression": {"dense": WireSpec(push="topk:0.1")}},
+            "mode = 'hybrid' and compression.dense.push = 'topk:0.1' contradict each other",
+        ),
         ({"mode": "sync"}, "mode = 'sync' needs ranks"),
         ({"ranks": 2}, "ranks = 2 and mode = 'async' contradict each other"),
         ({"mode": "sync", "ranks": 4097}, "ranks = 4097: give an integer from 0 to 4096"),
@@ -72,7 +80,7 @@ def test_a_job_travels_whole_as_text():
         ({"lease_seconds": float("nan")}, "must be above 0 and below lease_seconds = nan"),
         (
             {"mode": "ssp", "tables": (TableSpec("a", 2), TableSpec("b", 2, cache=CacheSpec(9)))},
-            "mode = 'ssp' and the cache of table b contradict each other: .*give mode = 'async', or no cache",
+            "mode = 'ssp' and the cache of table b contradict each other: .*give mode = 'async' or 'hybrid', or no cache",
         ),
         (
             {"mode": "geo", "tables": (TableSpec("a", 2, rig.SGD, cache=CacheSpec(9)),)},
@@ -88,6 +96,20 @@ def test_a_job_that_cannot_be_is_refused_when_it_is_made(changes, problem):
 
 
 SGD = OptimizerSpec("sgd")
+
+
+def test_hybrid_goes_with_what_async_has_for_rows():
+    spec = rig.spec_of(
+        mode="hybrid",
+        ranks=3,
+        prefetch=4,
+        accumulate=2,
+        tables=(TableSpec("a", 2, cache=CacheSpec(9)), TableSpec("c", 2)),
+        compression={"c": WireSpec(push="int8+feedback"), "dense": WireSpec("bfloat16", "int8")},
+        splits=5000,
+    )
+    assert (spec.ranks, spec.closed_window) == (3, 5000)
+    assert rig.spec_of(splits=5000).closed_window == 1024
 
 
 def test_geo_is_for_plain_sgd():

@@ -231,7 +231,7 @@ MESSAGES: dict[str, Message] = {
         CloseRequest(header=FULL, closed=CLOSED),
         WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints", alone=True),
         WriteReply(entries="[]", torn=True, trouble="table u"),
-        CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits()),
+        CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits(), at=70000),
         AbortRequest(header=FULL, cut=13),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),

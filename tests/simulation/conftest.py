@@ -11,6 +11,7 @@ for _name in (
     "planted_caches",
     "planted_residuals",
     "planted_ranks",
+    "planted_hybrid",
     "planted_cuts",
     "planted_losses",
 ):

@@ -176,7 +176,7 @@ def split_reported_when_there_is_time(patch: Patch) -> None:
 def views_without_holding_still(patch: Patch) -> None:
     """Shards begin their views at whatever step they are."""
     patch.setattr(Staged, "hold", lambda self, cut: None)
-    patch.setattr(Staged, "level", lambda self, cut, commits: None)
+    patch.setattr(Staged, "level", lambda self, cut, commits, at: True)
 
 
 def moment_before_shards_hold_still(patch: Patch) -> None:
