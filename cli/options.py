@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from oarlock import __version__
 from oarlock.cli.checkpoint_options import add_checkpoint
-from oarlock.cli.restore_options import add_restore, complaint
+from oarlock.cli.restore_options import add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
@@ -167,6 +167,7 @@ def build_parser() -> Parser:
         "--resume", action="store_true", help="go on from the newest checkpoint of the job in --name or --dir"
     )
     add_restore(train)
+    add_warm_start(train)
     _add_run_options(train)
     _add_show_options(train)
 
@@ -179,6 +180,7 @@ def build_parser() -> Parser:
     prepare.add_argument("recipe", help="a recipe's name (ncf), module:attribute, or a job file (*.toml)")
     _add_plan_options(prepare)
     add_restore(prepare)
+    add_warm_start(prepare)
     _add_run_options(prepare)
 
     demo = commands.add_parser(

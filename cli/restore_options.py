@@ -4,11 +4,13 @@
     --restore PATH[@CUT]         a new job goes on with another one's training
     --resume                     the job goes on from the newest cut of its line
     --resume --restore @CUT      the job goes back to that cut of its own
+    --warm-start PATH[@CUT]      a new job begins with rows of a checkpoint, and trains anew
 
 Invariant: no form means two things; what is none of these ends with what to write instead.
 """
 
 import argparse
+from typing import Any
 
 from oarlock.proto.errors import InvalidArgument
 
@@ -24,11 +26,55 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_warm_start(command: argparse.ArgumentParser) -> None:
+    """Add the options of a new job whose rows begin with those of a checkpoint."""
+    command.add_argument(
+        "--warm-start",
+        default="",
+        metavar="PATH[@CUT]",
+        help="begin a new job with rows of another one's checkpoint, named as for --restore; its training starts anew",
+    )
+    names = "NAME or NAME=NAME_THERE, with commas between"
+    command.add_argument(
+        "--tables",
+        default="",
+        metavar="NAMES",
+        help=f"of --warm-start: the tables to take over, as {names} (default: all tables and dense parameters of equal names)",
+    )
+    command.add_argument("--dense", default="", metavar="NAMES", help="of --warm-start: the same of dense parameters")
+
+
+def warm_start_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return ``[warm_start]`` of a job file as the options say it; empty: they do not."""
+    if not options.warm_start:
+        return {}
+    tables, dense = (_renames(name, getattr(options, name)) for name in ("tables", "dense"))
+    return {"path": options.warm_start, "tables": tables, "dense": dense}
+
+
+def _renames(option: str, text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for each in text.split(",") if text else ():
+        mine, equals, its = (part.strip() for part in each.partition("="))
+        if not mine or (equals and not its) or mine in found:
+            raise InvalidArgument(
+                f"--{option} {text}: give names with commas between, each once, as NAME or NAME=NAME_THERE"
+            )
+        found[mine] = its or mine
+    return found
+
+
 def complaint(options: argparse.Namespace) -> str:
     """Return what is wrong with how the options go together; empty: nothing."""
     resume, restore = getattr(options, "resume", False), getattr(options, "restore", "")
     if resume and not (options.name or options.dir):
         return "--resume needs the --name or --dir of the job"
+    warm = getattr(options, "warm_start", "")
+    if (getattr(options, "tables", "") or getattr(options, "dense", "")) and not warm:
+        return "--tables and --dense say what --warm-start takes over: give that, too"
+    if warm and (resume or restore):
+        other = "--resume" if resume else "--restore"
+        return f"--warm-start and {other} contradict each other: one begins training anew, the other goes on with it"
     if restore.startswith("@") and not resume:
         return (
             f"--restore {restore}: of which job? Give PATH{restore} to begin a new job with it, or --resume to go back within "

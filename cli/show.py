@@ -134,6 +134,11 @@ def _event(event: dict[str, Any], job: object) -> str:
     if what == "restore":
         whose = "" if event.get("of_job") == job else f" of job {event.get('of_job')}"
         what = f"went on from cut {event.get('cut')}{whose}, made in run {event.get('of_run')}"
+    if what == "warm_start":
+        chosen = [
+            f"{mine} from {its}" for kind in ("tables", "dense") for mine, its in dict(event.get(kind, {})).items()
+        ]
+        what = f"began warm with {event.get('path')}: {', '.join(chosen)}"
     return f"run {event.get('run')}: {what} ({event.get('created')})"
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oarlock.cli.restore_options import cut_of
+from oarlock.cli.restore_options import cut_of, warm_start_of
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
@@ -74,6 +74,9 @@ def _base(options: argparse.Namespace) -> dict[str, Any]:
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:
     values = _merged(_base(options), _changes(options))
+    if warm := warm_start_of(options):
+        # A job file may say the rest, such as dimension.
+        values["warm_start"] = {**values.get("warm_start", {}), **{n: v for n, v in warm.items() if v}}
     if options.restore:
         values["restore"] = options.restore
     if values.get("restore"):
@@ -122,7 +125,8 @@ def demo(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="oarlock-demo-") as temporary:
         data = Path(temporary) / "data"
         info = generate_ncf(data, seed=options.seed or 0)
-        options.recipe, options.data, options.resume, options.restore = "ncf", str(data), False, ""
+        options.recipe, options.data, options.resume = "ncf", str(data), False
+        options.restore = options.warm_start = ""
         if options.epochs is None:
             options.epochs = 6
         kept = ""

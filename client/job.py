@@ -11,6 +11,7 @@ from typing import Any
 
 from oarlock.client.closed import SPLIT_WINDOW
 from oarlock.client.compression import WireSpec, check_compression, read_compression
+from oarlock.client.warm import WarmStart, read_warm_start, to_values
 from oarlock.embedding.spec import DenseSpec, OptimizerSpec, TableSpec, dense_from_json, table_from_json, to_json
 from oarlock.proto.errors import InvalidArgument
 
@@ -86,6 +87,7 @@ class JobSpec:
     them secret (``checkpoint/place.py``).
     ``compute_threads``: batches that a worker computes at once; ``blas_threads``: threads of each matrix product.
     ``restore``: of a job that goes on with another one's training, the cut that it begins with, as a path or URL; empty: none.
+    ``warm_start``: what the rows and dense parameters of a new job begin with.
     """
 
     job: str
@@ -129,6 +131,7 @@ class JobSpec:
     heartbeat_seconds: float = 0.5
     gate_seconds: float = 2.0
     restore: str = ""
+    warm_start: WarmStart = field(default_factory=WarmStart)
 
     def __post_init__(self) -> None:
         try:
@@ -209,6 +212,11 @@ class JobSpec:
             )
         if not isinstance(self.restore, str) or "\0" in self.restore:
             raise InvalidArgument(f"restore = {self.restore!r}: give the path or URL of a checkpoint")
+        if self.restore and self.warm_start:
+            raise InvalidArgument(
+                f"restore = {self.restore!r} and warm_start of {self.warm_start.path!r} contradict each other: a job goes on "
+                "with another one's training, or begins anew with some of its rows"
+            )
         names = [t.name for t in self.tables] + [d.name for d in self.dense]
         for name in names:
             if names.count(name) > 1:
@@ -256,6 +264,7 @@ class JobSpec:
 
     def to_json(self) -> str:
         values = {k: v for k, v in asdict(self).items() if k not in ("tables", "dense")}
+        values["warm_start"] = to_values(self.warm_start)
         values["tables"] = [to_json(t) for t in self.tables]
         values["dense"] = [to_json(d) for d in self.dense]
         return json.dumps(values, indent=1)
@@ -270,6 +279,7 @@ class JobSpec:
             values["evaluation_files"] = tuple(values["evaluation_files"])
             values["metrics"] = tuple(values["metrics"])
             values["compression"] = read_compression(values.get("compression", {}), "job")
+            values["warm_start"] = read_warm_start(values.get("warm_start", {}), "job")
             return JobSpec(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from oarlock.checkpoint.line import events_of
 from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
+from oarlock.client.warm import to_values
 from oarlock.proto.errors import CorruptCheckpoint
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def past_of(store: CheckpointStore, job: str) -> Past:
 def begin(c: "Coordinator", restore: str, store: CheckpointStore) -> None:
     """Begin a run of ``c``, whose checkpoints are in ``store``, if one is to be begun. ``restore``: what it was told."""
     path = restore or (c.spec.restore if not c.has_begun else "")
+    if not path and c.spec.warm_start and not c.events.all:
+        warm = to_values(c.spec.warm_start)
+        with c.lock, c.store as state:
+            c.events.add(state, "warm_start", c.run, **warm)
     if path:
         options = place_of(c.spec).options_for(path)
         c.begin_run(open_checkpoint(path, options=options)[1], path, past_of(store, c.spec.job))

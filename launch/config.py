@@ -19,6 +19,7 @@ from oarlock.checkpoint.place import place_of
 from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
+from oarlock.client.warm import read_warm_start
 from oarlock.launch.every import read_every
 from oarlock.proto.errors import InvalidArgument, NotFound
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
@@ -39,6 +40,7 @@ class RunConfig:
     ``checkpoint_path``: where checkpoints go, a folder or a URL like ``s3://bucket/folder`` (empty: the job's folder), with the
     options of its file system (TOML table ``[checkpoint_options]``). Credentials are none of them: see ``checkpoint/place.py``.
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
+    ``warm_start``: fields of a WarmStart (``[warm_start]``), for a new job whose rows begin with those of a checkpoint.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
 
@@ -77,6 +79,7 @@ class RunConfig:
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     compression: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
+    warm_start: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class RunConfig:
             )
         # Which tables there are only the recipe knows; see JobSpec.
         read_compression(self.compression, "job file")
+        read_warm_start(self.warm_start, "job file")
 
 
 def load_toml(path: Path) -> dict[str, Any]:

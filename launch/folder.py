@@ -19,13 +19,14 @@ from oarlock.checkpoint.place import check_owner, place_of
 from oarlock.client.compression import feedback_of
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
+from oarlock.client.warm import to_values
 from oarlock.cluster.events import FACT as EVENTS
 from oarlock.cluster.store import Store
 from oarlock.data.scores import merit
 from oarlock.launch.beginning import cut_to_resume
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
-from oarlock.launch.origin import RUNS, check_continues, find_origin
+from oarlock.launch.origin import RUNS, check_continues, find_origin, settled
 from oarlock.launch.unchanged import check_unchanged, fixed_of
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 
@@ -56,6 +57,9 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
         check_continues(run, spec)
     else:
         spec = make_spec(run, name)
+        if spec.warm_start:
+            spec = replace(spec, warm_start=settled(run, spec.tables, spec.dense))
+            run = replace(run, warm_start=to_values(spec.warm_start))
     if spec.checkpoint_path:
         with _reading(spec.checkpoint_path):
             check_owner(place_of(spec).open(folder), spec.job)
@@ -76,10 +80,10 @@ def resume(folder: Path, changes: dict[str, Any], *, cut: int | None = None) -> 
     compression = _merged(values.get("compression", {}), changes.get("compression", {}))
     run = run_config({**values, **changes, "recipe_options": options, "compression": compression})
     spec = make_spec(run, old.name, job=old.job)
-    if spec.restore != old.restore:
+    if (spec.restore, spec.warm_start) != (old.restore, old.warm_start):
         raise InvalidArgument(
-            f"restore = {spec.restore!r}: with what a job began cannot change (it was {old.restore!r}); to go back to a cut of "
-            "the job itself give --restore @CUT"
+            f"restore = {spec.restore!r}, warm_start = {to_values(spec.warm_start)}: with what a job began cannot change; "
+            "to go back to a cut of the job itself give --restore @CUT"
         )
     check_unchanged(fixed_of(old), spec, options)
     store = place_of(spec).open(folder)

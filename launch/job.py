@@ -7,6 +7,7 @@ from pathlib import Path
 from oarlock.checkpoint.store import is_url
 from oarlock.client.compression import read_compression
 from oarlock.client.job import RANKED, JobSpec
+from oarlock.client.warm import read_warm_start
 from oarlock.data.files import files_to_json
 from oarlock.data.splits import plan_splits
 from oarlock.launch.cache import with_caches
@@ -72,4 +73,5 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         heartbeat_seconds=run.heartbeat_seconds,
         gate_seconds=run.gate_seconds,
         restore=run.restore,
+        warm_start=read_warm_start(run.warm_start, "job file"),
     )

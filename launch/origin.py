@@ -8,8 +8,8 @@
 Invariant: an origin names one cut for good, whatever is added to its folder later; every file of it was looked at. Reads only.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.store import CheckpointStore, is_url, open_checkpoint
 from oarlock.client.job import JobSpec
+from oarlock.client.warm import WarmStart, chosen, read_warm_start
+from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.launch.config import RunConfig, load_toml
 from oarlock.launch.unchanged import check_unchanged, fixed_in, fixed_of
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError
@@ -67,6 +69,18 @@ def find_origin(target: str) -> Origin:
     folder = job or (None if is_url(path) else Path(path).parent.parent)
     spec, values = _job_of(folder, manifest) if folder is not None else (None, {})
     return Origin(path, store, manifest, spec, values)
+
+
+def settled(run: RunConfig, tables: Sequence[TableSpec], dense: Sequence[DenseSpec]) -> WarmStart:
+    """Return a run's warm start with its cut and all names said for good; what it takes over goes together and is whole."""
+    warm = read_warm_start(run.warm_start, "job file")
+    origin = find_origin(warm.path)
+    mine = {t.name: t for t in tables}, {d.name: d for d in dense}
+    manifest = origin.manifest
+    found = chosen(replace(warm, path=origin.path), *mine, manifest.table_specs(), manifest.dense_specs())
+    names = {("rows", n) for n in found.tables.values()} | {("dense", n) for n in found.dense.values()}
+    origin.store.verify(manifest, [e for e in manifest.blocks if (e.kind, e.name) in names])
+    return found
 
 
 def _job_of(folder: Path, manifest: Manifest) -> tuple[JobSpec | None, dict[str, Any]]:

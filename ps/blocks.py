@@ -24,6 +24,7 @@ from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.embedding.store import keeps
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.ps.shard import Shard
+from oarlock.ps.warm import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,9 @@ logger = logging.getLogger(__name__)
 def adopt(
     shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str, *, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Own what ``routes`` gives shard ``me``; new blocks come from the checkpoint ``restore``, or start at first values.
+    """Own what ``routes`` gives shard ``me``; new blocks come from the checkpoint ``restore``.
 
+    Without one they begin with what the job's warm start takes over, or with first values.
     ``options``: of the checkpoint's file system.
     """
     with shard.push_lock:
@@ -144,11 +146,15 @@ def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping
             # By one thread: splits that several blocks have marks of share an array.
             for number, of in marks.items():
                 shard.marks.restore(number, of)
+        elif shard.warm_start:
+            warm_up(shard, numbers, shard.warm_start, shard.seed)
     except BaseException as error:
         for number in created:
             _drop(shard, number)
         if isinstance(error, OSError):
-            raise InvalidArgument(f"the checkpoint {restore} cannot be read: {error}") from error
+            raise InvalidArgument(
+                f"the checkpoint {restore or shard.warm_start.path} cannot be read: {error}"
+            ) from error
         raise
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.checkpoint.place import place_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
@@ -102,6 +103,10 @@ class Shard:
         self.closed = ClosedSet()
         self.generation = 0
         self.step = 0
+        self.warm_start = spec.warm_start
+        # Whose options checkpoints on file systems of its kind are opened with.
+        self.place = place_of(spec)
+        self.seed = spec.seed
         self.tables = [make_table(t, seed=spec.seed, spill_folder=spill_folder) for t in spec.tables]
         # By table; pulls count under their own lock, pushes under theirs.
         self.rows_asked = [0] * len(self.tables)

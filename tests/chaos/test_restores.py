@@ -97,3 +97,17 @@ def test_two_jobs_begin_with_one_cut_at_once_and_end_as_the_first_did(data: Path
         assert [event["cut"] for event in status["events"]] == [2], "a run that was begun is not begun again"
         assert status["restarts"] == 2
     assert digest(tmp_path / "on-1") == digest(tmp_path / "on-3") == digest(first)
+
+
+def test_a_warm_start_happens_once_whoever_is_killed(data: Path, tmp_path: Path) -> None:
+    first, folder = tmp_path / "first", tmp_path / "second"
+    spec = create(first, "first", config(data, epochs=3))
+    assert run_in_process(spec, first, watch=lambda status: True)["phase"] == "done"
+    warm = {"path": f"{first}/checkpoints@3"}
+    spec = create(folder, "second", config(data, epochs=2, servers=3, workers=2, seed=4, warm_start=warm))
+    killer = Killer(spec, folder, kills=3)
+    status = asyncio.run(killer.launched.run(killer.watch))
+    assert (status["phase"], status["reason"], status["restarts"]) == ("done", "", 3)
+    assert [event["event"] for event in status["events"]] == ["warm_start"]
+    before = open_checkpoint(first / "checkpoints")[1].metrics["history"]
+    assert status["history"][0]["loss"] < before[1]["loss"]

@@ -85,3 +85,31 @@ def test_a_prepared_job_knows_where_it_begins(oarlock: Command, made: Path, tmp_
     assert ended.code == 0
     spec = json.loads((tmp_path / "runs" / "b" / "job.json").read_text())
     assert spec["restore"] == str(tmp_path / "runs" / "a" / "checkpoints" / "cut-000001")
+
+
+def test_a_warm_start(train: Command, oarlock: Command, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "runs" / "a")
+    ended = train("--epochs", "1", "--name", "b", "--warm-start", "a", "--tables", "item", "--json")
+    assert ended.code == 0, ended.err
+    assert "run 1: began warm with" in oarlock("status", "b").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--tables", "user"), 2, "--tables and --dense say what --warm-start takes over: give that, too"),
+        (("--warm-start", "a", "--restore", "a"), 2, "--warm-start and --restore contradict each other"),
+        (("--warm-start", "a", "--resume"), 2, "--warm-start and --resume contradict each other"),
+        (("--warm-start", "a", "--tables", "=x"), 1, "--tables =x: give names with commas between"),
+        (("--warm-start", "a", "--tables", "x,x"), 1, "each once"),
+        (("--warm-start", "a", "--tables", "itmes"), 1, "the job has no table 'itmes'; did you mean"),
+        (("--warm-start", "@1"), 1, "give the name or folder of a job"),
+    ],
+)
+def test_what_is_said_of_other_warm_starts(
+    train: Command, made: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    shutil.copytree(made, tmp_path / "runs" / "a")
+    ended = train("--name", "b", *arguments)
+    assert ended.code == code
+    assert says in ended.line
