@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.checkpoint import checkpoint
 
             return checkpoint(options)
+        if options.command == "rollback":
+            from oarlock.cli.rollback import rollback
+
+            return rollback(options)
         if options.command == "digest":
             from oarlock.cli.digest import digest
 

@@ -226,6 +226,20 @@ def build_parser() -> Parser:
     stop.add_argument("--no-checkpoint", action="store_true", help="lose what came after the last checkpoint")
 
     add_checkpoint(commands)
+    rollback = commands.add_parser(
+        "rollback",
+        help="let one table of a running job go back to a checkpoint",
+        description="Let one table of a running job go back to a checkpoint, at one moment between two pushes. All else goes "
+        "on:\nwhat was pushed to the table before that moment is gone, what comes after it is applied.",
+    )
+    rollback.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
+    rollback.add_argument("--table", required=True, metavar="NAME", help="the table")
+    where = rollback.add_mutually_exclusive_group(required=True)
+    where.add_argument("--cut", type=int, metavar="N", help="to this cut of the job itself")
+    where.add_argument(
+        "--restore", default="", metavar="PATH@CUT", help="to a checkpoint with a table of the same kind"
+    )
+    rollback.add_argument("--json", action="store_true", help="print one JSON object")
     add_rows(commands)
 
     digest = commands.add_parser(

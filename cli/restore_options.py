@@ -66,7 +66,9 @@ def _renames(option: str, text: str) -> dict[str, str]:
 
 def complaint(options: argparse.Namespace) -> str:
     """Return what is wrong with how the options go together; empty: nothing."""
-    resume, restore = getattr(options, "resume", False), getattr(options, "restore", "")
+    if options.command not in ("train", "prepare"):
+        return ""
+    resume, restore = getattr(options, "resume", False), options.restore
     if resume and not (options.name or options.dir):
         return "--resume needs the --name or --dir of the job"
     warm = getattr(options, "warm_start", "")

@@ -134,6 +134,8 @@ def _event(event: dict[str, Any], job: object) -> str:
     if what == "restore":
         whose = "" if event.get("of_job") == job else f" of job {event.get('of_job')}"
         what = f"went on from cut {event.get('cut')}{whose}, made in run {event.get('of_run')}"
+    if what == "rollback":
+        what = f"table {event.get('table')} went back to {event.get('path')} at step {event.get('step')}"
     if what == "warm_start":
         chosen = [
             f"{mine} from {its}" for kind in ("tables", "dense") for mine, its in dict(event.get(kind, {})).items()

@@ -30,6 +30,7 @@ from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.ranks import work_of
 from oarlock.cluster.recovery import go_back, take_up
+from oarlock.cluster.rollback import Rollbacks
 from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
 from oarlock.cluster.work import MAX_FAILURES
@@ -86,6 +87,7 @@ class Coordinator:
         self.warnings: list[str] = []
         self.events = Events()
         self.cuts = Cuts(self)
+        self.rollbacks = Rollbacks(self)
 
     def open(self) -> None:
         """Take up the stored state under a new term. Call once, before the first message."""
@@ -155,6 +157,11 @@ class Coordinator:
             self.owners, self.shards, self.adopted = owners, shards, set()
             store.set_placement(self.generation, owners.tobytes(), [asdict(s) for s in shards.values()])
         logger.info("event=placed generation=%d shards=%d blocks=%d", self.generation, len(shards), len(owners))
+
+    def next_generation(self, store: Store, generation: int) -> None:
+        """Begin a generation of the same placement, which all shards have adopted; within the transaction of ``store``."""
+        self.generation = generation
+        store.set_placement(generation, self.owners.tobytes(), [asdict(s) for s in self.shards.values()])
 
     def placement(self) -> Placement:
         """Return the newest placement, once every shard has adopted it; Unavailable before."""

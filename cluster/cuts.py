@@ -125,12 +125,9 @@ class Cuts:
         c = self._c
         with c.lock:
             now = c.clock()
-            pushing = self._pushing()
-            # Whoever has nothing to push need not be asked.
-            shuts = now + HEARTBEATS_BEFORE_GATE * c.spec.heartbeat_seconds if pushing else now
+            gate = self._gate(now)
             with c.store as store:
-                self.last += 1
-                self.begun = self.last
+                self.last = self.begun = gate.cut
                 store.set_fact("cut", self.last)
                 store.set_fact("begun", self.begun)
             self.wanted = False
@@ -141,9 +138,27 @@ class Cuts:
             )
             self.epoch = c.work.epoch
             self.idle = not (self._holds or c.work.leases or c.clocks.unheard)
-            self.gate = Gate(self.last, shuts=shuts, ends=shuts + c.spec.gate_seconds, workers=pushing)
-            logger.info("event=cut_begun cut=%d workers=%d", self.last, len(pushing))
+            self.gate = gate
+            logger.info("event=cut_begun cut=%d workers=%d", self.last, len(gate.missing))
             return self.gate
+
+    def stand(self) -> Gate:
+        """Set up a gate for something else than a cut; its number is used up, and no manifest will ever have it."""
+        c = self._c
+        with c.lock:
+            gate = self._gate(c.clock())
+            with c.store as store:
+                self.last = gate.cut
+                store.set_fact("cut", self.last)
+            self.gate = gate
+            return gate
+
+    def _gate(self, now: float) -> Gate:
+        """Return the gate of the next number."""
+        pushing = self._pushing()
+        # Whoever has nothing to push need not be asked.
+        shuts = now + HEARTBEATS_BEFORE_GATE * self._c.spec.heartbeat_seconds if pushing else now
+        return Gate(self.last + 1, shuts=shuts, ends=shuts + self._c.spec.gate_seconds, workers=pushing)
 
     def _pushing(self) -> list[int]:
         """Return the workers that may have a push under way: those with a training split, or of whom that is not known.

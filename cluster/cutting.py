@@ -31,6 +31,7 @@ from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import moment_of
 from oarlock.cluster.ranks import cut_step, hold_still
+from oarlock.cluster.rollback import roll_back
 from oarlock.data.scores import merit
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
@@ -86,6 +87,10 @@ class Cutting:
         if not self._looked:
             await self._adopt_or_give_up()
             self._looked = True
+        # Before a cut: what is half done is in none, and where cuts follow each other it would never have its turn.
+        if c.rollbacks.due():
+            await roll_back(c, self._ordered, self._gathered)
+            return
         with c.lock:
             gate = c.cuts.begin() if c.cuts.due() else None
         if gate is not None:
@@ -277,7 +282,8 @@ class Cutting:
             cuts = [n for n in store.cuts() if store.newest([n]) is not None]
             line = line_of(cuts, c.events.restores)
             oldest = line[-c.spec.checkpoints_kept :][0]
-            store.keep_last(sum(n >= oldest for n in cuts), pinned=self._best(store, line))
+            pinned = [*self._best(store, line), *c.rollbacks.pinned(str(store.files.root))]
+            store.keep_last(sum(n >= oldest for n in cuts), pinned=pinned)
             store.discard_incomplete(below=cut)
         except OSError as error:
             c.warn(f"old checkpoints in {self._root} could not be deleted: {error}")

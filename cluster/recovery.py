@@ -57,6 +57,7 @@ def take_up(c: "Coordinator") -> None:
             c.generation = placed[0]
             c.owners = np.frombuffer(placed[1], np.int32).copy()
             c.shards = {s["id"]: ShardAddress(**s) for s in placed[2]}
+        c.rollbacks.take_up(store)
         for value in store.members():
             c.members.add(Member(**value), c.clock())
         # What they hold is asked before anything is leased anew.
@@ -102,6 +103,7 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         for name in ("run", "restore", "phase", "reason"):
             store.set_fact(name, getattr(c, name))
         c.cuts.go_back(store, manifest, path)
+        c.rollbacks.go_back(store)
         c.events.add(
             store,
             RESTORE,

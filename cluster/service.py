@@ -36,6 +36,8 @@ from oarlock.proto.coordinator_pb2 import (
     LeaveRequest,
     PlacementRequest,
     ReleaseRequest,
+    RollbackReply,
+    RollbackRequest,
     StatusReply,
     StatusRequest,
     StopRequest,
@@ -301,6 +303,9 @@ class CoordinatorService:
                 raise InvalidArgument(f"job {c.spec.name} is {c.phase}: a cut is made of a job that trains")
             c.cuts.wanted = True
             return CheckpointReply(last=c.cuts.last)
+
+    def rollback(self, request: RollbackRequest) -> RollbackReply:
+        return RollbackReply(number=self._coordinator.rollbacks.ask(request.table, request.path))
 
     def stop(self, request: StopRequest) -> Empty:
         self._coordinator.stop(request.checkpoint, request.reason[:2048])

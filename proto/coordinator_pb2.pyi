@@ -254,6 +254,20 @@ class CheckpointReply(_message.Message):
     last: int
     def __init__(self, last: _Optional[int] = ...) -> None: ...
 
+class RollbackRequest(_message.Message):
+    __slots__ = ("table", "path")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    path: str
+    def __init__(self, table: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class RollbackReply(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

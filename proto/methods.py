@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
         Method("Shard.Cut", shard.CutRequest, common.Empty),
         Method("Shard.Abort", shard.AbortRequest, common.Empty),
         Method("Shard.Write", shard.WriteRequest, shard.WriteReply, slow=True),
+        Method("Shard.Replace", shard.ReplaceRequest, shard.ReplaceReply, slow=True),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
         Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
@@ -74,6 +75,7 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty),
         Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
         Method("Coordinator.Checkpoint", coordinator.CheckpointRequest, coordinator.CheckpointReply),
+        Method("Coordinator.Rollback", coordinator.RollbackRequest, coordinator.RollbackReply),
         Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply),
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
     )

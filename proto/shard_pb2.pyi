@@ -287,6 +287,28 @@ class WriteReply(_message.Message):
     trouble: str
     def __init__(self, entries: _Optional[str] = ..., torn: bool = ..., trouble: _Optional[str] = ...) -> None: ...
 
+class ReplaceRequest(_message.Message):
+    __slots__ = ("header", "table", "path", "number", "workers", "generation")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    table: str
+    path: str
+    number: int
+    workers: _containers.RepeatedScalarFieldContainer[int]
+    generation: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., table: _Optional[str] = ..., path: _Optional[str] = ..., number: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class ReplaceReply(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    def __init__(self, rows: _Optional[int] = ...) -> None: ...
+
 class ShardStatsReply(_message.Message):
     __slots__ = ("stats",)
     STATS_FIELD_NUMBER: _ClassVar[int]

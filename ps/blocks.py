@@ -61,7 +61,7 @@ def adopt(
     )
 
 
-class _Images:
+class Images:
     """The block images of one checkpoint."""
 
     def __init__(self, store: CheckpointStore, manifest: Manifest) -> None:
@@ -73,10 +73,10 @@ class _Images:
         saved: dict[str, TableSpec | DenseSpec] = {**self._manifest.table_specs(), **self._manifest.dense_specs()}
         wanted_specs: list[TableSpec | DenseSpec] = [*layout.tables, *layout.dense]
         for spec in wanted_specs:
-            found, wanted = saved.get(spec.name), _form(spec)
-            if found is None or _form(found) != wanted:
+            found, wanted = saved.get(spec.name), form_of(spec)
+            if found is None or form_of(found) != wanted:
                 raise SpecMismatch(
-                    f"{spec.name}: the checkpoint has {_form(found) if found else 'nothing of that name'}, this job wants "
+                    f"{spec.name}: the checkpoint has {form_of(found) if found else 'nothing of that name'}, this job wants "
                     f"{wanted}: restore it into a job with the same tables and dense parameters",
                     table=spec.name,
                 )
@@ -93,7 +93,7 @@ class _Images:
         )
 
 
-def _form(spec: TableSpec | DenseSpec) -> str:
+def form_of(spec: TableSpec | DenseSpec) -> str:
     """Return what a block's content depends on; an optimizer's constants and a policy's thresholds may change."""
     if isinstance(spec, DenseSpec):
         return f"a dense parameter of shape {spec.shape} in blocks of {spec.slice} under {spec.optimizer.name}"
@@ -134,7 +134,7 @@ def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping
             _create(shard, number)
             created.append(number)
         if restore:
-            images = _Images(*open_checkpoint(restore, options=options))
+            images = Images(*open_checkpoint(restore, options=options))
             images.check(layout)
             marks: dict[int, dict[int, int]] = {}
 

@@ -27,9 +27,7 @@ class Cuts:
 
     def is_new(self, number: int) -> bool:
         """Return whether cut ``number`` is to be begun, False if that was done already."""
-        if number < 1 or number < self.number or number <= self._given_up:
-            newest = max(self.number, self._given_up)
-            raise InvalidArgument(f"cut {number} was given up, cut {newest} is the newest one here", cut=number)
+        self.check_newer(number)
         return number != self.number
 
     def begin(self, number: int, workers: Collection[int]) -> bool:
@@ -38,6 +36,12 @@ class Cuts:
             return False
         self.number, self._workers, self.torn = number, frozenset(workers), False
         return True
+
+    def check_newer(self, number: int) -> None:
+        """Raise InvalidArgument for a number that comes to nothing here."""
+        if number < 1 or number < self.number or number <= self._given_up:
+            newest = max(self.number, self._given_up)
+            raise InvalidArgument(f"cut {number} was given up, cut {newest} is the newest one here", cut=number)
 
     def give_up(self, number: int) -> bool:
         """Refuse to begin cut ``number`` from now on; return whether its view was begun."""

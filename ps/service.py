@@ -36,6 +36,8 @@ from oarlock.proto.shard_pb2 import (
     PushRequest,
     RanksReply,
     RanksRequest,
+    ReplaceReply,
+    ReplaceRequest,
     RowsReply,
     RowsRequest,
     ShardStatsReply,
@@ -47,6 +49,7 @@ from oarlock.proto.version import hello
 from oarlock.ps.blocks import adopt
 from oarlock.ps.compacting import Compacting
 from oarlock.ps.identity import Identity
+from oarlock.ps.replace import Order, Replacing
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
@@ -75,6 +78,7 @@ class ShardService:
         self._views: Views
         self._place = Place()
         self.compacting = Compacting(links=compact_links)
+        self._replacing: Replacing
         self._writing = Lock()
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
@@ -88,6 +92,7 @@ class ShardService:
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
         self._views = Views(shard, self.compacting, self._place)
+        self._replacing = Replacing(shard)
         self._joined = (identity, shard)
         return shard
 
@@ -190,6 +195,8 @@ class ShardService:
                     )
                 shard.cuts.begin(request.cut, request.workers)
                 self._views.begin(request.cut, request.committed)
+                # A cut comes before a table goes back, or after it.
+                self._replacing.forget()
         return Empty()
 
     def abort(self, request: AbortRequest) -> Empty:
@@ -217,6 +224,15 @@ class ShardService:
         with self._writing:
             entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
+
+    def replace(self, request: ReplaceRequest) -> ReplaceReply:
+        self._order(request.header)
+        path = read_path(request.path, "the checkpoint to go back to")
+        shard = self._take(request.header)[1]
+        if not request.number:
+            return ReplaceReply(rows=self._replacing.read(request.table, path))
+        order = Order(request.table, path, request.number, frozenset(request.workers), request.generation)
+        return ReplaceReply(rows=self._replacing.apply(shard, order))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:
         self._shard(request.header)

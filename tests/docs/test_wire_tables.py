@@ -36,6 +36,7 @@ from oarlock.proto.coordinator_pb2 import (
     LeaveRequest,
     PlacementRequest,
     ReleaseRequest,
+    RollbackRequest,
     StatusRequest,
     StopRequest,
 )
@@ -54,6 +55,7 @@ from oarlock.proto.shard_pb2 import (
     PullRequest,
     PushRequest,
     RanksRequest,
+    ReplaceRequest,
     RowsRequest,
     ShardStatsRequest,
     TableKeys,
@@ -259,11 +261,17 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
         "Shard.Cut": CutRequest(header=header(), cut=1, workers=[7]),
         "Shard.Write": WriteRequest(header=header(), cut=1, root=str(tmp_path)),
         "Shard.Abort": AbortRequest(header=header(), cut=1),
+        "Shard.Replace": ReplaceRequest(header=header(), table="user", path=str(tmp_path / "cut-000009")),
         "Shard.Stats": ShardStatsRequest(header=header()),
         "Shard.Rows": RowsRequest(header=header(), verb=QUARANTINE),
     }
     assert set(requests) == {name for name in METHODS if name.startswith("Shard.")}
     for name, request in requests.items():
+        if name == "Shard.Replace":
+            # Of a checkpoint that is there: tests/ps/test_replace.py.
+            for _ in range(2):
+                assert named(lambda request=request: shard.replace(request)) == {"NotFound"}
+            continue
         first, second = dispatch(shard, name, request), dispatch(shard, name, request)
         if name == "Shard.Push":
             assert (first.applied, first.skipped, second.applied, second.skipped) == (1, 0, 0, 1)
@@ -293,6 +301,7 @@ def test_a_coordinator_takes_every_message_again(coordinator: Coordinator) -> No
         "Coordinator.Status": StatusRequest(),
         "Coordinator.Describe": DescribeRequest(),
         "Coordinator.Checkpoint": CheckpointRequest(),
+        "Coordinator.Rollback": RollbackRequest(table="user", path="/somewhere/cut-000004"),
         "Coordinator.Stop": StopRequest(reason="enough"),
     }
     assert set(requests) == {name for name in METHODS if name.startswith("Coordinator.")}

@@ -32,6 +32,7 @@ class CoordinatorTarget(targets.Target):
         "Coordinator.Describe": 4,
         "Coordinator.Gate": 4,
         "Coordinator.Checkpoint": 1,
+        "Coordinator.Rollback": 2,
         "Coordinator.Stop": 1,
     }
 
@@ -83,6 +84,7 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Describe": [pb.DescribeRequest()],
             "Coordinator.Gate": [pb.GateRequest(header=self.header(one), cut=1)],
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
+            "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
 
@@ -105,6 +107,7 @@ class CoordinatorTarget(targets.Target):
                 c.generation,
                 c.cuts.last,
                 c.cuts.wanted,
+                str((c.rollbacks.wanted, c.rollbacks.decided)),
                 len(c.warnings),
             ),
         )

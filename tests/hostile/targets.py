@@ -40,6 +40,7 @@ from oarlock.proto.shard_pb2 import (
     MarksRequest,
     PullRequest,
     RanksRequest,
+    ReplaceRequest,
     RowsRequest,
     ShardStatsRequest,
     TableKeys,
@@ -193,6 +194,7 @@ class ShardTarget(Target):
         "Shard.Cut": 1,
         "Shard.Abort": 1,
         "Shard.Write": 1,
+        "Shard.Replace": 2,
         "Shard.Stats": 3,
         "Shard.Rows": 20,
     }
@@ -242,6 +244,10 @@ class ShardTarget(Target):
             "Shard.Cut": [CutRequest(header=header, cut=3, workers=[7, 8], committed=2)],
             "Shard.Abort": [AbortRequest(header=header, cut=2)],
             "Shard.Write": [WriteRequest(header=header, cut=3, root=str(self.folder / "cuts"))],
+            "Shard.Replace": [
+                ReplaceRequest(header=header, table="user", path=str(self.folder / "cuts" / "cut-000003")),
+                ReplaceRequest(header=header, table="user", path=str(self.folder / "cuts" / "cut-000003"), number=4),
+            ],
             "Shard.Stats": [ShardStatsRequest(header=header)],
             "Shard.Rows": [
                 RowsRequest(header=header, verb=GET, keys=part),
@@ -255,13 +261,14 @@ class ShardTarget(Target):
 
     def fenced(self, method, data):
         """Keep what is written and read inside the test's folder."""
-        if method not in ("Shard.Write", "Shard.Adopt"):
+        fields = {"Shard.Write": "root", "Shard.Adopt": "restore", "Shard.Replace": "path"}
+        if method not in fields:
             return data
         try:
             request = METHODS[method].request.FromString(data)
         except Exception:
             return data
-        field = "root" if method == "Shard.Write" else "restore"
+        field = fields[method]
         path = getattr(request, field)
         if not path or "\0" in path:
             return data

@@ -34,14 +34,8 @@ from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
     SHARD,
     TRAIN,
-    CheckpointReply,
-    CheckpointRequest,
     Clock,
     CloseSplitRequest,
-    DescribeReply,
-    DescribeRequest,
-    GateReply,
-    GateRequest,
     HeartbeatReply,
     HeartbeatRequest,
     JoinReply,
@@ -51,9 +45,6 @@ from oarlock.proto.coordinator_pb2 import (
     LeaveRequest,
     PlacementRequest,
     ReleaseRequest,
-    StatusReply,
-    StatusRequest,
-    StopRequest,
 )
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import (
@@ -233,6 +224,10 @@ MESSAGES: dict[str, Message] = {
         WriteReply(entries="[]", torn=True, trouble="table u"),
         CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits(), at=70000),
         AbortRequest(header=FULL, cut=13),
+        shard_pb2.ReplaceRequest(
+            header=FULL, table="user", path="/cut-000012", number=13, workers=[7, 300], generation=10
+        ),
+        shard_pb2.ReplaceReply(rows=70000),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
         RowsRequest(
@@ -307,15 +302,17 @@ MESSAGES: dict[str, Message] = {
         ),
         ReleaseRequest(header=FULL, splits=[300, 301], evaluations=[40], reason="bad file"),
         LeaveRequest(header=FULL, error="out of disk"),
-        StatusRequest(),
-        StatusReply(status='{"phase": "training"}'),
-        GateRequest(header=FULL, cut=13),
-        GateReply(opened=12),
-        CheckpointRequest(),
-        CheckpointReply(last=12),
-        StopRequest(checkpoint=True, reason="asked to"),
-        DescribeRequest(),
-        DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),
+        coordinator_pb2.StatusRequest(),
+        coordinator_pb2.StatusReply(status='{"phase": "training"}'),
+        coordinator_pb2.GateRequest(header=FULL, cut=13),
+        coordinator_pb2.GateReply(opened=12),
+        coordinator_pb2.CheckpointRequest(),
+        coordinator_pb2.CheckpointReply(last=12),
+        coordinator_pb2.RollbackRequest(table="user", path="/cut-000012"),
+        coordinator_pb2.RollbackReply(number=3),
+        coordinator_pb2.StopRequest(checkpoint=True, reason="asked to"),
+        coordinator_pb2.DescribeRequest(),
+        coordinator_pb2.DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),
     )
 }
 EARLIER: dict[str, Message] = {

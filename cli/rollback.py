@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock rollback JOB`: one table of a running job goes back to a checkpoint; the command ends once it has, or will not."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from oarlock.checkpoint.cuts import split_cut
+from oarlock.cli.jobs import ask, live
+from oarlock.client.job import OVER
+from oarlock.launch.folder import is_running, locate
+from oarlock.launch.origin import find_origin
+from oarlock.proto.coordinator_pb2 import RollbackReply, RollbackRequest
+from oarlock.proto.errors import NotFound, Unavailable
+
+LOOK_SECONDS = 0.1
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Ask a running job to let a table go back, and wait for it."""
+    folder, address = locate(options.job)
+    found = live(folder, address)
+    if found is None or found["phase"] in OVER or address is None:
+        if folder is not None and is_running(folder):
+            raise Unavailable(f"job {options.job} runs in one process: it has no address to be asked at")
+        raise Unavailable(f"job {options.job} is not running: go back with the whole job, --resume --restore @CUT")
+    path = find_origin(options.restore).path if options.restore else _own(options.cut, folder, found)
+    reply: RollbackReply = ask(address, "Coordinator.Rollback", RollbackRequest(table=options.table, path=path))
+    print(f"job {found['name']} was asked to let {options.table} go back to {path}", file=sys.stderr, flush=True)
+    event = _wait(options.job, reply.number, folder, address)
+    print(
+        json.dumps(event)
+        if options.json
+        else f"table {event['table']} went back to cut {event['cut']} at step {event['step']}: {event['rows']:,} rows"
+    )
+    return 0
+
+
+def _own(cut: int, folder: Path | None, status: dict[str, Any]) -> str:
+    """Return the path of a job's own cut, as its coordinator knows it."""
+    if folder is not None and (folder / "checkpoints").is_dir():
+        return find_origin(f"{folder / 'checkpoints'}@{cut}").path
+    paths = {split_cut(str(known["path"]))[1]: str(known["path"]) for known in status["checkpoints"]}
+    if cut not in paths:
+        raise NotFound(f"job {status['name']} knows of no cut {cut}; there is: {', '.join(map(str, paths)) or 'none'}")
+    return paths[cut]
+
+
+def _wait(job: str, number: int, folder: Path | None, address: str) -> dict[str, Any]:
+    """Return the event of roll back ``number``; Unavailable if it came to nothing."""
+    while True:
+        found = live(folder, address)
+        if found is None:
+            raise Unavailable(f"job {job} does not answer any more; `oarlock status` tells whether the table went back")
+        done = [e for e in found["events"] if e.get("event") == "rollback" and e.get("number") == number]
+        if done:
+            return dict(done[-1])
+        failed = found["rollback"].get("failed", {})
+        if failed.get("number", 0) >= number:
+            raise Unavailable(f"the table did not go back, training goes on: {failed['error']}")
+        if found["phase"] in OVER:
+            raise Unavailable(f"job {job} is {found['phase']}, and the table did not go back")
+        time.sleep(LOOK_SECONDS)
