@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from oarlock import __version__
 from oarlock.cli.checkpoint_options import add_checkpoint
-from oarlock.cli.restore_options import add_restore, add_warm_start, complaint
+from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
@@ -168,6 +168,7 @@ def build_parser() -> Parser:
     )
     add_restore(train)
     add_warm_start(train)
+    add_accept_signature(train)
     _add_run_options(train)
     _add_show_options(train)
 

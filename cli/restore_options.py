@@ -44,6 +44,16 @@ def add_warm_start(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", default="", metavar="NAMES", help="of --warm-start: the same of dense parameters")
 
 
+def add_accept_signature(command: argparse.ArgumentParser) -> None:
+    """Add the option of a sync job that goes on with other processors or libraries."""
+    command.add_argument(
+        "--accept-signature",
+        action="store_true",
+        help="of --mode sync, with --resume or --restore: go on with workers of another CPU, BLAS or library version; that is "
+        "recorded, and bits may differ from there on",
+    )
+
+
 def warm_start_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return ``[warm_start]`` of a job file as the options say it; empty: they do not."""
     if not options.warm_start:
@@ -77,6 +87,8 @@ def complaint(options: argparse.Namespace) -> str:
     if warm and (resume or restore):
         other = "--resume" if resume else "--restore"
         return f"--warm-start and {other} contradict each other: one begins training anew, the other goes on with it"
+    if getattr(options, "accept_signature", False) and not resume and not restore:
+        return "--accept-signature is for a job that goes on: give it with --resume or --restore"
     if restore.startswith("@") and not resume:
         return (
             f"--restore {restore}: of which job? Give PATH{restore} to begin a new job with it, or --resume to go back within "

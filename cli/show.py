@@ -136,6 +136,10 @@ def _event(event: dict[str, Any], job: object) -> str:
         what = f"went on from cut {event.get('cut')}{whose}, made in run {event.get('of_run')}"
     if what == "rollback":
         what = f"table {event.get('table')} went back to {event.get('path')} at step {event.get('step')}"
+    if what == "signature":
+        was, now = (dict(event.get(name, {})) for name in ("was", "now"))
+        changes = ", ".join(f"{name} {now.get(name)!r} in place of {before!r}" for name, before in was.items())
+        what = f"workers of another compute signature were accepted at step {event.get('step')}, bits may differ: {changes}"
     if what == "warm_start":
         chosen = [
             f"{mine} from {its}" for kind in ("tables", "dense") for mine, its in dict(event.get(kind, {})).items()

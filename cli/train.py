@@ -127,6 +127,7 @@ def demo(options: argparse.Namespace) -> int:
         info = generate_ncf(data, seed=options.seed or 0)
         options.recipe, options.data, options.resume = "ncf", str(data), False
         options.restore = options.warm_start = ""
+        options.accept_signature = False
         if options.epochs is None:
             options.epochs = 6
         kept = ""
@@ -169,6 +170,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     spec,
                     folder,
                     restore=restore,
+                    accept_signature=options.accept_signature,
                     watch=watch,
                     metrics_port=options.metrics_port,
                     processors=processors,
@@ -180,6 +182,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     spec,
                     folder,
                     restore=restore,
+                    accept_signature=options.accept_signature,
                     log_level=options.log_level,
                     restarts=settled.restarts,
                     metrics_port=options.metrics_port,

@@ -39,6 +39,9 @@ def main() -> int:
         "--listen-seconds", default=0.0, type=float, metavar="S", help="how long to wait for an address that is taken"
     )
     options.add_argument("--restore", default="", metavar="PATH", help="begin a new run from this checkpoint")
+    options.add_argument(
+        "--accept-signature", action="store_true", help="of mode sync: the new run's workers may compute in other ways"
+    )
     given = options.parse_args()
     folder: Path = given.dir.absolute()
 
@@ -60,7 +63,8 @@ def main() -> int:
         try:
             coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom())
             coordinator.open()
-            begin(coordinator, given.restore, place_of(spec).open(folder))
+            checkpoints = place_of(spec).open(folder)
+            begin(coordinator, given.restore, checkpoints, accept_signature=given.accept_signature)
             orders = Orders(coordinator, transport, folder / "checkpoints")
             server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
             coordinator.metrics_address = telemetry.address

@@ -43,8 +43,12 @@ def past_of(store: CheckpointStore, job: str) -> Past:
     return Past(max(store.folders("cut"), default=0), run, tuple(events or ()))
 
 
-def begin(c: "Coordinator", restore: str, store: CheckpointStore) -> None:
-    """Begin a run of ``c``, whose checkpoints are in ``store``, if one is to be begun. ``restore``: what it was told."""
+def begin(c: "Coordinator", restore: str, store: CheckpointStore, *, accept_signature: bool = False) -> None:
+    """Begin a run of ``c``, whose checkpoints are in ``store``, if one is to be begun. ``restore``: what it was told.
+
+    ``accept_signature``: its workers may have another compute signature than those before.
+    """
+    c.accept_signature = accept_signature
     path = restore or (c.spec.restore if not c.has_begun else "")
     if not path and c.spec.warm_start and not c.events.all:
         warm = to_values(c.spec.warm_start)

@@ -67,6 +67,8 @@ class Coordinator:
         self.run = 1
         # Whether a run was ever begun from a checkpoint.
         self.has_begun = False
+        # Whether a run that is begun may have workers of another compute signature than those before it.
+        self.accept_signature = False
         self.term = 0
         self.generation = 0
         self.owners: NDArray[np.int32] = np.full(self.layout.blocks, -1, np.int32)

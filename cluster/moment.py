@@ -12,6 +12,7 @@ from oarlock.checkpoint.line import EVENTS, PLAN
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.client.job import JobSpec
+from oarlock.cluster.ranks import SIGNATURE
 from oarlock.embedding.spec import to_json
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _moment_of(c: "Coordinator", cut: int) -> Moment:
             "counted": c.counted(),
             EVENTS: c.events.all,
             PLAN: c.spec.plan(),
+            **({SIGNATURE: c.store.fact(SIGNATURE)} if c.spec.ranks else {}),
         },
         best=asdict(best) if best else {},
     )

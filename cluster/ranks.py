@@ -30,10 +30,13 @@ from oarlock.proto.shard_pb2 import RankCommits, RanksRequest
 
 if TYPE_CHECKING:
     from oarlock.cluster.coordinator import Coordinator
+    from oarlock.cluster.store import Store
 
 logger = logging.getLogger(__name__)
 
 RANK = "rank"
+# Facts: what the job's workers compute with; and what they did until somebody accepted that others do.
+SIGNATURE, ACCEPTED = "signature", "signature_before"
 MAX_SIGNATURE = 4096
 
 
@@ -128,19 +131,40 @@ def check_signature(c: "Coordinator", text: str) -> None:
         return
     mine = _read(text)
     # Of this line of the job's history and of all before it: a restore goes on with the same sums.
-    known = c.store.fact("signature")
+    known = c.store.fact(SIGNATURE)
     if known is None:
+        before = c.store.fact(ACCEPTED)
+        differs = sorted(n for n in {*mine, *(before or {})} if mine.get(n) != (before or {}).get(n))
         with c.store as store:
-            store.set_fact("signature", mine)
+            store.set_fact(SIGNATURE, mine)
+            store.set_fact(ACCEPTED, None)
+            if before is not None and differs:
+                was, now = ({n: each.get(n) for n in differs} for each in (before, mine))
+                c.events.add(store, SIGNATURE, c.run, was=was, now=now, step=c.work.steps)
+                c.warn(f"workers compute with another {', '.join(differs)} from here on: bits may differ")
         logger.info("event=signature %s", " ".join(f"{name}={value!r}" for name, value in mine.items()))
         return
     for name in sorted({*known, *mine}):
         if known.get(name) != mine.get(name):
             raise InvalidArgument(
                 f"the job's workers compute with {name} = {known.get(name)!r}, this one with {mine.get(name)!r}: mode sync "
-                "promises equal sums, so let workers of one kind take part, or train in another mode",
+                "promises equal sums, so let workers of one kind take part, train in another mode, or go on with --resume "
+                "--accept-signature, which is recorded: bits may differ from there on",
                 part=name,
             )
+
+
+def take_over_signature(store: "Store", told: object, *, accept: bool) -> None:
+    """Begin a run whose workers compute as those of the checkpoint did, or, if that is accepted, as its first worker does.
+
+    ``told``: what the checkpoint says of them, which may be anything. Within a transaction of ``store``.
+    """
+    known = store.fact(SIGNATURE)
+    if known is None and isinstance(told, dict) and told and all(isinstance(v, str) for v in told.values()):
+        known = told
+    if known is not None:
+        store.set_fact(SIGNATURE, None if accept else known)
+        store.set_fact(ACCEPTED, known if accept else None)
 
 
 def _read(text: str) -> dict[str, str]:

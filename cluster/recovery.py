@@ -20,6 +20,7 @@ from oarlock.client.router import ShardAddress
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.evaluation import Found
 from oarlock.cluster.members import Member
+from oarlock.cluster.ranks import SIGNATURE, take_over_signature
 from oarlock.cluster.work import EpochResult
 from oarlock.embedding.spec import to_json
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, SpecMismatch
@@ -104,6 +105,7 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
             store.set_fact(name, getattr(c, name))
         c.cuts.go_back(store, manifest, path)
         c.rollbacks.go_back(store)
+        take_over_signature(store, manifest.metrics.get(SIGNATURE), accept=c.accept_signature)
         c.events.add(
             store,
             RESTORE,

@@ -50,6 +50,7 @@ def run_in_process(
     folder: Path,
     *,
     restore: str = "",
+    accept_signature: bool = False,
     watch: Callable[[dict[str, Any]], bool],
     watch_seconds: float = 0.2,
     metrics_port: int | None = None,
@@ -71,7 +72,7 @@ def run_in_process(
     try:
         coordinator = Coordinator(store, spec, clock=time.monotonic, rng=random.SystemRandom())
         coordinator.open()
-        begin(coordinator, restore, place_of(spec).open(folder))
+        begin(coordinator, restore, place_of(spec).open(folder), accept_signature=accept_signature)
         with (
             ThreadPoolExecutor(min(spec.servers, MOST_WRITERS), thread_name_prefix="oarlock-blocks") as executor,
             observed("job", metrics_port, trace=trace) as telemetry,

@@ -59,6 +59,7 @@ class LocalProcesses:
         folder: Path,
         *,
         restore: str = "",
+        accept_signature: bool = False,
         log_level: str = "info",
         restarts: int = RunConfig.restarts,
         metrics_port: int | None = None,
@@ -69,6 +70,7 @@ class LocalProcesses:
         self._processors = processors or Processors()
         self._folder = folder
         self._restore = restore
+        self._accept_signature = accept_signature
         self._log_level = log_level
         self._children: list[Child] = []
         self._transport = GrpcTransport()
@@ -97,8 +99,9 @@ class LocalProcesses:
         if role == "coordinator":
             module, arguments = "oarlock.cluster", ["--dir", str(self._folder)]
             # A run is begun once. A coordinator that died before it had recorded the new one is told again.
-            if self._restore and stored_run(self._folder) == self._run_before:
-                arguments += ["--restore", self._restore]
+            if stored_run(self._folder) == self._run_before:
+                arguments += ["--restore", self._restore] if self._restore else []
+                arguments += ["--accept-signature"] if self._accept_signature else []
             if self._address:
                 # Where its members look for it.
                 arguments += ["--listen", self._address, "--listen-seconds", f"{LISTEN_SECONDS:g}"]

@@ -50,6 +50,7 @@ def test_every_form_of_going_on(train: Command, oarlock: Command) -> None:
         (("--resume", "--restore", "@x", "--name", "a"), 1, "write it as @CUT, such as @12"),
         (("--resume", "--restore", "@7", "--name", "a"), 1, "no committed cut 7 in"),
         (("--restore", "a", "--name", "a"), 1, "holds a job already: go on with --resume"),
+        (("--name", "b", "--accept-signature"), 2, "is for a job that goes on: give it with --resume or --restore"),
         (("--restore", "aa", "--name", "b"), 1, "aa is no job under runs/, no folder and no URL; jobs: a"),
         (("--restore", "a@1", "--name", "b", "--seed", "5"), 1, "seed cannot change in a job that goes on"),
         (("--restore", "a@1", "--name", "b", "--data", "nowhere"), 1, "nowhere"),

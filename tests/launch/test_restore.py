@@ -278,3 +278,23 @@ def test_the_plan_in_a_manifest_is_json_and_older_ones_have_none(job: Path) -> N
     values = values_of(find_origin(str(job / "checkpoints")))
     assert values["recipe"] == found.recipe
     assert "ranks" not in values
+
+
+def test_a_sync_job_goes_on_elsewhere_if_that_is_accepted(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from oarlock.client import signature
+
+    monkeypatch.setattr(signature, "__version__", "another")
+    spec, path = resume(job, {"epochs": 4})
+    status = run(spec, job, path)
+    assert status["phase"] == "failed"
+    assert "--accept-signature" in status["reason"]
+    spec, path = resume(job, {"epochs": 4})
+    status = run_in_process(
+        spec, job, restore=path, accept_signature=True, watch=lambda status: True, watch_seconds=0.01
+    )
+    assert (status["phase"], len(status["history"])) == ("done", 4)
+    assert [e["event"] for e in status["events"]] == ["restore", "restore", "signature"]
+    assert status["events"][-1]["now"] == {"oarlock": "another"}
+    manifest = LocalStore(job / "checkpoints").load_manifest()
+    assert manifest.metrics["events"] == status["events"]
+    assert manifest.metrics["signature"]["oarlock"] == "another"
