@@ -252,6 +252,11 @@ def build_parser() -> Parser:
     digest.add_argument(
         "target", metavar="TARGET", help="a job's name or folder (its newest checkpoint), or a checkpoint"
     )
+    digest.add_argument(
+        "--live",
+        action="store_true",
+        help="of a running job: of all that its shards hold at one moment, as a checkpoint would have it; nothing is written",
+    )
     digest.add_argument("--json", action="store_true", help="print one JSON object")
 
     commands.add_parser(

@@ -26,6 +26,7 @@ from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.events import Events
+from oarlock.cluster.live_digest import LiveDigest
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.ranks import work_of
@@ -90,6 +91,7 @@ class Coordinator:
         self.events = Events()
         self.cuts = Cuts(self)
         self.rollbacks = Rollbacks(self)
+        self.live_digest = LiveDigest()
 
     def open(self) -> None:
         """Take up the stored state under a new term. Call once, before the first message."""

@@ -26,9 +26,11 @@ from oarlock.checkpoint.line import line_of
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.place import check_owner, place_of
 from oarlock.checkpoint.store import CheckpointStore
+from oarlock.client.job import TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
+from oarlock.cluster.live_digest import digest_now
 from oarlock.cluster.moment import moment_of
 from oarlock.cluster.ranks import cut_step, hold_still
 from oarlock.cluster.rollback import roll_back
@@ -90,6 +92,9 @@ class Cutting:
         # Before a cut: what is half done is in none, and where cuts follow each other it would never have its turn.
         if c.rollbacks.due():
             await roll_back(c, self._ordered, self._gathered)
+            return
+        if c.live_digest.wanted and c.phase in (TRAINING, WRITING):
+            await digest_now(c, self._ordered, self._gathered, self._cut, self._abort)
             return
         with c.lock:
             gate = c.cuts.begin() if c.cuts.due() else None

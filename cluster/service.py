@@ -34,6 +34,8 @@ from oarlock.proto.coordinator_pb2 import (
     LeaseReply,
     LeaseRequest,
     LeaveRequest,
+    LiveDigestReply,
+    LiveDigestRequest,
     PlacementRequest,
     ReleaseRequest,
     RollbackReply,
@@ -303,6 +305,14 @@ class CoordinatorService:
                 raise InvalidArgument(f"job {c.spec.name} is {c.phase}: a cut is made of a job that trains")
             c.cuts.wanted = True
             return CheckpointReply(last=c.cuts.last)
+
+    def live_digest(self, request: LiveDigestRequest) -> LiveDigestReply:
+        c = self._coordinator
+        with c.lock:
+            if c.phase not in (TRAINING, WRITING):
+                raise InvalidArgument(f"job {c.spec.name} is {c.phase}: its last checkpoint has all that it holds")
+            c.live_digest.wanted = True
+            return LiveDigestReply(last=c.cuts.last)
 
     def rollback(self, request: RollbackRequest) -> RollbackReply:
         return RollbackReply(number=self._coordinator.rollbacks.ask(request.table, request.path))

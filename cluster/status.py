@@ -46,6 +46,7 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "cut": c.cuts.told(),
         "events": c.events.all,
         "rollback": c.rollbacks.told(),
+        "digest": c.live_digest.found,
         "warnings": c.warnings,
         "members": [{**m.record(), "stats": m.stats} for m in c.members.all.values() if m.state == "alive"],
         "lost": [m.record() for m in c.members.lost() if m.run == c.run],

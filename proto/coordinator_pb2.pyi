@@ -254,6 +254,16 @@ class CheckpointReply(_message.Message):
     last: int
     def __init__(self, last: _Optional[int] = ...) -> None: ...
 
+class LiveDigestRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LiveDigestReply(_message.Message):
+    __slots__ = ("last",)
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    def __init__(self, last: _Optional[int] = ...) -> None: ...
+
 class RollbackRequest(_message.Message):
     __slots__ = ("table", "path")
     TABLE_FIELD_NUMBER: _ClassVar[int]

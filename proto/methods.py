@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
         Method("Shard.Abort", shard.AbortRequest, common.Empty),
         Method("Shard.Write", shard.WriteRequest, shard.WriteReply, slow=True),
         Method("Shard.Replace", shard.ReplaceRequest, shard.ReplaceReply, slow=True),
+        Method("Shard.Digest", shard.DigestRequest, shard.DigestReply, slow=True),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
         Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
@@ -76,6 +77,7 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
         Method("Coordinator.Checkpoint", coordinator.CheckpointRequest, coordinator.CheckpointReply),
         Method("Coordinator.Rollback", coordinator.RollbackRequest, coordinator.RollbackReply),
+        Method("Coordinator.LiveDigest", coordinator.LiveDigestRequest, coordinator.LiveDigestReply),
         Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply),
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
     )

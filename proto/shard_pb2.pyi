@@ -309,6 +309,24 @@ class ReplaceReply(_message.Message):
     rows: int
     def __init__(self, rows: _Optional[int] = ...) -> None: ...
 
+class DigestRequest(_message.Message):
+    __slots__ = ("header", "cut")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    cut: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., cut: _Optional[int] = ...) -> None: ...
+
+class DigestReply(_message.Message):
+    __slots__ = ("digest", "rows", "torn")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TORN_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    rows: int
+    torn: bool
+    def __init__(self, digest: _Optional[bytes] = ..., rows: _Optional[int] = ..., torn: bool = ...) -> None: ...
+
 class ShardStatsReply(_message.Message):
     __slots__ = ("stats",)
     STATS_FIELD_NUMBER: _ClassVar[int]

@@ -28,6 +28,8 @@ from oarlock.proto.shard_pb2 import (
     AdoptRequest,
     CloseRequest,
     CutRequest,
+    DigestReply,
+    DigestRequest,
     MarksReply,
     MarksRequest,
     PullReply,
@@ -224,6 +226,20 @@ class ShardService:
         with self._writing:
             entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
+
+    def digest(self, request: DigestRequest) -> DigestReply:
+        _, shard = self._take(request.header)
+        with shard.push_lock:
+            view = self._views.of(request.cut)
+            if view.torn is None:
+                view.torn = shard.cuts.torn
+        if view.torn:
+            return DigestReply(torn=True)
+        with self._writing:
+            if view.digested is None:
+                view.digested = view.digest()
+            value, rows = view.digested
+        return DigestReply(digest=value.to_bytes(16, "big"), rows=rows)
 
     def replace(self, request: ReplaceRequest) -> ReplaceReply:
         self._order(request.header)

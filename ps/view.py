@@ -30,6 +30,7 @@ from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock
 from oarlock.embedding.dense_view import DenseView
 from oarlock.embedding.descriptor import ROWS, SPILLED_ROWS
+from oarlock.embedding.digest import Digest
 from oarlock.embedding.expanding_view import ExpandingView
 from oarlock.embedding.saved import make_ready
 from oarlock.embedding.view import TableView
@@ -68,6 +69,8 @@ class View:
         self._training = False
         # Bytes of blocks that are not written yet: what pushes may want to save.
         self._left = 0
+        # As it was told first: an order that is repeated gets the same answer.
+        self.digested: tuple[int, int] | None = None
         self._layout = shard.layout
         self._base = base
         self._marks = shard.marks.copy()
@@ -110,6 +113,28 @@ class View:
 
     def _told(self, done: int, total: int) -> None:
         self.progress = (done, total)
+
+    def digest(self) -> tuple[int, int]:
+        """Return the digest of all blocks as they were, and how many rows they have."""
+        found, rows = Digest(), 0
+        for number in self.blocks.tolist():
+            image = self._whole(number)
+            rows += len(image.keys)
+            if image.kind == "dense":
+                found.add_dense(image.name, image.block, image.weights, image.state)
+            else:
+                content = image.keys, image.weights, image.state, image.counters, image.waiting, image.waited
+                found.add_rows(image.name, image.block, *content, image.sketch)
+        return found.value, rows
+
+    def _whole(self, number: int) -> BlockImage:
+        """Return all of a block."""
+        seq, marks = self._sequence_of(number), self._marks_of(number)
+        if number >= self._layout.dense_base:
+            return _image(self._layout, number, seq, marks, self._dense.content(number - self._layout.dense_base))
+        view, block = self._table_of(number)
+        with self._reading:
+            return _image(self._layout, number, seq, marks, view.content(block))
 
     def close(self) -> None:
         """Let go what is kept for it."""

@@ -33,6 +33,7 @@ class CoordinatorTarget(targets.Target):
         "Coordinator.Gate": 4,
         "Coordinator.Checkpoint": 1,
         "Coordinator.Rollback": 2,
+        "Coordinator.LiveDigest": 1,
         "Coordinator.Stop": 1,
     }
 
@@ -84,6 +85,7 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Describe": [pb.DescribeRequest()],
             "Coordinator.Gate": [pb.GateRequest(header=self.header(one), cut=1)],
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
+            "Coordinator.LiveDigest": [pb.LiveDigestRequest()],
             "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
@@ -107,7 +109,7 @@ class CoordinatorTarget(targets.Target):
                 c.generation,
                 c.cuts.last,
                 c.cuts.wanted,
-                str((c.rollbacks.wanted, c.rollbacks.decided)),
+                str((c.rollbacks.wanted, c.rollbacks.decided, c.live_digest.wanted)),
                 len(c.warnings),
             ),
         )

@@ -37,6 +37,7 @@ from oarlock.proto.shard_pb2 import (
     CloseRequest,
     Codec,
     CutRequest,
+    DigestRequest,
     MarksRequest,
     PullRequest,
     RanksRequest,
@@ -195,6 +196,7 @@ class ShardTarget(Target):
         "Shard.Abort": 1,
         "Shard.Write": 1,
         "Shard.Replace": 2,
+        "Shard.Digest": 1,
         "Shard.Stats": 3,
         "Shard.Rows": 20,
     }
@@ -248,6 +250,7 @@ class ShardTarget(Target):
                 ReplaceRequest(header=header, table="user", path=str(self.folder / "cuts" / "cut-000003")),
                 ReplaceRequest(header=header, table="user", path=str(self.folder / "cuts" / "cut-000003"), number=4),
             ],
+            "Shard.Digest": [DigestRequest(header=header, cut=3)],
             "Shard.Stats": [ShardStatsRequest(header=header)],
             "Shard.Rows": [
                 RowsRequest(header=header, verb=GET, keys=part),

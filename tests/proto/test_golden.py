@@ -228,6 +228,8 @@ MESSAGES: dict[str, Message] = {
             header=FULL, table="user", path="/cut-000012", number=13, workers=[7, 300], generation=10
         ),
         shard_pb2.ReplaceReply(rows=70000),
+        shard_pb2.DigestRequest(header=FULL, cut=13),
+        shard_pb2.DigestReply(digest=bytes(range(16)), rows=70000, torn=True),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
         RowsRequest(
@@ -310,6 +312,8 @@ MESSAGES: dict[str, Message] = {
         coordinator_pb2.CheckpointReply(last=12),
         coordinator_pb2.RollbackRequest(table="user", path="/cut-000012"),
         coordinator_pb2.RollbackReply(number=3),
+        coordinator_pb2.LiveDigestRequest(),
+        coordinator_pb2.LiveDigestReply(last=12),
         coordinator_pb2.StopRequest(checkpoint=True, reason="asked to"),
         coordinator_pb2.DescribeRequest(),
         coordinator_pb2.DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),

@@ -233,3 +233,27 @@ def test_a_cut_begun_meanwhile_lets_go_what_was_read(job, tmp_path):
     commit(job, tmp_path, 2)
     with pytest.raises(InvalidArgument, match="were not read before"):
         replace(job, path, 3)
+
+
+def test_the_digest_of_a_view_is_that_of_its_files_whatever_is_pushed_since(job, tmp_path):
+    from oarlock.cli.digest import digest_of
+    from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, DigestRequest
+
+    push(job, 0, 0)
+    service = job.services[0]
+    path, _ = commit(job, tmp_path, 1)
+    store = LocalStore(tmp_path)
+    expected = digest_of(store, store.load_manifest(1)).value
+    service.cut(CutRequest(header=job.header(0), cut=2, workers=[9], committed=1))
+    job.cut = 2
+    push(job, 0, 1, raw=range(60), value=3.0)
+    replace(job, path)
+    for _ in range(2):
+        reply = service.digest(DigestRequest(header=job.header(0), cut=2))
+        assert (int.from_bytes(reply.digest, "big"), reply.rows, reply.torn) == (expected, 80, False)
+    service.abort(AbortRequest(header=job.header(0), cut=2))
+    with pytest.raises(InvalidArgument, match="no view of cut 2"):
+        service.digest(DigestRequest(header=job.header(0), cut=2))
+    service.cut(CutRequest(header=job.header(0), cut=3, workers=[9], committed=1))
+    push(job, 0, 2, sender=9, cut=2)
+    assert service.digest(DigestRequest(header=job.header(0), cut=3)).torn
