@@ -147,6 +147,7 @@ class Cuts:
         c = self._c
         with c.lock:
             gate = self._gate(c.clock())
+            self.epoch = c.work.epoch
             with c.store as store:
                 self.last = gate.cut
                 store.set_fact("cut", self.last)

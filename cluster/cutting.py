@@ -31,7 +31,7 @@ from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.live_digest import digest_now
-from oarlock.cluster.moment import moment_of
+from oarlock.cluster.moment import Moment, moment_of
 from oarlock.cluster.ranks import cut_step, hold_still
 from oarlock.cluster.rollback import roll_back
 from oarlock.data.scores import merit
@@ -94,7 +94,7 @@ class Cutting:
             await roll_back(c, self._ordered, self._gathered)
             return
         if c.live_digest.wanted and c.phase in (TRAINING, WRITING):
-            await digest_now(c, self._ordered, self._gathered, self._cut, self._abort)
+            await digest_now(c, self._ordered, self._gathered, self._begun, self._abort)
             return
         with c.lock:
             gate = c.cuts.begin() if c.cuts.due() else None
@@ -131,24 +131,7 @@ class Cutting:
         try:
             await self._run(self._check_owner)
             await self._gathered(gate)
-            moment = commits = None
-            at = 0
-            if c.spec.ranks:
-                commits, step = await hold_still(c, gate.cut, self._ordered)
-                with c.lock:
-                    if c.spec.mode == "sync":
-                        # Ranks stand at no gate: they go on with the first views that have begun.
-                        moment = moment_of(c, gate.cut)
-                    else:
-                        # Shards keep them back until they write.
-                        c.cuts.deserted = not c.members.alive("worker")
-                        at = cut_step(c, step)
-                        logger.info("event=cut_step cut=%d step=%d at=%d", gate.cut, step, at)
-            await self._cut(gate.cut, gate.workers, commits, at)
-            with c.lock:
-                # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
-                moment = moment or moment_of(c, gate.cut)
-                c.cuts.open()
+            moment = await self._begun(gate)
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
             put = True
             await self._run(self._commit, manifest)
@@ -166,6 +149,29 @@ class Cutting:
         # The manifest is what counts; old cuts go before the job can be over with this one.
         await self._run(self._clean, manifest.cut)
         self._committed(manifest)
+
+    async def _begun(self, gate: Gate) -> Moment:
+        """Have the views of all shards begin, and workers push again; return the job as it was then."""
+        c = self._c
+        moment = commits = None
+        at = 0
+        if c.spec.ranks:
+            commits, step = await hold_still(c, gate.cut, self._ordered)
+            with c.lock:
+                if c.spec.mode == "sync":
+                    # Ranks stand at no gate: they go on with the first views that have begun.
+                    moment = moment_of(c, gate.cut)
+                else:
+                    # Shards keep them back until they write.
+                    c.cuts.deserted = not c.members.alive("worker")
+                    at = cut_step(c, step)
+                    logger.info("event=cut_step cut=%d step=%d at=%d", gate.cut, step, at)
+        await self._cut(gate.cut, gate.workers, commits, at)
+        with c.lock:
+            # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
+            moment = moment or moment_of(c, gate.cut)
+            c.cuts.open()
+        return moment
 
     def _check_owner(self) -> None:
         """Raise InvalidArgument if another job has its checkpoints where this one's go."""
@@ -248,8 +254,8 @@ class Cutting:
         while True:
             request.header.CopyFrom(self._header(shard))
             try:
-                # No single answer is waited for as long as a step may take.
-                each = WRITE_SECONDS if order == "Write" else self._c.spec.gate_seconds
+                # No single answer is waited for as long as a step of all ranks may take.
+                each = self._c.spec.gate_seconds if order == "Cut" else seconds
                 return await self._send(shard, order, request, max(0.001, min(each, end - clock())))
             except PSError as error:
                 if not error.retryable or clock() + pause >= end or self._c.shards.get(shard.id) != shard:

@@ -11,10 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from oarlock.cluster.gate import Gate
-from oarlock.cluster.moment import moment_of
-from oarlock.cluster.ranks import hold_still
+from oarlock.cluster.moment import Moment
 from oarlock.proto.errors import Malformed, PSError, Unavailable
-from oarlock.proto.shard_pb2 import DigestRequest, RankCommits
+from oarlock.proto.shard_pb2 import DigestRequest
 
 if TYPE_CHECKING:
     from oarlock.client.router import ShardAddress
@@ -40,7 +39,7 @@ async def digest_now(
     c: "Coordinator",
     ordered: Ordered,
     gathered: Callable[[Gate], Awaitable[None]],
-    begin_views: Callable[[int, list[int], RankCommits | None], Awaitable[None]],
+    begun: Callable[[Gate], Awaitable[Moment]],
     abort: Callable[[int], Awaitable[None]],
 ) -> None:
     """Find the digest that is wanted; what fails is told, and changes nothing."""
@@ -49,14 +48,7 @@ async def digest_now(
         gate = c.cuts.stand()
     try:
         await gathered(gate)
-        moment = commits = None
-        if c.spec.ranks:
-            commits = await hold_still(c, gate.cut, ordered)
-            moment = moment_of(c, gate.cut)
-        await begin_views(gate.cut, gate.workers, commits)
-        with c.lock:
-            moment = moment or moment_of(c, gate.cut)
-            c.cuts.open()
+        moment = await begun(gate)
         value, rows = await _added(c, gate.cut, ordered)
         found = {"digest": f"{value:032x}", "rows": rows, "run": moment.run, "epoch": moment.epoch, "step": moment.step}
         c.live_digest.found = {"number": gate.cut, **found}

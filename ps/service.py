@@ -55,7 +55,7 @@ from oarlock.ps.replace import Order, Replacing
 from oarlock.ps.request import read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
-from oarlock.ps.view import Views
+from oarlock.ps.view import View, Views
 from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -216,23 +216,25 @@ class ShardService:
         _, shard = self._take(request.header)
         with shard.push_lock:
             view = self._views.of(request.cut)
-            if view.torn is None:
-                view.torn = shard.cuts.torn
-            if shard.staged is not None:
-                # All views have begun, and what the cut says of its job is taken.
-                shard.staged.let_go(request.cut)
+            self._begun(shard, view)
         if view.torn:
             return WriteReply(torn=True)
         with self._writing:
             entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
 
+    def _begun(self, shard: Shard, view: View) -> None:
+        """Take note that all views have begun, and what the cut says of its job is taken. The push lock is held."""
+        if view.torn is None:
+            view.torn = shard.cuts.torn
+        if shard.staged is not None:
+            shard.staged.let_go(view.number)
+
     def digest(self, request: DigestRequest) -> DigestReply:
         _, shard = self._take(request.header)
         with shard.push_lock:
             view = self._views.of(request.cut)
-            if view.torn is None:
-                view.torn = shard.cuts.torn
+            self._begun(shard, view)
         if view.torn:
             return DigestReply(torn=True)
         with self._writing:
