@@ -69,7 +69,7 @@ def went_on(status: dict[str, Any], root: Any, says: str, caplog: pytest.LogCapt
 def test_a_disk_that_is_full_for_a_while(
     start: Any, run_job: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "oarlock")
     monkeypatch.setattr("oarlock.checkpoint.files.Calls", Full)
     spec, folder = start(**EVERY)
     seen: list[list[int]] = []
@@ -105,7 +105,7 @@ def test_a_server_that_answers_errors_or_not_at_all(
     error: Exception,
     says: str,
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "oarlock")
     put, count = MemoryFileSystem.pipe_file, 0
 
     def pipe_file(self: Any, path: str, value: Any, **options: Any) -> Any:
