@@ -77,6 +77,7 @@ def test_every_method_survives_an_empty_message(training: Any) -> None:
             "Coordinator.Status",
             "Coordinator.Describe",
             "Coordinator.Checkpoint",
+            "Coordinator.LiveDigest",
             "Coordinator.Stop",
         ):
             with pytest.raises(PSError) as caught:

@@ -163,7 +163,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory, run_of: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [89, pytest.param(1, marks=pytest.mark.slow)])
 def test_damage_to_any_file_is_named_with_the_cut_to_go_back_to(
     chained: Path, capsys: pytest.CaptureFixture[str], stride: int
 ) -> None:
