@@ -107,7 +107,8 @@ class Strikes(ABC):
         self._pause(self.coordinator_process, fault.seconds)
 
     def _pause_shard(self, fault: Fault) -> None:
-        self._pause(self.shards_now[fault.who % len(self.shards_now)], fault.seconds)
+        if self.shards_now:
+            self._pause(self.shards_now[fault.who % len(self.shards_now)], fault.seconds)
 
     # Not in the middle of the event that it is struck by: what was begun there is done.
     def _kill_coordinator(self, fault: Fault) -> None:
@@ -117,6 +118,9 @@ class Strikes(ABC):
         self.store.tear = fault.who
 
     def _cut(self, fault: Fault) -> None:
+        if not self.shards_now:
+            # Between two lives of a job.
+            return
         shard = self.shards_now[fault.who // 2 % len(self.shards_now)].name
         worker = self._chosen(fault)
         pair = (shard, "coordinator") if fault.who % 2 or worker is None else (worker.name, shard)
@@ -128,7 +132,8 @@ class Strikes(ABC):
 
     def _refuse(self, fault: Fault) -> None:
         """The next push to one table of one shard meets the end of memory, after earlier parts of it were applied."""
-        joined = self.services_now[fault.who % len(self.services_now)]._joined
+        services = self.services_now
+        joined = services[fault.who % len(services)]._joined if services else None
         if joined is None:
             return
         table: Any = joined[1].tables[fault.who // 3 % 2]

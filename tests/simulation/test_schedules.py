@@ -32,6 +32,11 @@ def test_no_invariant_breaks() -> None:
     assert tally.least_events >= LEAST_EVENTS
 
 
+def test_a_fault_may_strike_while_a_job_has_no_shards() -> None:
+    """Between two lives of it."""
+    assert run_seeds(range(400_173, 400_174)).violations == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_invariant_breaks_in_a_thousand_schedules() -> None:
