@@ -41,8 +41,8 @@ def rollback(options: argparse.Namespace) -> int:
 
 def _own(cut: int, folder: Path | None, status: dict[str, Any]) -> str:
     """Return the path of a job's own cut, as its coordinator knows it."""
-    if folder is not None and (folder / "checkpoints").is_dir():
-        return find_origin(f"{folder / 'checkpoints'}@{cut}").path
+    if folder is not None:
+        return find_origin(f"{folder}@{cut}").path
     paths = {split_cut(str(known["path"]))[1]: str(known["path"]) for known in status["checkpoints"]}
     if cut not in paths:
         raise NotFound(f"job {status['name']} knows of no cut {cut}; there is: {', '.join(map(str, paths)) or 'none'}")

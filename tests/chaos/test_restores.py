@@ -2,9 +2,11 @@
 """Real processes that go on from checkpoints of other jobs, while their coordinators are killed."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.cli.digest import digest_of
+from oarlock.cli.jobs import ask
+from oarlock.client.entry import read_address
 from oarlock.client.job import JobSpec
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import RunConfig, run_config
@@ -22,6 +26,8 @@ from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.origin import find_origin, values_of
 from oarlock.launch.processes import LocalProcesses
+from oarlock.proto.coordinator_pb2 import RollbackRequest
+from oarlock.proto.errors import PSError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -111,3 +117,40 @@ def test_a_warm_start_happens_once_whoever_is_killed(data: Path, tmp_path: Path)
     assert [event["event"] for event in status["events"]] == ["warm_start"]
     before = open_checkpoint(first / "checkpoints")[1].metrics["history"]
     assert status["history"][0]["loss"] < before[1]["loss"]
+
+
+def test_a_table_goes_back_whoever_is_killed(data: Path, tmp_path: Path) -> None:
+    """The coordinator is killed as soon as it was asked: what it had decided happens, what it had not is asked for again."""
+    folder = tmp_path / "job"
+    spec = create(folder, "job", config(data, epochs=500, servers=3, workers=2, checkpoint_every="3s"))
+    launched = LocalProcesses(spec, folder)
+    path = f"{folder}/checkpoints/cut-000001"
+    asked, kills = 0, 0
+
+    def watch(status: dict[str, Any]) -> bool:
+        nonlocal asked, kills
+        if status.get("phase") not in ("training", "writing") or "note" in status or len(status["checkpoints"]) < 2:
+            return True
+        events = [event for event in status["events"] if event["event"] == "rollback"]
+        if not events and not status["rollback"].get("under_way"):
+            asked += 1
+            threading.Thread(target=ask_for_it, args=(folder, path)).start()
+        elif not events and kills < 3:
+            kills += 1
+            child = next(c for c in launched.children if c.role == "coordinator")
+            os.kill(child.process.pid, signal.SIGKILL)
+        return not (events and status["checkpoints"][-1]["cut"] > events[0]["gate"])
+
+    status = asyncio.run(launched.run(watch))
+    assert (status["phase"], status["reason"]) == ("stopped", "interrupted"), status
+    (event,) = [event for event in status["events"] if event["event"] == "rollback"]
+    assert (event["table"], event["cut"]) == ("user", 1)
+    assert asked >= 1
+    assert all(each["samples"] == status["history"][0]["samples"] for each in status["history"]), "each sample once"
+    store, manifest = open_checkpoint(folder / "checkpoints")
+    store.verify(manifest)
+
+
+def ask_for_it(folder: Path, path: str) -> None:
+    with contextlib.suppress(PSError):
+        ask(read_address(folder), "Coordinator.Rollback", RollbackRequest(table="user", path=path))

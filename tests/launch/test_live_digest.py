@@ -53,6 +53,7 @@ def test_it_is_that_of_a_cut_at_the_same_moment(
     assert len({each["digest"] for each in found}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "ranks"), [("async", 0), ("ssp", 0), ("sync", 2), ("hybrid", 2)])
 def test_in_the_midst_of_training_it_changes_nothing(
     start: Any, run_job: Any, monkeypatch: pytest.MonkeyPatch, mode: str, ranks: int

@@ -124,6 +124,7 @@ def test_numbers_of_runs_and_cuts_are_above_all_that_the_folder_has(job: Path) -
     assert stored_status(job)["events"] == status["events"]
 
 
+@pytest.mark.slow
 def test_several_jobs_begin_with_one_cut_at_once(job: Path, tmp_path: Path) -> None:
     """On one shard and on three, while the files are read by both."""
     remote = open_store(f"memory://{tmp_path}/elsewhere")
@@ -244,6 +245,7 @@ def test_of_damaged_cuts_the_next_whole_one_of_the_line_is_named(job: Path, tmp_
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_manifest_that_does_not_say_how_far_its_job_was(job: Path, tmp_path: Path) -> None:
     """It may come from anywhere: what it says is not believed."""
     store, found = open_checkpoint(str(job / "checkpoints") + "@3")

@@ -52,6 +52,7 @@ def rows_of(folder: Path, table: str, cut: int) -> dict[int, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["async", "ssp"])
 def test_a_table_goes_back_in_the_midst_of_training(
     start: Any, run_job: Any, coordinators: list[Coordinator], mode: str
