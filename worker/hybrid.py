@@ -47,10 +47,12 @@ class PulledGroups(Groups):
         self._pulling: set[asyncio.Task[None]] = set()
 
     async def __aexit__(self, *arguments: object) -> None:
-        await super().__aexit__(*arguments)
-        for task in self._pulling:
+        # All are told before any of them is waited for: whoever waits here may be cancelled once more.
+        pulling = list(self._pulling)
+        for task in (self._task, *pulling):
             task.cancel()
-        await asyncio.gather(*self._pulling, return_exceptions=True)
+        await super().__aexit__(*arguments)
+        await asyncio.gather(*pulling, return_exceptions=True)
 
     async def next(self) -> Group:
         """As Groups.next: the one before it was pushed."""
@@ -60,8 +62,14 @@ class PulledGroups(Groups):
     def _made(self, split: OpenSplit, number: int, prepared: Prepared) -> Group:
         pulling = asyncio.ensure_future(self._blame.of(TRAIN, split.id, self._pull(split, number, prepared)))
         self._pulling.add(pulling)
-        pulling.add_done_callback(self._pulling.discard)
+        pulling.add_done_callback(self._pulled)
         return Group(split, number, prepared, pulling)
+
+    def _pulled(self, task: "asyncio.Task[None]") -> None:
+        self._pulling.discard(task)
+        if not task.cancelled():
+            # Whoever waits for it has it; if its rank has ended before, it is no news.
+            task.exception()
 
     async def _pull(self, split: OpenSplit, number: int, prepared: Prepared) -> None:
         await self._room.acquire()
