@@ -52,9 +52,11 @@ def test_a_job_begins_with_chosen_tables_and_trains_anew(
     cut = Coordinator.has_adopted
 
     def asks_for_a_cut(self: Coordinator, shard: int, generation: int) -> None:
-        cut(self, shard, generation)
-        if self.placed:
-            self.stop(True, "enough")
+        # Under one lock: no worker is leased a split in between.
+        with self.lock:
+            cut(self, shard, generation)
+            if self.placed:
+                self.stop(True, "enough")
 
     with monkeypatch.context() as patch:
         patch.setattr(Coordinator, "has_adopted", asks_for_a_cut)
