@@ -147,6 +147,8 @@ class Cuts:
         c = self._c
         with c.lock:
             gate = self._gate(c.clock())
+            # Of a cut that came to nothing and is made again: that one is still to come, and nobody trains before it.
+            self._holds = self.ends_job = False
             self.epoch = c.work.epoch
             with c.store as store:
                 self.last = gate.cut

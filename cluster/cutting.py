@@ -126,10 +126,12 @@ class Cutting:
 
     async def _make(self, gate: Gate) -> None:
         c = self._c
-        # Whether its manifest may be there: the answer to a put that failed says nothing of what comes of it.
-        put = False
+        # Whether something may have been written, and whether its manifest may be there: the answer to a put that failed says
+        # nothing of what comes of it.
+        begun = put = False
         try:
             await self._run(self._check_owner)
+            begun = True
             await self._gathered(gate)
             moment = await self._begun(gate)
             manifest = moment.manifest(c.spec, await self._written(gate.cut))
@@ -143,7 +145,8 @@ class Cutting:
                 c.cuts.committed = 0
             c.cuts.give_up(str(error), again=again)
             await self._abort(gate.cut)
-            if not put:
+            if begun and not put:
+                # Not before: what is half written there may be another job's.
                 await self._run(self._discard, gate.cut)
             return
         # The manifest is what counts; old cuts go before the job can be over with this one.

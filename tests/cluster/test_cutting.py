@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting beside what else needs a gate or a place: nothing of it takes away what is another's."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oarlock.client.job import WRITING
+from oarlock.cluster.orders import Orders
+from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto.common_pb2 import Empty
+from oarlock.proto.shard_pb2 import ReplaceReply
+
+
+class Answering:
+    """Shards that do what they are told."""
+
+    async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
+        return ReplaceReply(rows=1) if method == "Shard.Replace" else Empty()
+
+    async def close(self) -> None: ...
+
+
+def step(cluster: Any, folder: Path) -> None:
+    asyncio.run(Orders(cluster.coordinator, Answering(), folder).cutting.step())
+
+
+@pytest.fixture
+def training(cluster: Any) -> Any:
+    cluster.shards()
+    cluster.workers()
+    return cluster
+
+
+def test_what_another_job_writes_in_the_same_place_is_left_alone(training: Any, tmp_path: Path) -> None:
+    """Two jobs were made while the place was empty: the one that comes second has no cut, and the first one all of its."""
+    theirs = replace(training.manifest(1), job="f" * 32)
+    for name, data in (("cut-000001/manifest.json", bytes(theirs.encode())), ("cut-000002/rows.arrow", b"half")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(data)
+    c = training.coordinator
+    for _ in range(3):
+        c.cuts.wanted = True
+        step(training, tmp_path)
+    assert c.cuts.last == 3
+    assert all("has checkpoints of another job" in warning for warning in c.warnings)
+    assert (tmp_path / "cut-000002" / "rows.arrow").read_bytes() == b"half"
+
+
+def test_a_table_that_goes_back_does_not_stand_for_the_cut_of_an_epoch(training: Any, tmp_path: Path) -> None:
+    """Whose first attempt came to nothing for the moment: it is still the next thing to do."""
+    c = training.coordinator
+    c.set_phase(WRITING)
+    c.cuts.begin()
+    c.cuts.give_up("not now", again=True)
+    assert (c.phase, c.cuts.due()) == (WRITING, True)
+    training.service.rollback(pb.RollbackRequest(table="user", path="/somewhere/cut-000004"))
+    step(training, tmp_path)
+    assert [event["event"] for event in c.events.all] == ["rollback"]
+    assert (c.phase, c.cuts.due()) == (WRITING, True)
