@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.cuts import split_cut
+from oarlock.checkpoint.place import place_of
 from oarlock.cli.jobs import ask, live
 from oarlock.client.job import OVER
-from oarlock.launch.folder import is_running, locate
+from oarlock.launch.folder import is_running, locate, read_spec
 from oarlock.launch.origin import find_origin
 from oarlock.proto.coordinator_pb2 import RollbackReply, RollbackRequest
 from oarlock.proto.errors import NotFound, Unavailable
@@ -27,7 +28,8 @@ def rollback(options: argparse.Namespace) -> int:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {options.job} runs in one process: it has no address to be asked at")
         raise Unavailable(f"job {options.job} is not running: go back with the whole job, --resume --restore @CUT")
-    path = find_origin(options.restore).path if options.restore else _own(options.cut, folder, found)
+    place = place_of(read_spec(folder)) if folder is not None else None
+    path = find_origin(options.restore, place).path if options.restore else _own(options.cut, folder, found)
     reply: RollbackReply = ask(address, "Coordinator.Rollback", RollbackRequest(table=options.table, path=path))
     print(f"job {found['name']} was asked to let {options.table} go back to {path}", file=sys.stderr, flush=True)
     event = _wait(options.job, reply.number, folder, address)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oarlock.checkpoint.place import Place
 from oarlock.cli.restore_options import cut_of, warm_start_of
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
@@ -81,7 +82,8 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
         values["restore"] = options.restore
     if values.get("restore"):
         # A job that goes on with another one's training is like that one in all that is not said here.
-        began = values_of(find_origin(str(values["restore"])))
+        place = Place(str(values.get("checkpoint_path", "")), values.get("checkpoint_options", {}))
+        began = values_of(find_origin(str(values["restore"]), place))
         values = {**_merged(began, values), "restore": began["restore"]}
     if not values.get("data"):
         raise InvalidArgument("no data: give --data DIR, or `data` in the job file")

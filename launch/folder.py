@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from oarlock.data.scores import merit
 from oarlock.launch.beginning import cut_to_resume
 from oarlock.launch.config import RunConfig, load_toml, run_config, to_toml
 from oarlock.launch.job import make_spec
-from oarlock.launch.origin import RUNS, check_continues, find_origin, settled
+from oarlock.launch.origin import RUNS, check_continues, find_origin, reading, settled
 from oarlock.launch.unchanged import check_unchanged, fixed_of
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 
@@ -52,7 +50,7 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
         raise InvalidArgument(f"{folder} holds a job already: go on with --resume, or choose another --name or --dir")
     if run.restore:
         # One cut for good: its folder may get newer ones.
-        run = replace(run, restore=find_origin(run.restore).path)
+        run = replace(run, restore=find_origin(run.restore, place_of(run)).path)
         spec = make_spec(run, name)
         check_continues(run, spec)
     else:
@@ -61,7 +59,7 @@ def create(folder: Path, name: str, run: RunConfig) -> JobSpec:
             spec = replace(spec, warm_start=settled(run, spec.tables, spec.dense))
             run = replace(run, warm_start=to_values(spec.warm_start))
     if spec.checkpoint_path:
-        with _reading(spec.checkpoint_path):
+        with reading(spec.checkpoint_path):
             check_owner(place_of(spec).open(folder), spec.job)
     _write(folder, run, spec)
     return spec
@@ -87,24 +85,15 @@ def resume(folder: Path, changes: dict[str, Any], *, cut: int | None = None) -> 
         )
     check_unchanged(fixed_of(old), spec, options)
     store = place_of(spec).open(folder)
-    with _reading(store.files.root):
+    with reading(store.files.root):
         moved = spec.checkpoint_path != old.checkpoint_path and not store.cuts()
     if moved:
         # From now on its checkpoints go elsewhere; those that there are stay where they are.
         store = place_of(old).open(folder)
-    with _reading(store.files.root):
+    with reading(store.files.root):
         path = cut_to_resume(store, old, stored_restores(folder), cut)
     _write(folder, run, spec)
     return spec, path
-
-
-@contextmanager
-def _reading(root: str) -> Iterator[None]:
-    """Say what a file system that does not answer means."""
-    try:
-        yield
-    except OSError as error:
-        raise Unavailable(f"the checkpoints in {root} cannot be read: {error}") from None
 
 
 def _merged(old: dict[str, Any], changes: Any) -> Any:

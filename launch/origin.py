@@ -5,10 +5,12 @@
     first@12         that cut of it
     PATH[@12], URL   a folder of checkpoints anywhere, or one cut's folder
 
-Invariant: an origin names one cut for good, whatever is added to its folder later; every file of it was looked at. Reads only.
+Invariant: an origin names one cut for good, whatever is added to its folder later; every file of it was looked at, with the
+options with which the new job's processes will open it: those of its own place. Reads only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.line import PLAN
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.place import place_of
+from oarlock.checkpoint.place import Place, place_of
 from oarlock.checkpoint.store import CheckpointStore, is_url, open_checkpoint
 from oarlock.client.job import JobSpec
 from oarlock.client.warm import WarmStart, chosen, read_warm_start
 from oarlock.embedding.spec import DenseSpec, TableSpec
 from oarlock.launch.config import RunConfig, load_toml
 from oarlock.launch.unchanged import check_unchanged, fixed_in, fixed_of
-from oarlock.proto.errors import InvalidArgument, NotFound, PSError
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 
 RUNS = Path("runs")
 # Of a job file, what belongs to one job alone, or says with what it began.
@@ -44,8 +46,20 @@ class Origin:
     values: dict[str, Any]
 
 
-def find_origin(target: str) -> Origin:
-    """Return the origin that ``target`` means; NotFound says what there is."""
+@contextmanager
+def reading(root: str) -> Iterator[None]:
+    """Say what a file system that does not answer means."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"the checkpoints in {root} cannot be read: {error}") from None
+
+
+def find_origin(target: str, place: Place | None = None) -> Origin:
+    """Return the origin that ``target`` means; NotFound says what there is.
+
+    A URL is opened with the options of ``place``, as far as they can be meant for it; a job is, with its own.
+    """
     if not target or "\0" in target or target.startswith("@"):
         raise InvalidArgument(
             f"checkpoint {target!r}: give the name or folder of a job, a folder of checkpoints or a URL, with @CUT behind it "
@@ -53,7 +67,7 @@ def find_origin(target: str) -> Origin:
         )
     name, cut = (target, None) if is_url(target) or Path(target).is_dir() else split_cut(target)
     job = next((f for f in (Path(name), RUNS / name) if not is_url(name) and (f / "job.json").exists()), None)
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = (place or Place()).options_for(target)
     if job is not None:
         place = place_of(JobSpec.from_json((job / "job.json").read_text(encoding="utf-8")))
         target, options = place.root(job.absolute()) + ("" if cut is None else f"@{cut}"), place.options
@@ -64,7 +78,8 @@ def find_origin(target: str) -> Origin:
         )
     elif not is_url(target):
         target = str(Path(target).absolute())
-    store, manifest = open_checkpoint(target, options=options)
+    with reading(target):
+        store, manifest = open_checkpoint(target, options=options)
     path = f"{store.files.root}/{cut_folder(manifest.cut)}"
     folder = job or (None if is_url(path) else Path(path).parent.parent)
     spec, values = _job_of(folder, manifest) if folder is not None else (None, {})
@@ -74,12 +89,14 @@ def find_origin(target: str) -> Origin:
 def settled(run: RunConfig, tables: Sequence[TableSpec], dense: Sequence[DenseSpec]) -> WarmStart:
     """Return a run's warm start with its cut and all names said for good; what it takes over goes together and is whole."""
     warm = read_warm_start(run.warm_start, "job file")
-    origin = find_origin(warm.path)
+    place = place_of(run)
+    origin = find_origin(find_origin(warm.path, place).path, place)
     mine = {t.name: t for t in tables}, {d.name: d for d in dense}
     manifest = origin.manifest
     found = chosen(replace(warm, path=origin.path), *mine, manifest.table_specs(), manifest.dense_specs())
     names = {("rows", n) for n in found.tables.values()} | {("dense", n) for n in found.dense.values()}
-    origin.store.verify(manifest, [e for e in manifest.blocks if (e.kind, e.name) in names])
+    with reading(origin.path):
+        origin.store.verify(manifest, [e for e in manifest.blocks if (e.kind, e.name) in names])
     return found
 
 
@@ -107,7 +124,8 @@ def values_of(origin: Origin) -> dict[str, Any]:
 
 def check_continues(run: RunConfig, spec: JobSpec) -> None:
     """Raise unless a job that was planned goes on exactly where its ``restore`` ends, and all of that is whole."""
-    origin = find_origin(run.restore)
+    origin = find_origin(run.restore, place_of(spec))
     was = fixed_of(origin.spec) if origin.spec is not None else fixed_in(origin.manifest)
     check_unchanged(was, spec, run.recipe_options, moved=True)
-    origin.store.verify(origin.manifest)
+    with reading(origin.path):
+        origin.store.verify(origin.manifest)

@@ -101,7 +101,8 @@ class Replacing:
     def apply(self, shard: Shard, order: Order) -> int:
         """Put what was read into the table, unless that was done under this number; return how many rows it is."""
         refuse_steps(shard)
-        with shard.push_lock:
+        # Who wants it read while it is being used up waits, and reads it anew: it is for a later number.
+        with self._reading, shard.push_lock:
             if order.number == self._done[0]:
                 return self._done[1]
             read = self._read

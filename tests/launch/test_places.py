@@ -16,8 +16,9 @@ from oarlock.checkpoint.store import open_store
 from oarlock.client.job import JobSpec
 from oarlock.cluster import epoch_end
 from oarlock.cluster.evaluation import Evaluation
-from oarlock.launch.config import load_toml
+from oarlock.launch.config import load_toml, run_config
 from oarlock.launch.folder import create, resume, stored_status
+from oarlock.launch.origin import find_origin, values_of
 from oarlock.launch.place import find, find_cut
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.errors import InvalidArgument, NotFound, Unavailable
@@ -200,3 +201,23 @@ def test_a_job_of_processes_on_s3(start: Any, s3: S3) -> None:
     assert manifest.epoch == 3
     nothing_secret(folder)
     assert json.loads((folder / "job.json").read_text())["checkpoint_options"] == s3.options
+
+
+@pytest.mark.slow
+def test_a_new_job_begins_with_a_checkpoint_of_a_place_with_options(
+    start: Any, run_job: Any, run_of: Any, s3: S3, tmp_path: Path
+) -> None:
+    where = {"checkpoint_path": "s3://bucket/origin", "checkpoint_options": s3.options}
+    spec, folder = start(epochs=1, **where)
+    assert run_job(spec, folder)["phase"] == "done"
+    mine = {"checkpoint_path": "s3://bucket/second", "checkpoint_options": s3.options}
+    run = run_config({**values_of(find_origin(str(folder))), "epochs": 2, **mine})
+    status = run_job(create(tmp_path / "second", "second", run), tmp_path / "second")
+    assert (status["phase"], len(status["history"])) == ("done", 2)
+    mine["checkpoint_path"] = "s3://bucket/warm"
+    run = run_of(epochs=1, warm_start={"path": str(folder)}, **mine)
+    status = run_job(create(tmp_path / "warm", "warm", run), tmp_path / "warm")
+    assert status["phase"] == "done"
+    # Without its options nobody finds it, and that is said when the job is made.
+    with pytest.raises(Unavailable, match="s3://bucket/origin"):
+        create(tmp_path / "third", "third", run_config({**values_of(find_origin(str(folder))), "epochs": 2}))

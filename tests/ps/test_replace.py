@@ -2,7 +2,9 @@
 """A table of a shard goes back to a cut in the midst of training: exactly, once, and nothing else does."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from threading import Event
 
 import numpy as np
 import pytest
@@ -163,6 +165,32 @@ def test_the_next_increment_knows_that_all_has_changed(job, tmp_path):
     assert sum(len(image.keys) for image in written.values()) == 40
     for block, image in written.items():
         assert contents(job, "user")[block][:2] == [image.keys.tobytes(), image.weights.tobytes()]
+
+
+def test_what_is_asked_for_while_it_happens_is_read_again(job, tmp_path, monkeypatch):
+    """A coordinator dies while a shard carries out its order; the next one has all shards read before it decides anew."""
+    push(job, 0, 0)
+    path, _ = commit(job, tmp_path, 1)
+    replace(job, path)
+    table, begun, go_on = job.shards[0].tables[0], Event(), Event()
+    put = table.import_block
+
+    def import_block(*arguments, **options):
+        begun.set()
+        assert go_on.wait(10)
+        return put(*arguments, **options)
+
+    monkeypatch.setattr(table, "import_block", import_block)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(replace, job, path, 2)
+        assert begun.wait(10)
+        waits = job.services[0]._replacing._reading.locked()
+        again = pool.submit(replace, job, path)
+        if not waits:
+            again.result()
+        go_on.set()
+        assert (first.result(), again.result()) == (40, 40)
+    assert replace(job, path, 3) == 40
 
 
 def test_a_push_of_before_its_gate(job, tmp_path):
