@@ -127,6 +127,9 @@ def form_of(spec: TableSpec | DenseSpec) -> str:
 
 def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping[str, Any] | None) -> None:
     """Create the blocks, all or none of them."""
+    if not numbers:
+        # What the run began from may be collected by now.
+        return
     layout = shard.layout
     created: list[int] = []
     try:
