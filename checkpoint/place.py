@@ -42,11 +42,7 @@ class Place:
             raise InvalidArgument(f"checkpoint_compress = {self.compress!r}: choose zstd, or nothing")
         if self.options and not is_url(self.path):
             raise InvalidArgument("checkpoint_options are those of a URL's file system: give checkpoint_path = a URL")
-        if is_url(self.path):
-            parts = urlsplit(self.path)
-            if parts.password is not None or parts.query or parts.fragment:
-                shown = f"{parts.scheme}://{parts.hostname or ''}..."
-                raise InvalidArgument(f"checkpoint_path = {shown!r} has a password or a query: {_ADVICE}")
+        refuse_secret(self.path, "checkpoint_path")
         for name, value in _flat(self.options):
             last = name.rpartition(".")[2]
             if (_SECRET.search(last) and not _NO_SECRET.search(last)) or _has_password(value):
@@ -70,6 +66,15 @@ class Place:
         """Return the options with which ``path`` is opened: these, if it is of the same kind of file system."""
         same = is_url(path) and is_url(self.path) and urlsplit(path).scheme == urlsplit(self.path).scheme
         return self.options if same else {}
+
+
+def refuse_secret(path: str, name: str) -> None:
+    """Raise InvalidArgument for a URL that may have a secret in it; ``name``: what it was given as."""
+    if is_url(path):
+        parts = urlsplit(path)
+        if parts.password is not None or parts.query or parts.fragment:
+            shown = f"{parts.scheme}://{parts.hostname or ''}..."
+            raise InvalidArgument(f"{name} = {shown!r} has a password or a query: {_ADVICE}")
 
 
 class Job(Protocol):

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from oarlock.checkpoint.cuts import split_cut
+from oarlock.checkpoint.place import refuse_secret
 from oarlock.client.job import OVER, TRAINING, WRITING
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.store import Store
@@ -81,6 +82,8 @@ class Rollbacks:
             raise NotFound(f"job {c.spec.name} has no table {table[:80]!r}{hint} There are: {', '.join(names)}")
         if not _ABSOLUTE.match(path) or "\0" in path or len(path) > MAX_PATH:
             raise InvalidArgument(f"checkpoint {path[:80]!r}: give an absolute path or a URL, with a cut")
+        # It is recorded, and told in every later manifest.
+        refuse_secret(path, "checkpoint")
         if split_cut(path)[1] is None:
             raise InvalidArgument(
                 f"checkpoint {path[:80]}: say which cut, as PATH@CUT: the newest may be another one soon"

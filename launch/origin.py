@@ -19,7 +19,7 @@ from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.line import PLAN
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.place import Place, place_of
+from oarlock.checkpoint.place import Place, place_of, refuse_secret
 from oarlock.checkpoint.store import CheckpointStore, is_url, open_checkpoint
 from oarlock.client.job import JobSpec
 from oarlock.client.warm import WarmStart, chosen, read_warm_start
@@ -65,6 +65,7 @@ def find_origin(target: str, place: Place | None = None) -> Origin:
             f"checkpoint {target!r}: give the name or folder of a job, a folder of checkpoints or a URL, with @CUT behind it "
             "unless the newest is meant"
         )
+    refuse_secret(target, "checkpoint")
     name, cut = (target, None) if is_url(target) or Path(target).is_dir() else split_cut(target)
     job = next((f for f in (Path(name), RUNS / name) if not is_url(name) and (f / "job.json").exists()), None)
     options: Mapping[str, Any] = (place or Place()).options_for(target)

@@ -255,6 +255,7 @@ def test_what_is_refused_at_once(training: Any, make_cluster: Any) -> None:
         ("w", PATH, NotFound, "has no table 'w'"),
         ("user", "cut-000004", InvalidArgument, "give an absolute path or a URL"),
         ("user", "/a\0/cut-000004", InvalidArgument, "give an absolute path or a URL"),
+        ("user", "sftp://me:zebra@host/a/cut-000004", InvalidArgument, "'sftp://host...' has a password or a query"),
         ("user", "/somewhere", InvalidArgument, "say which cut, as PATH@CUT"),
     ):
         with pytest.raises(error, match=match):

@@ -202,6 +202,7 @@ def test_where_a_new_job_begins_is_settled_when_it_is_made(job: Path, tmp_path: 
         ("", InvalidArgument, "give the name or folder of a job"),
         ("a\0b", InvalidArgument, "give the name or folder of a job"),
         ("memory://nothing/at/all", NotFound, "no checkpoint in"),
+        ("sftp://me:zebra@host/first@2", InvalidArgument, "checkpoint = .sftp://host.... has a password or a query"),
     ],
 )
 def test_what_is_no_checkpoint(job: Path, target: str, error: type, match: str) -> None:
