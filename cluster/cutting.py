@@ -113,6 +113,9 @@ class Cutting:
         c = self._c
         cut = c.cuts.begun
         if not cut:
+            if c.cuts.last > c.cuts.committed:
+                # A digest's, perhaps: its views would keep what changes until the next cut, and nobody else lets them go.
+                await self._abort(c.cuts.last)
             return
         try:
             manifest = await self._run(self._store().load_manifest, cut)

@@ -15,17 +15,28 @@ from oarlock.proto.common_pb2 import Empty
 from oarlock.proto.shard_pb2 import ReplaceReply
 
 
+class Killed(Exception):
+    pass
+
+
 class Answering:
-    """Shards that do what they are told."""
+    """Shards that do what they are told, until a coordinator is ``killed`` by what it tells them."""
+
+    def __init__(self, killed: str = "") -> None:
+        self.log: list[tuple[str, int]] = []
+        self._killed = killed
 
     async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
+        if method == self._killed:
+            raise Killed
+        self.log.append((method, getattr(request, "cut", 0)))
         return ReplaceReply(rows=1) if method == "Shard.Replace" else Empty()
 
     async def close(self) -> None: ...
 
 
-def step(cluster: Any, folder: Path) -> None:
-    asyncio.run(Orders(cluster.coordinator, Answering(), folder).cutting.step())
+def step(cluster: Any, folder: Path, shards: Answering | None = None) -> None:
+    asyncio.run(Orders(cluster.coordinator, shards or Answering(), folder).cutting.step())
 
 
 @pytest.fixture
@@ -61,3 +72,20 @@ def test_a_table_that_goes_back_does_not_stand_for_the_cut_of_an_epoch(training:
     step(training, tmp_path)
     assert [event["event"] for event in c.events.all] == ["rollback"]
     assert (c.phase, c.cuts.due()) == (WRITING, True)
+
+
+def test_views_of_a_digest_whose_coordinator_died_are_let_go(training: Any, tmp_path: Path) -> None:
+    """They would keep all that changes until the next cut, which may be hours away."""
+    training.coordinator.live_digest.wanted = True
+    first = Answering(killed="Shard.Digest")
+    with pytest.raises(Killed):
+        step(training, tmp_path, first)
+    assert first.log == [("Shard.Cut", 1)] * 2
+    training.restart()
+    for member in training.coordinator.members.alive("worker"):
+        training.heartbeat(member.incarnation)
+    training.adopt()
+    second = Answering()
+    step(training, tmp_path, second)
+    assert second.log == [("Shard.Abort", 1)] * 2
+    assert (training.coordinator.cuts.last, training.coordinator.cuts.failed) == (1, {})
