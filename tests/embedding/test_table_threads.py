@@ -198,6 +198,9 @@ def test_rows_go_to_the_file_and_come_back_while_threads_push_and_pull(tmp_path,
     table = table_reference.stored(spec(memory_bytes=1, blocks=2), folder=tmp_path)
     with in_the_background(look(table, MANY // 2)):
         sent = hammer(table, MANY // 2, ROUNDS // 2)
+    if not sum(small_files):
+        # Whoever reads keeps segments from being given up, on a busy machine all the time.
+        sent += hammer(table, MANY // 2, ROUNDS // 2)
     counts = table._cold.file.counts
     assert min(counts.records_written, counts.records_read) > 0 or not reference.JIT
     assert sum(small_files) > 0 or not reference.JIT

@@ -121,9 +121,10 @@ def test_the_cut_of_the_best_epoch_stays(start: Any, run_job: Any, monkeypatch: 
 
 
 def test_a_job_that_is_overtaken_by_another_one_in_the_same_place_writes_nothing(
-    start: Any, run_job: Any, memory: str
+    start: Any, run_job: Any, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both were made while the place was empty."""
+    monkeypatch.setattr("oarlock.cluster.cuts.LAST_PAUSES", (0.05,) * 4)
     first, second = start("first", epochs=1, checkpoint_path=memory), start("second", epochs=1, checkpoint_path=memory)
     run_job(*first)
     before = dict(fsspec.filesystem("memory").store)

@@ -47,9 +47,9 @@ def gate_opened_before_the_views(patch: Patch) -> None:
     """Workers push again while the last owners begin their views."""
     original = Cutting._cut
 
-    async def cut(self: Cutting, number: int, workers: list[int], commits: Any) -> None:
+    async def cut(self: Cutting, number: int, *arguments: Any) -> None:
         self._c.cuts.opened = number
-        await original(self, number, workers, commits)
+        await original(self, number, *arguments)
 
     patch.setattr(Cutting, "_cut", cut)
 
