@@ -2,7 +2,6 @@
 """Real workers that leave when they are asked to and that join by hand: the count is exact, and nobody waits for a lease."""
 
 import asyncio
-import logging
 import signal
 import subprocess
 import sys
@@ -11,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as csv
 import pytest
 
 from oarlock.benchmarks.counting import check, write_data
@@ -25,20 +22,6 @@ from oarlock.launch.processes import LocalProcesses
 LEASE_SECONDS = 1000.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
 
 
 def worker(status: dict[str, Any], pid: int) -> dict[str, Any]:

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counting jobs with a cut every half second, struck whenever a gate is announced, killed as a whole and resumed elsewhere."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.csv as csv
 import pytest
 
 from oarlock.benchmarks.counting import check, write_data
@@ -18,20 +14,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROUNDS = 10
 MODES = ({}, {"mode": "geo", "accumulate": 3}, {"mode": "ssp", "staleness": 2, "compute_threads": 2})
-
-
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -29,12 +28,6 @@ from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.processes import LocalProcesses
 
 GROUP_ROWS = 64
-
-
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
 
 
 @pytest.fixture

@@ -2,18 +2,15 @@
 """Real processes, killed and stopped while a job counts: nothing is lost, nothing done twice, nobody is left."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,20 +22,6 @@ from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
 
 LEAST_KILLS = 8
-
-
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
 
 
 @pytest.mark.slow

@@ -3,16 +3,12 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as csv
 import pytest
 
 from oarlock.checkpoint.store import open_checkpoint
@@ -30,20 +26,6 @@ from oarlock.proto.coordinator_pb2 import RollbackRequest
 from oarlock.proto.errors import PSError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
 
 
 @pytest.fixture

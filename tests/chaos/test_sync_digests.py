@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sync jobs of real processes have one digest, whatever hosts them, cuts them, kills them, and resumes them."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as csv
 import pytest
+from sync_job import config, digest
 
 from oarlock.benchmarks.kills import MARKER, processes_left
 from oarlock.benchmarks.lives import STRIKES, Fate, Lived, live
-from oarlock.checkpoint.store import open_checkpoint
-from oarlock.cli.digest import digest_of
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import create
@@ -24,44 +18,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KILLS = 20
 
 
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted") / "data"
     generate_ncf(folder, users=600, items=400, positives_per_user=40, seed=1)
     return folder
-
-
-def config(data: Path, **changes: Any) -> RunConfig:
-    values = {
-        "data": str(data),
-        "mode": "sync",
-        "ranks": 4,
-        "epochs": 5,
-        "seed": 3,
-        "lease_seconds": 2.0,
-        "heartbeat_seconds": 0.2,
-        "recipe_options": {"batch_samples": 1024},
-        **changes,
-    }
-    return RunConfig(**values)
-
-
-def digest(folder: Path) -> str:
-    return str(digest_of(*open_checkpoint(folder / "checkpoints")))
 
 
 def in_peace(folder: Path, run: RunConfig) -> str:

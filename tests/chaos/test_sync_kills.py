@@ -3,22 +3,16 @@
 
 import asyncio
 import json
-import logging
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as csv
 import pytest
+from sync_job import config, digest
 
-from oarlock.checkpoint.store import open_checkpoint
-from oarlock.cli.digest import digest_of
 from oarlock.data.planted import generate_ncf
-from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.processes import LocalProcesses
@@ -28,47 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 KILLS = 8
 
 
-@pytest.fixture(scope="session", autouse=True)
-def arrow_listens_for_interrupts() -> None:
-    """Arrow's pipe for Ctrl-C lasts as long as the process: it is there before anything is counted."""
-    csv.read_csv(pa.BufferReader(b"a\n1\n"))
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_not_printed() -> Iterator[None]:
-    handler = logging.NullHandler()
-    logging.getLogger("oarlock").addHandler(handler)
-    yield
-    logging.getLogger("oarlock").removeHandler(handler)
-
-
-def config(data: Path, **changes: Any) -> RunConfig:
-    values = {
-        "data": str(data),
-        "mode": "sync",
-        "ranks": 4,
-        "epochs": 25,
-        "seed": 3,
-        "lease_seconds": 2.0,
-        "heartbeat_seconds": 0.2,
-        "recipe_options": {"batch_samples": 1024},
-        **changes,
-    }
-    return RunConfig(**values)
-
-
-def digest(folder: Path) -> str:
-    return str(digest_of(*open_checkpoint(folder / "checkpoints")))
-
-
 def test_kills_make_no_difference(tmp_path: Path, seed: int) -> None:
     data = tmp_path / "data"
     generate_ncf(data, users=600, items=400, positives_per_user=40, seed=1)
     quiet = tmp_path / "quiet"
-    run = config(data, servers=1, workers=1)
+    run = config(data, epochs=25, servers=1, workers=1)
     assert run_in_process(create(quiet, "quiet", run), quiet, watch=lambda status: True)["phase"] == "done"
     folder, rng, kills = tmp_path / "disturbed", Random(seed), []
-    launched = LocalProcesses(create(folder, "disturbed", config(data, servers=3, workers=3)), folder)
+    launched = LocalProcesses(create(folder, "disturbed", config(data, epochs=25, servers=3, workers=3)), folder)
 
     def watch(status: dict[str, Any]) -> bool:
         members = [m for m in status.get("members", ()) if m["role"] == "worker" and m["stats"].get("batches")]
