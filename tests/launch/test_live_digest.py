@@ -12,6 +12,7 @@ from oarlock.cli.digest import digest_of
 from oarlock.client.job import TRAINING, WRITING
 from oarlock.cluster import cutting
 from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.cuts import Cuts
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
 
@@ -22,21 +23,22 @@ def test_it_is_that_of_a_cut_at_the_same_moment(
     """After an epoch nobody trains until its cut has begun: one that is asked for then is of the same rows."""
     spec, folder = start(epochs=3, servers=3, workers=2, checkpoints_kept=9, mode=mode, ranks=ranks)
     found: list[dict[str, Any]] = []
-    original, digest = cutting.Cutting.step, cutting.digest_now
+    original, digest = Cuts.due, cutting.digest_now
     epochs: set[int] = set()
 
-    async def step(self: cutting.Cutting) -> None:
+    def due(self: Cuts) -> bool:
         c = self._c
-        if c.phase == WRITING and c.work.epoch not in epochs:
-            epochs.add(c.work.epoch)
-            c.live_digest.wanted = True
-        await original(self)
+        if not original(self) or c.phase != WRITING or c.work.epoch in epochs:
+            return original(self)
+        epochs.add(c.work.epoch)
+        c.live_digest.wanted = True
+        return False
 
     async def digest_now(c: Coordinator, *arguments: Any) -> None:
         await digest(c, *arguments)
         found.append(c.live_digest.found)
 
-    monkeypatch.setattr(cutting.Cutting, "step", step)
+    monkeypatch.setattr(Cuts, "due", due)
     monkeypatch.setattr(cutting, "digest_now", digest_now)
     status = run_job(spec, folder)
     assert (status["phase"], len(found)) == ("done", 3)
