@@ -136,8 +136,13 @@ def test_keys_that_are_too_frequent_to_be_counted_are_refused(finished: Finished
 
 def test_processes_that_are_left_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MARKER, "one")
-    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert child.stdin is not None
+    assert child.stdout is not None
     try:
+        # Popen comes back while the system still puts the new process together, its environment among the last.
+        child.stdin.write(b"here\n")
+        assert child.stdout.readline() == b"here\n"
         assert processes_left("one") == 1
         assert processes_left("another") == 0
     finally:
