@@ -19,12 +19,12 @@ from oarlock.embedding.recycled import Recycled
 if TYPE_CHECKING:
     from oarlock.checkpoint.files import Calls
 
-# Files of which this much is missing are not worth it.
+# Of a smaller file the system's cache costs next to nothing.
 LEAST_BYTES = 1 << 20
 # A multiple of every disk's unit; memory of whole pages is aligned to it.
 UNIT = 4096
 CHUNK_BYTES = 4 << 20
-# Of all threads: what was read stays as long as somebody looks at it.
+# For all threads; what was read stays taken as long as somebody looks at it.
 buffers = Recycled(keep=128 << 20)
 
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from oarlock.checkpoint.chain import MAX_LINKS, rebase, should_be_compacted
 from oarlock.checkpoint.compaction import Used, compact_block, in_use
+from oarlock.checkpoint.direct import buffers
 from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.files import Files
 from oarlock.checkpoint.manifest import Manifest
@@ -119,6 +120,9 @@ class Compacting:
             # Also what nobody thought of: training does not end by it.
             self._failed(cut, entry, store, error)
             return
+        finally:
+            # It rests now, for longer than fresh memory would take.
+            buffers.let_go()
         with self._changed:
             self.counts["blocks"] += 1
             self.counts["bytes"] += found.total_bytes

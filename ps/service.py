@@ -60,8 +60,6 @@ from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
 MAX_SPLITS = 1024
-# That write a cut while nobody trains. Beside training one does: more cost more of its speed than they save time.
-ALONE_THREADS = 3
 
 
 class ShardService:
@@ -220,7 +218,7 @@ class ShardService:
         if view.torn:
             return WriteReply(torn=True)
         with self._writing:
-            entries = self._views.write(view, root, threads=ALONE_THREADS if request.alone else 1)
+            entries = self._views.write(view, root, alone=request.alone)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
 
     def _begun(self, shard: Shard, view: View) -> None:

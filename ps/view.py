@@ -40,6 +40,8 @@ from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
 
+# That write a cut while nobody trains. Beside training one does: more cost more of its speed than they save time.
+ALONE_THREADS = 3
 # Memory for pushes that is kept ready between two blocks.
 TRAINING_READY_BYTES = 32 << 20
 
@@ -65,8 +67,8 @@ class View:
         self.progress: tuple[int, int] | None = None
         # Whether it was torn when it was first asked for, None before: later tears break nothing.
         self.torn: bool | None = None
-        # Whether pushes are expected while it is written.
-        self._training = False
+        # Whether nobody pushes while it is written.
+        self._alone = False
         # Bytes of blocks that are not written yet: what pushes may want to save.
         self._left = 0
         # As it was told first: an order that is repeated gets the same answer.
@@ -84,10 +86,10 @@ class View:
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
         self._dense: DenseView = shard.dense_group.begin_view(number)
 
-    def write(self, store: CheckpointStore, threads: int = 1) -> dict[int, BlockEntry]:
-        """Write all blocks that have changed, several at a time; return the entries of all by number."""
+    def write(self, store: CheckpointStore, *, alone: bool = False) -> dict[int, BlockEntry]:
+        """Write all blocks that have changed; return the entries of all by number. ``alone``: nobody trains meanwhile."""
         if self.entries is None:
-            self._training, self._left = threads == 1, sum(map(self._bytes, self.blocks.tolist()))
+            self._alone, self._left = alone, sum(map(self._bytes, self.blocks.tolist()))
             changed = []
             for number in self.blocks.tolist():
                 if self._stands(number):
@@ -96,6 +98,7 @@ class View:
                     changed.append(number)
             tasks = [BlockTask(self._bytes(number), partial(self._change, number)) for number in changed]
             self.progress = (0, sum(task.bytes for task in tasks))
+            threads = ALONE_THREADS if alone else 1
             written = write_blocks(store, self.number, tasks, threads=threads, progress=self._told)
             entries = {n: self._base[n] for n in self.blocks.tolist() if n in self._base}
             entries.update(zip(changed, written, strict=True))
@@ -192,7 +195,7 @@ class View:
                 rows, after, gone = view.content(block), None, NONE_GONE
             view.release(block)
         self._left -= self._bytes(number)
-        if self._training:
+        if not self._alone:
             make_ready(min(self._left, TRAINING_READY_BYTES))
         return Change(_image(self._layout, number, seq, marks, rows), after, gone)
 
@@ -245,12 +248,12 @@ class Views:
             raise InvalidArgument(f"this shard has no view of cut {number}: it was given up", cut=number)
         return self._open
 
-    def write(self, view: View, root: str, *, threads: int) -> list[BlockEntry]:
+    def write(self, view: View, root: str, *, alone: bool) -> list[BlockEntry]:
         """Write a view into the folder of its cut under ``root``; nothing exists until the manifest is committed."""
         store = self._place.store(root)
         try:
             with self._compacting.writing():
-                entries = view.write(store, threads)
+                entries = view.write(store, alone=alone)
         except OSError as error:
             raise InvalidArgument(f"a checkpoint cannot be written to {root}: {error}") from error
         self._last = Written(view.number, entries)

@@ -12,7 +12,7 @@ from oarlock.client.job import WRITING
 from oarlock.cluster.orders import Orders
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.common_pb2 import Empty
-from oarlock.proto.shard_pb2 import ReplaceReply
+from oarlock.proto.shard_pb2 import ReplaceReply, WriteReply
 
 
 class Killed(Exception):
@@ -24,12 +24,16 @@ class Answering:
 
     def __init__(self, killed: str = "") -> None:
         self.log: list[tuple[str, int]] = []
+        self.alone: list[bool] = []
         self._killed = killed
 
     async def call(self, address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
         if method == self._killed:
             raise Killed
         self.log.append((method, getattr(request, "cut", 0)))
+        if method == "Shard.Write":
+            self.alone.append(request.alone)
+            return WriteReply(torn=True)
         return ReplaceReply(rows=1) if method == "Shard.Replace" else Empty()
 
     async def close(self) -> None: ...
@@ -89,3 +93,20 @@ def test_views_of_a_digest_whose_coordinator_died_are_let_go(training: Any, tmp_
     step(training, tmp_path, second)
     assert second.log == [("Shard.Abort", 1)] * 2
     assert (training.coordinator.cuts.last, training.coordinator.cuts.failed) == (1, {})
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_shards_are_told_whether_somebody_trains(training: Any, tmp_path: Path, busy: bool) -> None:
+    """All their processors are for a cut that is made while nobody has work, and for no other."""
+    c = training.coordinator
+    for member in c.members.alive("worker"):
+        training.heartbeat(member.incarnation)
+    if busy:
+        training.lease(c.members.alive("worker")[0].incarnation)
+    shards = Answering()
+    gate = c.cuts.begin()
+    for worker in list(gate.missing):
+        gate.come(worker)
+    gate.shuts = c.clock()
+    asyncio.run(Orders(c, shards, tmp_path).cutting._make(gate))
+    assert set(shards.alone) == {not busy}

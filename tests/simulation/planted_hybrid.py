@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planted_ranks import applied_without_the_last_rank
 
 from oarlock.client.stage import Commit
 from oarlock.cluster import cutting
@@ -35,22 +36,6 @@ def dense_values_of_any_step(patch: Patch) -> None:
     """Dense values are pulled as rows are: whatever is there."""
     patch.setattr(Staged, "_without_rows", lambda self, state: None)
     patch.setattr(Commit, "_check", lambda self, member, shard, reply: self._reported.add(shard.id))
-
-
-def dense_applied_without_the_last_rank(patch: Patch) -> None:
-    """A step is applied once all ranks but one have committed it."""
-    original = Staged._advance
-
-    def advance(self: Staged) -> None:
-        known = self.commits.copy()
-        if self.ranks > 1:
-            self.commits[known.argmin()] = np.sort(known)[1]
-        try:
-            original(self)
-        finally:
-            self.commits[:] = known
-
-    patch.setattr(Staged, "_advance", advance)
 
 
 def dense_parts_in_order_of_arrival(patch: Patch) -> None:
@@ -169,7 +154,7 @@ def ranks_without_data_count(patch: Patch) -> None:
 PLANTED: tuple[Callable[[Patch], None], ...] = (
     committed_before_its_rows,
     dense_values_of_any_step,
-    dense_applied_without_the_last_rank,
+    applied_without_the_last_rank,
     dense_parts_in_order_of_arrival,
     dense_part_of_a_repeated_group_counts_again,
     rows_of_a_repeated_group_count_again,

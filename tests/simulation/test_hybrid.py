@@ -21,7 +21,7 @@ from oarlock.simulation.world import World
 
 MOST = 400
 # Found within a second.
-SOON = {planted_hybrid.dense_applied_without_the_last_rank}
+SOON = {planted_hybrid.applied_without_the_last_rank}
 
 
 class Torn(World):
