@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from google.protobuf.message import Message
 
-from oarlock.client.entry import parser, run
-from oarlock.client.processors import limit_blas
+from oarlock.client.entry import keep_what_is_loaded, parser, run
+from oarlock.client.processors import limit_blas, step_back
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.data.reader import open_reader
 from oarlock.embedding.content import NO_COUNTS, NO_KEYS, BlockRows
@@ -131,6 +131,8 @@ def _shard(given: Any) -> int:
 
 
 def _worker(given: Any) -> int:
+    step_back()
+
     async def body() -> None:
         inner = GrpcTransport()
         with (
@@ -142,6 +144,7 @@ def _worker(given: Any) -> int:
             telemetry.registry.add(client_source(inner))
             transport = Noting(inner, out)
             warm_up()
+            keep_what_is_loaded()
             rng, reader = random.SystemRandom(), open_reader("arrow")
             try:
                 await run_worker(

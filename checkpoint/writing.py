@@ -6,6 +6,7 @@ goes alone); the first error ends the rest, once what is under way has ended, an
 any thread may make. They help although Python runs one at a time: a disk's wait, checksums, copies and sums do not hold it.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,11 +54,12 @@ def write_blocks(
     threads: int = 3,
     bytes_in_flight: int = BYTES_IN_FLIGHT,
     progress: Progress | None = None,
+    niceness: int = 0,
 ) -> list[BlockEntry]:
     """Write blocks of a cut; return their entries. ``progress(done, total)`` is told the tasks' bytes, from one thread at a time.
 
     A block counts twice its bytes while it is written: its arrays, and those in order of key. Of three threads one waits for the
-    disk most of the time.
+    disk most of the time. ``niceness``: of the threads, beside that of the process; 0: none.
     """
 
     def write(task: BlockTask) -> BlockEntry:
@@ -71,6 +73,7 @@ def write_blocks(
         threads=threads,
         bytes_in_flight=bytes_in_flight,
         progress=None if progress is None else lambda done, total: progress(done // 2, total // 2),
+        niceness=niceness,
     )
 
 
@@ -103,6 +106,12 @@ def read_blocks(
     )
 
 
+def step_back(niceness: int) -> None:
+    """Let other threads of the host come before the calling one, as Linux does by a niceness of its own for each thread."""
+    if niceness:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+
+
 def in_threads(
     tasks: Sequence[Task],
     do: Callable[[Task], Result],
@@ -111,6 +120,7 @@ def in_threads(
     threads: int = 2,
     bytes_in_flight: int = BYTES_IN_FLIGHT,
     progress: Progress | None = None,
+    niceness: int = 0,
 ) -> list[Result]:
     """Return ``do(task)`` of all tasks, in their order. ``size(task)``: what it holds in memory, of which progress is told."""
     if threads < 1 or bytes_in_flight < 1:
@@ -129,7 +139,9 @@ def in_threads(
             work.leave(size(task))
 
     futures: list[Future[Result]] = []
-    with ThreadPoolExecutor(min(threads, max(1, len(tasks))), thread_name_prefix="checkpoint") as pool:
+    with ThreadPoolExecutor(
+        min(threads, max(1, len(tasks))), "checkpoint", initializer=step_back, initargs=(niceness,)
+    ) as pool:
         try:
             for task in tasks:
                 # The room is taken here, in the order of the tasks, so that a large one waits for small ones once only.

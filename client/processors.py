@@ -26,6 +26,8 @@ Cores = tuple[int, ...]
 # Requests and connections that a shard serves at once.
 NETWORK_THREADS = 512
 NETWORK_THREADS_RANGE = (16, 65536)
+# Shards answer all workers: on a host with both, who computes waits for a processor, and not who answers.
+WORKER_NICENESS = 5
 # Far beyond what the kernel knows; what is typed wrong makes no list of a billion numbers.
 MAX_CORE = 65535
 # Tie matrix products, or numpy's own loops, to less than the CPU can do.
@@ -88,6 +90,15 @@ def pin(cores: Cores) -> None:
             with suppress(ProcessLookupError):
                 _put(int(thread), cores)
         done |= found
+
+
+def step_back() -> None:
+    """Let the other processes of the host come before this one, threads that it has and will have."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0) + WORKER_NICENESS
+    # Also threads that libraries started while they were loaded; those made later have what their maker has.
+    for thread in _TASKS.iterdir():
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 @contextmanager

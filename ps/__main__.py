@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from oarlock.client.entry import parser, run
+from oarlock.client.entry import keep_what_is_loaded, parser, run
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, announce
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.client.trace import trace_requests
@@ -74,6 +74,7 @@ def main() -> int:
             trace_requests(server.counts, telemetry.track)
             telemetry.registry.add(client_source(transport))
             warm_up()
+            keep_what_is_loaded()
             address = advertised(server.start(), given.advertise)
             try:
                 await run_shard(

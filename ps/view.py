@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # That write a cut while nobody trains. Beside training one does: more cost more of its speed than they save time.
 ALONE_THREADS = 3
+# Of the one that does: what it can do later must not have pushes wait for a processor.
+TRAINING_NICENESS = 10
 # Memory for pushes that is kept ready between two blocks.
 TRAINING_READY_BYTES = 32 << 20
 
@@ -99,7 +101,8 @@ class View:
             tasks = [BlockTask(self._bytes(number), partial(self._change, number)) for number in changed]
             self.progress = (0, sum(task.bytes for task in tasks))
             threads = ALONE_THREADS if alone else 1
-            written = write_blocks(store, self.number, tasks, threads=threads, progress=self._told)
+            niceness = 0 if alone else TRAINING_NICENESS
+            written = write_blocks(store, self.number, tasks, threads=threads, progress=self._told, niceness=niceness)
             entries = {n: self._base[n] for n in self.blocks.tolist() if n in self._base}
             entries.update(zip(changed, written, strict=True))
             self.entries = entries

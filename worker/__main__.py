@@ -7,9 +7,9 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from oarlock.client.entry import parser, run
+from oarlock.client.entry import keep_what_is_loaded, parser, run
 from oarlock.client.job import JobSpec
-from oarlock.client.processors import announce, limit_blas
+from oarlock.client.processors import announce, limit_blas, step_back
 from oarlock.client.telemetry import client_source, observed_as
 from oarlock.data.reader import KINDS, open_reader
 from oarlock.proto.rpc import GrpcTransport
@@ -35,6 +35,7 @@ def main() -> int:
         announce("worker", pinned=bool(given.pin_cores), compute_threads=spec.compute_threads)
 
     sys.setswitchinterval(SWITCH_SECONDS)
+    step_back()
 
     async def body() -> None:
         leaving = asyncio.Event()
@@ -45,6 +46,7 @@ def main() -> int:
         ):
             telemetry.registry.add(client_source(transport))
             warm_up()
+            keep_what_is_loaded()
             reader = open_reader(given.reader)
             try:
                 await run_worker(

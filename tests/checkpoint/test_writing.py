@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several blocks at once: the same files as one after the other, within the bound of memory, and the first error ends it."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def test_it_is_what_one_after_the_other_gives(
     assert all(same(image, wanted) for image, wanted in zip(found, images(1), strict=True))
     assert told[-1] == (sum(entry.bytes for entry in entries),) * 2
     assert threading.current_thread().name not in where
+
+
+@pytest.mark.parametrize("niceness", [0, 3])
+def test_threads_that_write_may_let_others_come_first(tmp_path: Path, niceness: int, quick: Any, images: Any) -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    found: list[int] = []
+
+    def make(image: BlockImage) -> Change:
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return Change(image)
+
+    tasks = [BlockTask(100, lambda image=image: make(image)) for image in images(1)]  # type: ignore[misc]
+    write_blocks(quick(tmp_path), 1, tasks, threads=2, niceness=niceness)
+    assert set(found) == {mine + niceness}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
 
 
 def test_increments_are_written_too(tmp_path: Path, quick: Any, make_manifest: Any) -> None:

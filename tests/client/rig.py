@@ -122,12 +122,12 @@ class Job:
         values["cut"] = self.cut
         return Header(**{**values, **changes})
 
-    def write(self, shard, cut, root, *, workers=()):
+    def write(self, shard, cut, root, *, workers=(), alone=False):
         """Have a shard begin the view of a cut, unless it has, and write it; return the answer."""
         service = self.services[shard]
         self.cut = max(self.cut, cut)
         service.cut(CutRequest(header=self.header(shard), cut=cut, workers=workers))
-        return service.write(WriteRequest(header=self.header(shard), cut=cut, root=str(root)))
+        return service.write(WriteRequest(header=self.header(shard), cut=cut, root=str(root), alone=alone))
 
     def routes(self):
         return make_routes(self.layout, self.generation, self.owners, self.addresses)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from oarlock.client import entry, processors
 from oarlock.client.entry import parser, run
 from oarlock.client.processors import (
+    WORKER_NICENESS,
     Blas,
     allowed_cores,
     announce,
@@ -98,6 +99,35 @@ def test_threads_that_were_there_before_are_pinned_too():
     if loaded_blas().name.startswith("openblas"):
         assert blas_threads == 3, "more than it began with"
         assert threads >= 3
+
+
+NICENESS = """
+import json, os, threading
+import numpy
+from oarlock.client.processors import step_back
+
+def of_all():
+    return {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+
+held, waiting = threading.Event(), threading.Event()
+threading.Thread(target=lambda: (waiting.set(), held.wait(60)), daemon=True).start()
+waiting.wait(60)
+before = of_all()
+step_back()
+later = []
+thread = threading.Thread(target=lambda: later.extend(of_all()))
+thread.start()
+thread.join()
+print(json.dumps([sorted(before), sorted(set(later))]))
+"""
+
+
+def test_a_worker_lets_others_come_first_with_all_its_threads():
+    """In a process of its own: none may go back."""
+    ended = subprocess.run([sys.executable, "-c", NICENESS], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    (before,), (after,) = json.loads(ended.stdout)
+    assert after == min(before + WORKER_NICENESS, 19)
 
 
 @needs_two_cores

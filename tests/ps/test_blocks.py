@@ -12,12 +12,14 @@ import rig
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.manifest import ClosedSet as ClosedRecord
 from oarlock.checkpoint.store import LocalStore
+from oarlock.checkpoint.writing import write_blocks
 from oarlock.client.closed import ClosedSet
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec, to_json
 from oarlock.proto.arrays import pack
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, PSError, SpecMismatch, StalePlacement
 from oarlock.proto.shard_pb2 import PullRequest, TableKeys
+from oarlock.ps.view import TRAINING_NICENESS
 
 ADAM = OptimizerSpec("adam")
 TABLES = (TableSpec("user", 2, ADAM, blocks=8), TableSpec("item", 3, OptimizerSpec("adagrad"), blocks=4))
@@ -159,6 +161,19 @@ def test_a_cut_that_is_written_again_is_still_of_its_instant(trained, tmp_path):
     assert [trained.write(s, 1, tmp_path).entries for s in trained.services] == first
     path = checkpoint(trained, tmp_path)
     assert contents(rig.Job(SPEC, shards=1).place(restore=str(path))) == before
+
+
+@pytest.mark.parametrize(("alone", "niceness"), [(True, 0), (False, TRAINING_NICENESS)])
+def test_who_trains_meanwhile_comes_first(trained, tmp_path, monkeypatch, alone, niceness):
+    found = []
+
+    def noted(*arguments, **named):
+        found.append((named["threads"] > 1, named["niceness"]))
+        return write_blocks(*arguments, **named)
+
+    monkeypatch.setattr("oarlock.ps.view.write_blocks", noted)
+    trained.write(0, 1, tmp_path, alone=alone)
+    assert found == [(alone, niceness)]
 
 
 def test_a_folder_that_cannot_be_written_is_named(trained, tmp_path):
