@@ -65,8 +65,6 @@ class Membership:
         self.minimum = 0
         # Adds to every heartbeat what only the work knows: a worker's splits and its clock.
         self.about: Callable[[HeartbeatRequest], None] = lambda request: None
-        # Called when a heartbeat tells that a cut is about to be made; more than once for one.
-        self.before_cut: Callable[[], object] = lambda: None
         # Set once the job wants its workers to leave, and once it is over.
         self.stopping = asyncio.Event()
         self.over = asyncio.Event()
@@ -189,8 +187,6 @@ class Membership:
         self.minimum = max(self.minimum, reply.minimum)
         self.committed = max(self.committed, reply.committed)
         self.gate.hear(reply.opened, reply.gate, reply.gate_seconds)
-        if reply.gate_seconds > 0:
-            self.before_cut()
         return reply
 
     async def _learn(self, generation: int) -> None:

@@ -6,8 +6,9 @@
 
 Invariant: READERS gets WRITER only from the holder of the mutex; a pull that meets it goes away and comes back. Nobody waits
 for one block while holding another, so there is no deadlock: a push holds one block at a time, and a pull that cannot enter
-the next block first finishes and leaves those it is in. Waiting is spinning, then yielding the processor; waits are as
-long as a run of keys in one block. Take and give back in the same thread or another: the words know no owner.
+the next block first finishes and leaves those it is in. Waiting is spinning, then yielding the processor, then sleeping; waits
+are as long as a run of keys in one block, unless its holder waits for a processor: it may be one that lets others come first,
+and who only yields would keep the processor from it. Take and give back in the same thread or another: the words know no owner.
 """
 
 import ctypes
@@ -30,6 +31,8 @@ LOCK_BYTES = 16
 
 WRITER = 1 << 62
 SPINS = 200  # tries before the processor is given to someone else
+YIELDS = 20  # tries after those before a nap
+NAP_MICROSECONDS = 50
 
 
 def _add(typing: Any, address: Any, value: Any) -> Any:
@@ -60,10 +63,22 @@ def _yield(typing: Any) -> Any:
     return types.void(), code
 
 
+def _sleep(typing: Any, microseconds: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = "usleep"
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [builder.trunc(arguments[0], ir.IntType(32))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
 # atomic_add(address, value) and swap_if(address, expected, value) return what was there before.
 atomic_add: Callable[[Any, Any], Any]
 swap_if: Callable[[Any, Any, Any], Any]
 yield_processor: Callable[[], None]
+sleep: Callable[[int], None]
 
 if numba.config.DISABLE_JIT:
     _guard = threading.Lock()
@@ -86,10 +101,25 @@ if numba.config.DISABLE_JIT:
     atomic_add = _plain_add
     swap_if = _plain_swap_if
     yield_processor = os.sched_yield
+
+    def _plain_sleep(microseconds: int) -> None:
+        threading.Event().wait(microseconds / 1e6)
+
+    sleep = _plain_sleep
 else:
     atomic_add = intrinsic(_add)
     swap_if = intrinsic(_swap_if)
     yield_processor = intrinsic(_yield)
+    sleep = intrinsic(_sleep)
+
+
+@jit
+def wait(tries: Int) -> None:
+    """Wait a little, the longer the more often it was in vain."""
+    if tries >= SPINS + YIELDS:
+        sleep(NAP_MICROSECONDS)
+    elif tries >= SPINS:
+        yield_processor()
 
 
 @jit
@@ -98,8 +128,7 @@ def enter_mutex(lock: Int) -> None:
     tries = 0
     while swap_if(lock + MUTEX, 0, 1) != 0:
         tries += 1
-        if tries >= SPINS:
-            yield_processor()
+        wait(tries)
 
 
 @jit
@@ -114,8 +143,7 @@ def shut(lock: Int) -> None:
     tries = 0
     while atomic_add(lock + READERS, 0) != WRITER:
         tries += 1
-        if tries >= SPINS:
-            yield_processor()
+        wait(tries)
 
 
 @jit
@@ -141,8 +169,7 @@ def enter(lock: Int) -> None:
     tries = 0
     while not try_enter(lock):
         tries += 1
-        if tries >= SPINS:
-            yield_processor()
+        wait(tries)
 
 
 @jit

@@ -36,15 +36,20 @@ class Recycled:
 
     def warm(self, size: int, total: int) -> None:
         """See to it that pieces of ``size`` bytes, ``total`` in all or what may be kept, are there and were touched before."""
+        while self.warm_one(size, total):
+            pass
+
+    def warm_one(self, size: int, total: int) -> bool:
+        """As ``warm``, one piece of it; return whether there was one to be warmed."""
         room = _rounded(size)
-        while True:
-            with self._lock:
-                have = len(self._free.get(room, ())) * room
-                if have >= total or self.kept + room > self._keep:
-                    return
-            pages = Pages(room, huge=True)
-            touch(pages.address, room)
-            self.take_back(pages)
+        with self._lock:
+            have = len(self._free.get(room, ())) * room
+            if have >= total or self.kept + room > self._keep:
+                return False
+        pages = Pages(room, huge=True)
+        touch(pages.address, room)
+        self.take_back(pages)
+        return True
 
     def take_back(self, pages: Pages) -> None:
         """Keep memory that nobody uses any more, or let it go."""

@@ -43,19 +43,25 @@ class _Memory:
             piece, self._segment = self._segment[:size], self._segment[size:]
             return piece
 
-    def warm(self, total: int) -> None:
-        self._recycled.warm(SEGMENT_BYTES, total // SEGMENT_BYTES * SEGMENT_BYTES)
+    def warm_one(self, total: int) -> bool:
+        return self._recycled.warm_one(SEGMENT_BYTES, total // SEGMENT_BYTES * SEGMENT_BYTES)
 
 
 _memory = _Memory()
 
 
-def make_ready(most: int) -> None:
-    """Have memory for the first pushes after a view began, which would else wait for the system to find it.
+def make_some_ready(most: int) -> bool:
+    """Have memory for the first pushes after a view began, which would else wait for the system to find it: one piece.
 
-    ``most``: bytes of all rows; no more than that is ever saved.
+    ``most``: bytes of all rows; no more than that is ever saved. Return whether there may be more to do.
     """
-    _memory.warm(min(most, READY_BYTES))
+    return _memory.warm_one(min(most, READY_BYTES))
+
+
+def make_ready(most: int) -> None:
+    """As ``make_some_ready``, all of it at once."""
+    while make_some_ready(most):
+        pass
 
 
 class Saved:

@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 
 from oarlock.client.membership import Membership
 from oarlock.client.telemetry import Telemetry
-from oarlock.embedding.saved import make_ready
+from oarlock.embedding.saved import make_some_ready
 from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
 from oarlock.ps.compacting import REST, Compacting
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # Between two slices of a sweep, and between two looks whether one is due.
 BUSY_SECONDS = 0.005
 IDLE_SECONDS = 0.1
+# Between two looks whether memory for the next cut is lacking.
+LOOK_SECONDS = 2.0
 
 
 async def run_shard(
@@ -51,13 +53,12 @@ async def run_shard(
     identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
     shard = service.configure(spec, identity, holds_lease=member.holds_lease)
     telemetry = telemetry or Telemetry()
-    loop = asyncio.get_running_loop()
-    member.before_cut = lambda: loop.run_in_executor(None, make_ready, sum(table.nbytes for table in shard.tables))
     with telemetry.of_member(member, shard_source(service, shard)):
         async with member.kept(telemetry.told(service.told)):
             beside = [
                 asyncio.ensure_future(_sweep(shard)),
                 asyncio.ensure_future(_compact(member, service.compacting, executor)),
+                asyncio.ensure_future(_make_ready(shard, executor)),
             ]
             try:
                 await member.over.wait()
@@ -86,3 +87,12 @@ async def _compact(member: Membership, compacting: Compacting, executor: Executo
             await loop.run_in_executor(executor, compacting.step)
             rest = max(BUSY_SECONDS, REST * (loop.time() - begun - compacting.waited))
         await asyncio.sleep(rest)
+
+
+async def _make_ready(shard: Shard, executor: Executor | None) -> None:
+    """Have memory ready for the next cut, a piece at a time, until cancelled: taken when it begins, it holds up pushes."""
+    loop = asyncio.get_running_loop()
+    while True:
+        most = sum(table.nbytes for table in shard.tables)
+        more = await loop.run_in_executor(executor, make_some_ready, most)
+        await asyncio.sleep(IDLE_SECONDS if more else LOOK_SECONDS)

@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 # That write a cut while nobody trains. Beside training one does: more cost more of its speed than they save time.
 ALONE_THREADS = 3
-# Of the one that does: what it can do later must not have pushes wait for a processor.
-TRAINING_NICENESS = 10
+# Of the one that does: as of those who compute (client/processors.py), so that both come after those who answer pushes.
+TRAINING_NICENESS = 5
 # Memory for pushes that is kept ready between two blocks.
 TRAINING_READY_BYTES = 32 << 20
 

@@ -24,7 +24,7 @@ class Coordinator:
         self.job = rig.Job(rig.spec_of())
         self.failing = []
         self.joins, self.beats, self.asked, self.left = [], [], 0, []
-        self.phase, self.generation, self.gate_seconds = "training", 0, 0.0
+        self.phase, self.generation = "training", 0
 
     def _maybe_fail(self):
         if self.failing:
@@ -46,7 +46,7 @@ class Coordinator:
     def heartbeat(self, request):
         self.beats.append((asyncio.get_running_loop().time(), request))
         self._maybe_fail()
-        return HeartbeatReply(phase=self.phase, generation=self.generation, step=12, gate_seconds=self.gate_seconds)
+        return HeartbeatReply(phase=self.phase, generation=self.generation, step=12)
 
     def placement(self, request):
         self.asked += 1
@@ -117,21 +117,6 @@ def test_a_heartbeat_renews_and_tells(coordinator, member):
     times = [t for t, _ in coordinator.beats]
     assert all(abs(b - a - 0.5) < 1e-6 for a, b in pairwise(times))
     assert json.loads(coordinator.beats[0][1].stats) == {"batches": 4}
-
-
-def test_a_cut_that_is_announced_is_told(coordinator, member):
-    told = []
-
-    async def body():
-        await member.join()
-        member.before_cut = lambda: told.append(member._clock())
-        await member.beat()
-        assert told == []
-        coordinator.gate_seconds = 0.4
-        await member.beat()
-        assert len(told) == 1
-
-    rig.run(body())
 
 
 def test_a_silent_coordinator_is_waited_for(coordinator, member):
