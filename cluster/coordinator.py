@@ -269,7 +269,8 @@ class Coordinator:
                 return
             leases = self.work.leased_to(member.incarnation)
             if member.incarnation in self.clocks.unheard:
-                self.work.vanished(self.spec.open_splits)
+                # It may have opened one before its turn.
+                self.work.vanished(self.spec.open_splits + 1)
             with self.store as store:
                 member.state, member.error = state, error
                 store.set_member(member.incarnation, member.record())

@@ -35,6 +35,12 @@ from oarlock.worker.splits import OpenSplit, read_split
 
 logger = logging.getLogger(__name__)
 
+# Another split is opened when the open ones have so many groups left, which last as long as a lease and the disk may take; but
+# not before the last part of one: who opens early takes from those who have nothing.
+LEAD_GROUPS, LEAD_PART = 8, 4
+# The coordinator hears of no more splits of one worker.
+MOST_OPEN_SPLITS = 64
+
 
 class Trainer:
     """Trains and evaluates what the coordinator leases to this worker, until the job needs no more."""
@@ -125,22 +131,30 @@ class Trainer:
 
     async def _lease_and_fetch(self, group: asyncio.TaskGroup) -> None:
         active: list[OpenSplit] = []
+        # Opened before their turn, so that nobody waits for a lease and for the disk when a split comes to its end.
+        ahead: list[OpenSplit] = []
+        opening: asyncio.Task[tuple[LeaseReply, list[OpenSplit]]] | None = None
         clock = asyncio.get_running_loop().time
         ask_at = clock()
         while not self._member.stopping.is_set():
+            while ahead and len(active) < self._spec.open_splits:
+                active.append(ahead.pop(0))
             # With work at hand, a coordinator that has no more is not asked again before every batch.
-            if len(active) < self._spec.open_splits and (not active or clock() >= ask_at):
-                reply = await self._lease(self._spec.open_splits - len(active))
-                ask_at = clock() + reply.retry_seconds
-                if reply.work == TRAIN:
-                    ask_at = clock()
-                    active.extend(await self._open_splits(reply))
-                elif reply.work == EVALUATE:
+            if opening is None and not ahead and (not active or clock() >= ask_at):
+                wanted = self._wanted(active)
+                opening = group.create_task(self._lease_and_open(wanted)) if wanted else None
+            if opening is not None and (opening.done() or not active):
+                reply, opened = await opening
+                opening = None
+                ask_at = clock() + (0.0 if reply.work == TRAIN else reply.retry_seconds)
+                ahead.extend(opened)
+                if reply.work == EVALUATE:
                     await self._evaluate(reply)
                 elif reply.work == FINISHED and not active:
                     break
-                elif not active:
+                elif reply.work != TRAIN and not active:
                     await self._pause(reply.retry_seconds)
+                continue
             if active:
                 # The first one's next group; it then goes to the end of the line.
                 split = active.pop(0)
@@ -148,6 +162,18 @@ class Trainer:
                 if split.scheduled < split.groups:
                     active.append(split)
         await self._pipeline.end()
+
+    def _wanted(self, active: list[OpenSplit]) -> int:
+        """Return how many splits to ask for: those that lack now, or one of those that soon will."""
+        lack = self._spec.open_splits - len(active)
+        left = sum(split.groups - split.scheduled for split in active)
+        most = max((split.groups for split in active), default=0)
+        soon = left <= min(LEAD_GROUPS, most // LEAD_PART) and self._spec.open_splits < MOST_OPEN_SPLITS
+        return max(lack, int(soon))
+
+    async def _lease_and_open(self, wanted: int) -> tuple[LeaseReply, list[OpenSplit]]:
+        reply = await self._lease(wanted)
+        return reply, await self._open_splits(reply) if reply.work == TRAIN else []
 
     async def _lease(self, wanted: int) -> LeaseReply:
         with self.progress.stages.time("lease"):
