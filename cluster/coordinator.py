@@ -269,8 +269,8 @@ class Coordinator:
                 return
             leases = self.work.leased_to(member.incarnation)
             if member.incarnation in self.clocks.unheard:
-                # It may have opened one before its turn.
-                self.work.vanished(self.spec.open_splits + 1)
+                # One that it opened before its turn has kept nothing yet.
+                self.work.vanished(self.spec.open_splits)
             with self.store as store:
                 member.state, member.error = state, error
                 store.set_member(member.incarnation, member.record())
