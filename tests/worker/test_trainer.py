@@ -160,26 +160,6 @@ def test_pushes_in_flight_are_bounded_for_splits_of_one_batch(make_job: Make) ->
     job.check_counted_once()
 
 
-def test_nobody_waits_for_the_next_split_at_the_end_of_one(make_job: Make) -> None:
-    job = make_job(workers=1, epochs=1, open_splits=1, prefetch=1, rows=600, rows_per_split=200, group_rows=200)
-    pushes: list[tuple[float, int]] = []
-
-    async def slow(method: str, request: Any) -> None:
-        if method == "Coordinator.Lease" and request.held:
-            # Longer than one group takes, and shorter than those take that are left when it is asked.
-            await asyncio.sleep(1.5)
-        if method == "Shard.Push":
-            pushes.append((asyncio.get_running_loop().time(), request.split))
-            await asyncio.sleep(0.4)
-
-    job.wire.bend = slow
-    job.run(lambda job: job.to_the_end())
-    job.check_counted_once()
-    assert np.diff([time for time, _ in pushes]).max() < 0.5, "the next split's first push follows as any other does"
-    splits = [split for _, split in pushes]
-    assert splits == sorted(splits), "what is opened ahead waits for its turn"
-
-
 def test_a_coordinator_without_more_work_is_not_asked_before_every_batch(make_job: Make) -> None:
     job = make_job(rows=300, group_rows=150, rows_per_split=150, batch_rows=3, epochs=1, open_splits=3)
     job.wire.seconds = 0.0
