@@ -61,6 +61,7 @@ class Cuts:
         self._holds = self.ends_job = False
         # Nobody had work when it was begun, nor waits for it.
         self.idle = False
+        # When the newest one was begun, and how many steps the job had made.
         self._since_seconds = coordinator.clock()
         self._since_steps = 0
 
@@ -72,6 +73,9 @@ class Cuts:
         self.checkpoints = store.fact("checkpoints", [])
         self.best = store.fact("best_cut", 0)
         self._since_seconds = self._c.clock()
+        # A file of before it was recorded tells it where there was no cut; else what was done until now counts as saved.
+        done = store.fact("counted", {}).get("steps", 0)
+        self._since_steps = store.fact("cut_steps", done if self.last else 0)
 
     def go_back(self, store: Store, manifest: Manifest, path: str) -> None:
         """Begin a new run from ``manifest``: no cut of it is there yet."""
@@ -79,8 +83,11 @@ class Cuts:
         self.begun = self.committed = self._failures = 0
         if path not in [known["path"] for known in self.checkpoints]:
             self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
+        # Those of the cut that it comes from, by now.
+        self._since_seconds, self._since_steps = self._c.clock(), self._c.work.steps
         for name, value in (("cut", self.last), ("begun", 0), ("committed", 0), ("checkpoints", self.checkpoints)):
             store.set_fact(name, value)
+        store.set_fact("cut_steps", self._since_steps)
 
     def due(self) -> bool:
         """Whether a cut is to be made now."""
@@ -130,6 +137,7 @@ class Cuts:
                 self.last = self.begun = gate.cut
                 store.set_fact("cut", self.last)
                 store.set_fact("begun", self.begun)
+                store.set_fact("cut_steps", c.work.steps)
             self.wanted = False
             self._since_seconds, self._since_steps = now, c.work.steps
             self._holds = c.phase == WRITING
