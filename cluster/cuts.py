@@ -13,6 +13,7 @@ earlier life had begun is adopted if its manifest is whole, else given up. The c
 import logging
 from typing import TYPE_CHECKING, Any
 
+from oarlock.checkpoint.line import Restore, line_of
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.job import DONE, OVER, STOPPED, STOPPING, TRAINING, WRITING
 from oarlock.cluster.gate import Gate
@@ -81,6 +82,8 @@ class Cuts:
         """Begin a new run from ``manifest``: no cut of it is there yet."""
         self.last = self.opened = max(self.last, manifest.cut)
         self.begun = self.committed = self._failures = 0
+        self.best = self._best_after(Restore(manifest.cut, self.last)) if manifest.job == self._c.spec.job else 0
+        store.set_fact("best_cut", self.best)
         if path not in [known["path"] for known in self.checkpoints]:
             self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
         # Those of the cut that it comes from, by now.
@@ -88,6 +91,11 @@ class Cuts:
         for name, value in (("cut", self.last), ("begun", 0), ("committed", 0), ("checkpoints", self.checkpoints)):
             store.set_fact(name, value)
         store.set_fact("cut_steps", self._since_steps)
+
+    def _best_after(self, restore: Restore) -> int:
+        """Return the one that is kept as the best, if it is of the line that this restore begins, else 0."""
+        kept = [self.best] if self.best and self._c.spec.checkpoint_keep_best else []
+        return max(line_of(kept, [*self._c.events.restores, restore]), default=0)
 
     def due(self) -> bool:
         """Whether a cut is to be made now."""

@@ -2,6 +2,7 @@
 """What is known of cuts after a restart of the coordinator, and after a restore."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,3 +76,42 @@ def test_a_restore_counts_steps_from_the_cut_that_it_goes_back_to(by_steps: Any)
         by_steps.kill()
         by_steps.start()
         by_steps.coordinator.begin_run(saved, "/cut-000001")
+
+
+@pytest.mark.parametrize(
+    ("backs", "kept", "told"),
+    [
+        # From which cut, made after which number; the best one before the last of them, and after.
+        ([(2, 4)], 2, 2),
+        ([(2, 4)], 1, 1),
+        ([(2, 4)], 3, 0),
+        # 3 and 4 are abandoned with the first, and 4 is the line again with the third: 1 2 5 6, not 1 2 3 4 7.
+        ([(2, 4), (4, 6), (6, 7)], 4, 0),
+        ([(2, 4), (4, 6), (6, 7)], 5, 5),
+        ([(2, 4), (4, 6), (6, 7)], 7, 0),
+    ],
+)
+def test_the_best_cut_that_is_told_after_a_restore_is_of_its_line(
+    make_cluster: Make, backs: list[tuple[int, int]], kept: int, told: int
+) -> None:
+    cluster = make_cluster(checkpoint_keep_best=1)
+    c = cluster.coordinator
+    for cut, last in backs:
+        c.cuts.last, c.cuts.best = last, kept
+        c.begin_run(cluster.manifest(cut), f"/cut-{cut:06d}")
+    assert cluster.status()["cut"].get("best", 0) == told
+    cluster.restart()
+    assert cluster.coordinator.cuts.best == told
+
+
+def test_no_cut_is_told_as_the_best_of_another_job_or_where_none_is_kept(make_cluster: Make) -> None:
+    for changes, job, told in (
+        ({"checkpoint_keep_best": 1}, "f" * 32, 0),
+        ({}, "", 0),
+        ({"checkpoint_keep_best": 1}, "", 2),
+    ):
+        cluster = make_cluster(**changes)
+        cluster.coordinator.cuts.best = cluster.coordinator.cuts.last = 2
+        manifest = cluster.manifest(4)
+        cluster.coordinator.begin_run(replace(manifest, job=job or manifest.job), "/cut-000004")
+        assert cluster.coordinator.cuts.best == told
