@@ -6,12 +6,13 @@ refused by its name; credentials come from the environment or from the files whe
 A place has the checkpoints of one job. Pure, but for ``open`` and ``check_owner``, which any thread may call.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from oarlock.checkpoint.store import CheckpointStore, is_url, open_store
 from oarlock.proto.errors import InvalidArgument
@@ -75,6 +76,32 @@ def refuse_secret(path: str, name: str) -> None:
         if parts.password is not None or parts.query or parts.fragment:
             shown = f"{parts.scheme}://{parts.hostname or ''}..."
             raise InvalidArgument(f"{name} = {shown!r} has a password or a query: {_ADVICE}")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Return whether two paths or URLs mean one folder, however they are written."""
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: str) -> tuple[str, ...]:
+    if not is_url(path):
+        return "", os.path.realpath(path)
+    parts = urlsplit(path)
+    if parts.scheme == "file":
+        return "", os.path.realpath(unquote(parts.path))
+    # It is loaded where it is used, as by the store.
+    import fsspec
+
+    try:
+        system = fsspec.get_filesystem_class(parts.scheme)
+        stripped, options = str(system._strip_protocol(path)), system._get_kwargs_from_urls(path)
+    except (ImportError, ValueError, OSError):
+        # Nothing there can be opened from here either.
+        return path.rstrip("/"), ""
+    if issubclass(system, fsspec.get_filesystem_class("file")):
+        return "", os.path.realpath(stripped)
+    # Of some file systems the path alone does not say of which host it is.
+    return system.__qualname__, stripped.rstrip("/"), repr(sorted(options.items()))
 
 
 class Job(Protocol):

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from oarlock.checkpoint.cuts import split_cut
-from oarlock.checkpoint.place import refuse_secret
+from oarlock.checkpoint.place import refuse_secret, same_place
 from oarlock.client.job import OVER, TRAINING, WRITING
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.store import Store
@@ -142,7 +142,7 @@ class Rollbacks:
         """Return the cuts of the store ``root`` that must stay for it."""
         orders = [order for order in (self.wanted, self.decided) if order is not None]
         found = [split_cut(order["path"]) for order in orders]
-        return [cut for place, cut in found if cut is not None and place.rstrip("/") == root.rstrip("/")]
+        return [cut for place, cut in found if cut is not None and same_place(place, root)]
 
     def told(self) -> dict[str, Any]:
         """Return what people ask: what is under way, and what failed last."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from oarlock.checkpoint.place import Place, check_owner
+from oarlock.checkpoint.place import Place, check_owner, same_place
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -93,3 +93,46 @@ def test_a_place_has_the_checkpoints_of_one_job(tmp_path: Path, quick: Any, writ
         InvalidArgument, match=f"checkpoints of another job \\({job}\\): every job needs a checkpoint_path"
     ):
         check_owner(store, "f" * 32)
+
+
+def test_a_folder_is_the_same_place_however_it_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    ways = [
+        str(folder),
+        f"{folder}/",
+        f"{tmp_path}//with space",
+        f"{tmp_path}/link",
+        f"{tmp_path}/elsewhere/link/",
+        f"{tmp_path}/link/../with space",
+        f"file://{tmp_path}/with%20space",
+        f"file://localhost{tmp_path}/link/",
+        f"local://{folder}",
+    ]
+    assert [way for way in ways if not same_place(way, str(folder))] == []
+    assert [way for way in ways if not same_place(str(folder), way)] == []
+    for other in (str(tmp_path), f"{folder}/below", f"{folder}2", "memory:///with space"):
+        assert not any(same_place(way, other) for way in ways), other
+
+
+def test_a_url_is_the_same_place_as_its_file_system_says() -> None:
+    for one, other, same in (
+        ("memory://jobs/first", "memory:///jobs/first/", True),
+        ("memory://jobs/first", "memory://jobs/second", False),
+        ("memory://jobs/first", "/jobs/first", False),
+        ("hdfs://one:8020/jobs", "hdfs://one:8020/jobs/", True),
+        ("hdfs://one:8020/jobs", "hdfs://two:8020/jobs", False),
+        ("nosuch://bucket/first/", "nosuch://bucket/first", True),
+        ("nosuch://bucket/first", "nosuch://bucket/second", False),
+        ("nosuch://bucket/first", "memory://bucket/first", False),
+    ):
+        assert same_place(one, other) is same_place(other, one) is same, (one, other)
+
+
+def test_objects_whose_names_differ_are_elsewhere() -> None:
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    assert same_place("s3://bucket/first/", "s3a://bucket/first")
+    assert not same_place("s3://bucket//first", "s3://bucket/first")
+    assert not same_place("s3://bucket/first", "s3://other/first")

@@ -284,6 +284,14 @@ def test_the_cut_that_it_goes_back_to_stays_meanwhile(training: Any) -> None:
     assert c.rollbacks.pinned("/elsewhere") == []
 
 
+def test_the_cut_that_it_goes_back_to_stays_however_its_folder_is_written(training: Any, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    ask(training, path=f"file://{tmp_path}//link@4")
+    assert training.coordinator.rollbacks.pinned(f"{tmp_path}/real/") == [4]
+    assert training.coordinator.rollbacks.pinned(str(tmp_path)) == []
+
+
 def test_a_job_that_goes_back_as_a_whole_forgets_it(training: Any) -> None:
     ask(training)
     c = training.coordinator
