@@ -34,6 +34,7 @@ from oarlock.cluster.live_digest import digest_now
 from oarlock.cluster.moment import Moment, moment_of
 from oarlock.cluster.ranks import cut_step, hold_still
 from oarlock.cluster.rollback import roll_back
+from oarlock.cluster.together import all_done
 from oarlock.data.scores import merit
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.errors import CorruptCheckpoint, PSError, Unavailable
@@ -231,7 +232,7 @@ class Cutting:
             request = CutRequest(cut=cut, workers=workers, committed=known, commits=commits, at=at)
             await self._ordered(shard, "Cut", request, seconds, part_of_wait)
 
-        await _all([one(shard) for shard in self._owners()])
+        await all_done(map(one, self._owners()))
 
     async def _written(self, cut: int) -> list[BlockEntry]:
         """Have every owner write its view; return the entries of all blocks."""
@@ -246,7 +247,7 @@ class Cutting:
                 self._c.warn(told)
             return [BlockEntry(**e) for e in json.loads(reply.entries)]
 
-        return [entry for part in await _all([one(shard) for shard in self._owners()]) for entry in part]
+        return [entry for part in await all_done(map(one, self._owners())) for entry in part]
 
     def _owners(self) -> list[ShardAddress]:
         return list(self._c.shards.values())
@@ -304,12 +305,3 @@ class Cutting:
             store.discard_incomplete(below=cut)
         except OSError as error:
             c.warn(f"old checkpoints in {self._root} could not be deleted: {error}")
-
-
-async def _all(asking: list[Awaitable[Any]]) -> list[Any]:
-    """Return all results; the first error is raised once all are done."""
-    results = await asyncio.gather(*asking, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results

@@ -5,13 +5,13 @@ Invariant: as a cut, so under sync all blocks are at one step, and in other mode
 what a cut excepts. Nothing is on disk but the number, which is used up. Training goes on while shards add up. One event loop.
 """
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.moment import Moment
+from oarlock.cluster.together import all_done
 from oarlock.proto.errors import Malformed, PSError, Unavailable
 from oarlock.proto.shard_pb2 import DigestRequest
 
@@ -62,12 +62,10 @@ async def digest_now(
 
 
 async def _added(c: "Coordinator", cut: int, ordered: Ordered) -> tuple[int, int]:
-    asking = [ordered(s, "Digest", DigestRequest(cut=cut), READ_SECONDS) for s in c.shards.values()]
-    results = await asyncio.gather(*asking, return_exceptions=True)
+    shards = list(c.shards.values())
+    replies = await all_done(ordered(s, "Digest", DigestRequest(cut=cut), READ_SECONDS) for s in shards)
     total = rows = 0
-    for shard, reply in zip(c.shards.values(), results, strict=True):
-        if isinstance(reply, BaseException):
-            raise reply
+    for shard, reply in zip(shards, replies, strict=True):
         if reply.torn:
             raise Unavailable(f"a worker pushed to shard {shard.id} without waiting for its gate to open: ask again")
         if len(reply.digest) != DIGEST_BYTES:

@@ -10,7 +10,6 @@ Invariant: a rank that nobody hosts is free for whoever asks. Two hosts of one r
 work done once, not of results: a report of a split that is true is taken from anybody. The coordinator's lock covers it.
 """
 
-import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oarlock.client.job import TRAINING, JobSpec
+from oarlock.cluster.together import all_done
 from oarlock.cluster.work import MAX_FAILURES, Grant, Work
 from oarlock.data.files import files_from_json
 from oarlock.data.ranks import RankPlan
@@ -190,8 +190,9 @@ async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitabl
     """
     steps, samples = np.zeros(c.spec.ranks, np.uint64), np.zeros(c.spec.ranks, np.uint64)
     proven = 0
-    asking = [ordered(s, "Ranks", RanksRequest(hold=cut), c.spec.gate_seconds) for s in c.shards.values()]
-    for reply in await asyncio.gather(*asking):
+    shards = list(c.shards.values())
+    # One that fails late holds a shard still for a cut that is given up already.
+    for reply in await all_done(ordered(s, "Ranks", RanksRequest(hold=cut), c.spec.gate_seconds) for s in shards):
         told = unpack(reply.commits.steps, np.uint64, "commits of ranks")
         of_samples = unpack(reply.commits.samples, np.uint64, "samples of ranks")
         newer = told > steps

@@ -14,7 +14,6 @@ group of a split whose worker is gone, or opened its gate by itself. No cut is m
 lock covers the state; one event loop carries it out.
 """
 
-import asyncio
 import difflib
 import logging
 import re
@@ -26,6 +25,7 @@ from oarlock.checkpoint.place import refuse_secret, same_place
 from oarlock.client.job import OVER, TRAINING, WRITING
 from oarlock.cluster.gate import Gate
 from oarlock.cluster.store import Store
+from oarlock.cluster.together import all_done
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplaceRequest
 
@@ -165,11 +165,7 @@ async def roll_back(c: "Coordinator", ordered: Ordered, gathered: Callable[[Gate
             reply = await ordered(shard, "Replace", request, READ_SECONDS)
             return int(reply.rows)
 
-        results = await asyncio.gather(*map(one, c.shards.values()), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return sum(result for result in results if isinstance(result, int))
+        return sum(await all_done(map(one, c.shards.values())))
 
     gate: Gate | None = None
     try:
