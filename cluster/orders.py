@@ -41,7 +41,7 @@ class Orders:
         self._told_generation = 0
         self._told_floor = 0
         self._tell_again = 0.0
-        # (order, "done" or "failed"), of this process.
+        # (order, "done" or "failed"), of this process; one that comes before its time is neither.
         self.counts: Counter[tuple[str, str]] = Counter()
         self.stages = Stages()
         self.cutting = Cutting(coordinator, checkpoints, self._send, self._header, self.stages, executor)
@@ -61,8 +61,10 @@ class Orders:
         try:
             with self.stages.time(order.lower(), shard=shard.id):
                 reply = await self._transport.call(shard.address, f"Shard.{order}", request, timeout_seconds=seconds)
-        except PSError:
-            self.counts[order.lower(), "failed"] += 1
+        except PSError as error:
+            # What only has to be waited for did not fail: it is asked again and again.
+            if not error.details.get("not_yet"):
+                self.counts[order.lower(), "failed"] += 1
             raise
         self.counts[order.lower(), "done"] += 1
         return reply

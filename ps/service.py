@@ -191,7 +191,8 @@ class ShardService:
                 staged = shard.staged
                 if staged is not None and not staged.level(request.cut, request.commits, request.at):
                     raise Unavailable(
-                        f"the blocks here are at step {staged.range()[0]}, the cut is of step {request.at}"
+                        f"the blocks here are at step {staged.range()[0]}, the cut is of step {request.at}",
+                        not_yet=True,
                     )
                 shard.cuts.begin(request.cut, request.workers)
                 self._views.begin(request.cut, request.committed)

@@ -57,7 +57,7 @@ _COORDINATOR = _metrics(
     (
         "orders_total order result",
         "counter",
-        "Orders to shards (adopt, close, write): done, and failed (sent again, if a later one can do better).",
+        "Orders to shards (adopt, close, write): done, and failed (sent again, if that can do better; too early is neither).",
     ),
     ("checkpoints_total result", "counter", "Checkpoints of this process: committed, and failed."),
     ("warnings", "gauge", "What went wrong without ending the job; `oarlock status` shows the words."),

@@ -215,3 +215,23 @@ def test_a_state_that_cannot_be_written_ends_the_loop_with_its_words(
 
     with pytest.raises(Unavailable, match="the disk is full"):
         run(quick, shards, tmp_path, during)
+
+
+def test_an_order_that_came_too_early_is_given_again_and_has_not_failed(
+    quick: Any, shards: Shards, tmp_path: Path
+) -> None:
+    early = Unavailable("the blocks here are at step 0, the cut is of step 1", not_yet=True)
+    answers = {"a:1": [early] * 3, "a:2": [early, Unavailable("no answer")]}
+
+    def cut(address: str, request: Any) -> Any:
+        if answers[address]:
+            raise answers[address].pop()
+        return WriteReply()
+
+    shards.say["Shard.Cut"] = cut
+    quick.adopt()
+    quick.coordinator.cuts.wanted = True
+    orders = Orders(quick.coordinator, shards, tmp_path)
+    asyncio.run(orders.cutting.step())
+    assert [method for method, _ in shards.log].count("Shard.Cut") == 4 + 3
+    assert {result: n for (order, result), n in orders.counts.items() if order == "cut"} == {"done": 2, "failed": 1}

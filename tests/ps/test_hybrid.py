@@ -146,8 +146,9 @@ def test_a_view_begins_after_the_step_of_the_cut_and_nobody_goes_on_before_it_is
     # It holds still until it is told the step.
     assert pull(job, 1, 1).waits
     assert np.array_equal(job.dense(), np.zeros(14))
-    with pytest.raises(Unavailable, match="the blocks here are at step 0, the cut is of step 1"):
+    with pytest.raises(Unavailable, match="the blocks here are at step 0, the cut is of step 1") as early:
         begin(job, 4, 1, commits)
+    assert early.value.details["not_yet"], "no failure of the order"
     reply = pull(job, 1, 1)
     assert (reply.waits, reply.lowest, reply.highest) == (True, 1, 1)
     begin(job, 4, 1, commits)
