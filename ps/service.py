@@ -7,7 +7,8 @@ workers: the rows would be old, and somebody else may own them. Called from many
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -79,7 +80,8 @@ class ShardService:
         self._place = Place()
         self.compacting = Compacting(links=compact_links)
         self._replacing: Replacing
-        self._writing = Lock()
+        # The cut whose view is being read, by one thread; 0: none.
+        self._reading, self._read = Lock(), 0
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
         self.pull_seconds = Histogram()
@@ -218,9 +220,28 @@ class ShardService:
             self._begun(shard, view)
         if view.torn:
             return WriteReply(torn=True)
-        with self._writing:
+        with self._alone(view):
             entries = self._views.write(view, root, alone=request.alone)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
+
+    @contextmanager
+    def _alone(self, view: View) -> Iterator[None]:
+        """Have a view be read by nobody else; Unavailable while another one is, or this one.
+
+        Nobody waits for that here: in a store that hangs it may be for good, and each such order would keep a thread.
+        """
+        with self._reading:
+            busy, self._read = self._read, self._read or view.number
+        if busy:
+            raise Unavailable(
+                f"cut {busy} is still under way here: if that lasts, see whether its store answers",
+                cut=busy,
+                not_yet=True,
+            )
+        try:
+            yield
+        finally:
+            self._read = 0
 
     def _begun(self, shard: Shard, view: View) -> None:
         """Take note that all views have begun, and what the cut says of its job is taken. The push lock is held."""
@@ -236,7 +257,7 @@ class ShardService:
             self._begun(shard, view)
         if view.torn:
             return DigestReply(torn=True)
-        with self._writing:
+        with self._alone(view):
             if view.digested is None:
                 view.digested = view.digest()
             value, rows = view.digested

@@ -2,6 +2,8 @@
 """A shard's side of a cut: its view is of one instant, and pushes of before it are told from those of after."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import rig
 
 from oarlock.checkpoint.manifest import BlockEntry
 from oarlock.checkpoint.store import LocalStore
-from oarlock.proto.errors import InvalidArgument, LeaseLost
-from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, WriteRequest
+from oarlock.proto.errors import InvalidArgument, LeaseLost, PSError, Unavailable
+from oarlock.proto.shard_pb2 import AbortRequest, CutRequest, DigestRequest, WriteRequest
 from oarlock.ps.cuts import Cuts
 
 STOOD, OTHER = 7, 9
@@ -122,6 +124,60 @@ def test_an_order_that_is_repeated_does_not_begin_a_new_view(job, tmp_path):
     push(job, 0, 0, cut=1)
     begin(job, 1)
     assert written(tmp_path, write(job, 1, tmp_path), 1) == before
+
+
+class Hanging:
+    """A store whose next write hangs until it is ``back``, and then does as it is told: writes, or fails."""
+
+    def __init__(self, monkeypatch, fails):
+        self.hangs, self.back, self._fails = Event(), Event(), fails
+        self._write = LocalStore.write_block
+        monkeypatch.setattr(LocalStore, "write_block", lambda *given, **more: self._written(*given, **more))
+
+    def _written(self, *given, **more):
+        if not self.hangs.is_set():
+            self.hangs.set()
+            assert self.back.wait(60)
+            if self._fails:
+                raise OSError(5, "Input/output error")
+        return self._write(*given, **more)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_store_that_hangs_keeps_one_thread_and_what_comes_later_is_refused_at_once(
+    job, tmp_path, monkeypatch, fails, aborted
+):
+    """The next cut is begun as ever, so training goes on; its order is given again, and done once the store is back."""
+    store = Hanging(monkeypatch, fails)
+    push(job, 0, 0)
+    begin(job, 1)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(write, job, 1, tmp_path)
+            assert store.hangs.wait(60)
+            if aborted:
+                job.services[0].abort(AbortRequest(header=job.header(0), cut=1))
+            else:
+                with pytest.raises(Unavailable, match="cut 1 is still under way here"):
+                    write(job, 1, tmp_path)
+            push(job, 1, 0, cut=1)
+            begin(job, 2)
+            before = by_key(rig.state(job))
+            for order in (
+                lambda: write(job, 2, tmp_path),
+                lambda: job.services[0].digest(DigestRequest(header=job.header(0), cut=2)),
+            ):
+                with pytest.raises(Unavailable, match="cut 1 is still under way here: if that lasts") as refused:
+                    order()
+                assert refused.value.details == {"cut": 1, "not_yet": True}
+            push(job, 0, 1, cut=2)
+        finally:
+            store.back.set()
+        # Its view was let go: whatever comes of it is of a cut that was given up.
+        assert first.exception() is None or isinstance(first.exception(), PSError)
+        assert written(tmp_path, write(job, 2, tmp_path), 2) == before
 
 
 @pytest.mark.parametrize("number", [0, 4])
