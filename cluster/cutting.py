@@ -98,10 +98,16 @@ class Cutting:
             await digest_now(c, self._ordered, self._gathered, self._begun, self._abort)
             return
         with c.lock:
+            due = c.cuts.due()
+        if not due:
+            return
+        # Before the gate stands: a store that hangs holds up nobody who trains.
+        wrong = await self._look_for_owner()
+        with c.lock:
             gate = c.cuts.begin() if c.cuts.due() else None
         if gate is not None:
             with self._stages.time("checkpoint", cut=gate.cut):
-                await self._make(gate)
+                await self._make(gate, wrong)
 
     def _store(self) -> CheckpointStore:
         return self._place.store(self._root)
@@ -128,13 +134,23 @@ class Cutting:
             return
         self._committed(manifest)
 
-    async def _make(self, gate: Gate) -> None:
+    async def _look_for_owner(self) -> PSError | OSError | None:
+        """Return why no cut may be written, if something is in the way."""
+        try:
+            await self._run(self._check_owner)
+        except (PSError, OSError) as error:
+            return error
+        return None
+
+    async def _make(self, gate: Gate, wrong: PSError | OSError | None = None) -> None:
+        """Make a cut, or give it up; ``wrong``: why nothing may be written."""
         c = self._c
         # Whether something may have been written, and whether its manifest may be there: the answer to a put that failed says
         # nothing of what comes of it.
         begun = put = False
         try:
-            await self._run(self._check_owner)
+            if wrong is not None:
+                raise wrong
             begun = True
             await self._gathered(gate)
             moment = await self._begun(gate)

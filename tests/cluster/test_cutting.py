@@ -4,6 +4,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -110,3 +111,41 @@ def test_shards_are_told_whether_somebody_trains(training: Any, tmp_path: Path, 
     gate.shuts = c.clock()
     asyncio.run(Orders(c, shards, tmp_path).cutting._make(gate))
     assert set(shards.alone) == {not busy}
+
+
+def test_a_store_that_hangs_before_a_cut_holds_up_nobody(
+    training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose the place is, is asked before the gate stands; the cut is begun once there is an answer."""
+    c = training.coordinator
+    back = Event()
+
+    def hangs(*_: Any) -> None:
+        assert back.wait(60)
+
+    monkeypatch.setattr("oarlock.cluster.cutting.check_owner", hangs)
+    c.cuts.wanted = True
+    shards = Answering()
+
+    async def body() -> None:
+        cutting = Orders(c, shards, tmp_path).cutting
+        hanging = asyncio.Event()
+        run = cutting._run
+
+        async def noted(*given: Any) -> Any:
+            hanging.set()
+            return await run(*given)
+
+        monkeypatch.setattr(cutting, "_run", noted)
+        making = asyncio.ensure_future(cutting.step())
+        try:
+            await hanging.wait()
+            assert (c.cuts.gate, c.cuts.last, c.cuts.withholds, shards.log) == (None, 0, False, [])
+        finally:
+            back.set()
+        await making
+
+    for member in c.members.alive("worker"):
+        training.heartbeat(member.incarnation)
+    asyncio.run(body())
+    assert (c.cuts.last, {number for _, number in shards.log}) == (1, {1})

@@ -356,7 +356,7 @@ def test_a_stop_waits_for_an_evaluation_that_is_merged(merging: Any) -> None:
         c.member_gone(c.members.all[worker], "left")
     orders = Orders(c, None, merging.path.parent / "checkpoints")
     cuts = []
-    orders.cutting._make = lambda gate: cuts.append(len(c.work.history)) or asyncio.sleep(0)
+    orders.cutting._make = lambda gate, wrong: cuts.append(len(c.work.history)) or asyncio.sleep(0)
     asyncio.run(orders.cutting.step())
     assert cuts == []
     merging.gate.go.set()
