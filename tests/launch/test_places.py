@@ -4,10 +4,11 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec.asyn
 import pytest
 
 from oarlock.checkpoint.block_file import encode
@@ -38,8 +39,16 @@ class S3:
         return {path.removeprefix(f"{prefix}/"): client.cat_file(path) for path in client.find(prefix)}
 
 
+@pytest.fixture(scope="session")
+def threads_of_fsspec() -> None:
+    """Start those in which it waits for networks and looks up names, before anything is counted; they last as the process."""
+    loop, names = fsspec.asyn.get_loop(), ThreadPoolExecutor(1)
+    names.submit(int).result()
+    loop.call_soon_threadsafe(loop.set_default_executor, names)
+
+
 @pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
+def s3(threads_of_fsspec: None) -> Iterator[S3]:
     pytest.importorskip("s3fs", reason="s3fs is not installed: the S3 part of this test has NOT RUN")
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
