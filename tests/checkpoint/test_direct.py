@@ -96,6 +96,40 @@ def test_other_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         files.write_file("cut-000001/b", RANDOM)
 
 
+def test_what_is_refused_by_either_way_is_told_once_both_were_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file system: it is as if it knew a direct way."""
+    ways: list[bool] = []
+    tried: list[bool] = []
+
+    class Refusing(Calls):
+        def sync(self, descriptor: int) -> None:
+            pass
+
+        def bypass(self, descriptor: int, on: bool) -> bool:
+            ways.append(on)
+            return on
+
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return refuse()
+
+    def refuse(*_: object) -> int:
+        tried.append(ways[-1])
+        assert len(tried) < 10, "it is tried for ever"
+        raise OSError(errno.EINVAL, "no such file")
+
+    LocalFiles(tmp_path, calls=Watched()).write_file("cut-000001/a", RANDOM)
+    files = LocalFiles(tmp_path, calls=Refusing())
+    with pytest.raises(OSError, match="no such file"):
+        files.write_file("cut-000001/b", RANDOM)
+    assert tried == [True, False]
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(OSError, match="no such file"):
+        files.read_file("cut-000001/a")
+    assert tried == [True, False] * 2
+
+
 def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     files = LocalFiles(tmp_path, calls=Watched())
     files.write_file("cut-000001/a", RANDOM)
