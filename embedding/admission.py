@@ -51,7 +51,8 @@ _UNIT = 2.0**-53
 class Rules(NamedTuple):
     """What a push must know of a table's policies.
 
-    ``limit``: bits of the least gradient value that is refused. ``heated``: the table spills, so uses are counted.
+    ``limit``: bits of the least gradient value that is refused. ``heated``: the table spills, so uses are counted. ``most``:
+    rows that a block may have before some must go, 0: any number.
     """
 
     kind: int
@@ -61,6 +62,7 @@ class Rules(NamedTuple):
     click: float
     limit: np.uint32
     heated: bool
+    most: int
 
 
 @jit

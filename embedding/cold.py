@@ -215,13 +215,16 @@ class ColdRows:
             spill_entries(descriptor, self._shape, entries, records)
         words[SPILLED_ROWS] += found
 
-    def bring_back(self, block: int, keys: Keys) -> None:
-        """Take those of keys: uint64[n] that are in the file back into memory."""
+    def bring_back(self, block: int, keys: Keys, *, hot: bool = True) -> None:
+        """Take those of keys: uint64[n] that are in the file back into memory.
+
+        ``hot``: as rows just asked for, and others go in their place; else as ``bring_back_range`` does.
+        """
         store = self._store
         entries, records = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
         found = find_spilled(store.base + block * DESCRIPTOR_BYTES, store.salt, keys, entries, records)
         entries, first = np.unique(entries[:found], return_index=True)  # a push may name a key twice
-        self._bring_back(block, entries, records[first], hot=True)
+        self._bring_back(block, entries, records[first], hot=hot)
 
     def bring_back_range(self, block: int, begin: int, end: int) -> None:
         """Take the rows of buckets begin to end - 1 back into memory, all of them at once, as cold as they are.

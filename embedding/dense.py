@@ -150,13 +150,27 @@ class DenseParameter:
 
     def import_block(self, block: int, content: DenseBlock) -> None:
         """Store a block with exactly this content, replacing what it held; a Malformed content changes nothing."""
-        self._values("weights", content.weights, block, self.length(block))
-        self._values("state", content.state, block, self.state_length(block))
-        fresh = np.concatenate([content.weights, content.state])
+        fresh = self._joined(block, content)
         if not np.isfinite(fresh).all():
             raise Malformed(f"dense {self.spec.name}, block {block}: content holds an infinity or NaN")
         with self._lock:
             self._store(block, fresh)
+
+    def export_live(self, block: int) -> DenseBlock:
+        """Return a copy of all that operations on a stored block depend on, which is no more than its content."""
+        return self.export_block(block)
+
+    def import_live(self, block: int, live: DenseBlock) -> None:
+        """Store a block that is the one that ``live`` was made of, whatever values that has (``embedding/live.py``)."""
+        fresh = self._joined(block, live)
+        with self._lock:
+            self._store(block, fresh)
+
+    def _joined(self, block: int, content: DenseBlock) -> Values:
+        """Return a content as the memory of a block; Malformed unless it has the shape of one."""
+        self._values("weights", content.weights, block, self.length(block))
+        self._values("state", content.state, block, self.state_length(block))
+        return np.concatenate([content.weights, content.state])
 
     def begin_view(self, number: int) -> DenseView:
         """Begin view ``number`` of all stored blocks (``embedding/dense_view.py``); not of a parameter in a group."""

@@ -15,15 +15,19 @@ meanwhile, and may read a row's first part after and its other parts before a ch
 """
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.block import Block
 from oarlock.embedding.content import BlockRows
+from oarlock.embedding.evict import Swept
 from oarlock.embedding.expanding_content import cut, joined
 from oarlock.embedding.expanding_kernels import join, judge, leave_too, pack
 from oarlock.embedding.expanding_parts import Narrow, Wide
 from oarlock.embedding.expanding_view import ExpandingView
+from oarlock.embedding.live import NO_RECORDS, LiveBlock, keys_of
 from oarlock.embedding.newer import Newer
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.spec import TableSpec
@@ -84,6 +88,11 @@ class ExpandingTable:
     def row_bytes(self) -> int:
         """Return about how many bytes of memory an expanded row takes, its part of the indexes included."""
         return self.narrow.row_bytes + self.wide.row_bytes
+
+    @property
+    def live_bytes(self) -> tuple[int, int]:
+        """Return the bytes of one of a LiveBlock's records, and of one of its others."""
+        return self.narrow.live_bytes[0], self.wide.live_bytes[0]
 
     @property
     def nbytes(self) -> int:
@@ -252,17 +261,25 @@ class ExpandingTable:
 
     # Rows that leave, and values that come back
 
-    def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> tuple[int, bool]:
+    def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> Swept:
         """Evict what the table's rules say from the next ``buckets`` buckets of a block's index, as ``Table.sweep``."""
         with self._changing:
-            self.narrow.gone.clear()
             done = self.narrow.sweep(block, tick=tick, buckets=buckets)
-            with self.wide.holding(block) as descriptor:
-                self.wide.room_to_save(block, sum(map(len, self.narrow.gone)))
-                with self.wide.shut(block):
-                    for keys in self.narrow.gone:
-                        leave_too(descriptor, self.salt, self.wide.layout, keys)
+            self._let_go(block, done.gone)
             return done
+
+    def replay_sweep(self, block: int, gone: Keys, decayed: Keys) -> None:
+        """Do to a copy of a block what a sweep did to its owner's, as ``Table.replay_sweep``."""
+        with self._changing:
+            self.narrow.replay_sweep(block, gone, decayed)
+            self._let_go(block, kernel_array("gone", gone, np.uint64))
+
+    def _let_go(self, block: int, gone: Keys) -> None:
+        """Evict the other parts of rows whose first parts have left."""
+        with self.wide.holding(block) as descriptor:
+            self.wide.room_to_save(block, len(gone))
+            with self.wide.shut(block):
+                leave_too(descriptor, self.salt, self.wide.layout, gone)
 
     def tombstones(self, block: int, *, since: int = 0) -> tuple[Keys, NDArray[np.int64]] | None:
         """Return the keys that left a block after version ``since``, with versions; None: it remembers no longer so far."""
@@ -338,14 +355,37 @@ class ExpandingTable:
         )
         with self._changing:
             narrow = self.narrow._filled(block, first, version)
-            try:
-                wide = self.wide._filled(block, others, version)
-            except BaseException:
-                narrow.free()
-                raise
-            for table, fresh in ((self.narrow, narrow), (self.wide, wide)):
-                with table._lock:
-                    table._place(block, fresh)
+            self._place(block, narrow, lambda: self.wide._filled(block, others, version))
+
+    def export_live(self, block: int) -> LiveBlock:
+        """Return a copy of all that operations on a stored block depend on, as ``Table.export_live``."""
+        with self._changing:
+            return self.narrow.export_live(block)._replace(others=self.wide.export_live(block).records)
+
+    def import_live(self, block: int, live: LiveBlock, *, version: int | None = None) -> None:
+        """Store a block that is the one that ``live`` was made of, as ``Table.import_live``."""
+        others = LiveBlock(live.others, version=live.version)
+        with self._changing:
+            narrow = self.narrow._filled_live(block, live._replace(others=NO_RECORDS), version)
+            self._place(block, narrow, lambda: self._filled_wide(block, live, others, version))
+
+    def _filled_wide(self, block: int, live: LiveBlock, others: LiveBlock, version: int | None) -> Block:
+        wide = self.wide._filled_live(block, others, version)
+        if not np.isin(keys_of(others.records), keys_of(live.records)).all():
+            wide.free()
+            raise Malformed(f"table {self.spec.name}, block {block}: a row has other parts, but no first one")
+        return wide
+
+    def _place(self, block: int, narrow: Block, make_wide: Callable[[], Block]) -> None:
+        """Put new contents of both tables in their places; the second one may still turn out to be Malformed."""
+        try:
+            wide = make_wide()
+        except BaseException:
+            narrow.free()
+            raise
+        for table, fresh in ((self.narrow, narrow), (self.wide, wide)):
+            with table._lock:
+                table._place(block, fresh)
 
     def _fit(self, n: int) -> None:
         """Have scratch memory for a push of ``n`` keys; under the lock of changes."""

@@ -13,22 +13,17 @@ from oarlock.embedding.precision import PRECISIONS
 from oarlock.embedding.slab import layout
 from oarlock.embedding.spec import Guard, TableSpec
 from oarlock.embedding.store import keeps
-from oarlock.embedding.table import Keys, Table
+from oarlock.embedding.table import Table
 
 
 class Narrow(Table):
-    """The first parts, which count what a score is made of. ``gone``: keys that left since it was emptied last."""
+    """The first parts, which count what a score is made of."""
 
     def __init__(self, spec: TableSpec, *, seed: int) -> None:
         first = spec.parts[0]
         super().__init__(replace(spec, dim=first.width, parts=(first,), expand_score=0.0), seed=seed)
         self.layout = layout(first.width, self.layout.state_columns, PRECISIONS.index(spec.dtype), keeps(spec))
         self.counters = self.layout.counters
-        self.gone: list[Keys] = []
-
-    def _bury(self, block: int, keys: Keys) -> None:
-        super()._bury(block, keys)
-        self.gone.append(keys)
 
 
 class Wide(Table):

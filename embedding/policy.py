@@ -58,8 +58,8 @@ class Eviction:
 
     ``age``: ticks since its last update. ``occurrences``: fewer than so many. ``norm``: L2 norm of its weights below.
     ``score``: (shows - clicks) * nonclick + clicks * click below, after shows and clicks were multiplied by ``decay``,
-    once a sweep. ``max_bytes``: memory of a shard's share of the table grows up to its blocks' part of this; then rows go,
-    the least recently (or least frequently) updated first, a tenth of a block at a time.
+    once a sweep. ``max_bytes``: memory of all of the table's rows, on whatever shards; a block that would grow beyond its part,
+    max_bytes / blocks, lets rows go, the least recently (or least frequently) updated first, a tenth of it at a time.
     """
 
     age: int = 0

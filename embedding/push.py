@@ -8,9 +8,11 @@
     update   the optimizer, called by address for all rows of the block at once
 
 Invariant: a block changes only after its ``look`` found everything that is needed: room for every absent key and for
-what a view needs, and no row in the spill file. Otherwise the kernel stops before this block, with the blocks before it
-done, and is called again from there.
-Results are a pure function of (block, request), whatever the split into requests. One block is held at a time.
+what a view needs, no row in the spill file, and no more rows than the table's budget allows. Otherwise the kernel stops before
+this block, with the blocks before it done, and is called again from there.
+Results are a pure function of (what the block holds, request), whatever the split into requests, and wherever rows lie: a copy of
+the block on another shard, with an index and slots of its own, takes the same request to the same bits. So what makes rows go
+is how many there are, never whether there is memory for more. One block is held at a time.
 """
 
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from oarlock.embedding.descriptor import (
     ENTRY_ROOM,
     FREE_ROWS,
     NEXT,
+    ROWS,
     SLOT_ROOM,
     STAMP,
     VERSION,
@@ -64,6 +67,7 @@ NO_ROOM = 1  # progress[NEED] more keys and rows must fit into the block
 IN_FILE = 2  # progress[NEED] keys, listed in ``cold``, must come back from the spill file
 NOT_STORED = 3
 NOT_SAVED = 4  # progress[NEED] keys must be saved for a view, or the sketch
+OVER_BUDGET = 5  # with progress[NEED] more rows the block would have too many, so that some of it must go first
 
 # Words of int64[WORDS] ``progress``: where the call begins and stopped, what it did.
 GROUP, POSITION, NEED, APPLIED, CREATED, REFUSED, WAITING = range(7)
@@ -295,6 +299,11 @@ def push_block(
         store_i64(outcome.progress, NEED, stale)
         return NOT_SAVED
     if absent > 0:
+        rows = load_i64(descriptor, ROWS)
+        # With none left to go, a push that brings more than the budget all at once may have its rows.
+        if rules.most > 0 and rows > 0 and rows + absent > rules.most:
+            store_i64(outcome.progress, NEED, absent)
+            return OVER_BUDGET
         slots = load_i64(descriptor, SLOT_ROOM) - load_i64(descriptor, NEXT) + load_i64(descriptor, FREE_ROWS)
         if load_i64(descriptor, ENTRIES) + absent > load_i64(descriptor, ENTRY_ROOM) or absent > slots:
             store_i64(outcome.progress, NEED, absent)

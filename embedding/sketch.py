@@ -18,6 +18,7 @@ bounds checks; the caller holds the block's lock.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,6 +184,7 @@ def too_high(load: float) -> float:
     return untouched[0] - 3 * untouched[1] + 3 * untouched[2] - untouched[3]
 
 
+@cache
 def sketch_lines(capacity: int, error: float) -> int:
     """Return the number of lines of one window."""
     grid = 1

@@ -7,7 +7,7 @@ Python does it inside ``holding``. Callable from any thread.
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -263,25 +263,44 @@ class Store:
         """Return a block with this content, which is in no place yet."""
         self._in_range(block)
         content = self._checked(block, content)
+        counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
+        weights = address_of(content.weights)
+        return self._built(
+            block,
+            content.keys,
+            lambda line: import_rows(line, self.salt, self.layout, content.keys, weights, content.state, counters),
+            content.waiting,
+            content.waited,
+            content.sketch,
+            version,
+        )
+
+    def _built(
+        self,
+        block: int,
+        keys: NDArray[np.uint64],
+        fill: Callable[[int], int],
+        waiting: NDArray[np.uint64],
+        waited: NDArray[np.uint32],
+        sketch: bytes,
+        version: int,
+    ) -> Block:
+        """Return a block of checked content, which is in no place yet; ``fill`` enters the rows as ``import_rows`` does."""
         where = f"table {self.spec.name}, block {block}"
         fresh = self._new_block()
         line = address_of(fresh.descriptor)
         try:
-            fresh.reserve(len(content.keys) + len(content.waiting), len(content.keys))
-            counters = content.counters if content.counters.size else np.zeros((len(content.keys), 0), np.uint32)
-            again = import_rows(
-                line, self.salt, self.layout, content.keys, address_of(content.weights), content.state, counters
-            )
-            if again < 0 and len(content.waiting):
-                again = import_waiting(line, self.salt, content.waiting, content.waited)
-                again += len(content.keys) if again >= 0 else 0
+            fresh.reserve(len(keys) + len(waiting), len(keys))
+            again = int(fill(line))
+            if again < 0 and len(waiting):
+                again = int(import_waiting(line, self.salt, waiting, waited))
+                again += len(keys) if again >= 0 else 0
             if again >= 0:
-                key = np.concatenate([content.keys, content.waiting])[again]
-                raise Malformed(f"{where}: key {int(key)} comes twice")
-            if content.sketch:
+                raise Malformed(f"{where}: key {int(np.concatenate([keys, waiting])[again])} comes twice")
+            if sketch:
                 if fresh.sketch is None:
                     raise Malformed(f"{where}: it comes with a sketch, but the table's admission has none")
-                fresh.sketch.load(content.sketch)
+                fresh.sketch.load(sketch)
         except PSError:
             fresh.free()
             raise
@@ -295,8 +314,6 @@ class Store:
         weights = kernel_array("weights", content.weights, np.float32, 2)
         state = kernel_array("state", content.state, np.float32, 2)
         counters = kernel_array("counters", content.counters, np.uint32, 2)
-        waiting = kernel_array("waiting", content.waiting, np.uint64)
-        waited = kernel_array("waited", content.waited, np.uint32)
         shapes: list[tuple[str, NDArray[np.float32] | NDArray[np.uint32], int]] = [
             ("weights", weights, self.spec.dim),
             ("state", state, self.state_columns),
@@ -317,6 +334,16 @@ class Store:
             and not np.isfinite(counters[:, shows : shows + 2].copy().view(np.float32)).all()
         ):
             raise Malformed(f"{where}: shows or clicks hold an infinity or NaN")
+        waiting, waited = self._checked_keys(block, keys, content.waiting, content.waited)
+        return BlockRows(keys, weights, state, counters, waiting, waited, content.sketch)
+
+    def _checked_keys(
+        self, block: int, keys: NDArray[np.uint64], waiting: NDArray[np.uint64], waited: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Return the waiting keys and their counts; Malformed unless they fit together, and all keys belong to the block."""
+        where = f"table {self.spec.name}, block {block}"
+        waiting = kernel_array("waiting", waiting, np.uint64)
+        waited = kernel_array("waited", waited, np.uint32)
         if waiting.shape != waited.shape:
             raise Malformed(f"{where}: {len(waiting)} waiting keys, but {len(waited)} counts of them")
         if len(waiting) and self.spec.admission.kind != "count":
@@ -327,4 +354,4 @@ class Store:
                 whole = np.array([[block], [part.shape[0]]], np.int32)
                 if check.check_keys(self.salt, self.bits, part, whole[0], whole[1], _NO_PLACES, fault) != check.FINE:
                     raise Malformed(f"{where}: key {int(part[fault[0]])} belongs to another block")
-        return BlockRows(keys, weights, state, counters, waiting, waited, content.sketch)
+        return waiting, waited

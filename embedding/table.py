@@ -37,6 +37,7 @@ from oarlock.embedding.push import (
     NEED,
     NO_ROOM,
     NOT_SAVED,
+    OVER_BUDGET,
     PART_FIELDS,
     PASSES,
     REFUSED,
@@ -110,6 +111,7 @@ class Table(Upkeep):
             float(admission.click),
             limit_bits(spec.guard.limit),
             spec.memory_bytes > 0,
+            self._most_rows(),
         )
         self._workspaces: list[Workspace] = []
         self._sample: deque[int] = deque(maxlen=spec.guard.sample)
@@ -280,6 +282,8 @@ class Table(Upkeep):
                 try:
                     if code == NO_ROOM:
                         self._make_room(block, need)
+                    elif code == OVER_BUDGET:
+                        self._make_way(block, need, int(counts[group]))
                     elif code == NOT_SAVED:
                         self.room_to_push(blocks[group:], counts[group:], need)
                     elif code == IN_FILE and self._cold is not None and not looked:

@@ -2,9 +2,11 @@
 """What happens to rows beside pulls and pushes: they leave, come back, are explained, move to the spill file.
 
 Invariant: what leaves is told by a tombstone with the version of the block that it left with; everything here works under
-the lock of one block at a time, in bounded slices where it may take long. Callable from any thread.
+the lock of one block at a time, in bounded slices where it may take long; what fails has changed nothing. Callable from any
+thread.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +17,22 @@ from numpy.typing import NDArray
 from oarlock.embedding.cold import ColdRows
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.descriptor import COUNT, DESCRIPTOR_BYTES, ENTRIES, HAND, ROWS, VERSION
-from oarlock.embedding.evict import Sweep, oldest, sweep_buckets
+from oarlock.embedding.evict import Sweep, Swept, decay_entries, evict_entries, find_rows, oldest, sweep_buckets
 from oarlock.embedding.explain import explain_row
 from oarlock.embedding.hashing import blocks_of
 from oarlock.embedding.index import PLACES
+from oarlock.embedding.live import Live
 from oarlock.embedding.pointer import address_of, kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.embedding.undo import undo_rows
-from oarlock.embedding.viewed import Viewed
-from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.errors import InvalidArgument, Malformed, PSError
+
+LEAST_ROWS = 16  # of a block, however small the table's byte budget is
 
 Keys = NDArray[np.uint64]
 
 
-class Upkeep(Viewed):
+class Upkeep(Live):
     """The stored blocks of a table with all that its policies do. ``evicted`` counts rows since it was made."""
 
     def __init__(self, spec: TableSpec, *, seed: int, spill_folder: Path | None = None) -> None:
@@ -37,10 +41,10 @@ class Upkeep(Viewed):
         self._tally = threading.Lock()  # of counters that requests in different blocks share
         self._cold = ColdRows(self, spill_folder) if spec.memory_bytes else None
 
-    def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> tuple[int, bool]:
-        """Evict what the table's rules say from the next ``buckets`` buckets of a block's index.
+    def sweep(self, block: int, *, tick: int, buckets: int = 2048) -> Swept:
+        """Evict what the table's rules say from the next ``buckets`` buckets of a block's index, and let what stays decay.
 
-        Return how many rows left, and whether the sweep came to the end of the block. The keys are recorded as tombstones.
+        The keys that left are recorded as tombstones. With what this returns, ``replay_sweep`` does the same to a copy.
         """
         rules = self.spec.eviction
         with self.holding(block) as descriptor:
@@ -60,17 +64,55 @@ class Upkeep(Viewed):
                 float(self.spec.admission.click),
             )
             gone = np.empty((end - begin) * PLACES, np.uint64)
+            decayed = np.empty_like(gone) if rules.score else gone[:0]
             values = np.empty(self.spec.dim, np.float32)
             self.room_to_sweep(block, begin, end)
             with self.shut(block):
-                left = sweep_buckets(descriptor, self.layout, sweep, tick, begin, end, address_of(values), gone)
+                left, stay = sweep_buckets(
+                    descriptor, self.layout, sweep, tick, begin, end, address_of(values), gone, decayed
+                )
             wrapped = end == int(words[COUNT])
             words[HAND] = 0 if wrapped else end
-            self._bury(block, gone[:left])
-            words[VERSION] += int(left == 0 and rules.score > 0)  # what stays has decayed
+            done = Swept(int(left), wrapped, gone[:left].copy(), decayed[:stay].copy())
+            self._swept(block, done.gone, done.decayed)
+            return done
+
+    def replay_sweep(self, block: int, gone: Keys, decayed: Keys) -> None:
+        """Do to a copy of a block what a sweep did to its owner's: gone: uint64[g] leave, decayed: uint64[d] decay.
+
+        Malformed, and nothing is changed, unless each key is named once and has a row: the block is then no copy.
+        """
+        gone, decayed = kernel_array("gone", gone, np.uint64), kernel_array("decayed", decayed, np.uint64)
+        where = f"table {self.spec.name}, block {block}"
+        if len(decayed) and not self.spec.eviction.score:
+            raise Malformed(f"{where}: {len(decayed)} rows shall decay, but the table's eviction has no score")
+        keys = np.concatenate([gone, decayed])
+        entries = np.empty(len(keys), np.int64)
+        with self.holding(block) as descriptor:
+            self.stored(block)
             if self._cold is not None:
+                self._cold.bring_back(block, keys, hot=False)
+            missing = int(find_rows(descriptor, self.salt, keys, entries))
+            if missing >= 0:
+                raise Malformed(
+                    f"{where}: key {int(keys[missing])} was swept, but has no row here: copy the block anew"
+                )
+            if len(np.unique(entries)) < len(entries):
+                raise Malformed(f"{where}: a key comes twice in a sweep")
+            self.room_to_save(block, len(keys))
+            with self.shut(block):
+                decay_entries(descriptor, self.layout, float(self.spec.eviction.decay), entries[len(gone) :])
+                evict_entries(descriptor, self.layout, entries[: len(gone)])
+            self._swept(block, gone, decayed)
+
+    def _swept(self, block: int, gone: Keys, decayed: Keys) -> None:
+        """Record what a slice of a sweep did to a block that is held: one operation, if it did anything."""
+        self._bury(block, gone)
+        self.descriptors[block, VERSION] += int(len(gone) == 0 and len(decayed) > 0)
+        if self._cold is not None:
+            # The sweep is done, and a copy will be told so: the budget must wait if the disk is full.
+            with contextlib.suppress(PSError, OSError, MemoryError):
                 self._cold.spill_for(block, 0)
-            return int(left), wrapped
 
     def _bury(self, block: int, keys: Keys) -> None:
         if len(keys):
@@ -153,18 +195,30 @@ class Upkeep(Viewed):
         """See to it that a block can take so many more keys and rows."""
         with self.holding(block):
             found = self.stored(block)
-            words = self.descriptors[block]
             if self._cold is not None:
                 self._cold.spill_for(block, rows)
-            most = self._most_rows()
-            if most and int(words[ROWS]) + rows > most:
-                self._trim(block, int(words[ROWS]) + rows - most + most // 10)
             found.reserve(rows, rows)
 
     def _most_rows(self) -> int:
-        """Return how many rows a block may have under the table's byte budget, 0: no budget."""
+        """Return how many rows a block may have under the table's byte budget, 0: no budget.
+
+        The block's own part: what other blocks are stored here differs between the shards that have a copy of it.
+        """
         budget = self.spec.eviction.max_bytes
-        return max(16, budget // max(1, len(self.blocks)) // self.row_bytes) if budget else 0
+        return max(LEAST_ROWS, budget // self.spec.blocks // self.row_bytes) if budget else 0
+
+    def _make_way(self, block: int, rows: int, keys: int) -> None:
+        """Evict what must go before a block may have so many more ``rows``, and a tenth of it, for a push of so many ``keys``.
+
+        Memory for all of the keys comes first, as rows of theirs may go, too: the push that follows shall not fail for want
+        of it.
+        """
+        with self.holding(block):
+            found, most = self.stored(block), self._most_rows()
+            have = int(self.descriptors[block, ROWS])
+            go = min(have, have + rows - most + most // 10)
+            found.reserve(keys, max(0, keys - go))
+            self._trim(block, go)
 
     def _trim(self, block: int, rows: int) -> None:
         """Evict the ``rows`` rows of a block that were least recently, or least frequently, updated."""

@@ -88,7 +88,9 @@ def _use(spec: TableSpec) -> None:
         for key in (*range(0, 400, 40), 1 << 63):  # some of them are in a file
             table.explain(key)
         table.import_block(0, table.export_block(0))
-        table.sweep(1, tick=9)
+        table.import_live(0, table.export_live(0))
+        swept = table.sweep(1, tick=9)
+        table.replay_sweep(0, swept.gone[:0], swept.decayed[:0])
         table.drop(1)
     finally:
         table.close()

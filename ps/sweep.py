@@ -91,7 +91,7 @@ class Sweeper:
                 continue
             self.slices += 1
             try:
-                left, wrapped = each.table.sweep(block, tick=step, buckets=SLICE_BUCKETS)
+                left, wrapped, *_ = each.table.sweep(block, tick=step, buckets=SLICE_BUCKETS)
             except (PSError, OSError, MemoryError) as error:
                 # Rows stay that could go: no reason to stop training, and the next round looks again.
                 logger.warning("event=sweep_failed table=%s block=%d error=%s", each.table.spec.name, block, error)

@@ -14,6 +14,7 @@ for _name, _file in (
     ("expanding_rig", "expanding_rig.py"),
     ("compress_reference", "compress_reference.py"),
     ("view_rig", "view_rig.py"),
+    ("live_rig", "live_rig.py"),
     ("table_machine", "test_table_machine.py"),
 ):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))

@@ -43,7 +43,7 @@ def test_a_sweep_in_slices_takes_away_what_the_rule_says_once_and_says_so(rule, 
     for block in range(2):
         version, left, slices, wrapped = table.version(block), 0, 0, False
         while not wrapped:
-            gone, wrapped = table.sweep(block, tick=10, buckets=buckets)
+            gone, wrapped, _, _ = table.sweep(block, tick=10, buckets=buckets)
             left, slices = left + gone, slices + 1
         expected = model.sweep(block, 10)
         assert 0 < len(expected) < 150
@@ -61,7 +61,7 @@ def test_a_sweep_in_slices_takes_away_what_the_rule_says_once_and_says_so(rule, 
 def test_a_sweep_that_only_decays_is_a_change_of_the_block():
     table, model = trained(TableSpec("t", 2, blocks=1, eviction=Eviction(score=1e-6, decay=0.5)))
     version = table.version(0)
-    assert table.sweep(0, tick=1) == (0, True)
+    assert table.sweep(0, tick=1)[:2] == (0, True)
     assert model.sweep(0, 1) == []
     assert table_reference.content(table)[0] == model.content()
     assert table.version(0) == version + 1
