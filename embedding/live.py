@@ -175,6 +175,7 @@ class Live(Viewed):
         fresh = self._filled_live(block, live, version)
         with self._lock:
             self._place(block, fresh)
+        self._keep_budget(block)
 
     def _filled_live(self, block: int, live: LiveBlock, version: int | None) -> Block:
         """Return a block made of an image, which is in no place yet."""

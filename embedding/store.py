@@ -253,11 +253,15 @@ class Store:
     def _forget_cold(self, block: int) -> None:
         """Forget what a block has in the file; it is held and shut."""
 
+    def _keep_budget(self, block: int) -> None:
+        """Let rows of a block go to the file that are beyond its part of the memory budget; the caller does not hold it."""
+
     def import_block(self, block: int, content: BlockRows, *, version: int = 0) -> None:
         """Store a block with exactly this content, replacing what it held; a Malformed content changes nothing."""
         fresh = self._filled(block, content, version)
         with self._lock:
             self._place(block, fresh)
+        self._keep_budget(block)
 
     def _filled(self, block: int, content: BlockRows, version: int) -> Block:
         """Return a block with this content, which is in no place yet."""

@@ -109,10 +109,8 @@ class Upkeep(Live):
         """Record what a slice of a sweep did to a block that is held: one operation, if it did anything."""
         self._bury(block, gone)
         self.descriptors[block, VERSION] += int(len(gone) == 0 and len(decayed) > 0)
-        if self._cold is not None:
-            # The sweep is done, and a copy will be told so: the budget must wait if the disk is full.
-            with contextlib.suppress(PSError, OSError, MemoryError):
-                self._cold.spill_for(block, 0)
+        # The sweep is done, and a copy will be told so: it must not fail now.
+        self._spill_if_possible(block)
 
     def _bury(self, block: int, keys: Keys) -> None:
         if len(keys):
@@ -179,6 +177,18 @@ class Upkeep(Live):
     def _forget_cold(self, block: int) -> None:
         if self._cold is not None:
             self._cold.drop(self._cold.spilled_records(block))
+
+    def _keep_budget(self, block: int) -> None:
+        # Blocks that come, many of them one after the other when a job is restored, must not all stay in memory.
+        with self.holding(block):
+            if block in self.blocks:
+                self._spill_if_possible(block)
+
+    def _spill_if_possible(self, block: int) -> None:
+        """Let a block that is held keep to its part of the budget; if the disk is full, that waits for a push to say so."""
+        if self._cold is not None:
+            with contextlib.suppress(PSError, OSError, MemoryError):
+                self._cold.spill_for(block, 0)
 
     def _with_cold(self, rows: BlockRows, words: NDArray[np.uint32]) -> BlockRows:
         return self._cold.with_cold(rows, words) if self._cold is not None else rows
