@@ -120,7 +120,7 @@ def _describe(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    console = Console()
+    console = _console()
     _show_cuts(console, found["cuts"], manifest.cut)
     _show_tables(console, found)
     of = f"job {found['job']}, run {found['run']}, epoch {found['epoch']}, step {found['step']}"
@@ -203,8 +203,14 @@ def _table_line(manifest: Manifest, kind: str, name: str, dim: int) -> dict[str,
     }
 
 
+def _console() -> Console:
+    """Return where tables are shown; what is no terminal has room for all columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def _show_cuts(console: Console, cuts: list[dict[str, Any]], chosen: int) -> None:
-    table = Table(title="cuts", title_justify="left")
+    table = Table(title="cuts (*: described below)", title_justify="left")
     names = list(dict.fromkeys(name for each in cuts for name in each.get("metrics", {})))[:SHOWN]
     for name in ("cut", "created", "run", "step", "written", "needs", "increments", "links", *map(escape, names)):
         table.add_column(name, justify="left" if name == "created" else "right", no_wrap=name == "created")
@@ -248,7 +254,7 @@ def _diff(options: argparse.Namespace) -> int:
         table.add_column(name, justify="left" if name == "table" else "right")
     for each in found:
         table.add_row(*_diff_line(each))
-    Console().print(table)
+    _console().print(table)
     return 0
 
 

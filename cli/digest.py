@@ -8,17 +8,16 @@ of one moment (--live), as a cut would have it.
 import argparse
 import json
 import time
-from pathlib import Path
 
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.store import CheckpointStore, is_url
+from oarlock.checkpoint.store import CheckpointStore
 from oarlock.cli.jobs import ask, live
 from oarlock.client.job import OVER
 from oarlock.embedding.digest import Digest
 from oarlock.launch.folder import locate
 from oarlock.launch.place import find_cut
 from oarlock.proto.coordinator_pb2 import LiveDigestReply, LiveDigestRequest
-from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.errors import Unavailable
 
 LOOK_SECONDS = 0.1
 
@@ -68,22 +67,11 @@ def _live(options: argparse.Namespace) -> int:
     return 0
 
 
-def checkpoints_of(target: str) -> str:
-    """Return the checkpoint, folder or URL of them, or job's folder, that TARGET means: that itself, or a job by its name."""
-    path = Path(target)
-    if is_url(target) or (path.is_dir() and not (path / "job.json").exists()):
-        return target
-    folder, _ = locate(target)
-    if folder is None:
-        raise InvalidArgument(f"{target}: give a job by its name or folder, or the folder of a checkpoint")
-    return str(folder)
-
-
 def digest(options: argparse.Namespace) -> int:
     """Print the digest of a checkpoint, or of a job's newest one."""
     if options.live:
         return _live(options)
-    store, manifest = find_cut(checkpoints_of(options.target))
+    store, manifest = find_cut(options.target)
     found = digest_of(store, manifest)
     if options.json:
         rows = sum(entry.rows for entry in manifest.blocks if entry.kind == "rows")

@@ -73,7 +73,7 @@ class World:
         for block in range(4):
             wrapped = False
             while not wrapped:
-                _, wrapped = self.table.sweep(block, tick=self.tick)
+                wrapped = self.table.sweep(block, tick=self.tick).wrapped
         there = {key for block in range(4) for key in self.table.export_block(block).keys.tolist()}
         self.lives = {key: life for key, life in self.lives.items() if key in there}
 
