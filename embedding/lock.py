@@ -6,9 +6,9 @@
 
 Invariant: READERS gets WRITER only from the holder of the mutex; a pull that meets it goes away and comes back. Nobody waits
 for one block while holding another, so there is no deadlock: a push holds one block at a time, and a pull that cannot enter
-the next block first finishes and leaves those it is in. Waiting is spinning, then yielding the processor, then sleeping; waits
-are as long as a run of keys in one block, unless its holder waits for a processor: it may be one that lets others come first,
-and who only yields would keep the processor from it. Take and give back in the same thread or another: the words know no owner.
+the next block first finishes and leaves those it is in. Waiting is spinning, then yielding the processor; waits are as long as a
+run of keys in one block. Who waits for the mutex sleeps after that: its holder may be one that lets others come first, and who
+only yields would keep the processor from it. Take and give back in the same thread or another: the words know no owner.
 """
 
 import ctypes
@@ -114,21 +114,15 @@ else:
 
 
 @jit
-def wait(tries: Int) -> None:
-    """Wait a little, the longer the more often it was in vain."""
-    if tries >= SPINS + YIELDS:
-        sleep(NAP_MICROSECONDS)
-    elif tries >= SPINS:
-        yield_processor()
-
-
-@jit
 def enter_mutex(lock: Int) -> None:
     """Keep all others from changing the block; pulls go on."""
     tries = 0
     while swap_if(lock + MUTEX, 0, 1) != 0:
         tries += 1
-        wait(tries)
+        if tries >= SPINS + YIELDS:
+            sleep(NAP_MICROSECONDS)
+        elif tries >= SPINS:
+            yield_processor()
 
 
 @jit
@@ -143,7 +137,8 @@ def shut(lock: Int) -> None:
     tries = 0
     while atomic_add(lock + READERS, 0) != WRITER:
         tries += 1
-        wait(tries)
+        if tries >= SPINS:
+            yield_processor()
 
 
 @jit
@@ -169,7 +164,8 @@ def enter(lock: Int) -> None:
     tries = 0
     while not try_enter(lock):
         tries += 1
-        wait(tries)
+        if tries >= SPINS:
+            yield_processor()
 
 
 @jit
