@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after.
+"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after; and
+where any command shows its tables.
 
 Invariant: a screen that goes away (a pipe whose reader ended) costs the view, not the job. One thread.
 """
@@ -16,6 +17,13 @@ from oarlock.cli.cut_lines import progress_line
 
 # A cut that takes longer is told of in lines, so often.
 CUT_SECONDS = 10.0
+
+
+def result_console() -> Console:
+    """Return where tables that are a command's result are shown: standard output."""
+    console = Console()
+    # What reads a pipe or a file wants whole values; the width of a screen that is not there is a guess.
+    return console if console.is_terminal else Console(width=160)
 
 
 class RunView:
