@@ -81,8 +81,10 @@ class RunView:
         if status.get("metrics", self._metrics) not in ("", self._metrics):
             self._metrics = status["metrics"]
             self.say(f"metrics at http://{self._metrics}/metrics")
+        restored = restored_epochs(status)
         for result in status["history"][self._epochs :]:
-            self.say(_line(result, status["epochs"]))
+            where = "  (from the checkpoint)" if result["epoch"] < restored else ""
+            self.say(_line(result, status["epochs"]) + where)
         self._epochs = max(self._epochs, len(status["history"]))
         self._show_cut(status)
         warnings = status.get("warnings", [])
@@ -130,6 +132,13 @@ class RunView:
         """Show the table of epochs."""
         if status["history"]:
             self._safely(lambda: self._console.print(epochs_table(status)))
+
+
+def restored_epochs(status: dict[str, Any]) -> int:
+    """Return how many epochs had been trained where this run of the job began."""
+    epochs = {made["path"]: made["epoch"] for made in status.get("checkpoints", [])}
+    began = [e for e in status.get("events", []) if isinstance(e, dict) and e.get("event") == "restore"]
+    return next((int(epochs.get(e.get("path"), 0)) for e in began if e.get("run") == status.get("run")), 0)
 
 
 def event_lines(status: dict[str, Any]) -> list[str]:
