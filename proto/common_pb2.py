@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoarlock/proto/common.proto\x12\x07oarlock\"Q\n\x05\x41rray\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x1d\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0e.oarlock.DType\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04part\x18\x04 \x01(\r\"\x83\x01\n\x06Header\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\x0c\x12\x0b\n\x03run\x18\x03 \x01(\r\x12\x0e\n\x06sender\x18\x04 \x01(\x04\x12\x0e\n\x06target\x18\x05 \x01(\x04\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0c\n\x04term\x18\x07 \x01(\x04\x12\x0b\n\x03\x63ut\x18\x08 \x01(\x04\"1\n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"=\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"9\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"`\n\tPlacement\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1e\n\x06owners\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x06shards\x18\x03 \x03(\x0b\x32\x0f.oarlock.Member\":\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"-\n\x0c\x43losedSplits\x12\r\n\x05\x66loor\x18\x01 \x01(\x04\x12\x0e\n\x06\x62itmap\x18\x02 \x01(\x0c\"\"\n\x0eSocketsRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"0\n\x0cSocketsReply\x12\x11\n\taddresses\x18\x01 \x03(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\x07\n\x05\x45mpty*Y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\n\n\x06UINT64\x10\x01\x12\t\n\x05INT32\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03\x12\n\n\x06UINT32\x10\x04\x12\t\n\x05UINT8\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoarlock/proto/common.proto\x12\x07oarlock\"Q\n\x05\x41rray\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x1d\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0e.oarlock.DType\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04part\x18\x04 \x01(\r\"\x83\x01\n\x06Header\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\x0c\x12\x0b\n\x03run\x18\x03 \x01(\r\x12\x0e\n\x06sender\x18\x04 \x01(\x04\x12\x0e\n\x06target\x18\x05 \x01(\x04\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0c\n\x04term\x18\x07 \x01(\x04\x12\x0b\n\x03\x63ut\x18\x08 \x01(\x04\"1\n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"=\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"9\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"\xd5\x01\n\tPlacement\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1e\n\x06owners\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x06shards\x18\x03 \x03(\x0b\x32\x0f.oarlock.Member\x12\x1e\n\x06\x62locks\x18P \x01(\x0b\x32\x0e.oarlock.Array\x12\r\n\x05since\x18Q \x01(\x04\x12#\n\x0bgenerations\x18R \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x07members\x18S \x01(\x0b\x32\x0e.oarlock.Array\":\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"-\n\x0c\x43losedSplits\x12\r\n\x05\x66loor\x18\x01 \x01(\x04\x12\x0e\n\x06\x62itmap\x18\x02 \x01(\x0c\"\"\n\x0eSocketsRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"0\n\x0cSocketsReply\x12\x11\n\taddresses\x18\x01 \x03(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\x07\n\x05\x45mpty*Y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\n\n\x06UINT64\x10\x01\x12\t\n\x05INT32\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03\x12\n\n\x06UINT32\x10\x04\x12\t\n\x05UINT8\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oarlock.proto.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=729
-  _globals['_DTYPE']._serialized_end=818
+  _globals['_DTYPE']._serialized_start=847
+  _globals['_DTYPE']._serialized_end=936
   _globals['_ARRAY']._serialized_start=39
   _globals['_ARRAY']._serialized_end=120
   _globals['_HEADER']._serialized_start=123
@@ -43,16 +43,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLOREPLY']._serialized_end=368
   _globals['_FAILURE']._serialized_start=370
   _globals['_FAILURE']._serialized_end=427
-  _globals['_PLACEMENT']._serialized_start=429
-  _globals['_PLACEMENT']._serialized_end=525
-  _globals['_MEMBER']._serialized_start=527
-  _globals['_MEMBER']._serialized_end=585
-  _globals['_CLOSEDSPLITS']._serialized_start=587
-  _globals['_CLOSEDSPLITS']._serialized_end=632
-  _globals['_SOCKETSREQUEST']._serialized_start=634
-  _globals['_SOCKETSREQUEST']._serialized_end=668
-  _globals['_SOCKETSREPLY']._serialized_start=670
-  _globals['_SOCKETSREPLY']._serialized_end=718
-  _globals['_EMPTY']._serialized_start=720
-  _globals['_EMPTY']._serialized_end=727
+  _globals['_PLACEMENT']._serialized_start=430
+  _globals['_PLACEMENT']._serialized_end=643
+  _globals['_MEMBER']._serialized_start=645
+  _globals['_MEMBER']._serialized_end=703
+  _globals['_CLOSEDSPLITS']._serialized_start=705
+  _globals['_CLOSEDSPLITS']._serialized_end=750
+  _globals['_SOCKETSREQUEST']._serialized_start=752
+  _globals['_SOCKETSREQUEST']._serialized_end=786
+  _globals['_SOCKETSREPLY']._serialized_start=788
+  _globals['_SOCKETSREPLY']._serialized_end=836
+  _globals['_EMPTY']._serialized_start=838
+  _globals['_EMPTY']._serialized_end=845
 # @@protoc_insertion_point(module_scope)

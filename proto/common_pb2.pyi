@@ -83,14 +83,22 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("generation", "owners", "shards")
+    __slots__ = ("generation", "owners", "shards", "blocks", "since", "generations", "members")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OWNERS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     owners: Array
     shards: _containers.RepeatedCompositeFieldContainer[Member]
-    def __init__(self, generation: _Optional[int] = ..., owners: _Optional[_Union[Array, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+    blocks: Array
+    since: int
+    generations: Array
+    members: Array
+    def __init__(self, generation: _Optional[int] = ..., owners: _Optional[_Union[Array, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., blocks: _Optional[_Union[Array, _Mapping]] = ..., since: _Optional[int] = ..., generations: _Optional[_Union[Array, _Mapping]] = ..., members: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("id", "address", "incarnation")

@@ -21,6 +21,15 @@ class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVALUATE: _ClassVar[Work]
     WAIT: _ClassVar[Work]
     FINISHED: _ClassVar[Work]
+
+class Told(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TOLD_UNSPECIFIED: _ClassVar[Told]
+    ADDED: _ClassVar[Told]
+    HANDED: _ClassVar[Told]
+    CONFIRMED: _ClassVar[Told]
+    LACKING: _ClassVar[Told]
+    SLOW: _ClassVar[Told]
 ROLE_UNSPECIFIED: Role
 SHARD: Role
 WORKER: Role
@@ -29,6 +38,12 @@ TRAIN: Work
 EVALUATE: Work
 WAIT: Work
 FINISHED: Work
+TOLD_UNSPECIFIED: Told
+ADDED: Told
+HANDED: Told
+CONFIRMED: Told
+LACKING: Told
+SLOW: Told
 
 class JoinRequest(_message.Message):
     __slots__ = ("protocol", "role", "address", "nonce", "pid", "host", "reader", "signature")
@@ -103,7 +118,7 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds", "committed")
+    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds", "committed", "leave")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +128,7 @@ class HeartbeatReply(_message.Message):
     GATE_FIELD_NUMBER: _ClassVar[int]
     GATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     phase: str
@@ -122,13 +138,16 @@ class HeartbeatReply(_message.Message):
     gate: int
     gate_seconds: float
     committed: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., committed: _Optional[int] = ...) -> None: ...
+    leave: bool
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., committed: _Optional[int] = ..., leave: bool = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
-    __slots__ = ("header",)
+    __slots__ = ("header", "whole")
     HEADER_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
+    whole: bool
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., whole: bool = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("header", "wanted", "number", "held", "evaluations", "clock", "ranks")
@@ -225,6 +244,48 @@ class LeaveRequest(_message.Message):
     header: _common_pb2.Header
     error: str
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("header", "told", "blocks", "generations", "shard", "order", "term")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    told: Told
+    blocks: _common_pb2.Array
+    generations: _common_pb2.Array
+    shard: int
+    order: int
+    term: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., told: _Optional[_Union[Told, str]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., order: _Optional[int] = ..., term: _Optional[int] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("record",)
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    record: _common_pb2.Placement
+    def __init__(self, record: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("servers", "workers")
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    servers: int
+    workers: int
+    def __init__(self, servers: _Optional[int] = ..., workers: _Optional[int] = ...) -> None: ...
+
+class ScaleReply(_message.Message):
+    __slots__ = ("servers", "workers", "said")
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    servers: int
+    workers: int
+    said: str
+    def __init__(self, servers: _Optional[int] = ..., workers: _Optional[int] = ..., said: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -23,7 +23,7 @@ from oarlock.proto.errors import Malformed, OutOfMemory
 
 VERSION = 1
 # Kinds of frames. What a reply answers is the frame before it on the same connection.
-HELLO, REPLY, PULL, PUSH = 0, 1, 2, 3
+HELLO, REPLY, PULL, PUSH, REPLICATE = 0, 1, 2, 3, 4
 # Added to the kind of a request whose answer may have parts.
 BESIDE = 0x80
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
 from oarlock.proto import shard_pb2 as shard
-from oarlock.proto.frames import PULL, PUSH
+from oarlock.proto.frames import PULL, PUSH, REPLICATE
 
 # Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
 PROTOCOL = 1
@@ -63,6 +63,11 @@ METHODS: dict[str, Method] = {
         Method("Shard.Write", shard.WriteRequest, shard.WriteReply, slow=True),
         Method("Shard.Replace", shard.ReplaceRequest, shard.ReplaceReply, slow=True),
         Method("Shard.Digest", shard.DigestRequest, shard.DigestReply, slow=True),
+        Method("Shard.Replicate", shard.ReplicateRequest, shard.ReplicateReply, frame=REPLICATE),
+        Method("Shard.Copy", shard.CopyRequest, common.Empty),
+        Method("Shard.HandOver", shard.HandOverRequest, common.Empty),
+        Method("Shard.Reopen", shard.ReopenRequest, common.Empty),
+        Method("Shard.Held", shard.HeldRequest, shard.HeldReply),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
         Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
@@ -74,6 +79,8 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.CloseSplit", coordinator.CloseSplitRequest, common.Empty),
         Method("Coordinator.Release", coordinator.ReleaseRequest, common.Empty),
         Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty),
+        Method("Coordinator.Report", coordinator.ReportRequest, coordinator.ReportReply),
+        Method("Coordinator.Scale", coordinator.ScaleRequest, coordinator.ScaleReply),
         Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
         Method("Coordinator.Checkpoint", coordinator.CheckpointRequest, coordinator.CheckpointReply),
         Method("Coordinator.Rollback", coordinator.RollbackRequest, coordinator.RollbackReply),

@@ -160,18 +160,20 @@ class PushRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., split: _Optional[int] = ..., group: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableGradients, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseGradients, _Mapping]]] = ..., step: _Optional[int] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
-    __slots__ = ("applied", "skipped", "moved", "refused", "failure")
+    __slots__ = ("applied", "skipped", "moved", "where", "refused", "failure")
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     applied: int
     skipped: int
     moved: _common_pb2.Array
+    where: _common_pb2.Placement
     refused: int
     failure: _common_pb2.Failure
-    def __init__(self, applied: _Optional[int] = ..., skipped: _Optional[int] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., refused: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, applied: _Optional[int] = ..., skipped: _Optional[int] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., where: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., refused: _Optional[int] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class MarksRequest(_message.Message):
     __slots__ = ("header", "splits")
@@ -214,16 +216,18 @@ class RanksReply(_message.Message):
     def __init__(self, commits: _Optional[_Union[RankCommits, _Mapping]] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class AdoptRequest(_message.Message):
-    __slots__ = ("header", "placement", "closed", "restore")
+    __slots__ = ("header", "placement", "closed", "restore", "create")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     placement: _common_pb2.Placement
     closed: _common_pb2.ClosedSplits
     restore: str
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., restore: _Optional[str] = ...) -> None: ...
+    create: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., placement: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., restore: _Optional[str] = ..., create: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class AdoptReply(_message.Message):
     __slots__ = ("generation", "rows")
@@ -326,6 +330,156 @@ class DigestReply(_message.Message):
     rows: int
     torn: bool
     def __init__(self, digest: _Optional[bytes] = ..., rows: _Optional[int] = ..., torn: bool = ...) -> None: ...
+
+class ReplicateRequest(_message.Message):
+    __slots__ = ("header", "stream", "first", "operations")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    stream: int
+    first: int
+    operations: _containers.RepeatedCompositeFieldContainer[Operation]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stream: _Optional[int] = ..., first: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("blocks", "generations", "sequences", "push", "swept", "undone", "applied", "image")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    SWEPT_FIELD_NUMBER: _ClassVar[int]
+    UNDONE_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    blocks: _common_pb2.Array
+    generations: _common_pb2.Array
+    sequences: _common_pb2.Array
+    push: PushRequest
+    swept: SweptRows
+    undone: UndoneRows
+    applied: AppliedStep
+    image: BlockImage
+    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., push: _Optional[_Union[PushRequest, _Mapping]] = ..., swept: _Optional[_Union[SweptRows, _Mapping]] = ..., undone: _Optional[_Union[UndoneRows, _Mapping]] = ..., applied: _Optional[_Union[AppliedStep, _Mapping]] = ..., image: _Optional[_Union[BlockImage, _Mapping]] = ...) -> None: ...
+
+class SweptRows(_message.Message):
+    __slots__ = ("gone", "decayed")
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    DECAYED_FIELD_NUMBER: _ClassVar[int]
+    gone: _common_pb2.Array
+    decayed: _common_pb2.Array
+    def __init__(self, gone: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., decayed: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class UndoneRows(_message.Message):
+    __slots__ = ("keys", "steps")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    keys: TableKeys
+    steps: int
+    def __init__(self, keys: _Optional[_Union[TableKeys, _Mapping]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class AppliedStep(_message.Message):
+    __slots__ = ("step", "samples")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    samples: int
+    def __init__(self, step: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class BlockImage(_message.Message):
+    __slots__ = ("records", "others", "waiting", "waited", "sketch", "left", "splits", "groups", "closed", "staged", "step")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    SPLITS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    STAGED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    records: _common_pb2.Array
+    others: _common_pb2.Array
+    waiting: _common_pb2.Array
+    waited: _common_pb2.Array
+    sketch: _common_pb2.Array
+    left: int
+    splits: _common_pb2.Array
+    groups: _common_pb2.Array
+    closed: _common_pb2.ClosedSplits
+    staged: _containers.RepeatedCompositeFieldContainer[PushRequest]
+    step: int
+    def __init__(self, records: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., others: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., waiting: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., waited: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sketch: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., left: _Optional[int] = ..., splits: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., groups: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., closed: _Optional[_Union[_common_pb2.ClosedSplits, _Mapping]] = ..., staged: _Optional[_Iterable[_Union[PushRequest, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class ReplicateReply(_message.Message):
+    __slots__ = ("next", "refused", "generations", "failure")
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    next: int
+    refused: _common_pb2.Array
+    generations: _common_pb2.Array
+    failure: _common_pb2.Failure
+    def __init__(self, next: _Optional[int] = ..., refused: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+
+class CopyRequest(_message.Message):
+    __slots__ = ("header", "blocks", "shard", "generations")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    blocks: _common_pb2.Array
+    shard: int
+    generations: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class HandOverRequest(_message.Message):
+    __slots__ = ("header", "blocks", "shard", "generations", "order")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    blocks: _common_pb2.Array
+    shard: int
+    generations: _common_pb2.Array
+    order: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., order: _Optional[int] = ...) -> None: ...
+
+class ReopenRequest(_message.Message):
+    __slots__ = ("header", "blocks", "generations", "term", "order")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    blocks: _common_pb2.Array
+    generations: _common_pb2.Array
+    term: int
+    order: int
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., term: _Optional[int] = ..., order: _Optional[int] = ...) -> None: ...
+
+class HeldRequest(_message.Message):
+    __slots__ = ("header", "blocks")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    blocks: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class HeldReply(_message.Message):
+    __slots__ = ("generations", "sequences")
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    generations: _common_pb2.Array
+    sequences: _common_pb2.Array
+    def __init__(self, generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class ShardStatsReply(_message.Message):
     __slots__ = ("stats",)
