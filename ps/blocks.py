@@ -194,6 +194,8 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
 
 def _drop(shard: Shard, number: int) -> None:
     layout = shard.layout
+    if shard.staged is not None:
+        shard.staged.drop(number)
     shard.marks.drop_block(number)
     if number >= layout.dense_base:
         shard.dense_sequence[number - layout.dense_base] = 0

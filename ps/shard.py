@@ -6,7 +6,7 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,7 +31,9 @@ from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePla
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.proto.work import expects, refuse_late
 from oarlock.ps.cuts import Cuts
+from oarlock.ps.does import Does, Done, Pushed, telling
 from oarlock.ps.marks import Marks
+from oarlock.ps.parts import along
 from oarlock.ps.rank_marks import HybridMarks, RankMarks
 from oarlock.ps.request import (
     DensePush,
@@ -70,14 +72,6 @@ _TOLD: dict[str, Callable[[AnyTable], int]] = {
     "evicted": lambda table: table.evicted,
     "refused": lambda table: table.refused,
 }
-
-
-def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[RowPush, NDArray[np.bool_]]]:
-    """Yield each part with its own run of ``chosen``, which has one entry for each block of each part."""
-    at = 0
-    for part in parts:
-        yield part, chosen[at : at + len(part.keys.numbers)]
-        at += len(part.keys.numbers)
 
 
 def _saved(request: PushRequest) -> int:
@@ -126,7 +120,9 @@ class Shard:
             self.marks, self.staged = steps, Staged(self, spec.ranks, steps, first)
         self.closed_window = spec.closed_window
         epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
-        self.sweeper = Sweeper(self.tables, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
+        # Hears what is done to blocks that are owned here, by their numbers, in its order; None: no block has copies.
+        self.told: Callable[[NDArray[np.int32], Does], None] | None = None
+        self.sweeper = Sweeper(self, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
 
     @property
     def sequence(self) -> NDArray[np.int64]:
@@ -273,7 +269,7 @@ class Shard:
                 )
             here = self.owned[numbers]
             # All of the message is checked before any of it is applied.
-            for part, chosen in _along(here, rows):
+            for part, chosen in along(here, rows):
                 keys, _ = part.keys.only(chosen)
                 self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
             todo = self._todo(split, group, numbers, here)
@@ -282,18 +278,19 @@ class Shard:
             applied = int(todo.sum())
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
             if staged is not None:
-                staged.keep_dense(rank, dense, todo[of_rows:])
+                staged.keep(Pushed(split, group, step, (), tuple(dense), rank), todo[of_rows:])
             if (todo if staged is None else todo[:of_rows]).any():
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
                 self.step = max(self.step, step)
-                for part, chosen in _along(todo, rows):
-                    self._push_rows(split, group, step, part.only(chosen), reply)
-                at = of_rows
-                for each in dense if staged is None else ():
-                    self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply)
-                    at += len(each.numbers)
+                with telling(self, split, group, step) as done:
+                    for part, chosen in along(todo, rows):
+                        self._push_rows(done, part.only(chosen), reply)
+                    at = of_rows
+                    for each in dense if staged is None else ():
+                        self._push_dense(done, each, todo[at : at + len(each.numbers)], reply)
+                        at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
                 if request.seen:
                     self.staleness.note(self.counters["pushes"] - (request.seen - 1))
@@ -311,41 +308,48 @@ class Shard:
             return np.zeros(len(numbers), np.bool_)
         return here & self.marks.missing(split, group, numbers)
 
-    def _push_rows(self, split: int, group: int, step: int, part: RowPush, reply: PushReply) -> None:
+    def did(self, numbers: NDArray[np.int32], does: Does) -> None:
+        """Tell what was just done to blocks that are owned here. The push lock is held."""
+        if self.told is not None:
+            self.told(numbers, does)
+
+    def _push_rows(self, to: Done, part: RowPush, reply: PushReply) -> None:
         keys = part.keys
         if not len(keys.blocks):
             return
         table = self.tables[keys.table]
         try:
-            done = table.push(
+            found = table.push(
                 keys.keys,
                 keys.blocks,
                 keys.counts,
                 part.gradients,
                 rate=part.rate,
-                step=step,
+                step=to.step,
                 occurrences=part.occurrences,
                 clicks=part.clicks,
             )
         except PSError as error:
             # Blocks that were changed before it failed are marked, or a repetition would change them again.
-            self.marks.record(split, group, keys.numbers[: error.details.get("groups", 0)])
+            groups = error.details.get("groups", 0)
+            self.marks.record(to.split, to.group, keys.numbers[:groups])
+            to.note_rows(part, groups)
             raise
-        self.marks.record(split, group, keys.numbers)
-        reply.refused += done.refused
+        self.marks.record(to.split, to.group, keys.numbers)
+        to.note_rows(part)
+        reply.refused += found.refused
         self.counters["rows_pushed"] += len(keys.keys)
         self.rows_pushed[keys.table] += len(keys.keys)
-        self.counters["rows_refused"] += done.refused
-        self.counters["rows_not_admitted"] += done.waiting
+        self.counters["rows_refused"] += found.refused
+        self.counters["rows_not_admitted"] += found.waiting
 
-    def _push_dense(
-        self, split: int, group: int, step: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply
-    ) -> None:
+    def _push_dense(self, to: Done, part: DensePush, todo: NDArray[np.bool_], reply: PushReply) -> None:
         numbers = part.numbers[todo]
         blocks = (numbers - self.layout.dense_base).astype(np.int64)
-        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=step)
-        self.marks.record(split, group, numbers)
+        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=to.step)
+        self.marks.record(to.split, to.group, numbers)
         self.dense_sequence[blocks] += 1
+        to.note_dense(part, todo)
         refused = int(found.sum())
         reply.refused += refused
         self.counters["dense_refused"] += refused
