@@ -104,6 +104,14 @@ class Records:
         return Records(self.generation, False, self.since, *parts, self.shards)
 
 
+def records_of(routes: Routes) -> Records:
+    """Return the records of a placement without copies."""
+    numbers = np.arange(len(routes.owners), dtype=np.int32)
+    generations = np.full(len(numbers), routes.generation, np.int64)
+    owners = routes.owners
+    return Records(routes.generation, True, 0, numbers, owners, generations, owners[:, None], routes.shards)
+
+
 def read_records(layout: Layout, message: Placement) -> Records:
     """Return the records that a placement message tells; Malformed where it contradicts itself or the layout."""
     if len(message.shards) > MAX_SHARDS:
@@ -126,7 +134,9 @@ def read_records(layout: Layout, message: Placement) -> Records:
     if message.HasField("generations"):
         told = unpack(message.generations, np.uint64, "placement generations")
         if len(told) != len(numbers) or (len(told) and int(told.max()) > message.generation):
-            raise Malformed(f"the placement of generation {message.generation} has records of later ones, or not one per block")
+            raise Malformed(
+                f"the placement of generation {message.generation} has records of later ones, or not one per block"
+            )
         generations = told.astype(np.int64)
     members = owners[:, None]
     if message.HasField("members"):

@@ -20,6 +20,7 @@ from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.ps.shard import Shard
 from oarlock.ps.warm import warm_up
 
+
 class Images:
     """The block images of one checkpoint."""
 
@@ -156,6 +157,8 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
 
 def drop(shard: Shard, number: int) -> None:
     layout = shard.layout
+    if shard.staged is not None:
+        shard.staged.drop(number)
     shard.marks.drop_block(number)
     if number >= layout.dense_base:
         shard.dense_sequence[number - layout.dense_base] = 0

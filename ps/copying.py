@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copying: the coordinator's orders to an owner about copies of its blocks.
 
-Invariant: an order that names another record than the one known here is left undone, and so is one that was carried out: what came
-of it is reported, not answered. A block is locked for no longer than a copy of it takes. Called from many threads.
+Invariant: an order that names another record than the one known here is left undone, and so is one that was carried out: what
+came of it is reported, not answered. A block is locked for no longer than a copy of it takes. Called from many threads.
 """
 
 from oarlock.proto.errors import Unavailable
 from oarlock.ps.holdings import Numbers, Order
 from oarlock.ps.images import image_of
-from oarlock.ps.operations import Operation
+from oarlock.ps.operations import Operation, sequences_of
 from oarlock.ps.reports import Generations
 from oarlock.ps.shard import Shard
 
@@ -29,7 +29,7 @@ class Copying:
                     raise Unavailable(f"shard {to} is not known here yet", shard=to)
                 owned = holdings.owned[one[0]] and holdings.generations[one[0]] == generations[at]
                 if owned and not leading.tells(to, int(one[0])):
-                    image = Operation(one, shard.sequences(one), image_of(shard, int(one[0])))
+                    image = Operation(one, sequences_of(shard, one), image_of(shard, int(one[0])))
                     leading.add(holdings.shards[to], image)
 
     def hand_over(self, numbers: Numbers, generations: Generations, to: int, order: Order) -> None:

@@ -6,22 +6,26 @@
                     of a copy that is owned by another one, or that is not here, or with a gap: refused
     a full copy     takes the place of nothing, or of a copy of a lower (generation, seq)
 
-Invariant: a copy is at some operation of its owner, whole, and never goes back. What is refused stays refused until a full copy or
-a record comes. The shard's push lock is held throughout.
+Invariant: a copy is at some operation of its owner, whole, and never goes back; one on which an operation fails is let go. What is
+refused stays refused until a full copy or a record comes. The shard's push lock is held throughout.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.proto.arrays import Part, pack
-from oarlock.proto.errors import Unavailable
+from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
+from oarlock.ps.blocks import drop
 from oarlock.ps.holdings import Numbers
 from oarlock.ps.images import take
-from oarlock.ps.operations import Image, Operation, Pushed, apply, decode
+from oarlock.ps.operations import Image, Operation, Pushed, Stepped, apply, decode, sequences_of
 from oarlock.ps.shard import Shard
+
+logger = logging.getLogger(__name__)
 
 # Senders whose streams are known; one that was forgotten begins another one.
 MOST_STREAMS = 4096
@@ -85,15 +89,31 @@ class Following:
         # A record that is not known here yet, or one that its owner does not know yet.
         if (copies & (known < generations)).any() or (copies & mine & (known > generations)).any():
             return None
-        lead = operation.sequences - self._shard.sequences(numbers)
-        if isinstance(operation.does, Pushed) and operation.does.rank >= 0:
-            # Parts that are staged are no operation yet.
-            lead = lead + 1
+        lead = self._lead(operation)
         takes = copies & mine & (known == generations)
         todo = operation.only(takes & (lead == 1))
         if todo is not None:
-            apply(self._shard, todo)
-        return self._told(numbers[~takes | (lead > 1)])
+            self._apply(todo)
+        return self._told(numbers[~takes | (lead > 1) | ~holdings.here[numbers]])
+
+    def _lead(self, operation: Operation) -> NDArray[np.int64]:
+        """Return by how much an operation is ahead of each copy: 1 if it is the next one, less if it was done."""
+        does, numbers = operation.does, operation.numbers
+        if isinstance(does, Stepped) and self._shard.staged is not None:
+            return does.step - self._shard.staged.steps[numbers]
+        lead = operation.sequences - sequences_of(self._shard, numbers)
+        # Parts that are staged are no operation yet.
+        return lead + 1 if isinstance(does, Pushed) and does.rank >= 0 else lead
+
+    def _apply(self, operation: Operation) -> None:
+        """Do an operation; copies on which it fails are none any more."""
+        try:
+            apply(self._shard, operation)
+        except (PSError, MemoryError, OSError) as error:
+            logger.warning("event=copies_let_go blocks=%s error=%s", operation.numbers[:16].tolist(), error)
+            for number in operation.numbers.tolist():
+                drop(self._shard, number)
+            self._shard.holdings.here[operation.numbers] = False
 
     def _image(self, sender: int, operation: Operation, generation: int) -> dict[int, int] | None:
         holdings, number = self._shard.holdings, int(operation.numbers[0])
@@ -103,7 +123,11 @@ class Following:
             return None if generation > known else self._told(operation.numbers)
         if generation < known:
             return self._told(operation.numbers)
-        if here and generation == known and int(self._shard.sequences(operation.numbers)[0]) >= operation.sequences[0]:
+        if (
+            here
+            and generation == known
+            and int(sequences_of(self._shard, operation.numbers)[0]) >= operation.sequences[0]
+        ):
             return {}
         assert isinstance(operation.does, Image), "looked at before"
         take(self._shard, operation.does)

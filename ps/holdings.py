@@ -33,7 +33,7 @@ class Order:
 class Holdings:
     """``generations`` int64[blocks]: of the newest record or copy known here, 0: none; ``owners`` int32[blocks] by the records.
 
-    ``here`` bool[blocks]: there is content; ``owned``: and it is the open owner's. ``closed``: under which order an owner's block is.
+    ``here`` bool[blocks]: there is content; ``owned``: and it is the open owner's; ``closed``: under which order, if it is not open.
     """
 
     def __init__(self, blocks: int) -> None:

@@ -5,8 +5,9 @@
     requires    and nothing is acknowledged before it has it
 
 Invariant: whoever is required has the whole block and every operation since, or an answer that waits for it is not given (R1). A
-shard is required before the coordinator hears of it, and until the coordinator's record says that it has left (R2). ``lock`` covers
-all of it, and is taken with or without the shard's push lock, never the other way round. Answers are given without either.
+shard is required before the coordinator hears of it, and until the coordinator's record says that it has left (R2). ``lock``
+covers all of it, and is taken with or without the shard's push lock, never the other way round. Answers are given without
+either.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,12 +37,12 @@ _NEVER = 1 << 62
 
 @dataclass
 class _Until:
-    """``then`` follows once the streams to shards ``at`` have been answered up to there, for ``numbers`` as far as they are left."""
+    """``then`` follows once the streams to shards ``at`` are answered up to there, for those ``numbers`` that are left."""
 
     numbers: Numbers
     at: dict[int, int]
     then: Callable[[Numbers], None]
-    # Only of an answer to a client: it is given also for blocks that went elsewhere meanwhile, as those that have to be sent again.
+    # Only of an answer to a client, which is given for blocks that went elsewhere, too: they have to be sent again.
     reply: PushReply | None = None
     pending: Pending | None = None
     # Whether it waits for those that are required, and so no more for one that is not.
@@ -54,7 +55,7 @@ class Leading:
 
     def __init__(self, holdings: Holdings, reports: Reports) -> None:
         self.lock = Lock()
-        self.wake: Callable[[], None] = lambda: None
+        self.wake: Callable[[], object] = lambda: None
         self.streams: dict[int, Stream] = {}
         self._holdings = holdings
         self._blocks = len(holdings.owned)
@@ -284,7 +285,8 @@ class Leading:
 
 def _give(answers: Iterable[_Until]) -> None:
     for each in answers:
-        assert each.reply is not None and each.pending is not None, "only answers to clients are given"
+        assert each.reply is not None, "only answers to clients are given"
+        assert each.pending is not None, "as the reply"
         if each.moved:
             before = unpack(each.reply.moved, np.int32, "moved blocks")
             each.reply.moved.CopyFrom(pack(np.concatenate([before, *each.moved]).astype(np.int32)))

@@ -19,7 +19,15 @@ from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement
 from oarlock.proto.shard_pb2 import PullReply, PullRequest
 from oarlock.proto.work import expects
-from oarlock.ps.request import Keys, read_codecs, read_dense_codec, read_dense_numbers, read_kept, read_keys, refuse_parts
+from oarlock.ps.request import (
+    Keys,
+    read_codecs,
+    read_dense_codec,
+    read_dense_numbers,
+    read_kept,
+    read_keys,
+    refuse_parts,
+)
 
 if TYPE_CHECKING:
     from oarlock.ps.shard import Shard

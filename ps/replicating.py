@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
+
 import numpy as np
 
 from oarlock.client.membership import Membership
@@ -65,7 +67,7 @@ class Replicating:
     async def run(self) -> None:
         """Send until cancelled."""
         loop, leading = asyncio.get_running_loop(), self._shard.leading
-        leading.wake = lambda: loop.call_soon_threadsafe(self._changed.set)
+        leading.wake = partial(loop.call_soon_threadsafe, self._changed.set)
         try:
             while True:
                 self._changed.clear()

@@ -66,6 +66,7 @@ from oarlock.ps.copying import Copying
 from oarlock.ps.following import Following
 from oarlock.ps.holdings import Order
 from oarlock.ps.identity import Identity
+from oarlock.ps.operations import sequences_of
 from oarlock.ps.replace import Order as ReplaceOrder
 from oarlock.ps.replace import Replacing
 from oarlock.ps.request import read_blocks, read_generations, read_path
@@ -239,7 +240,7 @@ class ShardService:
         with shard.push_lock:
             here = shard.holdings.here[numbers]
             generations = np.where(here, shard.holdings.generations[numbers], 0).astype(np.uint64)
-            sequences = np.where(here, shard.sequences(numbers), 0).astype(np.uint64)
+            sequences = np.where(here, sequences_of(shard, numbers), 0).astype(np.uint64)
         return HeldReply(generations=pack(generations), sequences=pack(sequences))
 
     def cut(self, request: CutRequest) -> Empty:

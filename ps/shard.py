@@ -6,9 +6,7 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,7 +19,6 @@ from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense_group import DenseGroup
-from oarlock.embedding.descriptor import VERSION
 from oarlock.embedding.make import make_table
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
@@ -30,13 +27,15 @@ from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.proto.work import refuse_late
 from oarlock.ps.cuts import Cuts
+from oarlock.ps.does import Does, Done, Pushed, telling
 from oarlock.ps.holdings import Holdings
 from oarlock.ps.leading import Leading
 from oarlock.ps.marks import Marks
-from oarlock.ps.operations import Does, Operation, Pushed
-from oarlock.ps.parts import copied, only
+from oarlock.ps.operations import Operation, sequences_of
+from oarlock.ps.parts import along
 from oarlock.ps.pulling import Pulls
 from oarlock.ps.rank_marks import HybridMarks, RankMarks
+from oarlock.ps.reports import Reports
 from oarlock.ps.request import (
     DensePush,
     RowPush,
@@ -47,7 +46,6 @@ from oarlock.ps.request import (
     refuse_repeated,
     refuse_unpacked,
 )
-from oarlock.ps.reports import Reports
 from oarlock.ps.staged import Staged
 from oarlock.ps.staleness import Staleness
 from oarlock.ps.stats import stats_of
@@ -58,26 +56,11 @@ SWEEP_WAIT_SECONDS = 0.02
 
 _NONE = np.empty(0, np.int32)
 
-def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[RowPush, NDArray[np.bool_]]]:
-    """Yield each part with its own run of ``chosen``, which has one entry for each block of each part."""
-    at = 0
-    for part in parts:
-        yield part, chosen[at : at + len(part.keys.numbers)]
-        at += len(part.keys.numbers)
-
 
 def _saved(request: PushRequest) -> int:
     """Return how many bytes fewer a push's gradients took than as float32."""
     came = [part.packed for part in (*request.tables, *request.dense) if part.HasField("packed")]
     return sum(4 * each.values - each.payload.shape[0] for each in came)
-
-
-@dataclass(frozen=True)
-class _Done:
-    """The parts of a group that were applied."""
-
-    rows: list[RowPush]
-    dense: list[DensePush]
 
 
 class Shard:
@@ -94,8 +77,9 @@ class Shard:
         self.counters: Counter[str] = Counter()
         self.staleness = Staleness()
         self.closed = ClosedSet()
-        # The newest placement of which nothing is missing here, and from which on versions of rows that were kept are to be believed.
+        # The newest placement of which nothing is missing here.
         self.generation = 0
+        # Versions of rows are believed to who knew a placement from here on when it kept them.
         self.unbroken = 0
         self.step = 0
         self.warm_start = spec.warm_start
@@ -123,7 +107,7 @@ class Shard:
             self.marks, self.staged = steps, Staged(self, spec.ranks, steps, first)
         self.closed_window = spec.closed_window
         epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
-        self.sweeper = Sweeper(self.tables, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
+        self.sweeper = Sweeper(self, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
 
     @property
     def owned(self) -> NDArray[np.bool_]:
@@ -140,21 +124,18 @@ class Shard:
         out[self.layout.dense_base :] = self.dense_sequence
         return out
 
-    def sequences(self, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Return int64[m]: how many operations changed each of these blocks, 0 for those that are not here."""
-        layout = self.layout
-        out = np.zeros(len(numbers), np.int64)
-        for base, table in zip(layout.table_base, self.tables, strict=True):
-            of = (numbers >= base) & (numbers < base + table.spec.blocks)
-            if of.any():
-                out[of] = table.descriptors[numbers[of] - base, VERSION]
-        dense = numbers >= layout.dense_base
-        out[dense] = self.dense_sequence[numbers[dense] - layout.dense_base]
-        return out
+    @property
+    def told(self) -> Callable[[NDArray[np.int32], Does], None] | None:
+        """Return who hears what is done to blocks that are owned here, by their numbers; None: no block has copies elsewhere."""
+        return self._tell if self.leading.streams else None
 
     def did(self, numbers: NDArray[np.int32], does: Does) -> None:
-        """Tell the copies of these blocks what was just done to them. The push lock is held."""
-        self.leading.did(Operation(numbers, self.sequences(numbers), does))
+        """Tell what was just done to blocks that are owned here. The push lock is held."""
+        if self.told is not None:
+            self.told(numbers, does)
+
+    def _tell(self, numbers: NDArray[np.int32], does: Does) -> None:
+        self.leading.did(Operation(numbers, sequences_of(self, numbers), does))
 
     def operations(self, number: int) -> int:
         """Return how many operations changed a block that is here."""
@@ -210,7 +191,7 @@ class Shard:
                 )
             here = self.owned[numbers]
             # All of the message is checked before any of it is applied.
-            for part, chosen in _along(here, rows):
+            for part, chosen in along(here, rows):
                 keys, _ = part.keys.only(chosen)
                 self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
             todo = self._todo(split, group, numbers, here)
@@ -219,18 +200,18 @@ class Shard:
             applied = int(todo.sum())
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
             if staged is not None:
-                staged.keep_dense(rank, dense, todo[of_rows:])
+                staged.keep(Pushed(split, group, step, (), tuple(dense), rank), todo[of_rows:])
             if (todo if staged is None else todo[:of_rows]).any():
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
                 self.step = max(self.step, step)
-                with self._telling(split, group, step, numbers[todo]) as done:
-                    for part, chosen in _along(todo, rows):
-                        self._push_rows(split, group, step, part.only(chosen), reply, done)
+                with telling(self, split, group, step) as done:
+                    for part, chosen in along(todo, rows):
+                        self._push_rows(done, part.only(chosen), reply)
                     at = of_rows
                     for each in dense if staged is None else ():
-                        self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply, done)
+                        self._push_dense(done, each, todo[at : at + len(each.numbers)], reply)
                         at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
                 if request.seen:
@@ -244,21 +225,6 @@ class Shard:
                 self.holdings.tell_where(numbers[~here], reply.where)
             return self.leading.answer(reply, numbers[here])
 
-    @contextmanager
-    def _telling(self, split: int, group: int, step: int, numbers: NDArray[np.int32]) -> Iterator["_Done | None"]:
-        """Yield what notes the parts of a group that were applied, and tell copies of them, also if another one fails.
-
-        None if nobody listens.
-        """
-        done = _Done([], []) if self.leading.listens(numbers) else None
-        try:
-            yield done
-        finally:
-            if done is not None and (done.rows or done.dense):
-                changed = [*(p.keys.numbers for p in done.rows), *(p.numbers for p in done.dense)]
-                pushed = Pushed(split, group, step, tuple(map(copied, done.rows)), tuple(done.dense))
-                self.did(np.concatenate(changed), pushed)
-
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: the blocks that are here and have not got the group."""
         # A late duplicate of a closed split finds no mark: the closed set is what tells that it is old.
@@ -266,57 +232,43 @@ class Shard:
             return np.zeros(len(numbers), np.bool_)
         return here & self.marks.missing(split, group, numbers)
 
-    def _push_rows(
-        self, split: int, group: int, step: int, part: RowPush, reply: PushReply, told: "_Done | None"
-    ) -> None:
+    def _push_rows(self, to: Done, part: RowPush, reply: PushReply) -> None:
         keys = part.keys
         if not len(keys.blocks):
             return
         table = self.tables[keys.table]
         try:
-            done = table.push(
+            found = table.push(
                 keys.keys,
                 keys.blocks,
                 keys.counts,
                 part.gradients,
                 rate=part.rate,
-                step=step,
+                step=to.step,
                 occurrences=part.occurrences,
                 clicks=part.clicks,
             )
         except PSError as error:
             # Blocks that were changed before it failed are marked, or a repetition would change them again.
-            changed = np.arange(len(keys.numbers)) < error.details.get("groups", 0)
-            self.marks.record(split, group, keys.numbers[changed])
-            if told is not None and changed.any():
-                told.rows.append(part.only(changed))
+            groups = error.details.get("groups", 0)
+            self.marks.record(to.split, to.group, keys.numbers[:groups])
+            to.note_rows(part, groups)
             raise
-        self.marks.record(split, group, keys.numbers)
-        if told is not None:
-            told.rows.append(part)
-        reply.refused += done.refused
+        self.marks.record(to.split, to.group, keys.numbers)
+        to.note_rows(part)
+        reply.refused += found.refused
         self.counters["rows_pushed"] += len(keys.keys)
         self.rows_pushed[keys.table] += len(keys.keys)
-        self.counters["rows_refused"] += done.refused
-        self.counters["rows_not_admitted"] += done.waiting
+        self.counters["rows_refused"] += found.refused
+        self.counters["rows_not_admitted"] += found.waiting
 
-    def _push_dense(
-        self,
-        split: int,
-        group: int,
-        step: int,
-        part: DensePush,
-        todo: NDArray[np.bool_],
-        reply: PushReply,
-        told: "_Done | None",
-    ) -> None:
+    def _push_dense(self, to: Done, part: DensePush, todo: NDArray[np.bool_], reply: PushReply) -> None:
         numbers = part.numbers[todo]
         blocks = (numbers - self.layout.dense_base).astype(np.int64)
-        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=step)
-        self.marks.record(split, group, numbers)
+        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=to.step)
+        self.marks.record(to.split, to.group, numbers)
         self.dense_sequence[blocks] += 1
-        if told is not None and len(numbers):
-            told.dense.append(only(part, todo, self.layout.lengths_of(part.numbers)))
+        to.note_dense(part, todo)
         refused = int(found.sum())
         reply.refused += refused
         self.counters["dense_refused"] += refused

@@ -87,7 +87,9 @@ class Copies(Job):
     def reopen(self, number, *, order=None):
         owner = self.sets[number][0]
         named = self._named([number])
-        request = ReopenRequest(header=self.header(owner), **named, term=1, order=self.order if order is None else order)
+        request = ReopenRequest(
+            header=self.header(owner), **named, term=1, order=self.order if order is None else order
+        )
         self.services[owner].reopen(travelled("Shard.Reopen", request))
 
     def held(self, shard, number):

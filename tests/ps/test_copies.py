@@ -5,8 +5,8 @@ import random
 
 import numpy as np
 import pytest
-from scenes_rig import Copies, done, result, same
 from rig import spec_of
+from scenes_rig import Copies, done, result, same
 
 from oarlock.proto.arrays import unpack
 from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, LACKING, SLOW
@@ -46,7 +46,8 @@ def test_what_is_lost_or_comes_twice_is_done_once():
     second = job.push(0, 1)[0]
     job.pump(times=3)
     job.settle()
-    assert done(first) and done(second)
+    assert done(first)
+    assert done(second)
     equal(job)
     assert job.rows("user", range(40)).tolist() == np.full((40, 2), -2.0).tolist()
 
@@ -190,7 +191,8 @@ def test_an_owner_that_was_replaced_acknowledges_only_what_the_new_one_has():
     for number in range(job.layout.blocks):
         job.record(number, (1,), tell=(1,))
     job.settle()
-    assert not done(has) and not done(lacks)
+    assert not done(has)
+    assert not done(lacks)
     for number in range(job.layout.blocks):
         job.adopt(0, [number])
     assert moved(has) == moved(lacks) == list(range(job.layout.blocks))
@@ -225,7 +227,8 @@ def test_a_copy_that_refuses_is_reported_and_never_passed_over():
     assert not done(again)
     job.record(4, (0,))
     job.settle()
-    assert done(answer) and done(again)
+    assert done(answer)
+    assert done(again)
 
 
 def test_operations_wait_for_the_record_that_the_other_side_lacks():
