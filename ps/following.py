@@ -6,8 +6,8 @@
                     of a copy that is owned by another one, or that is not here, or with a gap: refused
     a full copy     takes the place of nothing, or of a copy of a lower (generation, seq)
 
-Invariant: a copy is at some operation of its owner, whole, and never goes back; one on which an operation fails is let go. What is
-refused stays refused until a full copy or a record comes. The shard's push lock is held throughout.
+Invariant: a copy is at some operation of its owner, whole, and never goes back; one on which an operation fails is let go. What
+is refused stays refused until a full copy or a record comes. The shard's push lock is held throughout.
 """
 
 import logging

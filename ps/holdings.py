@@ -33,7 +33,7 @@ class Order:
 class Holdings:
     """``generations`` int64[blocks]: of the newest record or copy known here, 0: none; ``owners`` int32[blocks] by the records.
 
-    ``here`` bool[blocks]: there is content; ``owned``: and it is the open owner's; ``closed``: under which order, if it is not open.
+    ``here`` bool[blocks]: there is content; ``owned``: the open owner's; ``closed``: under which order, where it is not open.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -70,7 +70,7 @@ class Holdings:
     @property
     def copies(self) -> NDArray[np.bool_]:
         """Return bool[blocks]: content that is a copy of what another shard owns."""
-        out = self.here & ~self.owned
+        out: NDArray[np.bool_] = self.here & ~self.owned
         out[list(self.closed)] = False
         return out
 

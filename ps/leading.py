@@ -32,7 +32,6 @@ from oarlock.ps.stream import Stream
 
 # Of operations that a shard which is not required yet may be behind: beyond it the copy is given up.
 TAIL_BYTES = 256 << 20
-_NEVER = 1 << 62
 
 
 @dataclass
@@ -99,10 +98,8 @@ class Leading:
         at = {}
         for shard, mask in self._requires.items():
             if mask[numbers].any():
-                stream, broken = self.streams[shard], self._broken.get(shard)
-                if broken is not None and broken[numbers].any():
-                    at[shard] = _NEVER
-                elif stream.first < stream.next:
+                stream = self.streams[shard]
+                if stream.first < stream.next or self._is_broken(shard, numbers):
                     at[shard] = stream.next
         return at
 
@@ -126,9 +123,6 @@ class Leading:
             self._stop(shard, others)
         if len(required):
             self._broken.setdefault(shard, np.zeros(self._blocks, np.bool_))[required] = True
-            for each in self._waiting:
-                if shard in each.at and np.isin(each.numbers, required).any():
-                    each.at[shard] = _NEVER
             self._report(SLOW, required, self._generations(), shard)
 
     def _cut_tail(self, shard: int) -> None:
@@ -270,9 +264,13 @@ class Leading:
 
     def _lacks(self, each: _Until, shard: int, at: int) -> bool:
         stream = self.streams.get(shard)
-        if stream is None or stream.first >= at:
+        if stream is None or (each.required and not self._requires[shard][each.numbers].any()):
             return False
-        return not each.required or bool(self._requires[shard][each.numbers].any())
+        return stream.first < at or (each.required and self._is_broken(shard, each.numbers))
+
+    def _is_broken(self, shard: int, numbers: Numbers) -> bool:
+        """Whether a shard refuses one of these blocks, and is required still."""
+        return shard in self._broken and bool(self._broken[shard][numbers].any())
 
     def fail(self, error: Any) -> None:
         """Let nobody wait any more: the process ends."""
