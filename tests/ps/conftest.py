@@ -23,9 +23,10 @@ for _name in ("story", "faulty_files"):
         sys.modules[f"checkpoint_{_name}"] = importlib.util.module_from_spec(_SPEC)
         _SPEC.loader.exec_module(sys.modules[f"checkpoint_{_name}"])
 
-if "compacting_rig" not in sys.modules:
-    _SPEC = importlib.util.spec_from_file_location("compacting_rig", Path(__file__).with_name("compacting_rig.py"))
-    assert _SPEC is not None
-    assert _SPEC.loader is not None
-    sys.modules["compacting_rig"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["compacting_rig"])
+for _name in ("compacting_rig", "copies_rig"):
+    if _name not in sys.modules:
+        _SPEC = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+        assert _SPEC is not None
+        assert _SPEC.loader is not None
+        sys.modules[_name] = importlib.util.module_from_spec(_SPEC)
+        _SPEC.loader.exec_module(sys.modules[_name])
