@@ -89,7 +89,7 @@ class Holdings:
         closing = numbers[self.owned[numbers]]
         # One that is closed already waits for this order from now on.
         again = np.array([n for n in numbers.tolist() if self.closed.get(n, order) != order], np.int32)
-        found = np.concatenate([closing, again])
+        found: Numbers = np.concatenate([closing, again])
         self.owned[closing] = False
         self.closed.update(dict.fromkeys(found.tolist(), order))
         return found

@@ -69,9 +69,14 @@ def apply(shard: "Shard", operation: Operation) -> None:
             _same(operation, before, operation.sequences)
             _stager(shard).take(does)
         elif isinstance(does, Stepped):
-            _step(shard, numbers, does, operation.sequences - before)
+            _step(shard, numbers, does)
         else:
-            _same(operation, before, operation.sequences - 1)
+            expected = operation.sequences - 1
+            if isinstance(does, Pushed):
+                # Rows that make way for others in a table with a byte budget are one more.
+                trimmed = before < expected
+                expected = np.where(trimmed & _budgeted(shard, does, numbers), before, expected)
+            _same(operation, before, expected)
             if isinstance(does, Pushed):
                 _push(shard, does)
             elif isinstance(does, Swept):
@@ -104,6 +109,17 @@ def _same(operation: Operation, found: NDArray[np.int64], wanted: NDArray[np.int
             f"({name}): copy the block anew",
             block=block,
         )
+
+
+def _budgeted(shard: "Shard", pushed: Pushed, numbers: Numbers) -> NDArray[np.bool_]:
+    """Return bool[m]: which blocks are of tables whose rows make way for others."""
+    found = np.zeros(len(numbers), np.bool_)
+    at = 0
+    for part in pushed.rows:
+        end = at + len(part.keys.numbers)
+        found[at:end] = shard.layout.tables[part.keys.table].eviction.max_bytes > 0
+        at = end
+    return found
 
 
 def _stager(shard: "Shard") -> "Staged":
@@ -144,12 +160,11 @@ def _push(shard: "Shard", pushed: Pushed) -> None:
             shard.marks.record(pushed.split, pushed.group, each.numbers)
 
 
-def _step(shard: "Shard", numbers: Numbers, stepped: Stepped, more: NDArray[np.int64]) -> None:
-    """Apply a step to copies that are at the one before it; ``more``: so many operations each of them shall have more."""
+def _step(shard: "Shard", numbers: Numbers, stepped: Stepped) -> None:
+    """Apply a step to copies that are at the one before it."""
     staged = _stager(shard)
     steps = staged.steps_of(numbers)
-    # A block without a part of the step is not changed; one that is swept by it, twice.
-    wrong = (steps + 1 != stepped.step) | (more < 0) | (more > 2) | (numbers < staged.first)
+    wrong = (steps + 1 != stepped.step) | (numbers < staged.first)
     if wrong.any():
         block = int(numbers[wrong][0])
         raise Internal(

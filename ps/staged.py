@@ -122,8 +122,8 @@ class Staged:
             refuse_late()
             here = shard.owned[numbers]
             fresh = self.fresh(rank, step, numbers, here)
-            for part in rows:
-                keys = part.keys
+            for part, chosen in along(here, rows):
+                keys, _ = part.keys.only(chosen)
                 shard.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
             # Nothing above has changed anything: a message is staged whole, or not at all.
             self.keep(Pushed(request.split, request.group, step, tuple(rows), tuple(dense), rank), fresh)

@@ -7,5 +7,5 @@ for _name in ("rig", "rows_rig"):
     load_shared(f"client/{_name}.py")
 for _name in ("story", "faulty_files"):
     load_shared(f"checkpoint/{_name}.py", f"checkpoint_{_name}")
-for _name in ("compacting_rig", "scenes_rig"):
+for _name in ("compacting_rig", "copies_rig", "scenes_rig"):
     load_shared(f"ps/{_name}.py")

@@ -8,7 +8,7 @@ import pytest
 from rig import group_keys, spec_of
 from scenes_rig import Copies, done, result, same
 
-from oarlock.proto.arrays import unpack
+from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, LACKING, SLOW
 from oarlock.proto.errors import StalePlacement
 from oarlock.proto.shard_pb2 import PullRequest, TableKeys
