@@ -18,7 +18,7 @@ from oarlock.benchmarks.exactly_once_shard import RUN, incarnation_of, make_serv
 from oarlock.client.closed import SPLIT_WINDOW, ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
-from oarlock.client.router import records_of
+from oarlock.client.router import changes_of
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import PushReply, PushRequest
@@ -73,7 +73,7 @@ def spread(ratios: list[float]) -> dict[str, Any]:
 def own_blocks(service: ShardService, number: int, routes: Any, spec: JobSpec) -> Shard:
     """Have the service adopt its blocks; return its shard."""
     shard = service._shard(header_for(spec, number))[1]
-    adopt(shard, number, records_of(routes), ClosedSet())
+    adopt(shard, number, changes_of(routes), ClosedSet())
     return shard
 
 

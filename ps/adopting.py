@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.closed import ClosedSet
-from oarlock.client.router import Records
+from oarlock.client.router import Changes
 from oarlock.proto.coordinator_pb2 import LACKING
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.blocks import create_all, drop
@@ -32,25 +32,27 @@ logger = logging.getLogger(__name__)
 def adopt(
     shard: Shard,
     me: int,
-    told: Records,
+    told: Changes,
     closed: ClosedSet,
     restore: str = "",
     *,
     create: Numbers | None = None,
+    complete: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Be to each block what its record says shard ``me`` is.
 
     ``create``: blocks that no shard has; those that are wanted here are made, from the checkpoint ``restore``, or with what the
-    job's warm start takes over, or with first values. None: all that are new here. ``options``: of the checkpoint's file system.
+    job's warm start takes over, or with first values. None: all that are new here. ``complete``: no record newer than ``told.since`` is
+    missing. ``options``: of the checkpoint's file system.
     """
     holdings = shard.holdings
     with shard.push_lock:
         if told.whole and told.generation < shard.generation:
             raise InvalidArgument(f"generation {told.generation} is older than this shard's {shard.generation}")
         first = not shard.generation
-        newer = told.only(told.generations > holdings.generations[told.numbers])
-        numbers = newer.numbers
+        newer = told.only(told.generations > holdings.generations[told.blocks])
+        numbers = newer.blocks
         mine, member = newer.owners == me, (newer.members == me).any(axis=1)
         wanted, here = mine | member, holdings.here[numbers]
         made = wanted & ~here
@@ -71,7 +73,7 @@ def adopt(
         _leave(shard, numbers[~mine], numbers[~wanted & here])
         lacking = numbers[wanted & ~here]
         shard.reports.add(LACKING, lacking, holdings.generations[lacking])
-        if told.whole or told.since <= shard.generation:
+        if complete and told.since <= shard.generation:
             shard.generation = max(shard.generation, told.generation)
         if first:
             shard.unbroken = shard.generation
@@ -80,16 +82,16 @@ def adopt(
     logger.info(
         "event=adopted generation=%d told=%d newer=%d made=%d blocks=%d",
         told.generation,
-        len(told.numbers),
+        len(told.blocks),
         len(numbers),
         int(made.sum()),
         owned,
     )
 
 
-def _lead(shard: Shard, me: int, records: Records) -> None:
+def _lead(shard: Shard, me: int, records: Changes) -> None:
     """Own blocks whose content is here, with the members that their records name."""
-    holdings, numbers = shard.holdings, records.numbers
+    holdings, numbers = shard.holdings, records.blocks
     for number in [n for n in numbers.tolist() if n in holdings.closed]:
         del holdings.closed[number]
     if not len(numbers):

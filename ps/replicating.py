@@ -9,13 +9,12 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from oarlock.client.membership import Membership
-from oarlock.client.router import NOTHING_ELSE, read_records
+from oarlock.client.router import unpack_changes
 from oarlock.proto.arrays import Part, pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Header
@@ -153,5 +152,6 @@ class Replicating:
 
     def _learn(self, reply: ReportReply) -> None:
         """Adopt records that are other ones than were believed here; nothing is made by them."""
-        told = replace(read_records(self._shard.layout, reply.record), since=NOTHING_ELSE)
-        adopt(self._shard, self._member.id, told, self._shard.closed, create=np.empty(0, np.int32))
+        told = unpack_changes(self._shard.layout, reply.record)
+        nothing = np.empty(0, np.int32)
+        adopt(self._shard, self._member.id, told, self._shard.closed, create=nothing, complete=False)

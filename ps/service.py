@@ -21,7 +21,7 @@ from oarlock.checkpoint.chain import MAX_LINKS
 from oarlock.checkpoint.place import Place, place_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
-from oarlock.client.router import read_records
+from oarlock.client.router import unpack_changes
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
@@ -198,7 +198,7 @@ class ShardService:
 
     def adopt(self, request: AdoptRequest) -> AdoptReply:
         identity, shard = self._order(request.header)
-        told = read_records(shard.layout, request.placement)
+        told = unpack_changes(shard.layout, request.placement)
         closed = ClosedSet.unpack(request.closed, shard.closed_window)
         restore = request.restore and read_path(request.restore, "the checkpoint to restore")
         create = read_blocks(shard.layout, request.create) if request.HasField("create") else None

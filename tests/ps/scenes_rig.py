@@ -8,7 +8,6 @@ from rig import Job, group_keys
 
 from oarlock.client.closed import ClosedSet
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
-from oarlock.client.router import NOTHING_ELSE
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import inlined
 from oarlock.proto.common_pb2 import Member, Placement
@@ -58,7 +57,7 @@ class Copies(Job):
             owners=pack(members[:, 0].copy()),
             shards=[Member(id=s.id, address=s.address, incarnation=s.incarnation) for s in self.addresses.values()],
             blocks=None if whole else pack(np.array(numbers, np.int32)),
-            since=0 if whole else NOTHING_ELSE,
+            since=0 if whole else self.generation - 1,
             generations=pack(self.of[numbers].astype(np.uint64)),
             members=pack(members),
         )
