@@ -18,6 +18,7 @@ from oarlock.ps.operations import (
     decode,
     encode,
     nbytes,
+    pieces,
 )
 from oarlock.ps.request import Keys, RowPush
 
@@ -212,6 +213,16 @@ def test_parts_are_those_of_some_blocks(told):
     _, undone = told["Undone", "async"]
     first = undone.only(np.arange(len(undone.numbers)) == 0)
     assert first.does.keys.numbers.tolist() == undone.numbers[:1].tolist()
+
+
+def test_pieces_are_the_whole_cut_between_blocks(told):
+    _, operation = told["Pushed", "async"]
+    assert pieces(operation, 1 << 30) == [operation]
+    cut = pieces(operation, nbytes(operation) // 3)
+    assert len(cut) > 2
+    assert np.concatenate([piece.numbers for piece in cut]).tolist() == operation.numbers.tolist()
+    assert all(piece.numbers.tolist() == piece.does.numbers.tolist() for piece in cut)
+    assert {len(piece.numbers) for piece in pieces(operation, 0)} == {1}
 
 
 def test_what_is_too_large_for_a_message_is_named():
