@@ -74,6 +74,11 @@ class Staged:
         return self._parts.nbytes
 
     @property
+    def steps(self) -> NDArray[np.int64]:
+        """Return int64[blocks of the job]: the step that each of them here is at."""
+        return self._marks.steps
+
+    @property
     def all_blocks(self) -> bool:
         """Whether every block is staged, and none changed by a push."""
         return not self.first
