@@ -26,6 +26,7 @@ from oarlock.ps.does import Stepped as Stepped
 from oarlock.ps.does import Swept as Swept
 from oarlock.ps.does import Undone as Undone
 from oarlock.ps.does import nbytes as nbytes
+from oarlock.ps.does import pieces as pieces
 from oarlock.ps.images import reached, take
 from oarlock.ps.operation_wire import decode as decode
 from oarlock.ps.operation_wire import encode as encode

@@ -130,7 +130,7 @@ class Copies:
         self.kinds = set()
         self.owner.told = self.told
         self.step, self.groups = 0, dict.fromkeys(range(4), 0)
-        self.last = None
+        self.last = self.sent = None
 
     def close(self):
         for shard in (self.owner, *self.members):
@@ -207,10 +207,14 @@ class Copies:
 
     def send(self, identity, gradients, dense):
         """Push to all owners; return the bytes, to be sent again."""
-        (made,) = cut_push(self.layout, self.job.routes(), identity, gradients, dense, 0.05)
-        sent = made.request.SerializeToString(), [bytes(view_of(one)) for one in made.parts], type(made.request)
-        self.again(sent)
-        return sent
+        found = list(cut_push(self.layout, self.job.routes(), identity, gradients, dense, 0.05))
+        if not found:
+            return self.sent
+        (made,) = found
+        # Kept from before it is sent: a push that fails is sent again.
+        self.sent = made.request.SerializeToString(), [bytes(view_of(one)) for one in made.parts], type(made.request)
+        self.again(self.sent)
+        return self.sent
 
     def again(self, sent):
         data, parts, kind = sent
@@ -269,7 +273,7 @@ class Copies:
         for rank in rng.permutation(ranks).tolist():
             identity = PushIdentity(rank, splits, self.step, rank=rank + 1)
             sent.append(self.send(identity, self.gradients(), self.dense()))
-            if rng.random() < 0.3:
+            if rng.random() < 0.3 and all(sent):
                 self.again(sent[int(rng.integers(len(sent)))])
             yield rank
         self.step += 1
