@@ -5,7 +5,8 @@
     behind     other records changed, or other shards came: it is told when there is time, some shards at once
 
 Invariant: what a shard is told begins where it was last known to be (or is all), so that it knows all records of the generation
-that it answered. What a coordinator of an earlier life told nobody knows: all is told again. Pure; the coordinator's lock covers it.
+that it answered. What an earlier life of the coordinator told nobody knows: all is told again. Pure; the coordinator's lock
+covers it.
 """
 
 from oarlock.cluster.record import Records

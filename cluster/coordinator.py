@@ -196,7 +196,9 @@ class Coordinator:
                 raise Unavailable(
                     f"the placement is not ready: {len(self.members.alive('shard'))} of {self.scaling.servers} shards"
                 )
-            return self.records.message(since if since <= self.generation else 0)
+            # Whoever asks though no record changed since asks for another reason.
+            changed = since > 0 and bool((self.records.generations > since).any())
+            return self.records.message(since if changed else 0)
 
     @property
     def adopted(self) -> set[int]:

@@ -127,6 +127,9 @@ class Copies:
         owned = []
         changes = []
         for block in blocks:
+            if block in self.creating:
+                # It heard of the record in another way than by the order to make it.
+                continue
             owner, members, _ = self.records.of(block)
             self.promotion.lacking(block, shard)
             if owner == shard:
@@ -327,3 +330,8 @@ class Copies:
         if self.moving.closed or self.promotion.blocks or self.records.gone or self.creating:
             return False
         return self.adoption.settled
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is under way, nor wanted."""
+        return self.calm and self.moving.idle and self._look_at is None and not self._c.scaling.drained()
