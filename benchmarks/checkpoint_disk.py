@@ -16,8 +16,8 @@ import numpy as np
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
-from oarlock.client.router import Routes
-from oarlock.ps.blocks import adopt
+from oarlock.client.router import Routes, changes_of
+from oarlock.ps.adopting import adopt
 from oarlock.ps.shard import Shard
 
 
@@ -81,7 +81,7 @@ def restore(spec: JobSpec, me: int, routes: Routes, cut: Path) -> tuple[float, i
     shard = Shard(spec)
     try:
         begun = time.monotonic()
-        adopt(shard, me, routes, ClosedSet(), str(cut))
+        adopt(shard, me, changes_of(routes), ClosedSet(), str(cut))
         return time.monotonic() - begun, sum(table.rows for table in shard.tables)
     finally:
         shard.close()

@@ -106,7 +106,7 @@ def read_blocks(
     )
 
 
-def step_back(niceness: int) -> None:
+def _let_others_first(niceness: int) -> None:
     """Let other threads of the host come before the calling one, as Linux does by a niceness of its own for each thread."""
     if niceness:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
@@ -122,7 +122,10 @@ def in_threads(
     progress: Progress | None = None,
     niceness: int = 0,
 ) -> list[Result]:
-    """Return ``do(task)`` of all tasks, in their order. ``size(task)``: what it holds in memory, of which progress is told."""
+    """Return ``do(task)`` of all tasks, in their order. ``size(task)``: what it holds in memory, of which progress is told.
+
+    ``niceness``: of the threads, beside that of the process; 0: none.
+    """
     if threads < 1 or bytes_in_flight < 1:
         raise InvalidArgument(f"threads = {threads}, bytes_in_flight = {bytes_in_flight}: give at least 1 of each")
     work = _Work(sum(size(task) for task in tasks), bytes_in_flight, progress)
@@ -140,7 +143,7 @@ def in_threads(
 
     futures: list[Future[Result]] = []
     with ThreadPoolExecutor(
-        min(threads, max(1, len(tasks))), "checkpoint", initializer=step_back, initargs=(niceness,)
+        min(threads, max(1, len(tasks))), "checkpoint", initializer=_let_others_first, initargs=(niceness,)
     ) as pool:
         try:
             for task in tasks:

@@ -22,6 +22,7 @@ from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import MANIFEST, cut_folder
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore
+from oarlock.cli.show import result_console
 from oarlock.launch.place import find, find_cut
 from oarlock.proto.errors import CorruptCheckpoint, NotFound
 
@@ -120,7 +121,7 @@ def _describe(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    console = _console()
+    console = result_console()
     _show_cuts(console, found["cuts"], manifest.cut)
     _show_tables(console, found)
     of = f"job {found['job']}, run {found['run']}, epoch {found['epoch']}, step {found['step']}"
@@ -203,12 +204,6 @@ def _table_line(manifest: Manifest, kind: str, name: str, dim: int) -> dict[str,
     }
 
 
-def _console() -> Console:
-    """Return where tables are shown; what is no terminal has room for all columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
-
-
 def _show_cuts(console: Console, cuts: list[dict[str, Any]], chosen: int) -> None:
     table = Table(title="cuts (*: described below)", title_justify="left")
     names = list(dict.fromkeys(name for each in cuts for name in each.get("metrics", {})))[:SHOWN]
@@ -254,7 +249,7 @@ def _diff(options: argparse.Namespace) -> int:
         table.add_column(name, justify="left" if name == "table" else "right")
     for each in found:
         table.add_row(*_diff_line(each))
-    _console().print(table)
+    result_console().print(table)
     return 0
 
 

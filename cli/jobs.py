@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from oarlock.cli.cut_lines import cut_lines
-from oarlock.cli.show import epochs_table, event_lines, wire_lines
+from oarlock.cli.show import epochs_table, event_lines, result_console, wire_lines
 from oarlock.client.job import OVER
 from oarlock.launch.folder import is_running, locate, read_spec, stored_status
 from oarlock.proto.coordinator_pb2 import StatusReply, StatusRequest, StopRequest
@@ -59,10 +58,7 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        # What reads a pipe or a file wants whole values; the width of a screen that is not there is a guess.
-        console = Console(width=160)
+    console = result_console()
     console.print(
         f"job {found['name']}: {found['phase']}{' (' + found['reason'] + ')' if found['reason'] else ''}, run {found['run']}, "
         f"{len(found['history'])} of {found['epochs']} epochs done",

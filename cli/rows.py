@@ -24,6 +24,7 @@ from rich.table import Table
 from oarlock import __version__
 from oarlock.cli.rows_file import RowsFile
 from oarlock.cli.rows_options import read_key
+from oarlock.cli.show import result_console
 from oarlock.client.rows import RowsClient, RowsPart
 from oarlock.embedding.spec import TableSpec, to_json
 from oarlock.launch.folder import is_running, locate, read_spec
@@ -123,12 +124,6 @@ def _read_keys(given: list[Any]) -> Keys:
     return np.array(list(found), np.uint64)
 
 
-def _console() -> Console:
-    console = Console()
-    # What reads a pipe or a file wants whole values; the width of a screen that is not there is a guess.
-    return console if console.is_terminal else Console(width=160)
-
-
 def _print(value: dict[str, Any]) -> None:
     print(json.dumps(plain(value), allow_nan=False))
 
@@ -148,7 +143,7 @@ async def _get(client: RowsClient, options: argparse.Namespace) -> int:
     table = Table("key", "present", "weights", title=f"{options.table} of {client.spec.name}", title_justify="left")
     for key, there, row in found:
         table.add_row(str(key), "yes" if there else "no", _short(row.tolist()), style=None if there else "dim")
-    _console().print(table)
+    result_console().print(table)
     return 0
 
 
@@ -157,7 +152,7 @@ async def _explain(client: RowsClient, options: argparse.Namespace) -> int:
     if options.json:
         _print({"job": client.spec.name, "table": options.table, "step": client.step, "rows": found})
         return 0
-    console = _console()
+    console = result_console()
     for facts in found:
         title = f"key {facts.get('key')} of {options.table} in {client.spec.name}"
         table = Table("fact", "value", title=title, title_justify="left", show_header=False)
@@ -244,7 +239,7 @@ async def _undo(client: RowsClient, options: argparse.Namespace) -> int:
     table = Table("key", "updates taken back", title=f"{options.table} of {client.spec.name}", title_justify="left")
     for key, undone in found:
         table.add_row(str(key), str(undone), style=None if undone else "dim")
-    _console().print(table)
+    result_console().print(table)
     return 0
 
 
@@ -268,5 +263,5 @@ async def _quarantine(client: RowsClient, options: argparse.Namespace) -> int:
     for name, (refused, sample) in found.items():
         keys = " ".join(map(str, sample[:SHOWN].tolist()))
         table.add_row(name, f"{refused:,}", keys + (f" ... ({len(sample)})" if len(sample) > SHOWN else ""))
-    _console().print(table)
+    result_console().print(table)
     return 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after.
+"""How a job is shown: progress while it runs (a live line on a terminal, plain lines otherwise), a table of epochs after; and
+where any command shows its tables.
 
 Invariant: a screen that goes away (a pipe whose reader ended) costs the view, not the job. One thread.
 """
@@ -16,6 +17,13 @@ from oarlock.cli.cut_lines import progress_line
 
 # A cut that takes longer is told of in lines, so often.
 CUT_SECONDS = 10.0
+
+
+def result_console() -> Console:
+    """Return where tables that are a command's result are shown: standard output."""
+    console = Console()
+    # What reads a pipe or a file wants whole values; the width of a screen that is not there is a guess.
+    return console if console.is_terminal else Console(width=160)
 
 
 class RunView:
@@ -73,8 +81,10 @@ class RunView:
         if status.get("metrics", self._metrics) not in ("", self._metrics):
             self._metrics = status["metrics"]
             self.say(f"metrics at http://{self._metrics}/metrics")
+        restored = restored_epochs(status)
         for result in status["history"][self._epochs :]:
-            self.say(_line(result, status["epochs"]))
+            where = "  (from the checkpoint)" if result["epoch"] < restored else ""
+            self.say(_line(result, status["epochs"]) + where)
         self._epochs = max(self._epochs, len(status["history"]))
         self._show_cut(status)
         warnings = status.get("warnings", [])
@@ -122,6 +132,13 @@ class RunView:
         """Show the table of epochs."""
         if status["history"]:
             self._safely(lambda: self._console.print(epochs_table(status)))
+
+
+def restored_epochs(status: dict[str, Any]) -> int:
+    """Return how many epochs had been trained where this run of the job began."""
+    epochs = {made["path"]: made["epoch"] for made in status.get("checkpoints", [])}
+    began = [e for e in status.get("events", []) if isinstance(e, dict) and e.get("event") == "restore"]
+    return next((int(epochs.get(e.get("path"), 0)) for e in began if e.get("run") == status.get("run")), 0)
 
 
 def event_lines(status: dict[str, Any]) -> list[str]:

@@ -280,11 +280,16 @@ def summary(spec: JobSpec, status: dict[str, Any], seconds: float) -> dict[str, 
 
 
 def _sentence(result: dict[str, Any]) -> str:
-    shown = ("best_epoch", "samples_per_s", "samples_trained", "seconds", "reader", "checkpoint")
     metrics = result["history"][-1]["metrics"] if result["history"] else ()
+    best_is_last = result.get("best_epoch") == len(result["history"])
+    shown = {n: n for n in ("samples_per_s", "samples_trained", "seconds", "reader")}
+    # The newest one, not the one of the best epoch.
+    shown["checkpoint"] = "last_checkpoint"
     return "  ".join(
         [
             *(f"{n} {metric(result[n])}" for n in metrics),
-            *(f"{n} {result[n]}" for n in shown if result.get(n) is not None),
+            *([f"best_epoch {result['best_epoch']}"] if "best_epoch" in result else []),
+            *(f"last_{n} {metric(result[f'last_{n}'])}" for n in metrics if f"last_{n}" in result and not best_is_last),
+            *(f"{told} {result[n]}" for n, told in shown.items() if result.get(n) is not None),
         ]
     )

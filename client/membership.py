@@ -7,6 +7,7 @@ called from any thread.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,8 +21,8 @@ from oarlock.client.gate import Gate
 from oarlock.client.job import OVER, STOPPING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.retry import Retry
-from oarlock.client.router import Routes, unpack_placement
-from oarlock.proto.common_pb2 import Header
+from oarlock.client.router import Routes, routes_of, unpack_changes, unpack_placement
+from oarlock.proto.common_pb2 import Header, Placement
 from oarlock.proto.coordinator_pb2 import (
     WORKER,
     HeartbeatReply,
@@ -85,7 +86,10 @@ class Membership:
         self._lease_seconds = 5.0
         self._lease_ends = 0.0
         self._clock: Callable[[], float] = lambda: 0.0
-        self._fetching: asyncio.Task[Routes] | None = None
+        self._fetching: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        # Set, and made anew, whenever something newer is known of the placement.
+        self._moved = asyncio.Event()
 
     async def call(self, method: str, request: Any) -> Any:
         """Call the coordinator, waiting for it while it is away (it may be restarted at any time).
@@ -235,37 +239,80 @@ class Membership:
             if self._fetching is None:
                 self._fetching = asyncio.ensure_future(self._fetch())
                 self._fetching.add_done_callback(self._fetched)
-            fetched = await asyncio.shield(self._fetching)
-            if fetched.generation < generation:
+            await asyncio.shield(self._fetching)
+            if self.routes is None or self.routes.generation < generation:
                 await asyncio.sleep(self._heartbeat_seconds / 5)
         return self.routes
 
-    async def refresh(self) -> None:
-        """Take a newer placement if the coordinator answers now that there is one; work goes on without it otherwise."""
-        try:
-            message = await self.transport.call(
-                self.coordinator, "Coordinator.Placement", PlacementRequest(header=self.header()), timeout_seconds=1.0
+    async def refresh(self, patience: float = 1.0) -> None:
+        """Take a newer placement if the coordinator answers within ``patience`` that there is one; work goes on without it
+        otherwise.
+
+        One question at a time: who comes while one is on its way gets its answer.
+        """
+        if self._refreshing is None:
+            self._refreshing = asyncio.ensure_future(self._refresh())
+            self._refreshing.add_done_callback(self._refreshed)
+        asking = self._refreshing
+        await asyncio.wait([asking], timeout=patience)
+        if asking.done():
+            await asking
+
+    async def _refresh(self) -> None:
+        async def ask(whole: bool) -> Placement:
+            request = PlacementRequest(header=self.header(), whole=whole)
+            answer: Placement = await self.transport.call(
+                self.coordinator, "Coordinator.Placement", request, timeout_seconds=1.0
             )
+            return answer
+
+        try:
+            if not self._take(await ask(False)):
+                self._take(await ask(True))
         except PSError as error:
             if not error.retryable:
                 raise
-            return
-        if message.generation > (self.routes.generation if self.routes else 0):
-            self.routes = unpack_placement(self.layout, message)
 
-    async def _fetch(self) -> Routes:
-        routes = unpack_placement(
-            self.layout, await self.call("Coordinator.Placement", PlacementRequest(header=self.header()))
-        )
-        if self.routes is None or routes.generation > self.routes.generation:
+    async def _fetch(self) -> None:
+        """Take the newest placement, waiting for the coordinator while it is away."""
+        if not self._take(await self.call("Coordinator.Placement", PlacementRequest(header=self.header()))):
+            self._take(await self.call("Coordinator.Placement", PlacementRequest(header=self.header(), whole=True)))
+
+    def _take(self, message: Placement) -> bool:
+        """Take in what the coordinator tells of the placement; False if all of it has to be asked for. Malformed."""
+        changes = unpack_changes(self.layout, message)
+        if self.routes is None:
+            if changes.whole:
+                self._know(routes_of(self.layout, changes))
+        elif not self.routes.lacks(changes):
+            self._know(self.routes.after(changes))
+        else:
+            return False
+        return self.routes is not None
+
+    def learn(self, where: Placement) -> None:
+        """Take in what a shard tells of blocks that left it. Malformed."""
+        if self.routes is not None:
+            self._know(self.routes.after(unpack_changes(self.layout, where), complete=False))
+
+    def _know(self, routes: Routes) -> None:
+        if routes is not self.routes:
             self.routes = routes
-        return routes
+            self._moved.set()
+            self._moved = asyncio.Event()
 
-    def _fetched(self, task: "asyncio.Task[Routes]") -> None:
+    async def placement_changed(self, seconds: float) -> None:
+        """Wait until something newer is known of the placement, but no longer than ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._moved.wait(), seconds)
+
+    def _fetched(self, task: "asyncio.Task[None]") -> None:
         self._fetching = None
-        if not task.cancelled():
-            # Whoever waits has it; if nobody does any more, it is no news.
-            task.exception()
+        _heard(task)
+
+    def _refreshed(self, task: "asyncio.Task[None]") -> None:
+        self._refreshing = None
+        _heard(task)
 
     async def leave(self, error: str = "") -> None:
         """Tell the coordinator that this process goes; not hearing it is no harm, the lease ends by itself."""
@@ -278,3 +325,9 @@ class Membership:
             )
         except PSError as failed:
             logger.debug("event=leave_unheard error=%s", failed)
+
+
+def _heard(task: "asyncio.Task[None]") -> None:
+    """Whoever waits has what went wrong; if nobody does any more, it is no news."""
+    if not task.cancelled():
+        task.exception()

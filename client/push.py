@@ -375,6 +375,8 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         moved = unpack(reply.moved, np.int32, "moved blocks", parts=parts).astype(np.int32)
         if len(moved) and not np.isin(moved, message.numbers).all():
             raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
+        if reply.HasField("where"):
+            member.learn(reply.where)
         return moved
 
     def recut(newer: Routes, left: _Left) -> list[PushMessage]:

@@ -7,7 +7,7 @@ push does to a block is what `DenseParameter.push_block` does. Callable from any
 
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,11 @@ class DenseGroup:
     def lengths(self) -> Numbers:
         """Return the values of each block: int64[blocks]."""
         found: Numbers = self._known[LENGTH]
+        return found
+
+    def stored(self, blocks: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Return bool[m]: which of ``blocks`` are stored here."""
+        found: NDArray[np.bool_] = self._known[WHERE, blocks] != 0
         return found
 
     def pull(self, blocks: Numbers, out: Values) -> None:

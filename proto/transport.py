@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transport seam: one method, `call`. Here its in-process form; the gRPC form is in rpc.py.
 
-Invariant: a handler sees one whole message and answers with one whole message or raises a PSError; a transport delivers
-exactly that to the caller. Handlers are called from many threads at once.
+Invariant: a handler sees one whole message and answers with one whole message or raises a PSError, at once or (a Pending) later;
+a transport delivers exactly that to the caller. Handlers are called from many threads at once.
 """
 
 import asyncio
+import contextlib
 from concurrent.futures import Executor
 from threading import Lock
 from typing import Any, Protocol
@@ -13,8 +14,9 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 
 from oarlock.proto.bulk import Bulk
-from oarlock.proto.errors import Internal, NotFound, OutOfMemory, PSError, Unavailable
+from oarlock.proto.errors import DeadlineExceeded, Internal, NotFound, OutOfMemory, PSError, Unavailable
 from oarlock.proto.methods import METHODS
+from oarlock.proto.pending import Pending
 
 
 class Transport(Protocol):
@@ -27,13 +29,16 @@ class Transport(Protocol):
         """Give back connections; idempotent."""
 
 
-def dispatch(handler: object, method: str, request: Message | Bulk) -> Message | Bulk:
-    """Answer ``request`` by the handler's function of the method's name; any other exception becomes Internal."""
+def dispatch(handler: object, method: str, request: Message | Bulk) -> Message | Bulk | Pending:
+    """Answer ``request`` by the handler's function of the method's name; any other exception becomes Internal.
+
+    A Pending is passed on as it is: who delivers the answer waits for it.
+    """
     answer = getattr(handler, METHODS[method].attribute, None) if method in METHODS else None
     if answer is None:
         raise NotFound(f"this process does not answer {method}", method=method)
     try:
-        reply: Message | Bulk = answer(request)
+        reply: Message | Bulk | Pending = answer(request)
     except PSError:
         raise
     except MemoryError as error:
@@ -69,8 +74,34 @@ class InProcess:
         if handler is None:
             raise Unavailable(f"nothing answers at {address}", address=address)
         if self._executor is not None and METHODS[method].slow:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, dispatch, handler, method, request)
-        return dispatch(handler, method, request)
+            loop = asyncio.get_running_loop()
+            reply = await loop.run_in_executor(self._executor, dispatch, handler, method, request)
+        else:
+            reply = dispatch(handler, method, request)
+        if isinstance(reply, Pending):
+            return await _awaited(reply, f"{method} at {address}", timeout_seconds)
+        return reply
 
     async def close(self) -> None:
         self._handlers.clear()
+
+
+async def _awaited(pending: Pending, named: str, seconds: float) -> Any:
+    """Return the answer once it is there, whatever thread gives it; DeadlineExceeded."""
+    loop = asyncio.get_running_loop()
+    there = asyncio.Event()
+
+    def tell() -> None:
+        # The loop may be over: then nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(there.set)
+
+    pending.add_done_callback(tell)
+    try:
+        async with asyncio.timeout(seconds):
+            await there.wait()
+    except TimeoutError:
+        raise DeadlineExceeded(f"{named}: no answer in time") from None
+    finally:
+        pending.remove_done_callback(tell)
+    return pending.result()

@@ -10,10 +10,12 @@ nothing where no limit was set (in one process).
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from oarlock.proto.budget import STALL_SECONDS, WAIT_SECONDS, Budget, Claim
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.errors import DeadlineExceeded
+from oarlock.proto.pending import Pending, Waits
 
 REQUEST_MEMORY_BYTES = 1 << 30
 REQUEST_MEMORY_RANGE = (64 << 20, 1 << 50)
@@ -22,6 +24,8 @@ SETTING = "request_memory_bytes"
 SMALL_BYTES = 1 << 16
 # Buffers that frames are received into and that are kept for the next ones, of all connections together.
 MOST_KEPT = 64
+# How long an answer that is not there yet is waited for where nobody said how long the caller waits.
+PENDING_SECONDS = 60.0
 
 _here = threading.local()
 
@@ -71,15 +75,25 @@ class Memory:
 
 
 class Work:
-    """One request. ``seconds``: how long its caller waits from now on, None: not known. One thread."""
+    """One request. ``seconds``: how long its caller waits from now on, None: not known; ``gone`` tells whether it has gone away.
+    One thread."""
 
     def __init__(
-        self, memory: Memory, named: str, *, seconds: float | None = None, end: Callable[[], object] | None = None
+        self,
+        memory: Memory,
+        named: str,
+        *,
+        seconds: float | None = None,
+        end: Callable[[], object] | None = None,
+        waits: Waits | None = None,
+        gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._memory = memory
         self._named = named
         self._until = None if seconds is None else time.monotonic() + seconds
         self._end = end
+        self._waits = waits or Waits()
+        self._gone = gone
         self._received: Claim | None = None
         self._answers: list[Claim] = []
         # How many copies of an answer there are at a time.
@@ -101,6 +115,12 @@ class Work:
     def _patience(self) -> float:
         self.refuse_late()
         return WAIT_SECONDS if self._until is None else min(WAIT_SECONDS, self._until - time.monotonic())
+
+    def wait(self, pending: Pending) -> Any:
+        """Return the answer that comes later, for which this thread waits; or raise what it failed with, DeadlineExceeded once
+        the caller waits no more, Unavailable at the end."""
+        left = PENDING_SECONDS if self._until is None else self._until - time.monotonic()
+        return self._waits.wait(pending, left, self._named, gone=self._gone)
 
     def receives(self, size: int) -> None:
         """Take ``size`` bytes for the request, which the peer is to send now; Unavailable, DeadlineExceeded."""

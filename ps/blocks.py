@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that come and go: adopted by a placement, loaded from a checkpoint.
+"""Blocks that come and go: made with first values, of a warm start, or of what a checkpoint has of them.
 
-Invariant: a block is owned only after its content is whole, and an order that fails leaves the shard as it was, ready for the
-same order again. Orders come from the coordinator, any thread; the push lock is held throughout.
+Invariant: all that an order wants made is made, or nothing. The push lock is held throughout.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore, open_checkpoint
 from oarlock.checkpoint.writing import read_blocks
-from oarlock.client.closed import ClosedSet
 from oarlock.client.layout import Layout
-from oarlock.client.router import Routes
 from oarlock.embedding.content import BlockRows
 from oarlock.embedding.dense import DenseBlock as DenseContent
 from oarlock.embedding.spec import DenseSpec, TableSpec
@@ -25,40 +19,6 @@ from oarlock.embedding.store import keeps
 from oarlock.proto.errors import InvalidArgument, SpecMismatch
 from oarlock.ps.shard import Shard
 from oarlock.ps.warm import warm_up
-
-logger = logging.getLogger(__name__)
-
-
-def adopt(
-    shard: Shard, me: int, routes: Routes, closed: ClosedSet, restore: str, *, options: Mapping[str, Any] | None = None
-) -> None:
-    """Own what ``routes`` gives shard ``me``; new blocks come from the checkpoint ``restore``.
-
-    Without one they begin with what the job's warm start takes over, or with first values.
-    ``options``: of the checkpoint's file system.
-    """
-    with shard.push_lock:
-        if routes.generation < shard.generation:
-            raise InvalidArgument(f"generation {routes.generation} is older than this shard's {shard.generation}")
-        if routes.generation == shard.generation:
-            return
-        wanted = routes.owners == me
-        _create_all(shard, np.flatnonzero(wanted & ~shard.owned).tolist(), restore, options)
-        for number in np.flatnonzero(shard.owned & ~wanted).tolist():
-            _drop(shard, number)
-        if restore:
-            # A restore replaces the closed set: splits closed in the abandoned history are open again.
-            shard.closed = ClosedSet()
-        shard.closed.merge(closed)
-        shard.marks.drop_closed(shard.closed)
-        shard.owned = wanted
-        shard.generation = routes.generation
-    logger.info(
-        "event=adopted generation=%d blocks=%d rows=%d",
-        routes.generation,
-        int(wanted.sum()),
-        sum(t.rows for t in shard.tables),
-    )
 
 
 class Images:
@@ -125,8 +85,11 @@ def form_of(spec: TableSpec | DenseSpec) -> str:
     return ", ".join(said)
 
 
-def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping[str, Any] | None) -> None:
-    """Create the blocks, all or none of them."""
+def create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping[str, Any] | None) -> None:
+    """Create the blocks, all or none of them; from the checkpoint ``restore``, if there is one.
+
+    ``options``: of its file system.
+    """
     if not numbers:
         # What the run began from may be collected by now.
         return
@@ -153,7 +116,7 @@ def _create_all(shard: Shard, numbers: list[int], restore: str, options: Mapping
             warm_up(shard, numbers, shard.warm_start, shard.seed)
     except BaseException as error:
         for number in created:
-            _drop(shard, number)
+            drop(shard, number)
         if isinstance(error, OSError):
             raise InvalidArgument(
                 f"the checkpoint {restore or shard.warm_start.path} cannot be read: {error}"
@@ -192,8 +155,10 @@ def _fill(shard: Shard, number: int, image: BlockImage) -> None:
         shard.tables[layout.table_index[name]].import_block(local, rows, version=image.seq)
 
 
-def _drop(shard: Shard, number: int) -> None:
+def drop(shard: Shard, number: int) -> None:
     layout = shard.layout
+    if shard.staged is not None:
+        shard.staged.drop(number)
     shard.marks.drop_block(number)
     if number >= layout.dense_base:
         shard.dense_sequence[number - layout.dense_base] = 0

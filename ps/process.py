@@ -17,6 +17,7 @@ from oarlock.proto.coordinator_pb2 import SHARD
 from oarlock.proto.transport import Transport
 from oarlock.ps.compacting import REST, Compacting
 from oarlock.ps.identity import Identity
+from oarlock.ps.replicating import Replicating
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
 from oarlock.ps.telemetry import shard_source
@@ -59,6 +60,7 @@ async def run_shard(
                 asyncio.ensure_future(_sweep(shard)),
                 asyncio.ensure_future(_compact(member, service.compacting, executor)),
                 asyncio.ensure_future(_make_ready(shard, executor)),
+                asyncio.ensure_future(Replicating(shard, member, executor).run()),
             ]
             try:
                 await member.over.wait()

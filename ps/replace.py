@@ -22,6 +22,7 @@ from oarlock.checkpoint.store import open_checkpoint
 from oarlock.embedding.content import BlockRows
 from oarlock.proto.errors import InvalidArgument, NotFound, SpecMismatch
 from oarlock.ps.blocks import Images, form_of
+from oarlock.ps.images import image_of
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ class Replacing:
             for number, rows in read[2].items():
                 # A cut that is written meanwhile has kept what was there.
                 table.import_block(number - base, rows, version=table.version(number - base) + 1)
+                if shard.told is not None:
+                    shard.did(np.array([number], np.int32), image_of(shard, number))
             # Last: an order that failed in the middle begins again.
             shard.cuts.begin(order.number, order.workers)
             shard.generation = max(shard.generation, order.generation)

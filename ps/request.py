@@ -119,6 +119,25 @@ def refuse_parts(layout: Layout, parts: int) -> None:
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,31}://", re.ASCII)
 
 
+def read_blocks(layout: Layout, message: Array) -> NDArray[np.int32]:
+    """Return numbers of blocks, each once: int32[m]."""
+    numbers = unpack(message, np.int32, "blocks").astype(np.int32)
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < layout.blocks):
+        raise Malformed(f"a block's number is outside 0 to {layout.blocks - 1}")
+    if len(np.unique(numbers)) != len(numbers):
+        raise Malformed("a block is named twice in one message")
+    return numbers
+
+
+def read_generations(layout: Layout, blocks: Array, message: Array) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return numbers of blocks, and the generation of each one's record: int64[m]."""
+    numbers = read_blocks(layout, blocks)
+    generations = unpack(message, np.uint64, "generations")
+    if len(generations) != len(numbers) or (len(numbers) and int(generations.max()) >= STEP_LIMIT):
+        raise Malformed(f"{len(generations)} generations for {len(numbers)} blocks, or one that is no generation")
+    return numbers, generations.astype(np.int64)
+
+
 def read_path(path: str, what: str) -> str:
     if not (path.startswith("/") or _URL.match(path)) or "\0" in path or len(path) > MAX_PATH:
         raise InvalidArgument(

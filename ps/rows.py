@@ -21,6 +21,7 @@ from oarlock.embedding.make import AnyTable
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
 from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, StalePlacement, UnknownTable
 from oarlock.proto.shard_pb2 import EXPLAIN, EXPORT, GET, QUARANTINE, UNDO, RowsReply, RowsRequest
+from oarlock.ps.does import Undone
 from oarlock.ps.request import Keys, read_keys
 from oarlock.ps.shard import Shard
 
@@ -162,6 +163,10 @@ class Rows:
             # All of the message is checked before any of it is undone.
             table, keys = self._keys(request)
             done = table.undo(keys.keys, steps=request.steps)
+            if shard.told is not None:
+                changed = np.maximum.reduceat(done, np.cumsum(keys.counts) - keys.counts) > 0 if len(done) else done > 0
+                if changed.any():
+                    shard.did(keys.numbers[changed], Undone(keys.only(changed)[0], request.steps))
             shard.counters["rows_undone"] += int((done > 0).sum())
             reply = RowsReply(undone=pack(done))
             self._answers[request.number] = (content, reply)

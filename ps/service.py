@@ -14,23 +14,31 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from oarlock import __version__
 from oarlock.checkpoint.chain import MAX_LINKS
 from oarlock.checkpoint.place import Place, place_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
-from oarlock.client.router import unpack_placement
+from oarlock.client.router import unpack_changes
+from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import (
     AbortRequest,
     AdoptReply,
     AdoptRequest,
     CloseRequest,
+    CopyRequest,
     CutRequest,
     DigestReply,
     DigestRequest,
+    HandOverRequest,
+    HeldReply,
+    HeldRequest,
     MarksReply,
     MarksRequest,
     PullReply,
@@ -39,8 +47,11 @@ from oarlock.proto.shard_pb2 import (
     PushRequest,
     RanksReply,
     RanksRequest,
+    ReopenRequest,
     ReplaceReply,
     ReplaceRequest,
+    ReplicateReply,
+    ReplicateRequest,
     RowsReply,
     RowsRequest,
     ShardStatsReply,
@@ -49,11 +60,16 @@ from oarlock.proto.shard_pb2 import (
     WriteRequest,
 )
 from oarlock.proto.version import hello
-from oarlock.ps.blocks import adopt
+from oarlock.ps.adopting import adopt
 from oarlock.ps.compacting import Compacting
+from oarlock.ps.copying import Copying
+from oarlock.ps.following import Following
+from oarlock.ps.holdings import Order
 from oarlock.ps.identity import Identity
-from oarlock.ps.replace import Order, Replacing
-from oarlock.ps.request import read_path
+from oarlock.ps.operations import sequences_of
+from oarlock.ps.replace import Order as ReplaceOrder
+from oarlock.ps.replace import Replacing
+from oarlock.ps.request import read_blocks, read_generations, read_path
 from oarlock.ps.rows import Rows
 from oarlock.ps.shard import Shard
 from oarlock.ps.view import View, Views
@@ -80,6 +96,8 @@ class ShardService:
         self._place = Place()
         self.compacting = Compacting(links=compact_links)
         self._replacing: Replacing
+        self._following: Following
+        self._copying: Copying
         # The cut whose view is being read, by one thread; 0: none.
         self._reading, self._read = Lock(), 0
         self._timing = Lock()
@@ -95,6 +113,7 @@ class ShardService:
         self._place = place_of(spec)
         self._views = Views(shard, self.compacting, self._place)
         self._replacing = Replacing(shard)
+        self._following, self._copying = Following(shard), Copying(shard)
         self._joined = (identity, shard)
         return shard
 
@@ -142,7 +161,7 @@ class ShardService:
         self._took(self.pull_seconds, begun)
         return reply
 
-    def push(self, request: PushRequest | Bulk) -> PushReply:
+    def push(self, request: PushRequest | Bulk) -> PushReply | Pending:
         begun = time.perf_counter()
         reply = self._leased(opened(request)[0].header).push(request)
         self._took(self.push_seconds, begun)
@@ -179,12 +198,50 @@ class ShardService:
 
     def adopt(self, request: AdoptRequest) -> AdoptReply:
         identity, shard = self._order(request.header)
-        routes = unpack_placement(shard.layout, request.placement)
+        told = unpack_changes(shard.layout, request.placement)
         closed = ClosedSet.unpack(request.closed, shard.closed_window)
         restore = request.restore and read_path(request.restore, "the checkpoint to restore")
+        create = read_blocks(shard.layout, request.create) if request.HasField("create") else None
         self._take(request.header)
-        adopt(shard, identity.id, routes, closed, restore, options=self._place.options_for(restore))
+        options = self._place.options_for(restore)
+        adopt(shard, identity.id, told, closed, restore, create=create, options=options)
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
+
+    def replicate(self, request: ReplicateRequest | Bulk) -> ReplicateReply:
+        message, parts = opened(request)
+        self._shard(message.header)
+        return self._following.take(message, parts)
+
+    def copy(self, request: CopyRequest) -> Empty:
+        shard = self._order(request.header)[1]
+        numbers, generations = read_generations(shard.layout, request.blocks, request.generations)
+        self._take(request.header)
+        self._copying.give(numbers, generations, request.shard)
+        return Empty()
+
+    def hand_over(self, request: HandOverRequest) -> Empty:
+        shard = self._order(request.header)[1]
+        numbers, generations = read_generations(shard.layout, request.blocks, request.generations)
+        self._take(request.header)
+        self._copying.hand_over(numbers, generations, request.shard, Order(request.header.term, request.order))
+        return Empty()
+
+    def reopen(self, request: ReopenRequest) -> Empty:
+        shard = self._order(request.header)[1]
+        numbers, generations = read_generations(shard.layout, request.blocks, request.generations)
+        self._take(request.header)
+        self._copying.reopen(numbers, generations, Order(request.term, request.order))
+        return Empty()
+
+    def held(self, request: HeldRequest) -> HeldReply:
+        shard = self._order(request.header)[1]
+        numbers = read_blocks(shard.layout, request.blocks)
+        self._take(request.header)
+        with shard.push_lock:
+            here = shard.holdings.here[numbers]
+            generations = np.where(here, shard.holdings.generations[numbers], 0).astype(np.uint64)
+            sequences = np.where(here, sequences_of(shard, numbers), 0).astype(np.uint64)
+        return HeldReply(generations=pack(generations), sequences=pack(sequences))
 
     def cut(self, request: CutRequest) -> Empty:
         _, shard = self._take(request.header)
@@ -269,7 +326,7 @@ class ShardService:
         shard = self._take(request.header)[1]
         if not request.number:
             return ReplaceReply(rows=self._replacing.read(request.table, path))
-        order = Order(request.table, path, request.number, frozenset(request.workers), request.generation)
+        order = ReplaceOrder(request.table, path, request.number, frozenset(request.workers), request.generation)
         return ReplaceReply(rows=self._replacing.apply(shard, order))
 
     def stats(self, request: ShardStatsRequest) -> ShardStatsReply:

@@ -6,7 +6,7 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,31 +18,28 @@ from oarlock.checkpoint.place import place_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
-from oarlock.client.packed import encode_dense, encode_rows, packed
 from oarlock.embedding.dense_group import DenseGroup
-from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
-from oarlock.embedding.expanding import ExpandingTable
-from oarlock.embedding.make import AnyTable, make_table
-from oarlock.embedding.newer import Newer
-from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
-from oarlock.proto.buffers import Buffers
+from oarlock.embedding.make import make_table
+from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
-from oarlock.proto.errors import InvalidArgument, OutOfMemory, PSError, StalePlacement, Unavailable
+from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
-from oarlock.proto.work import expects, refuse_late
+from oarlock.proto.work import refuse_late
 from oarlock.ps.cuts import Cuts
+from oarlock.ps.does import Does, Done, Pushed, telling
+from oarlock.ps.holdings import Holdings
+from oarlock.ps.leading import Leading
 from oarlock.ps.marks import Marks
+from oarlock.ps.operations import Operation, sequences_of
+from oarlock.ps.parts import along
+from oarlock.ps.pulling import Pulls
 from oarlock.ps.rank_marks import HybridMarks, RankMarks
+from oarlock.ps.reports import Reports
 from oarlock.ps.request import (
     DensePush,
-    Keys,
     RowPush,
-    read_codecs,
     read_dense,
-    read_dense_codec,
-    read_dense_numbers,
-    read_kept,
-    read_keys,
     read_rows,
     read_step,
     refuse_parts,
@@ -51,33 +48,13 @@ from oarlock.ps.request import (
 )
 from oarlock.ps.staged import Staged
 from oarlock.ps.staleness import Staleness
+from oarlock.ps.stats import stats_of
 from oarlock.ps.sweep import Sweeper
 
 # A push takes milliseconds, an order of the coordinator may take seconds: those who sweep have other things to do meanwhile.
 SWEEP_WAIT_SECONDS = 0.02
-# Rows of answers whose memory is kept for the next ones, of at most 16 MiB each (proto/buffers.py).
-MOST_ANSWERS = 8
 
 _NONE = np.empty(0, np.int32)
-_NO_VERSIONS = np.empty(0, np.uint32)
-
-# What policies did, by table: keys that wait for a row, rows in the spill file, rows that were expanded, and since the shard
-# began rows evicted and gradients refused.
-_TOLD: dict[str, Callable[[AnyTable], int]] = {
-    "waiting": lambda table: int(table.descriptors[:, PENDING_KEYS].sum()),
-    "spilled": lambda table: int(table.descriptors[:, SPILLED_ROWS].sum()),
-    "expanded": lambda table: table.expanded if isinstance(table, ExpandingTable) else 0,
-    "evicted": lambda table: table.evicted,
-    "refused": lambda table: table.refused,
-}
-
-
-def _along(chosen: NDArray[np.bool_], parts: list[RowPush]) -> Iterator[tuple[RowPush, NDArray[np.bool_]]]:
-    """Yield each part with its own run of ``chosen``, which has one entry for each block of each part."""
-    at = 0
-    for part in parts:
-        yield part, chosen[at : at + len(part.keys.numbers)]
-        at += len(part.keys.numbers)
 
 
 def _saved(request: PushRequest) -> int:
@@ -96,12 +73,14 @@ class Shard:
     def __init__(self, spec: JobSpec, *, spill_folder: Path | None = None) -> None:
         self.layout = Layout(spec.tables, spec.dense)
         self.push_lock = Lock()
-        self._counting = Lock()
-        self._answers = Buffers(MOST_ANSWERS)
+        self._pulls = Pulls(self)
         self.counters: Counter[str] = Counter()
         self.staleness = Staleness()
         self.closed = ClosedSet()
+        # The newest placement of which nothing is missing here.
         self.generation = 0
+        # Versions of rows are believed to who knew a placement from here on when it kept them.
+        self.unbroken = 0
         self.step = 0
         self.warm_start = spec.warm_start
         # Whose options checkpoints on file systems of its kind are opened with.
@@ -114,7 +93,9 @@ class Shard:
         self.rows_pushed = [0] * len(self.tables)
         self.dense_group = DenseGroup(spec.dense, seed=spec.seed)
         self.dense = self.dense_group.parameters
-        self.owned: NDArray[np.bool_] = np.zeros(self.layout.blocks, np.bool_)
+        self.holdings = Holdings(self.layout.blocks)
+        self.reports = Reports()
+        self.leading = Leading(self.holdings, self.reports)
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks: Marks = Marks(self.layout.blocks)
         self.cuts = Cuts()
@@ -126,7 +107,12 @@ class Shard:
             self.marks, self.staged = steps, Staged(self, spec.ranks, steps, first)
         self.closed_window = spec.closed_window
         epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
-        self.sweeper = Sweeper(self.tables, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
+        self.sweeper = Sweeper(self, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
+
+    @property
+    def owned(self) -> NDArray[np.bool_]:
+        """Return bool[blocks]: those for which this shard answers."""
+        return self.holdings.owned
 
     @property
     def sequence(self) -> NDArray[np.int64]:
@@ -137,6 +123,19 @@ class Shard:
                 out[base + block] = table.version(block)
         out[self.layout.dense_base :] = self.dense_sequence
         return out
+
+    @property
+    def told(self) -> Callable[[NDArray[np.int32], Does], None] | None:
+        """Return who hears what is done to blocks that are owned here, by their numbers; None: no block has copies elsewhere."""
+        return self._tell if self.leading.streams else None
+
+    def did(self, numbers: NDArray[np.int32], does: Does) -> None:
+        """Tell what was just done to blocks that are owned here. The push lock is held."""
+        if self.told is not None:
+            self.told(numbers, does)
+
+    def _tell(self, numbers: NDArray[np.int32], does: Does) -> None:
+        self.leading.did(Operation(numbers, sequences_of(self, numbers), does))
 
     def operations(self, number: int) -> int:
         """Return how many operations changed a block that is here."""
@@ -153,94 +152,13 @@ class Shard:
 
     def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
         """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk."""
-        layout = self.layout
-        request, parts = opened(sent)
-        beside: list[Part] | None = [] if isinstance(sent, Bulk) else None
-        reply = PullReply(pushes=self.counters["pushes"])
-        refuse_parts(layout, len(request.tables))
-        asked = [read_keys(layout, message, parts) for message in request.tables]
-        kept = [read_kept(layout, m, keys, parts) for m, keys in zip(request.tables, asked, strict=True)]
-        numbers = read_dense_numbers(layout, request.dense, parts)
-        forms = read_codecs(layout, request)
-        dense_form = read_dense_codec(request.dense_codec) if request.HasField("dense_codec") else None
-        # Known before any of it is allocated: a small request may ask for an enormous answer.
-        dense_values = int(layout.lengths_of(numbers).sum())
-        values = dense_values + sum(len(keys.keys) * layout.tables[keys.table].dim for keys in asked)
-        # A row of a cache comes with its position and version.
-        values += 2 * sum(len(versions) for versions in kept if versions is not None)
-        if values * 4 > MAX_MESSAGE_BYTES:
-            raise OutOfMemory(
-                f"the rows asked for are {values * 4} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes in one message: "
-                "ask for fewer at once"
-            )
-        if request.rank:
-            if self.staged is None:
-                raise InvalidArgument(f"a pull of rank {request.rank - 1}, but the job's mode has no ranks")
-            without = self.staged.answer(request)
-            if without is not None:
-                return without if beside is None else Bulk(without, beside)
-        # Encoded rows lie beside those that they were made of.
-        expects(values * (4 if forms is None else 8))
-        # A block may have been elsewhere between two placements, where it did not take along what is said of evicted rows.
-        believed = request.header.generation == self.generation
-        found = [
-            self._rows(keys, versions if believed or versions is None else np.zeros_like(versions), message.bound)
-            for keys, versions, message in zip(asked, kept, request.tables, strict=True)
-        ]
-        travelled = 0
-        for i, newer in enumerate(found):
-            if forms is None:
-                reply.rows.append(pack(newer.rows, beside))
-                travelled += newer.rows.nbytes
-            else:
-                encoded = encode_rows(forms[i], newer.rows)
-                reply.packed.append(packed(forms[i], encoded, newer.rows.size, beside))
-                travelled += reply.packed[i].payload.shape[0]
-        if any(versions is not None for versions in kept):
-            reply.positions.extend(pack(newer.positions, beside) for newer in found)
-            reply.versions.extend(pack(newer.versions, beside) for newer in found)
-        self._owns(numbers)
-        dense = self._answers.array((dense_values,), np.float32)
-        self.dense_group.pull((numbers - layout.dense_base).astype(np.int64), dense)
-        if dense_form is None:
-            reply.dense.CopyFrom(pack(dense, beside))
-            travelled += dense.nbytes
-        else:
-            encoded = encode_dense(dense_form, dense, layout.lengths_of(numbers).tolist())
-            reply.packed_dense.CopyFrom(packed(dense_form, encoded, dense.size, beside))
-            travelled += reply.packed_dense.payload.shape[0]
-        with self._counting:
-            self.counters["pull_bytes"] += travelled
-            self.counters["pull_bytes_saved"] += sum(newer.rows.nbytes for newer in found) + dense.nbytes - travelled
-            self.counters["pulls"] += 1
-            for keys, newer in zip(asked, found, strict=True):
-                self.counters["rows_pulled"] += len(newer.rows)
-                self.rows_pulled[keys.table] += len(newer.rows)
-                self.rows_asked[keys.table] += len(keys.keys)
-        if request.rank and self.staged is not None and (passed := self.staged.after(request, reply)) is not None:
-            return passed if beside is None else Bulk(passed, [])
-        return reply if beside is None else Bulk(reply, beside)
+        return self._pulls.answer(sent)
 
-    def _rows(self, keys: Keys, kept: NDArray[np.uint32] | None, bound: int) -> Newer:
-        """Return the rows of ``keys``: those that who keeps these versions must get, or all (None), without versions."""
-        self._owns(keys.numbers)
-        table = self.tables[keys.table]
-        table.check(keys.keys, keys.blocks, keys.counts)
-        if kept is not None:
-            return table.pull_newer(keys.keys, keys.blocks, keys.counts, kept, bound=bound)
-        rows = self._answers.array((len(keys.keys), table.spec.dim), np.float32)
-        table.pull(keys.keys, keys.blocks, keys.counts, rows)
-        return Newer(_NONE, rows, _NO_VERSIONS)
+    def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
+        """Apply the group to the blocks that have not got it; say which blocks live elsewhere. Blocks of ranks are staged.
 
-    def _owns(self, numbers: NDArray[np.int32]) -> None:
-        elsewhere = numbers[~self.owned[numbers]]
-        if len(elsewhere):
-            raise StalePlacement(
-                f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0])
-            )
-
-    def push(self, sent: PushRequest | Bulk) -> PushReply:
-        """Apply the group to the blocks that have not got it; say which blocks live elsewhere. Blocks of ranks are staged."""
+        Where blocks have copies elsewhere the answer is given once they have the group, too.
+        """
         staged = self.staged
         if staged is not None and staged.all_blocks:
             return staged.push(sent)
@@ -273,7 +191,7 @@ class Shard:
                 )
             here = self.owned[numbers]
             # All of the message is checked before any of it is applied.
-            for part, chosen in _along(here, rows):
+            for part, chosen in along(here, rows):
                 keys, _ = part.keys.only(chosen)
                 self.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
             todo = self._todo(split, group, numbers, here)
@@ -282,18 +200,19 @@ class Shard:
             applied = int(todo.sum())
             reply = PushReply(moved=pack(numbers[~here]), applied=applied, skipped=int(here.sum()) - applied)
             if staged is not None:
-                staged.keep_dense(rank, dense, todo[of_rows:])
+                staged.keep(Pushed(split, group, step, (), tuple(dense), rank), todo[of_rows:])
             if (todo if staged is None else todo[:of_rows]).any():
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
                 self.step = max(self.step, step)
-                for part, chosen in _along(todo, rows):
-                    self._push_rows(split, group, step, part.only(chosen), reply)
-                at = of_rows
-                for each in dense if staged is None else ():
-                    self._push_dense(split, group, step, each, todo[at : at + len(each.numbers)], reply)
-                    at += len(each.numbers)
+                with telling(self, split, group, step) as done:
+                    for part, chosen in along(todo, rows):
+                        self._push_rows(done, part.only(chosen), reply)
+                    at = of_rows
+                    for each in dense if staged is None else ():
+                        self._push_dense(done, each, todo[at : at + len(each.numbers)], reply)
+                        at += len(each.numbers)
                 # A repetition changes nothing, and staleness is counted in changes.
                 if request.seen:
                     self.staleness.note(self.counters["pushes"] - (request.seen - 1))
@@ -302,7 +221,9 @@ class Shard:
                 saved = _saved(request)
                 self.counters["push_bytes"] += 4 * values - saved
                 self.counters["push_bytes_saved"] += saved
-        return reply
+            if not here.all():
+                self.holdings.tell_where(numbers[~here], reply.where)
+            return self.leading.answer(reply, numbers[here])
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: the blocks that are here and have not got the group."""
@@ -311,41 +232,43 @@ class Shard:
             return np.zeros(len(numbers), np.bool_)
         return here & self.marks.missing(split, group, numbers)
 
-    def _push_rows(self, split: int, group: int, step: int, part: RowPush, reply: PushReply) -> None:
+    def _push_rows(self, to: Done, part: RowPush, reply: PushReply) -> None:
         keys = part.keys
         if not len(keys.blocks):
             return
         table = self.tables[keys.table]
         try:
-            done = table.push(
+            found = table.push(
                 keys.keys,
                 keys.blocks,
                 keys.counts,
                 part.gradients,
                 rate=part.rate,
-                step=step,
+                step=to.step,
                 occurrences=part.occurrences,
                 clicks=part.clicks,
             )
         except PSError as error:
             # Blocks that were changed before it failed are marked, or a repetition would change them again.
-            self.marks.record(split, group, keys.numbers[: error.details.get("groups", 0)])
+            groups = error.details.get("groups", 0)
+            self.marks.record(to.split, to.group, keys.numbers[:groups])
+            to.note_rows(part, groups)
             raise
-        self.marks.record(split, group, keys.numbers)
-        reply.refused += done.refused
+        self.marks.record(to.split, to.group, keys.numbers)
+        to.note_rows(part)
+        reply.refused += found.refused
         self.counters["rows_pushed"] += len(keys.keys)
         self.rows_pushed[keys.table] += len(keys.keys)
-        self.counters["rows_refused"] += done.refused
-        self.counters["rows_not_admitted"] += done.waiting
+        self.counters["rows_refused"] += found.refused
+        self.counters["rows_not_admitted"] += found.waiting
 
-    def _push_dense(
-        self, split: int, group: int, step: int, part: DensePush, todo: NDArray[np.bool_], reply: PushReply
-    ) -> None:
+    def _push_dense(self, to: Done, part: DensePush, todo: NDArray[np.bool_], reply: PushReply) -> None:
         numbers = part.numbers[todo]
         blocks = (numbers - self.layout.dense_base).astype(np.int64)
-        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=step)
-        self.marks.record(split, group, numbers)
+        found = self.dense_group.push(blocks, part.starts[todo], part.gradients, rate=part.rate, step=to.step)
+        self.marks.record(to.split, to.group, numbers)
         self.dense_sequence[blocks] += 1
+        to.note_dense(part, todo)
         refused = int(found.sum())
         reply.refused += refused
         self.counters["dense_refused"] += refused
@@ -375,20 +298,4 @@ class Shard:
 
     def stats(self) -> dict[str, Any]:
         """Return what this shard holds and has done."""
-        return {
-            **dict(self.counters),
-            "staleness": self.staleness.summary(),
-            "rows": sum(t.rows for t in self.tables),
-            "bytes": sum(t.nbytes for t in self.tables) + sum(d.nbytes for d in self.dense),
-            "marks_bytes": self.marks.nbytes,
-            **({"staged_bytes": self.staged.nbytes} if self.staged is not None else {}),
-            "blocks": int(self.owned.sum()),
-            "sweeps": self.sweeper.slices,
-            "tables": {t.spec.name: t.rows for t in self.tables},
-            "table_bytes": {t.spec.name: t.nbytes for t in self.tables},
-            # Of most tables there is nothing to say here.
-            **{what: found for what in _TOLD if (found := self._told(what))},
-        }
-
-    def _told(self, what: str) -> dict[str, int]:
-        return {t.spec.name: n for t in self.tables if (n := _TOLD[what](t))}
+        return stats_of(self)

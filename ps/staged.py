@@ -2,6 +2,8 @@
 """Ranks on a shard: parts of a step are staged, and applied once every rank has committed it (SEMANTICS section 5).
 
     which blocks              under sync all; under hybrid the dense ones, while rows are applied as they come (ps/shard.py)
+    copies                    are told what was staged, and of steps, and do the same at their owner's word alone: they may be at
+                              another step than what is owned here. What was staged of a copy is there when it is promoted
     push of (step, rank)      its part of each block is kept, unless it is there already or the block is past the step
     pull for step t + 1       the rank's commit of step t, with the number of its samples; its parts of t are staged everywhere
     all ranks have committed  per key the parts are added up in ascending rank, divided by the samples of all ranks, and given to
@@ -10,27 +12,27 @@
 Invariant: no block applies a step before every part of it is staged everywhere (S1), since a rank commits only after that; a
 block applies each step once, and what it applies depends on the parts alone, not on the order in which they came, nor on which
 other blocks are here. An update that fails in the middle leaves the blocks that had it at the step, and the parts of the
-others staged. At most one step is staged. The shard's push lock covers all of it; called from many threads.
+others staged. The shard's push lock covers all of it; called from many threads.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.embedding.keys import KeySorter, merge
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest, RankCommits
 from oarlock.proto.work import refuse_late
+from oarlock.ps.does import Pushed, Stepped
 from oarlock.ps.hold import Hold
-from oarlock.ps.parts import clicks_of, copied, occurrences_of, only
+from oarlock.ps.parts import StagedParts, along, copied, lengths_in, only
 from oarlock.ps.rank_marks import RankMarks
 from oarlock.ps.request import (
     STEP_LIMIT,
     DensePush,
-    RowPush,
     read_dense,
     read_rows,
     read_step,
@@ -59,23 +61,22 @@ class Staged:
         self.first = first
         self._layout = shard.layout
         self._marks = marks
-        self._sorter = KeySorter()
-        self._orders = [np.arange(t.blocks, dtype=np.int32) for t in shard.layout.tables]
         self.ranks = ranks
         # The last commit of each rank, and how many samples it trained at that step.
         self.commits: NDArray[np.int64] = np.zeros(ranks, np.int64)
         self.samples: NDArray[np.int64] = np.zeros(ranks, np.int64)
-        # Parts of the step after the one that all blocks are at, by rank, in the order in which they came; and which blocks.
-        self._rows: list[list[RowPush]] = [[] for _ in range(ranks)]
-        self._dense: list[list[DensePush]] = [[] for _ in range(ranks)]
-        self._have: NDArray[np.bool_] = np.zeros((ranks, shard.layout.blocks), np.bool_)
+        self._parts = StagedParts(shard.layout, ranks)
         self._hold = Hold()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parts that are staged."""
-        rows = sum(p.gradients.nbytes + p.keys.keys.nbytes for parts in self._rows for p in parts)
-        return rows + sum(p.gradients.nbytes for parts in self._dense for p in parts)
+        return self._parts.nbytes
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """Return int64[blocks of the job]: the step that each of them here is at."""
+        return self._marks.steps
 
     @property
     def all_blocks(self) -> bool:
@@ -121,44 +122,77 @@ class Staged:
             refuse_late()
             here = shard.owned[numbers]
             fresh = self.fresh(rank, step, numbers, here)
-            at, kept = 0, list[RowPush]()
-            for part in rows:
-                chosen = fresh[at : at + len(part.keys.numbers)]
-                at += len(chosen)
-                keys = part.keys
+            for part, chosen in along(here, rows):
+                keys, _ = part.keys.only(chosen)
                 shard.tables[keys.table].check(keys.keys, keys.blocks, keys.counts, unique=True)
-                if chosen.any():
-                    kept.append(copied(part.only(chosen)))
-            # Nothing above was changed: a message is staged whole, or not at all.
-            self.keep_dense(rank, dense, fresh[at:])
-            self._rows[rank].extend(kept)
-            self._have[rank, numbers[:at][fresh[:at]]] = True
-            shard.counters["parts_staged"] += int(fresh[:at].sum())
+            # Nothing above has changed anything: a message is staged whole, or not at all.
+            self.keep(Pushed(request.split, request.group, step, tuple(rows), tuple(dense), rank), fresh)
             staged = int(fresh.sum())
             return PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
 
     def fresh(self, rank: int, step: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: of which blocks the part of a step is new. Unavailable if it came before the step before it."""
         steps = self._marks.steps[numbers]
-        fresh: NDArray[np.bool_] = here & (steps < step) & ~self._have[rank, numbers]
+        fresh: NDArray[np.bool_] = here & (steps < step) & ~self._parts.have[rank, numbers]
         # Its sender saw every block at the step before; whoever has this one now has it from there. Under hybrid rows wait, too:
         # what comes after a cut's step must not come before its view.
         if (steps[fresh] + 1 < step).any() or (self.first and self.range()[0] + 1 < step):
             raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
         return fresh
 
-    def keep_dense(self, rank: int, parts: list[DensePush], fresh: NDArray[np.bool_]) -> None:
-        """Stage a rank's parts of dense blocks, those that ``fresh`` says of all of them. The push lock is held."""
-        at, kept = 0, list[DensePush]()
-        for part in parts:
-            chosen = fresh[at : at + len(part.numbers)]
-            at += len(chosen)
-            if chosen.any():
-                kept.append(only(part, chosen, self._layout.lengths_of(part.numbers)))
-        self._dense[rank].extend(kept)
-        for part in kept:
-            self._have[rank, part.numbers] = True
+    def keep(self, pushed: Pushed, fresh: NDArray[np.bool_]) -> None:
+        """Stage what a rank pushed to those of its blocks that ``fresh`` says. The push lock is held."""
+        kept = self._stage(pushed, fresh)
         self._shard.counters["parts_staged"] += int(fresh.sum())
+        if self._shard.told is not None and fresh.any():
+            self._shard.did(kept.numbers, kept)
+
+    def _stage(self, pushed: Pushed, fresh: NDArray[np.bool_]) -> Pushed:
+        """Stage what is pushed to some of its blocks; return just that, which outlives its message."""
+        rows = tuple(copied(p.only(some)) for p, some in along(fresh, list(pushed.rows)) if some.any())
+        dense, at = list[DensePush](), sum(len(p.keys.numbers) for p in pushed.rows)
+        for part in pushed.dense:
+            some = fresh[at : at + len(part.numbers)]
+            at += len(some)
+            if some.any():
+                dense.append(only(part, some, lengths_in(part)))
+        self._parts.add(pushed.rank, rows, dense)
+        return replace(pushed, rows=rows, dense=tuple(dense))
+
+    # Copies
+
+    def take(self, pushed: Pushed) -> None:
+        """Stage parts of copies as their owner did. The push lock is held.
+
+        Internal, and nothing is changed, unless they are of the next step of each, and new.
+        """
+        numbers = pushed.numbers
+        if pushed.rank >= self.ranks or numbers.min(initial=self.first) < self.first:
+            raise Malformed(f"parts of rank {pushed.rank}, of {self.ranks}, for blocks that are not staged")
+        wrong = (self._marks.steps[numbers] + 1 != pushed.step) | self._parts.have[pushed.rank, numbers]
+        if wrong.any():
+            block = int(numbers[wrong][0])
+            raise Internal(
+                f"block {block}: a part of step {pushed.step} of rank {pushed.rank}, but the copy is at step "
+                f"{self._marks.steps[block]}, or has it: copy the block anew",
+                block=block,
+            )
+        self._stage(pushed, np.ones(len(numbers), np.bool_))
+
+    def steps_of(self, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return int64[m]: the step that each block is at."""
+        found: NDArray[np.int64] = self._marks.steps[numbers]
+        return found
+
+    def of_block(self, number: int) -> tuple[Pushed, ...]:
+        """Return what is staged of a block. The push lock is held."""
+        step = int(self._marks.steps[number]) + 1
+        return tuple(Pushed(0, 0, step, *of, rank=rank) for rank, of in self._parts.of_block(number).items())
+
+    def drop(self, number: int) -> None:
+        """Forget what is staged of a block, which goes or is replaced. The push lock is held."""
+        if self._parts.have[:, number].any():
+            self._parts.forget(np.arange(self._layout.blocks) == number)
 
     # Commits
 
@@ -257,91 +291,78 @@ class Staged:
         self._apply(step)
 
     def _apply(self, step: int) -> None:
+        """Apply a step to the blocks that are owned here and not at it; tell their copies which it was applied to."""
         shard, steps = self._shard, self._marks.steps
-        total = np.float32(self.samples.sum())
-        if self.all_blocks:
-            if not shard.step:
-                shard.sweeper.go_on(step)
-            shard.step = max(shard.step, step)
-            for table in range(len(shard.tables)):
-                self._apply_rows(table, step, total)
-        self._apply_dense(step, total)
-        # Also those that got no part of it.
-        steps[self._blocks()] = step
-        for rank in range(self.ranks):
-            self._rows[rank].clear()
-            self._dense[rank].clear()
-        self._have[:] = False
-        shard.counters["pushes"] += 1
-        # What is due by this step goes now, and not when there is time: who comes next must find the same rows everywhere.
-        while self.all_blocks and shard.sweeper.sweep_some(step):
-            pass
-
-    def _apply_rows(self, number: int, step: int, total: np.float32) -> None:
-        """Add up all ranks' parts of a table and apply them."""
-        shard, steps = self._shard, self._marks.steps
-        parts = []
-        for part in (p for rank in self._rows for p in rank if p.keys.table == number):
-            # All of them, unless an update failed in the middle and is repeated.
-            waiting = part.only(steps[part.keys.numbers] < step)
-            if len(waiting.keys.keys):
-                parts.append(waiting)
-        if not parts:
-            return
-        table, base = shard.tables[number], self._layout.table_base[number]
-        keys = np.concatenate([p.keys.keys for p in parts])
-        found = self._sorter.build(keys, table.salt, table.bits, self._orders[number])
-        gradients: NDArray[np.float32] = np.empty((len(found.keys), table.spec.dim), np.float32)
-        merge(np.concatenate([p.gradients for p in parts]), found.inverse, gradients)
-        if total:
-            gradients /= total
-        numbers = base + found.blocks
+        mine = self._blocks()
+        numbers, samples = mine[steps[mine] < step].astype(np.int32), int(self.samples.sum())
         try:
-            done = table.push(
-                found.keys,
-                found.blocks,
-                found.counts,
-                gradients,
-                rate=parts[0].rate,
+            self.apply(numbers, step, samples, counted=True)
+        finally:
+            done = numbers[steps[numbers] == step]
+            if shard.told is not None and len(done):
+                shard.did(done, Stepped(step, samples))
+        shard.counters["pushes"] += 1
+
+    def apply(self, numbers: NDArray[np.int32], step: int, samples: int, *, counted: bool = False) -> None:
+        """Apply a step to blocks int32[m] that are at the one before it; ``samples``: of all ranks. The push lock is held.
+
+        If that fails in the middle, each block is either at the step or as it was. Only what an owner does is ``counted``.
+        """
+        shard, steps = self._shard, self._marks.steps
+        going = np.zeros(self._layout.blocks, np.bool_)
+        going[numbers] = True
+        total = np.float32(samples)
+        try:
+            if self.all_blocks:
+                shard.step = max(shard.step, step)
+                for table in range(len(shard.tables)):
+                    self._apply_rows(table, step, total, going, counted)
+            self._apply_dense(step, total, going, counted)
+            # Also those that got no part of it.
+            steps[numbers] = step
+        finally:
+            going[numbers] = steps[numbers] == step
+            self._parts.forget(going)
+            if self.all_blocks:
+                shard.sweeper.sweep_at(step, going)
+
+    def _apply_rows(self, number: int, step: int, total: np.float32, going: NDArray[np.bool_], counted: bool) -> None:
+        """Add up all ranks' parts of some blocks of a table and apply them."""
+        shard, steps = self._shard, self._marks.steps
+        update = self._parts.sum_rows(number, going, total)
+        if update is None:
+            return
+        keys = update.keys
+        try:
+            done = shard.tables[number].push(
+                keys.keys,
+                keys.blocks,
+                keys.counts,
+                update.gradients,
+                rate=update.rate,
                 step=step,
-                occurrences=occurrences_of(parts, found.inverse, len(found.keys)),
-                clicks=clicks_of(parts, found.inverse, len(found.keys)),
+                occurrences=update.occurrences,
+                clicks=update.clicks,
             )
         except PSError as error:
-            steps[numbers[: error.details.get("groups", 0)]] = step
+            steps[keys.numbers[: error.details.get("groups", 0)]] = step
             raise
-        steps[numbers] = step
-        shard.counters["rows_pushed"] += len(found.keys)
-        shard.rows_pushed[number] += len(found.keys)
-        shard.counters["rows_refused"] += done.refused
-        shard.counters["rows_not_admitted"] += done.waiting
+        steps[keys.numbers] = step
+        if counted:
+            shard.counters["rows_pushed"] += len(keys.keys)
+            shard.rows_pushed[number] += len(keys.keys)
+            shard.counters["rows_refused"] += done.refused
+            shard.counters["rows_not_admitted"] += done.waiting
 
-    def _apply_dense(self, step: int, total: np.float32) -> None:
-        """Add up all ranks' parts of dense blocks and apply them."""
-        shard, layout, steps = self._shard, self._layout, self._marks.steps
-        parts = [p for rank in self._dense for p in rank]
-        if not parts:
+    def _apply_dense(self, step: int, total: np.float32, going: NDArray[np.bool_], counted: bool) -> None:
+        """Add up all ranks' parts of some dense blocks and apply them."""
+        shard = self._shard
+        update = self._parts.sum_dense(going, total)
+        if update is None:
             return
-        numbers = np.unique(np.concatenate([p.numbers for p in parts]))
-        numbers = numbers[steps[numbers] < step].astype(np.int32)
-        if not len(numbers):
-            return
-        lengths = layout.lengths_of(numbers)
-        starts = np.cumsum(lengths) - lengths
-        where = dict(zip(numbers.tolist(), starts.tolist(), strict=True))
-        values: NDArray[np.float32] = np.zeros(int(lengths.sum()), np.float32)
-        for part in parts:
-            if np.array_equal(part.numbers, numbers):
-                values += part.gradients
-                continue
-            sizes = layout.lengths_of(part.numbers).tolist()
-            for block, start, size in zip(part.numbers.tolist(), part.starts.tolist(), sizes, strict=True):
-                if block in where:
-                    values[where[block] : where[block] + size] += part.gradients[start : start + size]
-        if total:
-            values /= total
-        blocks = (numbers - layout.dense_base).astype(np.int64)
-        refused = shard.dense_group.push(blocks, starts, values, rate=parts[0].rate, step=step)
-        steps[numbers] = step
+        blocks = (update.numbers - self._layout.dense_base).astype(np.int64)
+        refused = shard.dense_group.push(blocks, update.starts, update.gradients, rate=update.rate, step=step)
+        self._marks.steps[update.numbers] = step
         shard.dense_sequence[blocks] += 1
-        shard.counters["dense_refused"] += int(refused.sum())
+        if counted:
+            shard.counters["dense_refused"] += int(refused.sum())

@@ -87,6 +87,9 @@ class View:
         self._reading = Lock()
         self._tables: list[TableView | ExpandingView] = [table.begin_view(number) for table in shard.tables]
         self._dense: DenseView = shard.dense_group.begin_view(number)
+        # Of copies their owners have views.
+        for copy in np.flatnonzero(shard.holdings.here & ~shard.owned).tolist():
+            self._release(copy)
 
     def write(self, store: CheckpointStore, *, alone: bool = False) -> dict[int, BlockEntry]:
         """Write all blocks that have changed; return the entries of all by number. ``alone``: nobody trains meanwhile."""

@@ -3,7 +3,7 @@
 
 Invariant: what a cut holds is read off its values (each batch has keys and dense elements of its own, see counting.py), of all
 blocks, whatever chain of files they are in, and never off its marks, which are checked against that. Only one group of a worker
-that is gone, or opened its gate by itself, may be in some blocks and not in others.
+that is gone, opened its gate by itself, or ends since a shard refused its push for good, may be in some blocks and not in others.
 """
 
 from pathlib import Path
@@ -39,6 +39,8 @@ class Cuts:
         # The newest gate at which a worker said to stand, and splits of which it pushed something new by an older number since.
         self._stood: dict[int, int] = {}
         self._alone: dict[int, int] = {}
+        # Whose pushes of a split were refused for good.
+        self._refused: dict[int, set[int]] = {}
         self._trace = spec.config["trace"]
         self._total = spec.dense[1].size
         self._per_split = self._total // (spec.splits * spec.epochs)
@@ -76,7 +78,12 @@ class Cuts:
         self._stood[worker] = max(cut, self._stood.get(worker, 0))
 
     def pushed(self, request: PushRequest, reply: PushReply | PSError) -> None:
-        """After a shard handled a push: a worker that stood at a gate and did not hear of its opening has opened it itself."""
+        """After a shard handled a push: a worker that stood at a gate and did not hear of its opening has opened it itself.
+
+        One whose push was refused for good ends, and stands at a gate until it has: nothing of it is under way any more.
+        """
+        if isinstance(reply, PSError) and not reply.retryable:
+            self._refused.setdefault(request.split, set()).add(request.header.sender)
         cut = self._stood.get(request.header.sender, 0)
         if request.header.cut < cut and not isinstance(reply, PSError) and reply.applied:
             self._alone[request.split] = cut
@@ -108,8 +115,8 @@ class Cuts:
         self._check_counted(manifest, closed)
 
     def _left(self, c: Coordinator, split: int) -> bool:
-        """Whether a worker that had the split is gone, or it went from one to another."""
-        alive = {m.incarnation for m in c.members.alive("worker")}
+        """Whether a worker that had the split is gone, or about to be, or it went from one to another."""
+        alive = {m.incarnation for m in c.members.alive("worker")} - self._refused.get(split, set())
         holders = self._holders.get(split, set())
         return len(holders) > 1 or not holders <= alive
 

@@ -26,11 +26,23 @@ class Process:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.alive = True
+        self._alive = True
+        # Told when it dies.
+        self.mourners: list[Callable[[], object]] = []
         self.paused = False
         self.context = contextvars.Context()
         self.context.run(_PROCESS.set, self)
         self._held: deque[asyncio.Handle] = deque()
+
+    @property
+    def alive(self) -> bool:
+        return self._alive
+
+    @alive.setter
+    def alive(self, alive: bool) -> None:
+        died, self._alive = self._alive and not alive, alive
+        for each in self.mourners if died else ():
+            each()
 
     def holds(self, handle: asyncio.Handle) -> bool:
         """Keep a step back if the process cannot take it now."""

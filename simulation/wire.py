@@ -2,7 +2,8 @@
 """The wire of the simulation: messages travel as bytes, take time, and meet the faults of a schedule.
 
 Invariant: a handler runs as the process that it belongs to, whole and at one instant; what a dead process would have heard
-is lost, what a paused one is told waits. Every delivery, of a request or of an answer, is one event. One thread.
+is lost, what a paused one is told waits. Every delivery, of a request or of an answer, is one event; a request that is answered
+later (a Pending) is delivered when it is. One thread.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Any
 
 from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
 from oarlock.proto.methods import METHODS
+from oarlock.proto.pending import Pending
 from oarlock.proto.transport import dispatch
 from oarlock.simulation.faults import LEASE_SECONDS, Fault
 from oarlock.simulation.loop import Process, VirtualLoop
@@ -28,7 +30,7 @@ class Killed(BaseException):
     """The process that runs this dies here."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """A request on its way and the future of its answer; copies of a late message have no one who waits."""
 
@@ -62,6 +64,8 @@ class Wire:
         self._nowhere = contextvars.Context()
         self._listeners: dict[str, tuple[Process, object]] = {}
         self._inboxes: dict[Process, deque[Call]] = {}
+        # Calls that a process has not answered yet.
+        self._pending: dict[Process, list[Call]] = {}
         # Faults that wait for the next message of their method.
         self.armed: list[Fault] = []
         # Pairs of processes that cannot reach each other now.
@@ -72,6 +76,11 @@ class Wire:
 
     def serve(self, process: Process, address: str, handler: object) -> None:
         self._listeners[address] = (process, handler)
+        process.mourners.append(lambda: self._died(process))
+
+    def _died(self, process: Process) -> None:
+        for call in self._pending.pop(process, ()):
+            self._broken(call)
 
     def link(self, process: Process) -> "Link":
         """Return the transport of a process."""
@@ -142,6 +151,33 @@ class Wire:
             self._event(process, call, request, None)
             self._broken(call)
             return
+        if isinstance(reply, Pending):
+            self._wait(process, call, request, reply)
+        else:
+            self._handled(process, call, request, reply, error)
+
+    def _wait(self, process: Process, call: Call, request: Any, pending: Pending) -> None:
+        """Answer once that is given: right after the step that gave it."""
+        self._pending.setdefault(process, []).append(call)
+        pending.add_done_callback(lambda: self._later(0.0, self._resolved, process, call, request, pending))
+        if "deaf" in call.faults and self._rng.random() < 0.5:
+            # The caller may learn of it, and ask again, long before that.
+            self._broken(call)
+
+    def _resolved(self, process: Process, call: Call, request: Any, pending: Pending) -> None:
+        waiting = self._pending.get(process, [])
+        if call not in waiting:
+            # The process has died, with all its connections.
+            return
+        waiting.remove(call)
+        reply, error = None, None
+        try:
+            reply = pending.result()
+        except PSError as raised:
+            error = raised
+        self._handled(process, call, request, reply, error)
+
+    def _handled(self, process: Process, call: Call, request: Any, reply: Any, error: PSError | None) -> None:
         self._event(process, call, request, error if reply is None else reply)
         data = None if reply is None else reply.SerializeToString()
         if "deaf" in call.faults or (not process.alive and self._rng.random() < 0.5):

@@ -13,12 +13,14 @@ import multiprocessing.resource_tracker
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import numpy as np
@@ -38,6 +40,18 @@ FAILED = pytest.StashKey[bool]()
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same-every-time")
+
+
+def load_shared(path: str, name: str = "") -> ModuleType:
+    """Import a file of this folder, once; ``import name`` finds it then, by default the name of the file: none is on the path."""
+    name = name or Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tests" / path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def open_files() -> set[str]:

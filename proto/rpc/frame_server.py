@@ -19,6 +19,7 @@ from collections.abc import Callable
 from oarlock.proto import frames
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import Method
+from oarlock.proto.pending import Waits
 from oarlock.proto.rpc.places import STALL_SECONDS, Place, Places
 from oarlock.proto.rpc.sockets import ABSTRACT, Shared, prepare, settle
 from oarlock.proto.work import Memory, Work
@@ -26,9 +27,9 @@ from oarlock.proto.work import Memory, Work
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
-# Returns the buffers of the answer to a method's request, or to one that was refused unread; whatever goes wrong is in the
-# reply's field `failure`.
-Answer = Callable[[Method, frames.Frame | PSError, Work], list[memoryview]]
+# Works on a method's request, or on one that was refused unread, and returns what returns the buffers of the answer: that may
+# have to be waited for, when nobody looks at the request any more. Whatever goes wrong is in the reply's field `failure`.
+Answer = Callable[[Method, frames.Frame | PSError, Work], Callable[[], list[memoryview]]]
 # How long nobody is let in after that failed: for want of files, most likely, and the one at the door stays there.
 REST_SECONDS = 0.1
 
@@ -54,6 +55,7 @@ class FrameServer:
         self._answer = answer
         self._host = host
         self._places = Places(connections, stall_seconds=stall_seconds)
+        self._waits = Waits()
         self._listening: list[socket.socket] = []
         self._open: dict[threading.Thread, Shared] = {}
         self._lock = threading.Lock()
@@ -165,7 +167,14 @@ class FrameServer:
             if method is None:
                 logger.warning("event=frame_refused error=a frame of kind %s", head.kind)
                 return
-            with Work(self._memory, method.name, seconds=head.seconds, end=shared.end) as work:
+            with Work(
+                self._memory,
+                method.name,
+                seconds=head.seconds,
+                end=shared.end,
+                waits=self._waits,
+                gone=lambda: _gone(connection),
+            ) as work:
                 self._exchange(connection, receiver, head, method, work, place)
 
     def _exchange(
@@ -197,10 +206,11 @@ class FrameServer:
             came = receiver.body(head, moved)
         place.works()
         work.works()
-        buffers = self._answer(method, came, work)
-        # The next request may come into the same memory.
+        rest = self._answer(method, came, work)
+        # The next request may come into the same memory; and who waits for others must not keep theirs out.
         del came
         work.received()
+        buffers = rest()
         moved()
         frames.send(connection, buffers, moved)
         place.waits()
@@ -223,6 +233,17 @@ class FrameServer:
         end = time.monotonic() + grace_seconds
         for thread in left:
             thread.join(max(0.0, end - time.monotonic()))
+        self._waits.close()
         self._places.end_all()
         for thread in left:
             thread.join()
+
+
+def _gone(connection: socket.socket) -> bool:
+    """Tell whether the other side has ended the connection."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

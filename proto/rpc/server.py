@@ -24,6 +24,7 @@ from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.frames import BESIDE, REPLY, Frame, encode
 from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.pending import Pending, Waits
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.frame_server import FrameServer
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
@@ -78,6 +79,7 @@ class GrpcServer:
             if bulk
             else None
         )
+        self._waits = Waits()
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
@@ -128,46 +130,70 @@ class GrpcServer:
                 methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
         return methods
 
-    def _reply(self, method: Method, data: bytes, work: Work) -> bytes:
+    def _begun(self, method: Method, data: bytes, work: Work) -> Callable[[], bytes]:
+        """Work on a message; return what returns the answer to it, for which it may have to wait. Both raise PSErrors."""
         begun = time.perf_counter()
-        count = self.counts.of(method.name)
+        count, received = self.counts.of(method.name), len(data)
         try:
             work.copies = COPIES
-            work.receives(COPIES * len(data))
+            work.receives(COPIES * received)
             work.works()
-            reply = encoded(inlined(self._answered(method, data, work)), f"{method.name}: the reply")
+            answer = self._answered(method, data, work)
         except PSError as error:
-            count.add(len(data), 0, time.perf_counter() - begun, error)
+            count.add(received, 0, time.perf_counter() - begun, error)
             raise
-        count.add(len(data), len(reply), time.perf_counter() - begun)
-        work.answers(len(reply))
-        work.received()
-        return reply
 
-    def _framed(self, method: Method, came: Frame | PSError, work: Work) -> list[memoryview]:
-        """Return the buffers of the answer to a frame, also if that is a failure; a PSError: why it was not received."""
+        def rest() -> bytes:
+            try:
+                whole = _there(answer, work)
+                reply = encoded(inlined(whole), f"{method.name}: the reply")
+            except PSError as error:
+                count.add(received, 0, time.perf_counter() - begun, error)
+                raise
+            count.add(received, len(reply), time.perf_counter() - begun)
+            work.answers(len(reply))
+            work.received()
+            return reply
+
+        return rest
+
+    def _framed(self, method: Method, came: Frame | PSError, work: Work) -> Callable[[], list[memoryview]]:
+        """Work on a frame (a PSError: why it was not received); return what returns the buffers of the answer, also if that is a
+        failure."""
         begun = time.perf_counter()
-        count = self.counts.of(method.name)
-        received = 0
+        count, received = self.counts.of(method.name), 0
+
+        def failed(error: PSError) -> list[memoryview]:
+            _log_defect(method, error)
+            count.add(received, 0, time.perf_counter() - begun, error)
+            return encode(REPLY, method.reply(failure=failure_of(error)).SerializeToString())
+
         try:
             if isinstance(came, PSError):
                 raise came
             received = len(came.message) + sum(part.nbytes for part in came.parts)
             work.copies = 1 if came.kind & BESIDE else COPIES
-            message, parts = opened(self._answered(method, came, work))
-            data = encoded(message, f"{method.name}: the reply")
-            buffers = encode(REPLY, data, parts)
+            answer = self._answered(method, came, work)
         except PSError as error:
-            _log_defect(method, error)
-            count.add(received, 0, time.perf_counter() - begun, error)
-            return encode(REPLY, method.reply(failure=failure_of(error)).SerializeToString())
-        made = len(data) + sum(view_of(part).nbytes for part in parts)
-        count.add(received, made, time.perf_counter() - begun)
-        work.answers(made)
-        return buffers
+            refusal = failed(error)
+            return lambda: refusal
+
+        def rest() -> list[memoryview]:
+            try:
+                message, parts = opened(_there(answer, work))
+                data = encoded(message, f"{method.name}: the reply")
+                buffers = encode(REPLY, data, parts)
+            except PSError as error:
+                return failed(error)
+            made = len(data) + sum(view_of(part).nbytes for part in parts)
+            count.add(received, made, time.perf_counter() - begun)
+            work.answers(made)
+            return buffers
+
+        return rest
 
     def _answered(self, method: Method, sent: bytes | Frame, work: Work) -> Any:
-        """Return the handler's reply."""
+        """Return the handler's reply, or the Pending that stands for it."""
         work.refuse_late()
         data = sent.message if isinstance(sent, Frame) else sent
         try:
@@ -181,6 +207,16 @@ class GrpcServer:
             request = whole if sent.kind & BESIDE else inlined(whole)
         with work.here():
             return dispatch(self._handler, method.name, request)
+
+    def _work(self, method: Method, context: grpc.ServicerContext, seconds: float | None) -> Work:
+        return Work(
+            self.memory,
+            method.name,
+            seconds=seconds,
+            end=context.cancel,
+            waits=self._waits,
+            gone=lambda: not context.is_active(),
+        )
 
     def _sockets(self, request: Any) -> SocketsReply:
         check_protocol(request.protocol)
@@ -202,9 +238,10 @@ class GrpcServer:
                 place.works()
                 if data is None:
                     raise Malformed(f"{method.name}: the call came without a message")
-                with Work(self.memory, method.name, seconds=context.time_remaining(), end=context.cancel) as work:
-                    reply = self._reply(method, data, work)
+                with self._work(method, context, context.time_remaining()) as work:
+                    rest = self._begun(method, data, work)
                     del data
+                    reply = rest()
                     place.waits()
                     yield reply
             except PSError as error:
@@ -225,13 +262,15 @@ class GrpcServer:
             try:
                 for data in requests:
                     place.works()
-                    with Work(self.memory, method.name, end=context.cancel) as work:
+                    with self._work(method, context, None) as work:
                         try:
-                            reply = self._reply(method, data, work)
+                            rest = self._begun(method, data, work)
+                            data = b""
+                            reply = rest()
                         except PSError as error:
                             _log_defect(method, error)
                             reply = method.reply(failure=failure_of(error)).SerializeToString()
-                        del data
+                        data = b""
                         place.waits()
                         yield reply
                     place.waits()
@@ -248,7 +287,10 @@ class GrpcServer:
             self.memory.close()
             self._singles.close()
             self._streams.close()
-            self._server.stop(grace_seconds).wait()
+            stopped = self._server.stop(grace_seconds)
+            stopped.wait(grace_seconds)
+            self._waits.close()
+            stopped.wait()
             self._pool.shutdown(wait=True)
             self._server = None
 
@@ -266,6 +308,14 @@ def check_address(listen: str) -> None:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidArgument(f"cannot listen on {listen!r}: give HOST:PORT with a port from 0 to 65535, or unix:PATH")
+
+
+def _there(answer: Any, work: Work) -> Any:
+    """Return the answer once it is there; what is kept of the request meanwhile is not what it came as."""
+    if not isinstance(answer, Pending):
+        return answer
+    work.received()
+    return work.wait(answer)
 
 
 def _refuse(context: grpc.ServicerContext, error: PSError) -> None:

@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests with real processes that are killed have in common."""
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as csv
 import pytest
 
-if "sync_job" not in sys.modules:
-    _SPEC = importlib.util.spec_from_file_location("sync_job", Path(__file__).with_name("sync_job.py"))
-    assert _SPEC is not None
-    assert _SPEC.loader is not None
-    sys.modules["sync_job"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["sync_job"])
+from tests.conftest import load_shared
+
+load_shared("chaos/sync_job.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small job's blocks and manifests, and a disk that fails, dies or loses power at a chosen operation."""
 
-import importlib.util
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,15 +19,10 @@ from oarlock.checkpoint.files import Calls, LocalFiles
 from oarlock.checkpoint.manifest import BlockEntry, ClosedSet, Manifest
 from oarlock.checkpoint.store import CheckpointStore
 from oarlock.embedding.spec import Admission, DenseSpec, OptimizerSpec, TableSpec, to_json
+from tests.conftest import load_shared
 
 for _name in ("story", "faulty_files"):
-    if f"checkpoint_{_name}" not in sys.modules:
-        _spec = importlib.util.spec_from_file_location(f"checkpoint_{_name}", Path(__file__).with_name(f"{_name}.py"))
-        assert _spec is not None
-        assert _spec.loader is not None
-        _module = importlib.util.module_from_spec(_spec)
-        sys.modules[f"checkpoint_{_name}"] = _module
-        _spec.loader.exec_module(_module)
+    load_shared(f"checkpoint/{_name}.py", f"checkpoint_{_name}")
 
 ADAGRAD = OptimizerSpec("adagrad")
 TABLES = (

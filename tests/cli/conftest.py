@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command, called in this process, in a folder of its own, on a small data set."""
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,10 @@ import pytest
 
 from oarlock.cli.main import main
 from oarlock.data.planted import generate_ncf
+from tests.conftest import load_shared
 
 # The reader of traces that the tests of telemetry have.
-if "trace_check" not in sys.modules:
-    _SPEC = importlib.util.spec_from_file_location(
-        "trace_check", Path(__file__).parent.parent / "telemetry" / "trace_check.py"
-    )
-    assert _SPEC is not None
-    assert _SPEC.loader is not None
-    sys.modules["trace_check"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["trace_check"])
+load_shared("telemetry/trace_check.py")
 
 
 @dataclass

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`oarlock rows`: what is shown, written and refused, over the wire of a shard that serves while the command asks."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -26,15 +25,9 @@ from oarlock.launch.folder import read_spec
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer
 from oarlock.ps import rows as shard_rows
+from tests.conftest import load_shared
 
-for _name in ("rig", "rows_rig"):
-    if _name not in sys.modules:
-        _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent.parent / "client" / f"{_name}.py")
-        assert _spec is not None
-        assert _spec.loader is not None
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
-rig, rows_rig = sys.modules["rig"], sys.modules["rows_rig"]
+rig, rows_rig = load_shared("client/rig.py"), load_shared("client/rows_rig.py")
 
 Oarlock = Callable[..., Any]
 RUN = "import sys; from oarlock.cli.main import main; sys.exit(main(sys.argv[1:]))"

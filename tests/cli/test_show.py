@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from oarlock.cli.show import RunView, epochs_table, wire_lines
+from oarlock.cli.show import RunView, epochs_table, restored_epochs, wire_lines
 from oarlock.cli.train import _sentence
 
 NOTE = "the coordinator is being started again"
@@ -83,6 +83,20 @@ def test_an_epoch_is_told_with_its_metrics(capsys: pytest.CaptureFixture[str]) -
     )
 
 
+def test_epochs_of_before_a_restore_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [{"cut": cut, "path": f"runs/a/cut-{cut}", "epoch": cut} for cut in (1, 2, 3)]
+    events = [
+        {"event": "restore", "run": run, "cut": cut, "path": f"runs/a/cut-{cut}"} for run, cut in ((2, 3), (3, 1))
+    ]
+    history = [result(0, 0.75), result(1, 0.5)]
+    with RunView() as view:
+        view.show(status(run=3, history=history, checkpoints=made, events=events))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("evaluated in 1.0 s  (from the checkpoint)")
+    assert second.endswith("evaluated in 1.0 s")
+    assert restored_epochs(status(run=1, checkpoints=made, events=events)) == 0
+
+
 def test_the_table_has_a_column_for_every_metric() -> None:
     shown_status = status(name="a", history=[result(0, 0.75), result(1, None)], best=result(0, 0.75))
     table = epochs_table(shown_status)
@@ -93,8 +107,21 @@ def test_the_table_has_a_column_for_every_metric() -> None:
 
 def test_the_last_line_names_the_best_epochs_metrics() -> None:
     history = [result(0, 0.75), result(1, 0.5)]
-    told = _sentence({"auc": 0.75, "hr@10": 0.25, "last_auc": 0.5, "best_epoch": 1, "seconds": 3.0, "history": history})
-    assert told == "auc 0.7500  hr@10 0.2500  best_epoch 1  seconds 3.0"
+    found = {
+        "auc": 0.75,
+        "hr@10": 0.25,
+        "last_auc": 0.5,
+        "last_hr@10": 0.25,
+        "seconds": 3.0,
+        "checkpoint": "runs/a/cut-2",
+    }
+    told = _sentence({**found, "best_epoch": 1, "history": history})
+    # The checkpoint is the last epoch's.
+    assert told == (
+        "auc 0.7500  hr@10 0.2500  best_epoch 1  last_auc 0.5000  last_hr@10 0.2500  seconds 3.0  last_checkpoint runs/a/cut-2"
+    )
+    told = _sentence({**found, "best_epoch": 2, "history": history})
+    assert told == "auc 0.7500  hr@10 0.2500  best_epoch 2  seconds 3.0  last_checkpoint runs/a/cut-2"
     assert _sentence({"auc": None, "hr@10": 0.25, "history": history}) == "auc -  hr@10 0.2500"
     assert _sentence({"seconds": 3.0, "history": []}) == "seconds 3.0"
 

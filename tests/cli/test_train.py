@@ -84,6 +84,9 @@ def test_a_name_that_is_taken_and_going_on(oarlock: Command, train: Command) -> 
     assert ended.code == 0
     result = json.loads(ended.out)
     assert (result["run"], result["epochs"], result["samples_trained"]) == (2, 2, 2 * SAMPLES)
+    old, new = (line for line in ended.err.splitlines() if line.startswith("epoch "))
+    assert (old[:9], old.endswith("(from the checkpoint)")) == ("epoch 1/2", True)
+    assert (new[:9], new.endswith("(from the checkpoint)")) == ("epoch 2/2", False)
     ended = oarlock("train", "ncf", "--name", "a", "--resume", "--seed", "9")
     assert ended.code == 1
     assert "seed cannot change" in ended.line

@@ -151,12 +151,12 @@ class Job:
         old, new = self.shards[int(self.owners[number])], self.shards[to]
         if old is not new:
             image = view.image_of(old, number)
-            blocks._drop(old, number)
+            blocks.drop(old, number)
             blocks._create(new, number)
             blocks._fill(new, number, image)
             new.marks.restore(number, dict(image.marks))
-            old.owned = old.owned & (np.arange(len(old.owned)) != number)
-            new.owned = new.owned | (np.arange(len(new.owned)) == number)
+            for shard, holds in ((old, False), (new, True)):
+                shard.holdings.owned[number] = shard.holdings.here[number] = holds
         self.place(np.where(np.arange(len(self.owners)) == number, to, self.owners), adopt=False)
 
     def member(self, transport=None, *, retry=None, seed=0):

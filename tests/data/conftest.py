@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of data share."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.csv as csv
 import pytest
+
+from tests.conftest import load_shared
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,9 +19,4 @@ def arrow_listens_for_interrupts() -> None:
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """The plain twins of reference_transforms.py."""
-    spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference_transforms.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_shared("data/reference_transforms.py")

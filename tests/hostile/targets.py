@@ -109,7 +109,7 @@ class Target:
         term = self.term()
         try:
             with Work(self.server.memory, method) as work:
-                self.server._reply(METHODS[method], data, work)
+                self.server._begun(METHODS[method], data, work)()
         except PSError as refusal:
             error = refusal
         now = self.fingerprint()

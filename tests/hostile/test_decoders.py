@@ -23,7 +23,7 @@ from oarlock.checkpoint.store import LocalStore
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
-from oarlock.client.router import ShardAddress, pack_placement, unpack_placement
+from oarlock.client.router import ShardAddress, pack_placement, unpack_changes, unpack_placement
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack, unpack
 from oarlock.proto.common_pb2 import Array, ClosedSplits, Failure, Member, Placement
 from oarlock.proto.errors import CorruptCheckpoint, Internal, PSError, Unavailable, VersionMismatch
@@ -104,6 +104,37 @@ def test_a_placement_gives_every_block_to_somebody_that_it_lists(message):
         assert set(got.owners.tolist()) <= {-1, *got.shards}
         for rank, table in zip(got.ranks, LAYOUT.tables, strict=True):
             assert sorted(rank.tolist()) == list(range(table.blocks))
+
+
+few = st.lists(st.integers(-1, 4), max_size=3).map(lambda v: pack(np.array(v, np.int32)))
+copy_sets = st.lists(st.lists(st.integers(-1, 2), min_size=2, max_size=2), max_size=3).map(
+    lambda v: pack(np.array(v, np.int32).reshape(-1, 2))
+)
+changed = st.builds(
+    Placement,
+    generation=small | numbers64,
+    since=small | numbers64,
+    blocks=few | arrays,
+    owners=few | arrays,
+    generations=st.none()
+    | st.lists(st.integers(0, 9), max_size=3).map(lambda v: pack(np.array(v, np.uint64)))
+    | arrays,
+    members=st.none() | copy_sets | arrays,
+    shards=st.lists(members, max_size=4),
+)
+
+
+@given(changed | placements)
+@settings(max_examples=1000)
+def test_a_change_of_a_placement_is_taken_whole_or_not_at_all(message):
+    got = outcome(unpack_changes, LAYOUT, message)
+    if not isinstance(got, PSError):
+        known = unpack_placement(LAYOUT, pack_placement(3, np.zeros(17, np.int32), {0: ShardAddress(0, "a:1", 5)}))
+        for complete in (False, True):
+            after = known.after(got, complete=complete)
+            assert set(after.owners.tolist()) <= {-1, *after.shards}
+            assert (after.generations >= known.generations).all()
+            assert after.generation in (known.generation, got.generation)
 
 
 @given(st.sampled_from(sorted(json.loads(SPEC))), json_values | odd)

@@ -2,11 +2,9 @@
 """A small data set, and jobs of it that end within seconds; and a stage for the launcher, on which nothing costs any time."""
 
 import asyncio
-import importlib.util
 import json
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,11 @@ from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.coordinator_pb2 import StatusReply
 from oarlock.proto.errors import LeaseLost, Unavailable
+from tests.conftest import load_shared
 
 # The readers of metrics and of traces that the tests of telemetry have.
-for _NAME in ("scrape", "trace_check"):
-    if _NAME not in sys.modules:
-        _SPEC = importlib.util.spec_from_file_location(
-            _NAME, Path(__file__).parent.parent / "telemetry" / f"{_NAME}.py"
-        )
-        assert _SPEC is not None
-        assert _SPEC.loader is not None
-        sys.modules[_NAME] = importlib.util.module_from_spec(_SPEC)
-        _SPEC.loader.exec_module(sys.modules[_NAME])
+load_shared("telemetry/scrape.py")
+load_shared("telemetry/trace_check.py")
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]

@@ -206,19 +206,30 @@ def test_a_shard_of_too_few_threads(threads: str, monkeypatch: pytest.MonkeyPatc
     assert f"--network-threads {threads}: give an integer from 16 to 65536" in last
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a worker's entry point does to its process before it joins, which is not done to the tests'."""
+    done: list[str] = []
+    for name in ("step_back", "warm_up", "keep_what_is_loaded"):
+        monkeypatch.setattr(worker, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(worker.sys, "setswitchinterval", lambda seconds: done.append("setswitchinterval"))
+    monkeypatch.setattr(worker.sys, "argv", ["oarlock.worker", "--coordinator", "127.0.0.1:1", "--reader", "arrow"])
+    return done
+
+
 def test_a_worker_computes_with_the_threads_of_the_job_that_it_joins(
-    start: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    start: Any, begun: list[str], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     spec, _ = start(blas_threads=3)
     found = []
 
     async def joined(*arguments: Any, prepare: Any, **options: Any) -> None:
         prepare(spec)
+        # Others come first, and what is loaded is spared, before anything is trained.
+        assert begun == ["setswitchinterval", "step_back", "warm_up", "keep_what_is_loaded"]
         found.append(of_process.loaded_blas().threads)
 
     monkeypatch.setattr(worker, "run_worker", joined)
-    monkeypatch.setattr(worker, "warm_up", lambda: None)
-    monkeypatch.setattr(worker.sys, "argv", ["oarlock.worker", "--coordinator", "127.0.0.1:1", "--reader", "arrow"])
     logger = logging.getLogger("oarlock")
     handlers = list(logger.handlers)
     try:

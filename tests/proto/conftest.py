@@ -3,7 +3,6 @@
 at all."""
 
 import asyncio
-import importlib.util
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -13,14 +12,10 @@ import pytest
 
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.transport import InProcess
+from tests.conftest import load_shared
 
 for _name in ("client_rig", "frame_rig", "scripted_rig"):
-    if _name not in sys.modules:
-        _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
-        assert _spec is not None
-        assert _spec.loader is not None
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
+    load_shared(f"proto/{_name}.py")
 
 Body = Callable[[Any, str], Awaitable[Any]]
 Runner = Callable[..., Any]

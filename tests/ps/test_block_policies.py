@@ -2,9 +2,7 @@
 """Blocks of tables with policies, written, restored and moved: counters, waiting keys, sketches and cold rows come along."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +13,9 @@ from oarlock.checkpoint.store import LocalStore
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.embedding.spec import Admission, CacheSpec, Eviction, Guard, Initializer, OptimizerSpec, Part, TableSpec
 from oarlock.proto.errors import Malformed, SpecMismatch
+from tests.conftest import load_shared
 
-_PATH = Path(__file__).with_name("test_blocks.py")
-_SPEC = importlib.util.spec_from_file_location("_blocks", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-shared = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(shared)
+shared = load_shared("ps/test_blocks.py", "_blocks")
 
 ADAM, ADAGRAD, SGD = OptimizerSpec("adam"), OptimizerSpec("adagrad"), rig.SGD
 PARTS = (Part(1, ADAGRAD), Part(3, ADAM, Initializer("uniform", scale=0.5)))

@@ -5,6 +5,7 @@ import asyncio
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
+from oarlock.embedding.evict import Swept
 from oarlock.embedding.spec import Admission, Eviction, Part, TableSpec
 from oarlock.proto.errors import OutOfMemory
 from oarlock.ps import process, sweep
@@ -21,6 +23,7 @@ from oarlock.ps.service import ShardService
 from oarlock.ps.sweep import Sweeper, round_steps
 
 OLD = Eviction(age=40)
+NOTHING = Swept(0, True, np.empty(0, np.uint64), np.empty(0, np.uint64))
 
 
 def job_of(*tables, shards=1, **changes):
@@ -92,7 +95,7 @@ def test_blocks_come_in_their_order_each_at_its_part_of_the_round():
     job = job_of(table(eviction=Eviction(norm=1e-9)))  # rows of zeros would go; a round is 100 steps
     shard = job.shards[0]
     swept = []
-    shard.tables[0].sweep = lambda block, **named: (swept.append((block, named["tick"])), (0, True))[1]
+    shard.tables[0].sweep = lambda block, **named: (swept.append((block, named["tick"])), NOTHING)[1]
     push(job, 0, [1], step=0)
     for step in range(1, 230):
         push(job, step, [1], step=step)
@@ -110,13 +113,14 @@ def test_every_block_is_swept_once_a_round_at_most_however_steps_jump(steps, pat
 
     class Fake:
         spec = table(eviction=Eviction(norm=1.0))
-        owned = np.array([0, 1, 5, 6], np.int32)
 
         def sweep(self, block, *, tick, buckets):
             found.append((block, tick))
-            return 0, True
+            return NOTHING
 
-    sweeper = Sweeper([Fake()], epoch_steps=50)
+    owned = np.isin(np.arange(8), [0, 1, 5, 6])
+    shard = SimpleNamespace(tables=[Fake()], layout=SimpleNamespace(table_base=[0]), owned=owned, told=None)
+    sweeper = Sweeper(shard, epoch_steps=50)
     sweeper.begin(min(steps))
     for n, step in enumerate(sorted(steps)):
         for _ in range(patience[n] if n < len(patience) else 20):
@@ -149,7 +153,7 @@ def test_tables_take_turns():
     shard = job.shards[0]
     order = []
     for each in shard.tables:
-        each.sweep = lambda block, name=each.spec.name, **_: (order.append((name, block)), (0, True))[1]
+        each.sweep = lambda block, name=each.spec.name, **_: (order.append((name, block)), NOTHING)[1]
     push(job, 0, [1], step=0)
     shard.sweep_some()
     push(job, 1, [1], step=60)

@@ -44,7 +44,7 @@ def dense_parts_in_order_of_arrival(patch: Patch) -> None:
 
     def init(self: Staged, *arguments: Any) -> None:
         original(self, *arguments)
-        self._dense = [[]] * self.ranks
+        self._parts.dense = [[]] * self.ranks
 
     patch.setattr(Staged, "__init__", init)
 
@@ -54,7 +54,7 @@ def dense_part_of_a_repeated_group_counts_again(patch: Patch) -> None:
     original = Staged.fresh
 
     def fresh(self: Staged, *arguments: Any) -> Any:
-        self._have[:] = False
+        self._parts.have[:] = False
         return original(self, *arguments)
 
     patch.setattr(Staged, "fresh", fresh)
@@ -77,7 +77,7 @@ def successor_believes_what_is_staged(patch: Patch) -> None:
 
     def told(self: Staged) -> Any:
         known = self.commits.copy()
-        self.commits[self._have.any(axis=1)] = self.range()[0] + 1
+        self.commits[self._parts.have.any(axis=1)] = self.range()[0] + 1
         try:
             return original(self)
         finally:

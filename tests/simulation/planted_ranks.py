@@ -13,6 +13,7 @@ from oarlock.client.stage import Commit
 from oarlock.cluster import cutting
 from oarlock.cluster.cutting import Cutting
 from oarlock.proto.arrays import unpack
+from oarlock.proto.errors import PSError
 from oarlock.ps import staged
 from oarlock.ps.staged import Staged
 from oarlock.worker import rank
@@ -55,7 +56,7 @@ def added_in_order_of_arrival(patch: Patch) -> None:
 
     def init(self: Staged, *arguments: Any) -> None:
         original(self, *arguments)
-        self._rows, self._dense = [[]] * self.ranks, [[]] * self.ranks
+        self._parts.rows, self._parts.dense = [[]] * self.ranks, [[]] * self.ranks
 
     patch.setattr(Staged, "__init__", init)
 
@@ -65,7 +66,7 @@ def repeated_part_is_staged_again(patch: Patch) -> None:
     original = Staged.push
 
     def push(self: Staged, sent: Any) -> Any:
-        self._have[:] = False
+        self._parts.have[:] = False
         return original(self, sent)
 
     patch.setattr(Staged, "push", push)
@@ -140,16 +141,19 @@ def rows_are_answered_before_the_step(patch: Patch) -> None:
 
 def update_that_failed_begins_anew(patch: Patch) -> None:
     """An update that met the end of memory in its second table is made in the first one once more."""
-    original = Staged._apply_rows
+    original = Staged.apply
 
-    def apply_rows(self: Staged, number: int, step: int, total: Any) -> None:
-        table = slice(
-            self._layout.table_base[number], self._layout.table_base[number] + self._shard.tables[number].spec.blocks
-        )
-        self._marks.steps[table] = np.minimum(self._marks.steps[table], step - 1)
-        original(self, number, step, total)
+    def apply(self: Staged, numbers: Any, step: int, samples: int, **named: Any) -> None:
+        parts = self._parts
+        before = [list(of) for of in parts.rows], [list(of) for of in parts.dense], parts.have.copy()
+        try:
+            original(self, numbers, step, samples, **named)
+        except PSError:
+            parts.rows, parts.dense, parts.have = before
+            self._marks.steps[numbers] = step - 1
+            raise
 
-    patch.setattr(Staged, "_apply_rows", apply_rows)
+    patch.setattr(Staged, "apply", apply)
 
 
 def draws_of_the_process(patch: Patch) -> None:

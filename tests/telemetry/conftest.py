@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives the tests their own readers of metrics and of traces: ``import scrape``, ``import trace_check``."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from tests.conftest import load_shared
 
-for name in ("scrape", "trace_check"):
-    if name not in sys.modules:
-        _SPEC = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert _SPEC is not None
-        assert _SPEC.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(_SPEC)
-        _SPEC.loader.exec_module(sys.modules[name])
+load_shared("telemetry/scrape.py")
+load_shared("telemetry/trace_check.py")

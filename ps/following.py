@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following: the copies here do what the owners of their blocks tell them (SEMANTICS section 6).
+
+    an operation    of the copy's own generation, by its owner, the next of the block: done; done before: passed over
+                    of a generation that is not known here yet, or no more to its sender: the stream waits for a record
+                    of a copy that is owned by another one, or that is not here, or with a gap: refused
+    a full copy     takes the place of nothing, or of a copy of a lower (generation, seq)
+
+Invariant: a copy is at some operation of its owner, whole, and never goes back; one on which an operation fails is let go. What
+is refused stays refused until a full copy or a record comes. The shard's push lock is held throughout.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.proto.arrays import Part, pack
+from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
+from oarlock.ps.blocks import drop
+from oarlock.ps.holdings import Numbers
+from oarlock.ps.images import take
+from oarlock.ps.operations import Image, Operation, Pushed, Stepped, apply, decode, sequences_of
+from oarlock.ps.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+# Senders whose streams are known; one that was forgotten begins another one.
+MOST_STREAMS = 4096
+
+
+class Following:
+    """The streams that come to ``shard``, by the incarnation of their sender."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        # Number of the stream, and of the next operation.
+        self._streams: dict[int, tuple[int, int]] = {}
+
+    def take(self, request: ReplicateRequest, parts: Sequence[Part]) -> ReplicateReply:
+        """Do what is told and was not done before; answer how far that came."""
+        shard = self._shard
+        operations = [decode(shard.layout, message, parts) for message in request.operations]
+        refused: dict[int, int] = {}
+        with shard.push_lock:
+            sender = shard.holdings.id_of(request.header.sender)
+            if sender < 0:
+                raise Unavailable(f"the shard of incarnation {request.header.sender} is not known here yet")
+            at = self._at(request)
+            for position, (operation, generations) in enumerate(operations, request.first):
+                if position < at:
+                    continue
+                if position > at:
+                    break
+                found = self._step(sender, operation, generations)
+                if found is None:
+                    break
+                refused.update(found)
+                at += 1
+                self._streams[request.header.sender] = (request.stream, at)
+        numbers = np.array(sorted(refused), np.int32)
+        return ReplicateReply(
+            next=at,
+            refused=pack(numbers),
+            generations=pack(np.array([refused[n] for n in numbers.tolist()], np.uint64)),
+        )
+
+    def _at(self, request: ReplicateRequest) -> int:
+        """Return the number of the next operation of a stream."""
+        sender = request.header.sender
+        number, at = self._streams.get(sender, (0, 0))
+        if number != request.stream:
+            # All before has been answered for; and what comes late of an older stream is nothing new to the copies.
+            at = request.first
+        if len(self._streams) >= MOST_STREAMS:
+            del self._streams[next(iter(self._streams))]
+        self._streams[sender] = (request.stream, at)
+        return at
+
+    def _step(self, sender: int, operation: Operation, generations: NDArray[np.int64]) -> dict[int, int] | None:
+        """Do an operation; return the blocks that refuse it with their generations here, None if it has to wait for a record."""
+        if isinstance(operation.does, Image):
+            return self._image(sender, operation, int(generations[0]))
+        holdings, numbers = self._shard.holdings, operation.numbers
+        known = holdings.generations[numbers]
+        copies, mine = holdings.is_copy(numbers), holdings.owners[numbers] == sender
+        # A record that is not known here yet, or one that its owner does not know yet.
+        if (copies & (known < generations)).any() or (copies & mine & (known > generations)).any():
+            return None
+        lead = self._lead(operation)
+        takes = copies & mine & (known == generations)
+        todo = operation.only(takes & (lead == 1))
+        if todo is not None:
+            self._apply(todo)
+        return self._told(numbers[~takes | (lead > 1) | ~holdings.here[numbers]])
+
+    def _lead(self, operation: Operation) -> NDArray[np.int64]:
+        """Return by how much an operation is ahead of each copy: 1 if it is the next one, less if it was done."""
+        does, numbers = operation.does, operation.numbers
+        if isinstance(does, Stepped) and self._shard.staged is not None:
+            return does.step - self._shard.staged.steps[numbers]
+        lead = operation.sequences - sequences_of(self._shard, numbers)
+        # Parts that are staged are no operation yet.
+        return lead + 1 if isinstance(does, Pushed) and does.rank >= 0 else lead
+
+    def _apply(self, operation: Operation) -> None:
+        """Do an operation; copies on which it fails are none any more."""
+        try:
+            apply(self._shard, operation)
+        except (PSError, MemoryError, OSError) as error:
+            logger.warning("event=copies_let_go blocks=%s error=%s", operation.numbers[:16].tolist(), error)
+            for number in operation.numbers.tolist():
+                drop(self._shard, number)
+            self._shard.holdings.here[operation.numbers] = False
+
+    def _image(self, sender: int, operation: Operation, generation: int) -> dict[int, int] | None:
+        holdings, number = self._shard.holdings, int(operation.numbers[0])
+        known, here = int(holdings.generations[number]), bool(holdings.here[number])
+        if here and not holdings.is_copy(operation.numbers)[0]:
+            # The record here says that this shard owns it: a newer one is on its way, or the sender hears that it is not.
+            return None if generation > known else self._told(operation.numbers)
+        if generation < known:
+            return self._told(operation.numbers)
+        if (
+            here
+            and generation == known
+            and int(sequences_of(self._shard, operation.numbers)[0]) >= operation.sequences[0]
+        ):
+            return {}
+        assert isinstance(operation.does, Image), "looked at before"
+        take(self._shard, operation.does)
+        holdings.here[number] = True
+        holdings.generations[number] = generation
+        holdings.owners[number] = sender
+        return {}
+
+    def _told(self, numbers: Numbers) -> dict[int, int]:
+        holdings = self._shard.holdings
+        return {n: int(holdings.generations[n]) if holdings.here[n] else 0 for n in numbers.tolist()}

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leading: what an owner owes the copies of its blocks, and what waits for them (SEMANTICS section 6).
+
+    sends       the other shard is told of every operation on the block
+    requires    and nothing is acknowledged before it has it
+
+Invariant: whoever is required has the whole block and every operation since, or an answer that waits for it is not given (R1). A
+shard is required before the coordinator hears of it, and until the coordinator's record says that it has left (R2). ``lock``
+covers all of it, and is taken with or without the shard's push lock, never the other way round. Answers are given without
+either.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from random import SystemRandom
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.client.router import ShardAddress
+from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, SLOW
+from oarlock.proto.pending import Pending
+from oarlock.proto.shard_pb2 import PushReply
+from oarlock.ps.holdings import Holdings, Numbers, Order
+from oarlock.ps.operations import Operation
+from oarlock.ps.reports import NO_ORDER, Generations, Reports
+from oarlock.ps.stream import Stream
+
+# Of operations that a shard which is not required yet may be behind: beyond it the copy is given up.
+TAIL_BYTES = 256 << 20
+
+
+@dataclass
+class _Until:
+    """``then`` follows once the streams to shards ``at`` are answered up to there, for those ``numbers`` that are left."""
+
+    numbers: Numbers
+    at: dict[int, int]
+    then: Callable[[Numbers], None]
+    # Only of an answer to a client, which is given for blocks that went elsewhere, too: they have to be sent again.
+    reply: PushReply | None = None
+    pending: Pending | None = None
+    # Whether it waits for those that are required, and so no more for one that is not.
+    required: bool = True
+    moved: list[Numbers] = field(default_factory=list)
+
+
+class Leading:
+    """``wake``: called, from any thread, when there is something to send or to report."""
+
+    def __init__(self, holdings: Holdings, reports: Reports) -> None:
+        self.lock = Lock()
+        self.wake: Callable[[], object] = lambda: None
+        self.streams: dict[int, Stream] = {}
+        self._holdings = holdings
+        self._blocks = len(holdings.owned)
+        self._reports = reports
+        self._draw = SystemRandom()
+        self._sends: dict[int, NDArray[np.bool_]] = {}
+        self._requires: dict[int, NDArray[np.bool_]] = {}
+        # Blocks whose copy refuses: it stays required until it has left the set.
+        self._broken: dict[int, NDArray[np.bool_]] = {}
+        self._waiting: list[_Until] = []
+
+    # Operations
+
+    def did(self, operation: Operation) -> None:
+        """Keep an operation for all who are told of it. The push lock is held."""
+        with self.lock:
+            for shard, mask in self._sends.items():
+                mine = operation.only(mask[operation.numbers])
+                if mine is not None:
+                    self.streams[shard].append(mine)
+                    self._cut_tail(shard)
+        self.wake()
+
+    def listens(self, numbers: Numbers) -> bool:
+        """Whether anybody is told of operations on any of these blocks."""
+        with self.lock:
+            return any(mask[numbers].any() for mask in self._sends.values())
+
+    def answer(self, reply: PushReply, numbers: Numbers) -> "PushReply | Pending":
+        """Return an answer about blocks owned here, which waits for all that was done to them. The push lock is held."""
+        with self.lock:
+            at = self._tail(numbers)
+            if not at:
+                return reply
+            pending = Pending()
+            self._waiting.append(_Until(numbers, at, lambda _: None, reply, pending))
+            return pending
+
+    def _tail(self, numbers: Numbers) -> dict[int, int]:
+        """Return how far which streams have to be answered before these blocks are the same everywhere."""
+        at = {}
+        for shard, mask in self._requires.items():
+            if mask[numbers].any():
+                stream = self.streams[shard]
+                if stream.first < stream.next or self._is_broken(shard, numbers):
+                    at[shard] = stream.next
+        return at
+
+    def answered(self, shard: int, number: int, upto: int, refused: Numbers) -> None:
+        """A shard has all operations of stream ``number`` below ``upto``, but for the blocks that it refused."""
+        with self.lock:
+            stream = self.streams.get(shard)
+            if stream is None or stream.number != number:
+                return
+            if len(refused):
+                self._refused(shard, refused)
+            stream.answered(upto)
+            done = self._settled()
+        _give(done)
+
+    def _refused(self, shard: int, numbers: Numbers) -> None:
+        requires = self._requires.get(shard)
+        required = numbers[requires[numbers]] if requires is not None else numbers[:0]
+        others = np.setdiff1d(numbers, required)
+        if len(others):
+            self._stop(shard, others)
+        if len(required):
+            self._broken.setdefault(shard, np.zeros(self._blocks, np.bool_))[required] = True
+            self._report(SLOW, required, self._generations(), shard)
+
+    def _cut_tail(self, shard: int) -> None:
+        """Give up copies to a shard that does not keep up, as far as nothing waits for it."""
+        if self.streams[shard].nbytes > TAIL_BYTES:
+            behind = self._sends[shard] & ~self._requires.get(shard, np.zeros(self._blocks, np.bool_))
+            self._stop(shard, np.flatnonzero(behind).astype(np.int32))
+
+    def _stop(self, shard: int, numbers: Numbers) -> None:
+        """Tell a shard that is not required no more of blocks; whoever wants it to have them has to say so again."""
+        if shard in self._sends:
+            self._sends[shard][numbers] = False
+        for each in self._waiting:
+            if not each.required and shard in each.at:
+                each.numbers = np.setdiff1d(each.numbers, numbers)
+
+    # Members
+
+    def add(self, to: ShardAddress, image: Operation) -> None:
+        """Begin a copy: ``image`` is the block as it is. The push lock is held."""
+        with self.lock:
+            sends = self._sends.get(to.id)
+            if sends is not None and to.id in self.streams and sends[image.numbers].all():
+                return
+            stream = self._stream(to)
+            self._sends.setdefault(to.id, np.zeros(self._blocks, np.bool_))[image.numbers] = True
+            stream.append(image)
+            then = self._require(to.id, self._generations())
+            self._waiting.append(_Until(image.numbers, {to.id: stream.next}, then, required=False))
+        self.wake()
+
+    def tells(self, shard: int, number: int) -> bool:
+        """Whether a shard is told of operations on a block."""
+        with self.lock:
+            return shard in self._sends and bool(self._sends[shard][number])
+
+    def _require(self, shard: int, generations: Generations) -> Callable[[Numbers], None]:
+        """Return what follows once the shard has a copy: from then on it is waited for, and what it lacks until then, too."""
+
+        def then(numbers: Numbers) -> None:
+            self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[numbers] = True
+            at = {shard: self.streams[shard].next}
+            self._waiting.append(_Until(numbers, at, lambda left: self._report(ADDED, left, generations, shard)))
+
+        return then
+
+    def _generations(self) -> Generations:
+        """Return those of all records as they are known now: what is reported later is of them."""
+        return self._holdings.generations.copy()
+
+    def _report(
+        self, told: int, numbers: Numbers, generations: Generations, shard: int = 0, order: Order = NO_ORDER
+    ) -> None:
+        self._reports.add(told, numbers, generations[numbers], shard=shard, order=order)
+
+    def _stream(self, to: ShardAddress) -> Stream:
+        found = self.streams.get(to.id)
+        if found is None or found.to.incarnation != to.incarnation:
+            found = self.streams[to.id] = Stream(to, self._draw.getrandbits(63))
+        return found
+
+    def lead(self, members: dict[int, tuple[ShardAddress, Numbers]], numbers: Numbers) -> None:
+        """Of the owned blocks ``numbers`` exactly these shards have copies from now on, by a record. The push lock is held.
+
+        Whoever is not among them is told no more, and not waited for; whoever is new has the content from elsewhere.
+        """
+        with self.lock:
+            self._forget(numbers)
+            for shard, (address, mine) in members.items():
+                self._stream(address)
+                for masks in (self._sends, self._requires):
+                    masks.setdefault(shard, np.zeros(self._blocks, np.bool_))[mine] = True
+            with_copies = [mine for _, mine in members.values()]
+            if with_copies:
+                found = np.unique(np.concatenate(with_copies))
+                at = {s: stream.next for s, stream in self.streams.items() if s in members}
+                known = self._generations()
+                self._waiting.append(_Until(found, at, lambda left: self._report(CONFIRMED, left, known)))
+            done = self._settled()
+        _give(done)
+        self.wake()
+
+    def let_go(self, numbers: Numbers) -> None:
+        """Own these blocks no more: what waits for them is sent again, elsewhere. The push lock is held."""
+        with self.lock:
+            for each in self._waiting:
+                if each.reply is not None:
+                    lost = np.isin(each.numbers, numbers)
+                    each.moved.append(each.numbers[lost])
+                    each.numbers = each.numbers[~lost]
+            self._forget(numbers)
+            done = self._settled()
+        _give(done)
+
+    def _forget(self, numbers: Numbers) -> None:
+        """A newer record counts: what was under way by the one before has ended, but for answers to clients."""
+        for masks in (self._sends, self._requires, self._broken):
+            for mask in masks.values():
+                mask[numbers] = False
+        self._reports.forget(numbers)
+        for each in self._waiting:
+            if each.reply is None:
+                each.numbers = np.setdiff1d(each.numbers, numbers).astype(np.int32)
+
+    def hand_over(self, numbers: Numbers, to: int, order: Order) -> None:
+        """Report blocks that were closed as soon as all members have all of them. The push lock is held."""
+        with self.lock:
+            known = self._generations()
+            then = partial(self._report, HANDED, generations=known, shard=to, order=order)
+            self._waiting.append(_Until(numbers, self._tail(numbers), then))
+            done = self._settled()
+        _give(done)
+        self.wake()
+
+    def reopened(self, numbers: Numbers) -> None:
+        """Nothing is reported of a hand-over that came to nothing. The push lock is held."""
+        with self.lock:
+            self._reports.forget(numbers, HANDED)
+
+    # What waits
+
+    def _settled(self) -> list[_Until]:
+        """Do what has been waited for; return the answers that are to be given."""
+        answers: list[_Until] = []
+        # What follows may wait itself.
+        looking = True
+        while looking:
+            looking, waiting, self._waiting = False, self._waiting, []
+            for each in waiting:
+                each.at = {s: at for s, at in each.at.items() if self._lacks(each, s, at)}
+                if each.at and len(each.numbers):
+                    self._waiting.append(each)
+                elif each.reply is not None:
+                    answers.append(each)
+                elif len(each.numbers):
+                    each.then(each.numbers)
+                    looking = True
+        return answers
+
+    def _lacks(self, each: _Until, shard: int, at: int) -> bool:
+        stream = self.streams.get(shard)
+        if stream is None or (each.required and not self._requires[shard][each.numbers].any()):
+            return False
+        return stream.first < at or (each.required and self._is_broken(shard, each.numbers))
+
+    def _is_broken(self, shard: int, numbers: Numbers) -> bool:
+        """Whether a shard refuses one of these blocks, and is required still."""
+        return shard in self._broken and bool(self._broken[shard][numbers].any())
+
+    def fail(self, error: Any) -> None:
+        """Let nobody wait any more: the process ends."""
+        with self.lock:
+            waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if each.pending is not None:
+                each.pending.fail(error)
+
+
+def _give(answers: Iterable[_Until]) -> None:
+    for each in answers:
+        assert each.reply is not None, "only answers to clients are given"
+        assert each.pending is not None, "as the reply"
+        if each.moved:
+            before = unpack(each.reply.moved, np.int32, "moved blocks")
+            each.reply.moved.CopyFrom(pack(np.concatenate([before, *each.moved]).astype(np.int32)))
+        each.pending.resolve(each.reply)

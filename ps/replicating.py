@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replicating: the streams of an owner on their way to the copies, and its reports on theirs to the coordinator.
+
+Invariant: at most one message of a stream is under way; what was not answered is sent again, whoever is away, until a record says
+that the shard has left. One event loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from functools import partial
+
+import numpy as np
+
+from oarlock.client.membership import Membership
+from oarlock.client.router import unpack_changes
+from oarlock.proto.arrays import Part, pack, unpack
+from oarlock.proto.bulk import Bulk, opened
+from oarlock.proto.common_pb2 import Header
+from oarlock.proto.coordinator_pb2 import ReportReply, ReportRequest
+from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
+from oarlock.ps.adopting import adopt
+from oarlock.ps.operations import encode
+from oarlock.ps.shard import Shard
+from oarlock.ps.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+# Between two tries that came to nothing.
+FIRST_SECONDS, MOST_SECONDS = 0.005, 0.5
+CALL_SECONDS = 20.0
+
+
+def message_of(shard: Shard, stream: Stream, header: Header) -> Bulk | None:
+    """Return what is to be sent on a stream now, None if there is nothing."""
+    with shard.leading.lock:
+        first, operations = stream.some()
+    if not operations:
+        return None
+    known, parts = shard.holdings.generations, list[Part]()
+    request = ReplicateRequest(header=header, stream=stream.number, first=first)
+    request.operations.extend(encode(shard.layout, o, known[o.numbers], parts) for o in operations)
+    return Bulk(request, parts)
+
+
+def take_answer(shard: Shard, stream: Stream, reply: ReplicateReply, parts: Sequence[Part] = ()) -> None:
+    """Take in what the other side has done."""
+    refused = unpack(reply.refused, np.int32, "refused blocks", parts=parts).astype(np.int32)
+    refused = refused[(refused >= 0) & (refused < shard.layout.blocks)]
+    shard.leading.answered(stream.to.id, stream.number, reply.next, refused)
+
+
+class Replicating:
+    """Sends what ``shard`` has to tell, as ``member`` of its job. Records are adopted in a thread of ``executor``."""
+
+    def __init__(self, shard: Shard, member: Membership, executor: Executor | None = None) -> None:
+        self._shard = shard
+        self._executor = executor
+        self._member = member
+        self._changed = asyncio.Event()
+        self._sending: dict[Stream, asyncio.Task[None]] = {}
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        loop, leading = asyncio.get_running_loop(), self._shard.leading
+        leading.wake = partial(loop.call_soon_threadsafe, self._changed.set)
+        try:
+            while True:
+                self._changed.clear()
+                self._begin()
+                await self._changed.wait()
+        finally:
+            leading.wake = lambda: None
+            for task in (*self._sending.values(), *([self._reporting] if self._reporting else [])):
+                task.cancel()
+            leading.fail(Unavailable("this shard is leaving its job"))
+
+    def _begin(self) -> None:
+        """Begin to send where there is something, and nothing is under way."""
+        with self._shard.leading.lock:
+            full = [stream for stream in self._shard.leading.streams.values() if stream.first < stream.next]
+        for stream in full:
+            if stream not in self._sending:
+                task = self._sending[stream] = asyncio.ensure_future(self._send(stream))
+                task.add_done_callback(lambda _, s=stream: self._ended(s))  # type: ignore[misc]
+        if self._reporting is None and self._shard.reports.waiting():
+            self._reporting = asyncio.ensure_future(self._report())
+            self._reporting.add_done_callback(lambda _: self._reported())
+
+    def _ended(self, stream: Stream) -> None:
+        task = self._sending.pop(stream)
+        if not task.cancelled():
+            task.result()
+            self._changed.set()
+
+    def _reported(self) -> None:
+        task, self._reporting = self._reporting, None
+        if task is not None and not task.cancelled():
+            task.result()
+            self._changed.set()
+
+    async def _send(self, stream: Stream) -> None:
+        """Send what a stream has, and what comes meanwhile."""
+        leading, pause = self._shard.leading, FIRST_SECONDS
+        while leading.streams.get(stream.to.id) is stream:
+            message = message_of(self._shard, stream, self._member.header(stream.to.incarnation))
+            if message is None:
+                return
+            first = message.message.first
+            try:
+                answered = await self._member.transport.call(
+                    stream.to.address, "Shard.Replicate", message, timeout_seconds=CALL_SECONDS
+                )
+                take_answer(self._shard, stream, *opened(answered))
+            except PSError as error:
+                logger.debug("event=not_replicated shard=%d error=%s", stream.to.id, error)
+            if stream.first > first:
+                pause = FIRST_SECONDS
+            else:
+                await asyncio.sleep(pause * (0.5 + self._member.rng.random() / 2))
+                pause = min(2 * pause, MOST_SECONDS)
+
+    async def _report(self) -> None:
+        """Tell the coordinator what it has to hear, until it has answered."""
+        pause = FIRST_SECONDS
+        while matters := self._shard.reports.waiting():
+            for matter, numbers, generations in matters:
+                request = ReportRequest(
+                    header=self._member.header(),
+                    told=matter.told,  # type: ignore[arg-type]
+                    blocks=pack(numbers),
+                    generations=pack(generations.astype(np.uint64)),
+                    shard=matter.shard,
+                    order=matter.order.number,
+                    term=matter.order.term,
+                )
+                try:
+                    reply: ReportReply = await self._member.transport.call(
+                        self._member.coordinator, "Coordinator.Report", request, timeout_seconds=CALL_SECONDS / 4
+                    )
+                except PSError as error:
+                    logger.debug("event=not_reported told=%d error=%s", matter.told, error)
+                    continue
+                self._shard.reports.answered(matter, numbers, generations)
+                if reply.HasField("record"):
+                    await asyncio.get_running_loop().run_in_executor(self._executor, self._learn, reply)
+            await asyncio.sleep(pause * (0.5 + self._member.rng.random() / 2))
+            pause = min(2 * pause, MOST_SECONDS)
+
+    def _learn(self, reply: ReportReply) -> None:
+        """Adopt records that are other ones than were believed here; nothing is made by them."""
+        told = unpack_changes(self._shard.layout, reply.record)
+        nothing = np.empty(0, np.int32)
+        adopt(self._shard, self._member.id, told, self._shard.closed, create=nothing, complete=False)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports: what the coordinator has to hear of copies, until it has answered.
+
+Invariant: of a block there is at most one report of a kind; a newer one takes its place. Thread-safe.
+"""
+
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.ps.holdings import Numbers, Order
+
+Generations = NDArray[np.int64]
+NO_ORDER = Order(0, 0)
+
+
+class Matter(NamedTuple):
+    """What is told of blocks: a number of ``Told``, about which shard, and under which order."""
+
+    told: int
+    shard: int
+    order: Order
+
+
+class Reports:
+    """Blocks by what is to be told of them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        # By kind and block; and of which record.
+        self._open: dict[tuple[int, int], tuple[Matter, int]] = {}
+
+    def add(
+        self, told: int, numbers: Numbers, generations: Generations, *, shard: int = 0, order: Order = NO_ORDER
+    ) -> None:
+        """Tell this of blocks, whose records were of ``generations`` int64[m] when it came to be so."""
+        matter = Matter(told, shard, order)
+        with self._lock:
+            for number, generation in zip(numbers.tolist(), generations.tolist(), strict=True):
+                self._open[told, number] = matter, generation
+
+    def forget(self, numbers: Numbers, told: int | None = None) -> None:
+        """Tell nothing more of these blocks, or nothing of this kind."""
+        with self._lock:
+            if not self._open:
+                return
+            gone = set(numbers.tolist())
+            for key in [k for k in self._open if k[1] in gone and told in (None, k[0])]:
+                del self._open[key]
+
+    def answered(self, matter: Matter, numbers: Numbers, generations: Generations) -> None:
+        """The coordinator has heard it."""
+        with self._lock:
+            for number, generation in zip(numbers.tolist(), generations.tolist(), strict=True):
+                if self._open.get((matter.told, number)) == (matter, generation):
+                    del self._open[matter.told, number]
+
+    def waiting(self) -> list[tuple[Matter, Numbers, Generations]]:
+        """Return all that is to be told: blocks, ascending, with the generations of their records."""
+        with self._lock:
+            found: dict[Matter, list[tuple[int, int]]] = {}
+            for (_, number), (matter, generation) in self._open.items():
+                found.setdefault(matter, []).append((number, generation))
+        out = []
+        for matter, each in found.items():
+            numbers, generations = zip(*sorted(each), strict=True)
+            out.append((matter, np.array(numbers, np.int32), np.array(generations, np.int64)))
+        return out

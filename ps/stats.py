@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stats: what a shard holds and has done, JSON-ready, for the coordinator and people. A pure view; what is read beside a push may
+be a push apart.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
+from oarlock.embedding.expanding import ExpandingTable
+from oarlock.embedding.make import AnyTable
+
+if TYPE_CHECKING:
+    from oarlock.ps.shard import Shard
+
+# What policies did, by table: keys that wait for a row, rows in the spill file, rows that were expanded, and since the shard
+# began rows evicted and gradients refused.
+_TOLD: dict[str, Callable[[AnyTable], int]] = {
+    "waiting": lambda table: int(table.descriptors[:, PENDING_KEYS].sum()),
+    "spilled": lambda table: int(table.descriptors[:, SPILLED_ROWS].sum()),
+    "expanded": lambda table: table.expanded if isinstance(table, ExpandingTable) else 0,
+    "evicted": lambda table: table.evicted,
+    "refused": lambda table: table.refused,
+}
+
+
+def stats_of(shard: "Shard") -> dict[str, Any]:
+    """Return what a shard holds, its copies of others' blocks included, and what it has done."""
+    copies = int(shard.holdings.copies.sum())
+    return {
+        **dict(shard.counters),
+        "staleness": shard.staleness.summary(),
+        "rows": sum(t.rows for t in shard.tables),
+        "bytes": sum(t.nbytes for t in shard.tables) + sum(d.nbytes for d in shard.dense),
+        "marks_bytes": shard.marks.nbytes,
+        **({"staged_bytes": shard.staged.nbytes} if shard.staged is not None else {}),
+        "blocks": int(shard.owned.sum()),
+        **({"copies": copies} if copies else {}),
+        "sweeps": shard.sweeper.slices,
+        "tables": {t.spec.name: t.rows for t in shard.tables},
+        "table_bytes": {t.spec.name: t.nbytes for t in shard.tables},
+        # Of most tables there is nothing to say here.
+        **{what: found for what in _TOLD if (found := _told(shard, what))},
+    }
+
+
+def _told(shard: "Shard", what: str) -> dict[str, int]:
+    return {t.spec.name: n for t in shard.tables if (n := _TOLD[what](t))}
