@@ -177,7 +177,7 @@ class Copies:
         self.same()
         self.owner.told = None
         for member, shard in enumerate(self.members):
-            shard.owned = self.have & (self.of == member)
+            shard.holdings.owned[:] = self.have & (self.of == member)
             shard.generation = self.owner.generation
 
     # What workers and others do

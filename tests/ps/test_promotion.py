@@ -88,15 +88,14 @@ class Two:
             self.deliver(s)
         self.moved += len(numbers)
         for shard in self.shards:
-            shard.owned = shard.owned.copy()
-            shard.owned[numbers] ^= True
+            shard.holdings.owned[numbers] ^= True
         self.place()
 
     def die(self):
         """Lose what the first shard has told and the other has not taken."""
         self.alive = [1]
         self.queues[0].clear()
-        self.shards[1].owned = np.ones(self.layout.blocks, np.bool_)
+        self.shards[1].holdings.owned[:] = True
         self.shards[1].told = None
         self.place()
 
