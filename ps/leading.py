@@ -89,7 +89,7 @@ class Leading:
             at = self._tail(numbers)
             if not at:
                 return reply
-            pending = Pending()
+            pending = Pending(so_far=reply)
             self._waiting.append(_Until(numbers, at, lambda _: None, reply, pending))
             return pending
 
