@@ -329,7 +329,11 @@ class Model:
         found = []
         for shard in alive:
             rest = np.array(sorted(others - {shard.id}), np.int32)
-            if np.isin(self.c.records.members, rest).any(axis=1).all() or not len(self.c.records.named(shard.id)):
+            if (
+                self.spec.on_loss == "reload"
+                or np.isin(self.c.records.members, rest).any(axis=1).all()
+                or not len(self.c.records.named(shard.id))
+            ):
                 found.append(shard)
         return self.rng.choice(found) if found else None
 
