@@ -53,6 +53,9 @@ class Copies:
         self.plan = rebalanced
         self.creating: set[int] = set()
         self.created_from = ""
+        # By dead shard, blocks of which a copy may have been on its way there; and whether an earlier life may have begun more.
+        self._required: dict[int, set[int]] = {}
+        self._uncertain = False
         # When moves that are wanted are looked for; None: when somebody comes or goes.
         self._look_at: float | None = None
         # Whether something is about to begin that moves have to wait for.
@@ -66,7 +69,8 @@ class Copies:
         self._begin_anew()
         found = store.fact(CREATING) or {"path": "", "blocks": []}
         self.creating, self.created_from = set(found["blocks"]), found["path"]
-        if store.fact(BALANCING, False):
+        self._uncertain = store.fact(BALANCING, False)
+        if self._uncertain:
             self._look_at = self._c.clock()
         if self.records.shards:
             self.promotion.begin(np.flatnonzero(self.records.owners < 0).tolist(), self._c.clock())
@@ -111,6 +115,7 @@ class Copies:
         """A shard that took part is dead."""
         self.records.shard_gone(member.id)
         self.adoption.gone(member.id)
+        self._required[member.id] = set(self.moving.copies_to(member.id))
         self.moving.gone(member.id)
         c = self._c
         if c.spec.on_loss == ROLLBACK:
@@ -186,6 +191,7 @@ class Copies:
     def _strike_dead(self) -> None:
         """Take dead shards out of the sets that they are members of, and look for new owners of what they owned."""
         for shard in list(self.records.gone):
+            self._end_required(shard)
             blocks = self.records.named(shard)
             if not len(blocks):
                 with self._c.store as store:
@@ -205,6 +211,20 @@ class Copies:
             orphans = [b for b in blocks[owns].tolist() if b not in self.promotion.blocks]
             if orphans:
                 self._lost_owner(shard, orphans)
+
+    def _end_required(self, shard: int) -> None:
+        """Make new generations of blocks whose owners may wait for a copy on a dead shard, though no record names it."""
+        blocks = self._required.pop(shard, set())
+        if self._uncertain:
+            # What was begun before the last record of an earlier life is not known.
+            owned = np.isin(self.records.owners, list(self.records.shards))
+            blocks |= set(np.flatnonzero(owned & (self.records.generations <= self.moving.opened)).tolist())
+        changes = []
+        for block in sorted(blocks):
+            owner, members, _ = self.records.of(block)
+            changes.append(Change(block, owner, tuple(members)))
+        with self._c.store as store:
+            self.record(store, changes)
 
     def _lost_owner(self, shard: int, blocks: list[int]) -> None:
         """Blocks have no owner any more: promote members where there are any. ``shard``: the last one, -1: not known."""
@@ -331,6 +351,11 @@ class Copies:
                 logger.info("event=drained shard=%d", shard)
 
     # Asked
+
+    @property
+    def looks(self) -> bool:
+        """Whether it will be looked for moves that are wanted."""
+        return self._look_at is not None
 
     @property
     def calm(self) -> bool:

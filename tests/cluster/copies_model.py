@@ -385,6 +385,7 @@ class Model:
         for shard in self.shards.values():
             shard.alive &= shard.heard
         self.c.copies.held = False
+        rested = 0
         for _ in range(1500):
             self.step()
             c = self.c
@@ -393,7 +394,8 @@ class Model:
             missing = c.scaling.servers - sum(m.incarnation not in c.scaling.leaves for m in c.members.alive("shard"))
             if missing > 0:
                 self.join()
-            elif self.rests():
+            rested = rested + 1 if self.rests() else 0
+            if rested == 20:
                 break
         else:
             raise AssertionError(f"nothing comes to rest: {self.why()}")
