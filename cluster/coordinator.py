@@ -172,8 +172,11 @@ class Coordinator:
             return member
 
     def _next_id(self, role: str) -> int:
-        """Return the lowest number of the role that nobody has: no living member, nor a dead shard that a record names."""
-        return self.members.next_id(role, self.records.gone if role == "shard" else ())
+        """Return the lowest number of the role that nobody has. Shards that come later have numbers that none ever had: what is
+        told of one that died may be on its way."""
+        if role == "shard" and self.phase != GATHERING:
+            return 1 + max((m.id for m in self.members.all.values() if m.role == "shard"), default=-1)
+        return self.members.next_id(role)
 
     def _place_if_complete(self) -> None:
         """Give all blocks to shards once there are enough; a shard more than that has none."""

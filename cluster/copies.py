@@ -53,6 +53,9 @@ class Copies:
         self.plan = rebalanced
         self.creating: set[int] = set()
         self.created_from = ""
+        # By dead shard, blocks of which a copy may have been on its way there; and whether an earlier life may have begun more.
+        self._required: dict[int, set[int]] = {}
+        self._uncertain = False
         # When moves that are wanted are looked for; None: when somebody comes or goes.
         self._look_at: float | None = None
         # Whether something is about to begin that moves have to wait for.
@@ -66,8 +69,11 @@ class Copies:
         self._begin_anew()
         found = store.fact(CREATING) or {"path": "", "blocks": []}
         self.creating, self.created_from = set(found["blocks"]), found["path"]
-        if store.fact(BALANCING, False):
+        self._uncertain = store.fact(BALANCING, False)
+        if self._uncertain:
             self._look_at = self._c.clock()
+        if self.records.shards:
+            self.promotion.begin(np.flatnonzero(self.records.owners < 0).tolist(), self._c.clock())
 
     def _begin_anew(self) -> None:
         self.adoption.begin_anew()
@@ -109,6 +115,7 @@ class Copies:
         """A shard that took part is dead."""
         self.records.shard_gone(member.id)
         self.adoption.gone(member.id)
+        self._required[member.id] = set(self.moving.copies_to(member.id))
         self.moving.gone(member.id)
         c = self._c
         if c.spec.on_loss == ROLLBACK:
@@ -124,23 +131,18 @@ class Copies:
 
     def lacking(self, shard: int, blocks: Iterable[int]) -> None:
         """A recorded member has no copies of blocks: it leaves their sets, or another one owns them."""
-        owned = []
         changes = []
         for block in blocks:
-            if block in self.creating:
-                # It heard of the record in another way than by the order to make it.
-                continue
             owner, members, _ = self.records.of(block)
-            self.promotion.lacking(block, shard)
-            if owner == shard:
-                owned.append(block)
-            elif shard in members and block not in self.promotion.blocks:
-                changes.append(Change(block, owner, tuple(m for m in members if m != shard)))
+            # Of what is being made it heard in another way than by the order to make it.
+            if shard in members and block not in self.creating:
+                rest = tuple(m for m in members if m != shard)
+                changes.append(Change(block, -1 if owner == shard else owner, rest))
         with self._c.store as store:
             self.record(store, changes)
             self.look(store)
-        if owned:
-            self._lost_owner(shard, owned)
+        self._c.warn(f"shard {shard} has no copy of {len(changes)} blocks that it is recorded to have")
+        self._lost_owner(shard, [change.block for change in changes if change.owner < 0])
 
     @property
     def frozen(self) -> bool:
@@ -171,6 +173,7 @@ class Copies:
             return []
         self.moving.hold(self.held or self.frozen or not c.placed)
         if not self.frozen:
+            self._enlist()
             self._strike_dead()
             self._promote()
             self._want(now)
@@ -188,6 +191,7 @@ class Copies:
     def _strike_dead(self) -> None:
         """Take dead shards out of the sets that they are members of, and look for new owners of what they owned."""
         for shard in list(self.records.gone):
+            self._end_required(shard)
             blocks = self.records.named(shard)
             if not len(blocks):
                 with self._c.store as store:
@@ -208,11 +212,27 @@ class Copies:
             if orphans:
                 self._lost_owner(shard, orphans)
 
+    def _end_required(self, shard: int) -> None:
+        """Make new generations of blocks whose owners may wait for a copy on a dead shard, though no record names it."""
+        blocks = self._required.pop(shard, set())
+        if self._uncertain:
+            # What was begun before the last record of an earlier life is not known.
+            owned = np.isin(self.records.owners, list(self.records.shards))
+            blocks |= set(np.flatnonzero(owned & (self.records.generations <= self.moving.opened)).tolist())
+        changes = []
+        for block in sorted(blocks):
+            owner, members, _ = self.records.of(block)
+            changes.append(Change(block, owner, tuple(members)))
+        with self._c.store as store:
+            self.record(store, changes)
+
     def _lost_owner(self, shard: int, blocks: list[int]) -> None:
-        """Blocks have no owner any more: promote members where there are any."""
+        """Blocks have no owner any more: promote members where there are any. ``shard``: the last one, -1: not known."""
+        if not blocks:
+            return
         c, now = self._c, self._c.clock()
         self.promotion.begin(blocks, now)
-        kept = sum(bool(self.promotion.may_own(b)) for b in blocks)
+        kept = sum(bool(self.records.living(b)) for b in blocks)
         if kept:
             logger.info("event=owner_lost shard=%d blocks=%d", shard, kept)
             c.recoveries.begin(PROMOTION, shard, kept, now, self._all_told)
@@ -250,8 +270,11 @@ class Copies:
         c = self._c
         usable = [m.id for m in c.scaling.usable() if m.id in self.records.shards]
         if c.spec.on_loss == ROLLBACK:
-            gone = self.records.shards.get(shard) or self.records.gone[shard]
-            c.lost(c.members.all[gone.incarnation])
+            gone = self.records.gone.get(shard)
+            if gone is None:
+                c.fail(f"no shard has {len(blocks)} blocks any more; go on from the last checkpoint with --resume")
+            else:
+                c.lost(c.members.all[gone.incarnation])
             return
         if not usable:
             # They wait for a shard that comes.
@@ -278,6 +301,17 @@ class Copies:
         c.recoveries.begin(RELOAD, shard, len(blocks), c.clock(), self._all_told, lost=lost)
         self._begin_replication(shard, len(blocks))
 
+    def _enlist(self) -> None:
+        """Let shards take part that may have blocks and do not yet: all are told where they listen."""
+        c = self._c
+        if self._look_at is None or self.held:
+            return
+        for member in c.scaling.usable():
+            if not c.scaling.takes_part(member):
+                with c.store as store:
+                    self.records.list_shard(store, ShardAddress(member.id, member.address, member.incarnation))
+                logger.info("event=takes_part shard=%d", member.id)
+
     def _want(self, now: float) -> None:
         """Begin the moves that are wanted, once those before have ended and all shards know each other."""
         c = self._c
@@ -285,15 +319,9 @@ class Copies:
             return
         if self.held or not c.placed or c.phase not in (TRAINING, WRITING):
             return
-        usable = c.scaling.usable()
-        new = [m for m in usable if not c.scaling.takes_part(m)]
-        with c.store as store:
-            for member in new:
-                # Its id is not given anew as long as a record names it.
-                self.records.list_shard(store, ShardAddress(member.id, member.address, member.incarnation))
-                logger.info("event=takes_part shard=%d", member.id)
-        if new or not self.adoption.settled or self.promotion.blocks:
+        if not self.adoption.settled or self.promotion.blocks:
             return
+        usable = c.scaling.usable()
         shards = [m.id for m in usable]
         moves = wanted(self.records, self.sizes, self.loads, shards, self.plan, waiting=self.promotion.blocks)
         if moves:
@@ -323,6 +351,11 @@ class Copies:
                 logger.info("event=drained shard=%d", shard)
 
     # Asked
+
+    @property
+    def looks(self) -> bool:
+        """Whether it will be looked for moves that are wanted."""
+        return self._look_at is not None
 
     @property
     def calm(self) -> bool:

@@ -127,6 +127,10 @@ class Moving:
         self._look.update(b for b, f in self.flights.items() if shard in (f.owner, f.move.to, f.move.leaves))
         self._reopen = {key: known for key, known in self._reopen.items() if known[0].owner != shard}
 
+    def copies_to(self, shard: int) -> list[int]:
+        """Return the blocks whose owners may require a copy on a shard that no record names yet."""
+        return [b for b, f in self.flights.items() if f.stage == COPY and f.move.to == shard]
+
     def confirmed(self, block: int, generation: int) -> None:
         """The owner said that all members have all operations of this generation's beginning."""
         self._confirmed[block] = generation

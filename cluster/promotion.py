@@ -37,8 +37,6 @@ class Promotion:
         self.blocks: dict[int, float] = {}
         # By block, of each member that answered the operations of its copy; -1: it has none.
         self._held: dict[int, dict[int, int]] = {}
-        # By block, owners and members that said that they have no copy.
-        self._lacking: dict[int, set[int]] = {}
         self._asked: dict[int, float] = {}
 
     def begin(self, blocks: Iterable[int], now: float) -> None:
@@ -47,32 +45,18 @@ class Promotion:
             self.blocks.setdefault(block, now)
         self._asked.clear()
 
-    def lacking(self, block: int, shard: int) -> None:
-        """A recorded member has no copy."""
-        self._lacking.setdefault(block, set()).add(shard)
-
-    def may_own(self, block: int) -> list[int]:
-        """Return the recorded members that are alive and did not say that they lack the block."""
-        lacking = self._lacking.get(block, ())
-        return [m for m in self._records.living(block) if m not in lacking]
-
     def recorded(self, blocks: Iterable[int]) -> None:
         """Records changed; a block that has an owner again is not asked about any more."""
         for block in blocks:
-            lacking = self._lacking.get(block, set()) & set(self._records.members[block].tolist())
-            owner = int(self._records.owners[block])
-            if owner in self._records.shards and owner not in lacking:
+            if int(self._records.owners[block]) in self._records.shards:
                 self.blocks.pop(block, None)
             self._held.pop(block, None)
-            self._lacking.pop(block, None)
-            if lacking:
-                self._lacking[block] = lacking
 
     def ask(self, now: float) -> dict[int, list[int]]:
         """Return by shard the blocks that it is to be asked about now."""
         found: dict[int, list[int]] = {}
         for block in self.blocks:
-            for member in self.may_own(block):
+            for member in self._records.living(block):
                 if member not in self._held.get(block, ()):
                     found.setdefault(member, []).append(block)
         due = {shard: blocks for shard, blocks in found.items() if self._asked.get(shard, now) <= now}
@@ -93,7 +77,7 @@ class Promotion:
         """Return the choices that can be recorded now."""
         chosen = []
         for block, since in self.blocks.items():
-            members = self.may_own(block)
+            members = self._records.living(block)
             told = self._held.get(block, {})
             held = {m: told[m] for m in members if m in told}
             having = {m: sequence for m, sequence in held.items() if sequence >= 0}

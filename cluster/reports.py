@@ -48,7 +48,8 @@ def report(c: "Coordinator", member: Member, request: ReportRequest) -> ReportRe
         if changes:
             with c.store as store:
                 copies.record(store, changes)
-                if request.told == SLOW:
+                if request.told == SLOW or not copies.looks:
+                    # It would be added again; or it was begun by an earlier life, and nobody waits for it.
                     copies.look(store)
     c.wake()
     other = blocks[copies.records.generations[blocks] != generations]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
+from oarlock.client.router import unpack_changes
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
@@ -51,7 +52,8 @@ class Checker:
         ]
         self._blocks = np.arange(self._trace, dtype=np.int32)
         self._base = spec.tables[0].blocks
-        self._dense_trace = Layout(spec.tables, spec.dense).dense_base + 1
+        self._layout = Layout(spec.tables, spec.dense)
+        self._dense_trace = self._layout.dense_base + 1
         # Groups that a block has of a split, by (split, block).
         self._have: dict[int, dict[int, int]] = {}
         # Splits that each shard knew as closed.
@@ -182,11 +184,14 @@ class Checker:
             require(known, "K1", f"the sums of evaluation split {request.split} were acknowledged and are not on disk")
 
     def _placed(self, placement: Any) -> None:
-        if placement.generation:
-            known = self._committed.placements.get(placement.generation)
-            require(
-                known == placement.owners.data, "K1", f"placement {placement.generation} was told, which is not on disk"
-            )
+        if not placement.generation:
+            return
+        told = unpack_changes(self._layout, placement)
+        for block, generation, owner in zip(
+            told.blocks.tolist(), told.generations.tolist(), told.owners.tolist(), strict=True
+        ):
+            known = self._committed.records.get((block, generation))
+            require(known == owner, "K1", f"block {block} of generation {generation} was told, which is not on disk")
 
     # The end
 

@@ -4,10 +4,12 @@
 Invariant: ``committed`` holds what a reader of the file would find, and survives the process that wrote it. One thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from oarlock.cluster.evaluation import Found
 from oarlock.cluster.store import Store
@@ -16,12 +18,13 @@ from oarlock.simulation.wire import Killed
 
 @dataclass
 class Committed:
-    """What is on disk: facts by name, members, evaluations and epochs by number, placements by generation."""
+    """What is on disk: facts by name, members, evaluations and epochs by number, records of blocks."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     members: dict[int, Any] = field(default_factory=dict)
     evaluations: dict[int, Found] = field(default_factory=dict)
-    placements: dict[int, bytes] = field(default_factory=dict)
+    # Owners by block and generation of its record.
+    records: dict[tuple[int, int], int] = field(default_factory=dict)
     epochs: dict[int, Any] = field(default_factory=dict)
 
 
@@ -98,7 +101,18 @@ class WatchedStore(Store):
 
     def set_placement(self, generation: int, owners: bytes, shards: list[dict[str, Any]]) -> None:
         super().set_placement(generation, owners, shards)
-        self._pending.append((self._committed.placements, generation, owners))
+        self._owners = np.frombuffer(owners, np.int32)
+
+    def set_placement_sets(self, generations: bytes, members: bytes) -> None:
+        super().set_placement_sets(generations, members)
+        for block, generation in enumerate(np.frombuffer(generations, np.int64).tolist()):
+            self._pending.append((self._committed.records, (block, generation), int(self._owners[block])))
+
+    def set_records(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
+        made = list(rows)
+        super().set_records(made)
+        for block, generation, owner, _ in made:
+            self._pending.append((self._committed.records, (block, generation), owner))
 
     def set_epoch(self, epoch: int, value: dict[str, Any]) -> None:
         super().set_epoch(epoch, value)

@@ -329,7 +329,11 @@ class Model:
         found = []
         for shard in alive:
             rest = np.array(sorted(others - {shard.id}), np.int32)
-            if np.isin(self.c.records.members, rest).any(axis=1).all() or not len(self.c.records.named(shard.id)):
+            if (
+                self.spec.on_loss == "reload"
+                or np.isin(self.c.records.members, rest).any(axis=1).all()
+                or not len(self.c.records.named(shard.id))
+            ):
                 found.append(shard)
         return self.rng.choice(found) if found else None
 
@@ -381,6 +385,7 @@ class Model:
         for shard in self.shards.values():
             shard.alive &= shard.heard
         self.c.copies.held = False
+        rested = 0
         for _ in range(1500):
             self.step()
             c = self.c
@@ -389,7 +394,8 @@ class Model:
             missing = c.scaling.servers - sum(m.incarnation not in c.scaling.leaves for m in c.members.alive("shard"))
             if missing > 0:
                 self.join()
-            elif self.rests():
+            rested = rested + 1 if self.rests() else 0
+            if rested == 20:
                 break
         else:
             raise AssertionError(f"nothing comes to rest: {self.why()}")
