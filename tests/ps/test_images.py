@@ -98,7 +98,7 @@ def test_blocks_that_are_no_copies_are_refused(made):
             apply(shard, operation)
         shard.close()
     member = copies.members[0]
-    blocks._drop(member, number)
+    blocks.drop(member, number)
     state = [canonical(member, n) for n in range(number)]
     with pytest.raises(StalePlacement, match=f"there is no copy of block {number}") as caught:
         apply(member, operation)
@@ -125,7 +125,7 @@ def test_an_image_takes_the_place_of_all_that_was_there(made):
     assert canonical(member, 0)[:2] == (70, {STEP_MARK: 7})
     assert image_of(member, 0).staged == ()
     assert member.staged.steps_of(np.array([0, 1])).tolist() == [7, 0]
-    blocks._drop(member, 1)
+    blocks.drop(member, 1)
     assert not member.staged._parts.have[:, 1].any()
 
 
