@@ -16,7 +16,7 @@ from oarlock.proto.bulk import Bulk, Parts
 from oarlock.proto.shard_pb2 import UNDO, PullRequest, RowsRequest, TableKeys
 from oarlock.proto.shard_pb2 import Operation as Message
 from oarlock.ps.images import image_of
-from oarlock.ps.operations import Operation, apply, decode, encode, sequences_of
+from oarlock.ps.operations import Operation, apply, decode, encode, lead_of, sequences_of
 from oarlock.ps.shard import Shard
 from oarlock.ps.view import image_of as content_of
 
@@ -164,7 +164,10 @@ class Copies:
                     self.kinds.add((type(some.does).__name__, getattr(some.does, "rank", 0) < 0))
                     found, came = wired(self.layout, some, self.rng)
                     with shard.push_lock:
+                        image = type(found.does).__name__ == "Image"
+                        assert image or (lead_of(shard, found) == 1).all()
                         apply(shard, found)
+                        assert (lead_of(shard, found) <= 0).all()
                     spoil(came)
 
     def copy(self, chance=0.5):
