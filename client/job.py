@@ -32,6 +32,10 @@ GATHERING, TRAINING, WRITING, STOPPING = "gathering", "training", "writing", "st
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 OVER = (DONE, STOPPED, FAILED)
 
+# What follows when all copies of a block are lost: all go back to the last cut, or those blocks alone do.
+ROLLBACK, RELOAD = "rollback", "reload"
+MAX_REPLICAS, MAX_MOVES_IN_FLIGHT = 2, 4096
+
 _PLAN = (
     "mode",
     "staleness",
@@ -66,6 +70,32 @@ def check_ranks(mode: str, ranks: int, prefetch: int) -> None:
         )
 
 
+def check_copies(mode: str, replicas: int, on_loss: str, moves_in_flight: int, servers: int) -> None:
+    """Raise InvalidArgument for settings of copies that are no such, or do not go with others."""
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or not 0 <= replicas <= MAX_REPLICAS:
+        raise InvalidArgument(f"replicas = {replicas!r}: give an integer from 0 to {MAX_REPLICAS}")
+    moves = moves_in_flight
+    if isinstance(moves, bool) or not isinstance(moves, int) or not 1 <= moves <= MAX_MOVES_IN_FLIGHT:
+        raise InvalidArgument(f"moves_in_flight = {moves!r}: give an integer from 1 to {MAX_MOVES_IN_FLIGHT}")
+    if on_loss not in (ROLLBACK, RELOAD):
+        raise InvalidArgument(f"on_loss = {on_loss!r}: choose {ROLLBACK!r} or {RELOAD!r}")
+    if on_loss == RELOAD and mode in RANKED:
+        raise InvalidArgument(
+            f"on_loss = {on_loss!r} and mode = {mode!r} contradict each other: all blocks of its dense parameters are at one "
+            f"step; give on_loss = {ROLLBACK!r}, or mode = 'async', 'ssp' or 'geo'"
+        )
+    check_replicas(replicas, servers)
+
+
+def check_replicas(replicas: int, servers: int) -> None:
+    """Raise InvalidArgument if there are not as many servers as a block has copies."""
+    if replicas >= servers:
+        raise InvalidArgument(
+            f"replicas = {replicas} and servers = {servers} contradict each other: each copy of a block is on another server; "
+            f"give servers = {replicas + 1} or more, or replicas = {servers - 1}"
+        )
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """A job: identity, parameters, data and the recipe that trains it.
@@ -88,6 +118,9 @@ class JobSpec:
     ``compute_threads``: batches that a worker computes at once; ``blas_threads``: threads of each matrix product.
     ``restore``: of a job that goes on with another one's training, the cut that it begins with, as a path or URL; empty: none.
     ``warm_start``: what the rows and dense parameters of a new job begin with.
+    ``replicas``: shards that have a copy of each block, beside its owner. ``on_loss``: what follows when all of them are lost:
+    ``rollback``, all go back to the last cut, or ``reload``, those blocks alone do. ``moves_in_flight``: blocks that wait at once
+    for another owner.
     """
 
     job: str
@@ -132,6 +165,9 @@ class JobSpec:
     gate_seconds: float = 2.0
     restore: str = ""
     warm_start: WarmStart = field(default_factory=WarmStart)
+    replicas: int = 0
+    on_loss: str = ROLLBACK
+    moves_in_flight: int = 16
 
     def __post_init__(self) -> None:
         try:
@@ -184,6 +220,7 @@ class JobSpec:
         if self.mode == "geo":
             self._check_geo()
         check_ranks(self.mode, self.ranks, self.prefetch)
+        check_copies(self.mode, self.replicas, self.on_loss, self.moves_in_flight, self.servers)
         if self.mode in RANKED and self.ranks < 1:
             raise InvalidArgument(
                 f"mode = {self.mode!r} needs ranks: give ranks = 1 or more, the workers that make a step"

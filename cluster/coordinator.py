@@ -8,35 +8,34 @@ Decisions are in members.py, work.py and placement.py; orders to shards are carr
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import asdict
 from threading import RLock
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.compression import feedback_of
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
-from oarlock.client.router import ShardAddress, pack_placement
+from oarlock.client.router import ShardAddress
 from oarlock.cluster.beginning import Past
 from oarlock.cluster.clocks import Clocks
+from oarlock.cluster.copies import Copies
 from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.events import Events
 from oarlock.cluster.live_digest import LiveDigest
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
-from oarlock.cluster.placement import balanced
 from oarlock.cluster.ranks import work_of
+from oarlock.cluster.record import Records
+from oarlock.cluster.recoveries import Recoveries
 from oarlock.cluster.recovery import go_back, take_up
 from oarlock.cluster.rollback import Rollbacks
+from oarlock.cluster.scaling import Scaling
 from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
 from oarlock.cluster.work import MAX_FAILURES
 from oarlock.proto.common_pb2 import Placement
-from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +70,10 @@ class Coordinator:
         # Whether a run that is begun may have workers of another compute signature than those before it.
         self.accept_signature = False
         self.term = 0
-        self.generation = 0
-        self.owners: NDArray[np.int32] = np.full(self.layout.blocks, -1, np.int32)
-        self.shards: dict[int, ShardAddress] = {}
         # Path of the checkpoint that this run begins from; empty: first values.
         self.restore = ""
-        # Shards that have adopted the newest placement, and that know the newest closed set.
-        self.adopted: set[int] = set()
+        # Whether all shards of the placement have been told of it in this life: members may be.
+        self.placed = False
         self.stop_wanted: bool | None = None
         self.stop_reason = ""
         self.stopping_since = 0.0
@@ -92,6 +88,24 @@ class Coordinator:
         self.cuts = Cuts(self)
         self.rollbacks = Rollbacks(self)
         self.live_digest = LiveDigest()
+        self.copies = Copies(self)
+        self.scaling = Scaling(spec, self.members, self.records)
+        self.recoveries = Recoveries()
+        # Called when there may be something to tell shards; from any thread.
+        self.wake: Callable[[], None] = lambda: None
+
+    @property
+    def records(self) -> Records:
+        return self.copies.records
+
+    @property
+    def generation(self) -> int:
+        return self.records.generation
+
+    @property
+    def shards(self) -> dict[int, ShardAddress]:
+        """Shards that take part, by id."""
+        return self.records.shards
 
     def open(self) -> None:
         """Take up the stored state under a new term. Call once, before the first message."""
@@ -99,7 +113,7 @@ class Coordinator:
             take_up(self)
             # An earlier life may have recorded that a shard came or went, and not what follows from it.
             for member in [m for m in self.members.all.values() if m.role == "shard" and m.state != "alive"]:
-                self._shard_gone(member, member.error)
+                self._shard_gone(member)
             self._place_if_complete()
 
     def begin_run(self, manifest: Manifest, path: str, past: Past | None = None) -> None:
@@ -112,6 +126,16 @@ class Coordinator:
             self.run, self.cuts.last = max(self.run, past.run), max(self.cuts.last, past.cut)
             self.events.adopt(past.events)
             go_back(self, manifest, path)
+
+    def scale(self, servers: int, workers: int) -> str:
+        """Want another number of shards or workers, 0: as it is; return what follows, for people."""
+        with self.lock:
+            said = self.scaling.ask(self.store, servers, workers, self.phase)
+            if self.phase != GATHERING:
+                self.copies.shard_came()
+            self.wake()
+            logger.info("event=scale servers=%d workers=%d", self.scaling.servers, self.scaling.workers)
+            return said
 
     # What members are told
 
@@ -128,10 +152,6 @@ class Coordinator:
                         self.member_gone(old, "dead", "another process listens at its address")
             if self.phase in (STOPPING, *OVER):
                 raise InvalidArgument(f"job {self.spec.name} takes nobody in any more: it is {self.phase}")
-            if role == "shard" and self.phase != GATHERING:
-                raise InvalidArgument(
-                    f"job {self.spec.name} runs with {len(self.shards)} shards; adding one while it trains is not possible yet"
-                )
             if len(self.members.alive(role)) >= MAX_ALIVE:
                 raise Unavailable(f"job {self.spec.name} has {MAX_ALIVE} {role}s and takes in no more for now")
             if self.cuts.gate is not None and self.spec.mode != "hybrid":
@@ -139,7 +159,7 @@ class Coordinator:
             incarnation = self.rng.getrandbits(62) | 1
             while incarnation in self.members.all:
                 incarnation = self.rng.getrandbits(62) | 1
-            member = Member(incarnation, self.members.next_id(role), role, address, nonce, pid, host, reader, self.run)
+            member = Member(incarnation, self._next_id(role), role, address, nonce, pid, host, reader, self.run)
             with self.store as store:
                 store.set_member(incarnation, member.record())
                 for forgotten in self.members.forget():
@@ -147,48 +167,64 @@ class Coordinator:
             self.members.add(member, self.clock())
             logger.info("event=joined role=%s id=%d incarnation=%d address=%s", role, member.id, incarnation, address)
             self._place_if_complete()
+            if role == "shard" and self.phase != GATHERING:
+                self.copies.shard_came()
             return member
+
+    def _next_id(self, role: str) -> int:
+        """Return the lowest number of the role that nobody has: no living member, nor a dead shard that a record names."""
+        return self.members.next_id(role, self.records.gone if role == "shard" else ())
 
     def _place_if_complete(self) -> None:
         """Give all blocks to shards once there are enough; a shard more than that has none."""
-        found = self.members.alive("shard")[: self.spec.servers]
-        if self.phase != GATHERING or self.shards or len(found) < self.spec.servers:
-            return
-        shards = {m.id: ShardAddress(m.id, m.address, m.incarnation) for m in found}
-        owners = balanced(self.layout, list(shards))
-        with self.store as store:
-            self.generation += 1
-            self.owners, self.shards, self.adopted = owners, shards, set()
-            store.set_placement(self.generation, owners.tobytes(), [asdict(s) for s in shards.values()])
-        logger.info("event=placed generation=%d shards=%d blocks=%d", self.generation, len(shards), len(owners))
+        found = self.members.alive("shard")[: self.scaling.servers]
+        if self.phase == GATHERING and not self.shards and len(found) >= self.scaling.servers:
+            self.copies.place(found)
 
     def next_generation(self, store: Store, generation: int) -> None:
         """Begin a generation of the same placement, which all shards have adopted; within the transaction of ``store``."""
-        self.generation = generation
-        store.set_placement(generation, self.owners.tobytes(), [asdict(s) for s in self.shards.values()])
+        self.records.begin_generation(store, generation)
+        for shard in self.shards:
+            self.copies.adoption.adopted(shard, self.generation, self.copies.adoption.listed)
 
-    def placement(self) -> Placement:
-        """Return the newest placement, once every shard has adopted it; Unavailable before."""
+    def placement(self, since: int = 0) -> Placement:
+        """Return the newest placement, or what of it changed after a generation; Unavailable before every shard knows it."""
         with self.lock:
             if self.phase in OVER:
                 raise InvalidArgument(f"job {self.spec.name} is over: {self.phase}")
             if not self.placed:
                 raise Unavailable(
-                    f"the placement is not ready: {len(self.members.alive('shard'))} of {self.spec.servers} shards"
+                    f"the placement is not ready: {len(self.members.alive('shard'))} of {self.scaling.servers} shards"
                 )
-            return pack_placement(self.generation, self.owners, self.shards)
+            # Whoever asks though no record changed since asks for another reason.
+            changed = since > 0 and bool((self.records.generations > since).any())
+            return self.records.message(since if changed else 0)
 
     @property
-    def placed(self) -> bool:
-        return bool(self.shards) and self.adopted == set(self.shards)
+    def adopted(self) -> set[int]:
+        """Shards that have adopted the newest placement."""
+        return {s for s in self.shards if self.copies.adoption.told.get(s, -1) >= self.generation}
 
-    def has_adopted(self, shard: int, generation: int) -> None:
-        """Note that a shard owns its blocks under ``generation``; training begins when all do."""
+    def has_adopted(self, shard: int, generation: int, listed: int | None = None) -> None:
+        """Note that a shard has adopted ``generation``; training begins when all have adopted the newest."""
         with self.lock:
-            if generation == self.generation:
-                self.adopted.add(shard)
-                if self.placed and self.phase == GATHERING:
-                    self.set_phase(TRAINING)
+            adoption = self.copies.adoption
+            adoption.adopted(shard, generation, adoption.listed if listed is None else listed)
+            if not self.placed and self.shards and self.adopted == set(self.shards):
+                self.placed = True
+            if self.placed and self.phase == GATHERING:
+                self.set_phase(TRAINING)
+
+    def adopt_failed(self, shard: ShardAddress, generation: int, error: PSError) -> None:
+        """A shard did not adopt the placement. Under the lock."""
+        if error.retryable:
+            logger.info("event=order_failed order=adopt shard=%d error=%s", shard.id, error)
+        elif generation != self.generation or self.shards.get(shard.id) != shard:
+            logger.info("event=order_outlived order=adopt shard=%d error=%s", shard.id, error)
+        elif self.phase == GATHERING or not self.spec.replicas:
+            self.fail(f"shard {shard.id} could not take its blocks: {error}")
+        else:
+            self.member_gone(self.members.all[shard.incarnation], "dead", f"it could not take its blocks: {error}")
 
     def set_phase(self, phase: str, reason: str = "") -> None:
         """Record and enter a phase."""
@@ -296,23 +332,26 @@ class Coordinator:
             for kind, split in leases:
                 self.release(member.incarnation, kind, split, "")
             if member.role == "shard":
-                self._shard_gone(member, error)
+                self._shard_gone(member)
 
-    def _shard_gone(self, member: Member, error: str) -> None:
-        placed = self.shards.get(member.id)
-        if placed is None or placed.incarnation != member.incarnation or self.phase in OVER:
+    def _shard_gone(self, member: Member) -> None:
+        if not self.scaling.takes_part(member) or self.phase in OVER:
             return
         if self.phase == GATHERING:
             # Nothing was trained on it: whoever comes in its place starts from the same values.
             with self.store as store:
-                self.generation += 1
-                self.owners[:] = -1
-                self.shards, self.adopted = {}, set()
-                store.set_placement(self.generation, self.owners.tobytes(), [])
+                self.records.clear(store)
+            self.copies.adoption.begin_anew()
+            self.placed = False
             self._place_if_complete()
         else:
-            where = f"shard {member.id} ({member.address}, pid {member.pid})"
-            self.fail(f"{where} is gone{': ' + error if error else ''}; go on from the last checkpoint with --resume")
+            self.copies.shard_gone(member)
+
+    def lost(self, member: Member) -> None:
+        """Blocks of a shard are lost, and the job is to go back to the last cut. Under the lock."""
+        where = f"shard {member.id} ({member.address}, pid {member.pid})"
+        error = f": {member.error}" if member.error else ""
+        self.fail(f"{where} is gone{error}; go on from the last checkpoint with --resume")
 
     def count_time(self) -> None:
         """Count the time until now as training, or as evaluation if all is trained. Under the lock."""

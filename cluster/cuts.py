@@ -97,6 +97,12 @@ class Cuts:
         kept = [self.best] if self.best and self._c.spec.checkpoint_keep_best else []
         return max(line_of(kept, [*self._c.events.restores, restore]), default=0)
 
+    def newest_path(self) -> str:
+        """Return the path of the newest committed cut of this run, of the one that it began with if there is none, or nothing."""
+        first = max((restore.last for restore in self._c.events.restores), default=0)
+        mine = [known["path"] for known in self.checkpoints if known["cut"] > first]
+        return mine[-1] if mine else self._c.restore
+
     def due(self) -> bool:
         """Whether a cut is to be made now."""
         c, spec = self._c, self._c.spec

@@ -81,6 +81,8 @@ class Cutting:
         # "committed" and "failed" ones of this process.
         self.counts: Counter[str] = Counter()
         self._looked = False
+        # When moves were last not in the way.
+        self._held_since = coordinator.clock()
 
     async def step(self) -> None:
         """Make a cut if one is due."""
@@ -90,6 +92,8 @@ class Cutting:
         if not self._looked:
             await self._adopt_or_give_up()
             self._looked = True
+        if not self._may_begin():
+            return
         # Before a cut: what is half done is in none, and where cuts follow each other it would never have its turn.
         if c.rollbacks.due():
             await roll_back(c, self._ordered, self._gathered)
@@ -108,6 +112,20 @@ class Cutting:
         if gate is not None:
             with self._stages.time("checkpoint", cut=gate.cut):
                 await self._make(gate, wrong)
+
+    def _may_begin(self) -> bool:
+        """Hold back moves while something is due, and return whether none is in the middle of one."""
+        c, copies = self._c, self._c.copies
+        with c.lock:
+            digest = c.live_digest.wanted and c.phase in (TRAINING, WRITING)
+            copies.held = c.rollbacks.due() or digest or c.cuts.due()
+            if not copies.held or copies.calm:
+                self._held_since = c.clock()
+                return copies.held
+            if c.clock() - self._held_since > c.spec.gate_seconds and copies.moving.closed:
+                # Whoever should have reported by now does not keep pushes waiting.
+                copies.moving.give_up_closed()
+            return False
 
     def _store(self) -> CheckpointStore:
         return self._place.store(self._root)

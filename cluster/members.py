@@ -4,6 +4,7 @@
 Invariant: an incarnation is given once and never again; a lease that ended is not renewed. The coordinator's lock covers it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -60,9 +61,9 @@ class Members:
         """Return members that died."""
         return [m for m in self.all.values() if m.state == "dead"]
 
-    def next_id(self, role: str) -> int:
-        """Return the lowest number of the role that nobody alive has."""
-        taken = {m.id for m in self.alive(role)}
+    def next_id(self, role: str, others: Iterable[int] = ()) -> int:
+        """Return the lowest number of the role that nobody alive has, and that is none of ``others``."""
+        taken = {m.id for m in self.alive(role)} | set(others)
         return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def add(self, member: Member, now: float) -> None:

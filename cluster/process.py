@@ -24,16 +24,21 @@ async def run_coordinator(coordinator: Coordinator, orders: Orders, track: Track
     orders.stages.track = track
     phases = Phases(coordinator, track)
 
-    async def carry_out(step: Callable[[], Awaitable[None]]) -> None:
+    async def carry_out(step: Callable[[], Awaitable[None]], rest: Callable[[float], Awaitable[None]]) -> None:
         while coordinator.phase not in OVER:
             phases.look()
             await step()
             phases.look()
-            await asyncio.sleep(pause)
+            await rest(pause)
 
     # Beside the judging of leases: an order to a shard that hangs would otherwise never be given up. And a cut, which may be
-    # written for minutes, beside all other orders.
-    working = [asyncio.ensure_future(carry_out(step)) for step in (orders.step, orders.cutting.step)]
+    # written for minutes, beside all other orders. What moves goes on as soon as somebody reports.
+    loops = (
+        (orders.step, asyncio.sleep),
+        (orders.cutting.step, asyncio.sleep),
+        (orders.carrying.step, orders.carrying.rest),
+    )
+    working = [asyncio.ensure_future(carry_out(step, rest)) for step, rest in loops]
     try:
         while coordinator.phase not in OVER and not any(task.done() for task in working):
             coordinator.tick()
@@ -47,6 +52,7 @@ async def run_coordinator(coordinator: Coordinator, orders: Orders, track: Track
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(working)
+            await orders.carrying.close()
         phases.end()
     clock = asyncio.get_running_loop().time
     end = clock() + coordinator.spec.lease_seconds

@@ -10,13 +10,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from oarlock.checkpoint.line import RESTORE
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import GATHERING
-from oarlock.client.router import ShardAddress
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.evaluation import Found
 from oarlock.cluster.members import Member
@@ -53,11 +50,9 @@ def take_up(c: "Coordinator") -> None:
         for name, value in store.fact("counted", {}).items():
             setattr(c.work, name, value)
         c.work.all_touched = c.term > 1
-        placed = store.placement()
-        if placed is not None:
-            c.generation = placed[0]
-            c.owners = np.frombuffer(placed[1], np.int32).copy()
-            c.shards = {s["id"]: ShardAddress(**s) for s in placed[2]}
+        c.copies.take_up(store)
+        c.scaling.take_up(store)
+        c.recoveries.take_up(store)
         c.rollbacks.take_up(store)
         for value in store.members():
             c.members.add(Member(**value), c.clock())
@@ -83,9 +78,9 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         # Whoever gets them begins with nothing kept of them.
         c.work.given_back += len(manifest.open_splits)
         c.work.all_touched = True
-        c.generation += 1
-        c.owners[:] = -1
-        c.shards, c.adopted = {}, set()
+        c.copies.go_back(store)
+        c.scaling.go_back(store)
+        c.placed = False
         c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
         c.work.leases.clear()
         c.clocks = Clocks()
@@ -100,7 +95,6 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
             store.set_evaluation(split, sums)
         for result in c.work.history:
             store.set_epoch(result.epoch, asdict(result))
-        store.set_placement(c.generation, c.owners.tobytes(), [])
         for name in ("run", "restore", "phase", "reason"):
             store.set_fact(name, getattr(c, name))
         c.cuts.go_back(store, manifest, path)

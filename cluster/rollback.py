@@ -59,7 +59,7 @@ class Rollbacks:
         numbers = [event.get("number", 0) for event in self._c.events.all if event.get("event") == EVENT]
         if self.decided is not None:
             # Some shards may be there already, and refuse older ones.
-            self._c.generation = max(self._c.generation, self.decided["generation"])
+            self._c.records.generation = max(self._c.generation, self.decided["generation"])
         self._asked = max([*numbers, (self.decided or {}).get("number", 0)], default=0)
 
     def go_back(self, store: Store) -> None:
@@ -112,6 +112,8 @@ class Rollbacks:
             with c.store as store:
                 self.decided = {**order, "gate": gate.cut, "generation": generation}
                 store.set_fact(FACT, self.decided)
+            # Shards are told of it before it is one.
+            c.records.reserved = generation
             self.wanted = None
             return self.decided
 

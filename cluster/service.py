@@ -12,6 +12,7 @@ from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
 from oarlock.cluster.ranks import check_signature, read_ranks
+from oarlock.cluster.reports import report
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
 from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
@@ -38,8 +39,12 @@ from oarlock.proto.coordinator_pb2 import (
     LiveDigestRequest,
     PlacementRequest,
     ReleaseRequest,
+    ReportReply,
+    ReportRequest,
     RollbackReply,
     RollbackRequest,
+    ScaleReply,
+    ScaleRequest,
     StatusReply,
     StatusRequest,
     StopRequest,
@@ -178,6 +183,7 @@ class CoordinatorService:
                 gate=c.cuts.gate.cut if c.cuts.gate is not None and self._stands(member) else 0,
                 gate_seconds=c.cuts.seconds_to_gate(),
                 committed=c.cuts.committed,
+                leave=member.role == "shard" and c.scaling.dismissed(member),
             )
 
     def _stands(self, member: Member) -> bool:
@@ -203,7 +209,7 @@ class CoordinatorService:
 
     def placement(self, request: PlacementRequest) -> Placement:
         self._member(request.header)
-        return self._coordinator.placement()
+        return self._coordinator.placement(0 if request.whole else request.header.generation)
 
     def lease(self, request: LeaseRequest) -> LeaseReply:
         c = self._coordinator
@@ -230,7 +236,7 @@ class CoordinatorService:
         if not request.clock.active:
             c.clocks.idle(member.incarnation)
         reply = LeaseReply(work=WAIT, retry_seconds=c.spec.heartbeat_seconds / 10, opened=c.cuts.opened)
-        if c.phase in (STOPPING, *OVER):
+        if c.phase in (STOPPING, *OVER) or member.incarnation in c.scaling.leaves:
             reply.work = FINISHED
         elif c.phase == TRAINING and not c.clocks.unheard and not c.cuts.withholds:
             grant = c.work.grant(member.incarnation, request.wanted)
@@ -287,6 +293,19 @@ class CoordinatorService:
         error = request.error[:2048]
         self._coordinator.member_gone(member, "dead" if error else "left", error)
         return Empty()
+
+    def report(self, request: ReportRequest) -> ReportReply:
+        c = self._coordinator
+        member = self._member(request.header, "shard")
+        with c.lock:
+            self._still(member)
+            return report(c, member, request)
+
+    def scale(self, request: ScaleRequest) -> ScaleReply:
+        c = self._coordinator
+        with c.lock:
+            said = c.scale(request.servers, request.workers)
+            return ScaleReply(servers=c.scaling.servers, workers=c.scaling.workers, said=said)
 
     def status(self, request: StatusRequest) -> StatusReply:
         return StatusReply(status=json.dumps(self._coordinator.status()))

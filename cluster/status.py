@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Status: all that people ask a coordinator about, JSON-ready. A pure view; the coordinator's lock covers it."""
 
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from oarlock import __version__
 from oarlock.client.compression import feedback_of
+from oarlock.cluster.holders import complete
 
 if TYPE_CHECKING:
     from oarlock.cluster.coordinator import Coordinator
@@ -27,8 +29,8 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "run": c.run,
         "term": c.term,
         "generation": c.generation,
-        "servers": c.spec.servers,
-        "workers": c.spec.workers,
+        "servers": c.scaling.servers,
+        "workers": c.scaling.workers,
         # Where the coordinator's page of metrics is, if it has one; members tell theirs among their counters.
         "metrics": c.metrics_address,
         **c.work.progress(),
@@ -51,5 +53,21 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "members": [{**m.record(), "stats": m.stats} for m in c.members.all.values() if m.state == "alive"],
         "lost": [m.record() for m in c.members.lost() if m.run == c.run],
         "reader": "+".join(sorted({m.reader for m in c.members.all.values() if m.reader and m.run == c.run})),
-        "blocks": {str(s): int((c.owners == s).sum()) for s in sorted(c.shards)},
+        "blocks": {str(s): int((c.records.owners == s).sum()) for s in sorted(c.shards)},
+        **copies_of(c),
+    }
+
+
+def copies_of(c: "Coordinator") -> dict[str, Any]:
+    """Return the state of copy sets: how many lack a member, what moves, who leaves, and the history of recoveries."""
+    moving, records = c.copies.moving, c.records
+    stages = Counter(flight.stage for flight in moving.flights.values())
+    return {
+        "replicas": c.spec.replicas,
+        "incomplete": int((~complete(records, c.spec.replicas)).sum()) if c.shards else 0,
+        "ownerless": len(c.copies.promotion.blocks),
+        "copies": {str(s): len(records.named(s)) for s in sorted(c.shards)},
+        "moving": {"under_way": len(moving.flights), "closed": len(moving.closed), **stages},
+        "scale": c.scaling.told(),
+        "recoveries": c.recoveries.told(),
     }

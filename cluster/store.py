@@ -9,6 +9,7 @@ the coordinator's lock, from any thread.
 import contextlib
 import json
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,14 +23,21 @@ CREATE TABLE IF NOT EXISTS members (incarnation INTEGER PRIMARY KEY, value TEXT 
 CREATE TABLE IF NOT EXISTS evaluations (split INTEGER PRIMARY KEY, sums TEXT NOT NULL, scores BLOB);
 CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS placements (generation INTEGER PRIMARY KEY, owners BLOB NOT NULL, shards TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS records (block INTEGER PRIMARY KEY, generation INTEGER, owner INTEGER, members BLOB);
 """
+# Columns that a file of an earlier release lacks.
+ADDED = (
+    ("evaluations", "scores"),
+    ("placements", "generations"),
+    ("placements", "members"),
+)
 # A coordinator that was killed a moment ago may still hold the lock.
 LOCK_SECONDS = 1.0
 _TAKEN = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Store:
-    """Facts by name, members, findings of evaluations, epoch results, placements. ``with store: ...`` is one transaction."""
+    """Facts by name, members, findings of evaluations, epoch results, the placement. ``with store: ...`` is one transaction."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,9 +58,9 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             for statement in SCHEMA.strip().split(";\n"):
                 db.execute(statement)
-            if "scores" not in [column[1] for column in db.execute("PRAGMA table_info(evaluations)")]:
-                # A file of before there were any.
-                db.execute("ALTER TABLE evaluations ADD COLUMN scores BLOB")
+            for table, column in ADDED:
+                if column not in [known[1] for known in db.execute(f"PRAGMA table_info({table})")]:
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {column} BLOB")
             db.execute("INSERT OR REPLACE INTO facts VALUES ('opened', '1')")
             db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -141,8 +149,33 @@ class Store:
 
     def placement(self) -> tuple[int, bytes, list[dict[str, Any]]] | None:
         """Return (generation, int32 owners as bytes, shards) of the newest placement."""
-        found = self._execute("SELECT * FROM placements ORDER BY generation DESC LIMIT 1")
+        found = self._execute("SELECT generation, owners, shards FROM placements ORDER BY generation DESC LIMIT 1")
         return (found[0][0], found[0][1], json.loads(found[0][2])) if found else None
 
+    def placement_sets(self) -> tuple[bytes | None, bytes | None]:
+        """Return (int64 generations, int32 members) of the newest placement as bytes; None in files of before there were any."""
+        found = self._execute("SELECT generations, members FROM placements ORDER BY generation DESC LIMIT 1")
+        return (found[0][0], found[0][1]) if found else (None, None)
+
     def set_placement(self, generation: int, owners: bytes, shards: list[dict[str, Any]]) -> None:
-        self._execute("INSERT INTO placements VALUES (?, ?, ?)", (generation, owners, json.dumps(shards)))
+        """Take a placement in the place of the one before and of all records beside it."""
+        self._execute("DELETE FROM placements")
+        self._execute("DELETE FROM records")
+        self._execute(
+            "INSERT INTO placements (generation, owners, shards) VALUES (?, ?, ?)",
+            (generation, owners, json.dumps(shards)),
+        )
+
+    def set_placement_sets(self, generations: bytes, members: bytes) -> None:
+        self._execute("UPDATE placements SET generations = ?, members = ?", (generations, members))
+
+    def set_shards(self, shards: list[dict[str, Any]]) -> None:
+        self._execute("UPDATE placements SET shards = ?", (json.dumps(shards),))
+
+    def records(self) -> list[tuple[int, int, int, bytes]]:
+        """Return (block, generation, owner, int32 members as bytes) of records that are newer than the placement."""
+        return self._execute("SELECT block, generation, owner, members FROM records")
+
+    def set_records(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
+        for row in rows:
+            self._execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", row)

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from oarlock.checkpoint.place import place_of
 from oarlock.client.compression import read_compression
-from oarlock.client.job import MAX_THREADS, MODES, check_ranks
+from oarlock.client.job import MAX_THREADS, MODES, ROLLBACK, check_copies, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
 from oarlock.client.warm import read_warm_start
 from oarlock.launch.every import read_every
@@ -60,6 +60,8 @@ class RunConfig:
     checkpoint_keep_best: int = 0
     checkpoint_path: str = ""
     checkpoint_compress: str = ""
+    replicas: int = 0
+    on_loss: str = ROLLBACK
     # performance
     servers: int = 2
     workers: int = 2
@@ -75,6 +77,7 @@ class RunConfig:
     heartbeat_seconds: float = 0.5
     gate_seconds: float = 2.0
     restarts: int = 1000
+    moves_in_flight: int = 16
     restore: str = ""
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     compression: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class RunConfig:
                 "give mode = 'ssp', or staleness = 0"
             )
         check_ranks(self.mode, self.ranks, self.prefetch)
+        check_copies(self.mode, self.replicas, self.on_loss, self.moves_in_flight, self.servers)
         if not 0 <= self.restarts <= 1 << 20:
             raise InvalidArgument(
                 f"restarts = {self.restarts}: give an integer from 0 (killed processes are not started again) to {1 << 20}"

@@ -72,6 +72,9 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         lease_seconds=run.lease_seconds,
         heartbeat_seconds=run.heartbeat_seconds,
         gate_seconds=run.gate_seconds,
+        replicas=run.replicas,
+        on_loss=run.on_loss,
+        moves_in_flight=run.moves_in_flight,
         restore=run.restore,
         warm_start=read_warm_start(run.warm_start, "job file"),
     )

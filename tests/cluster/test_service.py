@@ -78,6 +78,7 @@ def test_every_method_survives_an_empty_message(training: Any) -> None:
             "Coordinator.Describe",
             "Coordinator.Checkpoint",
             "Coordinator.LiveDigest",
+            "Coordinator.Scale",
             "Coordinator.Stop",
         ):
             with pytest.raises(PSError) as caught:
