@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 import pytest
 import rig
-from copies_rig import Copies, digest, spec_of, spoil, wired
+from copies_rig import Copies, digest, heard, spec_of, spoil, wired
 
 from oarlock.client.push import PushIdentity, cut_push
 from oarlock.proto.arrays import unpack, view_of
@@ -35,7 +35,7 @@ class Two:
         self.rng, self.ranks = np.random.default_rng(seed), ranks
         self.job = rig.Job(spec, shards=2).place()
         self.layout = self.job.layout
-        self.shards = [self.job.shards[s] for s in range(2)]
+        self.shards = [heard(self.job.shards[s]) for s in range(2)]
         self.queues = [[], []]
         for number in range(self.layout.blocks):
             owner = int(self.job.owners[number])
@@ -88,14 +88,14 @@ class Two:
             self.deliver(s)
         self.moved += len(numbers)
         for shard in self.shards:
-            shard.holdings.owned[numbers] ^= True
+            shard.owned[numbers] ^= True
         self.place()
 
     def die(self):
         """Lose what the first shard has told and the other has not taken."""
         self.alive = [1]
         self.queues[0].clear()
-        self.shards[1].holdings.owned[:] = True
+        self.shards[1].owned[:] = True
         self.shards[1].told = None
         self.place()
 
