@@ -83,7 +83,8 @@ class Scaling:
         return "; ".join(said) or "nothing changes"
 
     def go_back(self, store: Store) -> None:
-        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as were."""
+        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as the job says now."""
+        self.servers, self.workers = self._spec.servers, self._spec.workers
         self.leaves = set()
         store.set_fact(FACT, {"servers": self.servers, "workers": self.workers, "leaves": []})
 
