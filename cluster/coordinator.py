@@ -115,6 +115,9 @@ class Coordinator:
             for member in [m for m in self.members.all.values() if m.role == "shard" and m.state != "alive"]:
                 self._shard_gone(member)
             self._place_if_complete()
+            if self.phase not in (GATHERING, *OVER) and not all(map(self.scaling.takes_part, self.scaling.usable())):
+                # One came, and no more than that was recorded.
+                self.copies.shard_came()
 
     def begin_run(self, manifest: Manifest, path: str, past: Past | None = None) -> None:
         """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's.
@@ -130,9 +133,9 @@ class Coordinator:
     def scale(self, servers: int, workers: int) -> str:
         """Want another number of shards or workers, 0: as it is; return what follows, for people."""
         with self.lock:
-            said = self.scaling.ask(self.store, servers, workers, self.phase)
-            if self.phase != GATHERING:
-                self.copies.shard_came()
+            with self.store as store:
+                said = self.scaling.ask(store, servers, workers, self.phase)
+                self.copies.look(store)
             self.wake()
             logger.info("event=scale servers=%d workers=%d", self.scaling.servers, self.scaling.workers)
             return said

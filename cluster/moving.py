@@ -195,11 +195,10 @@ class Moving:
             at, block = heapq.heappop(self._timers)
             if block in self.flights and self.flights[block].due == at:
                 self._look.add(block)
+        self._look_at_all(now, orders, changes)
         if not self.held:
             self._begin()
-        for block in sorted(self._look & self.flights.keys()):
-            self._look_at(self.flights[block], now, orders, changes)
-        self._look.clear()
+            self._look_at_all(now, orders, changes)
         while self._ready and not self.held and len(self.closed) < self._most_closed:
             flight = self.flights.get(self._ready.popleft())
             if flight is not None and flight.stage == WAIT:
@@ -211,6 +210,11 @@ class Moving:
                 self._reopen[key] = (order, now + REPEAT_SECONDS)
                 orders.append(order)
         return orders, changes
+
+    def _look_at_all(self, now: float, orders: list[Order], changes: list[Change]) -> None:
+        for block in sorted(self._look & self.flights.keys()):
+            self._look_at(self.flights[block], now, orders, changes)
+        self._look.clear()
 
     def _begin(self) -> None:
         """Take moves from those that wait, as many as their owners may copy."""

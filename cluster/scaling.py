@@ -45,7 +45,7 @@ class Scaling:
             self.leaves = set(found["leaves"])
 
     def ask(self, store: Store, servers: int, workers: int, phase: str) -> str:
-        """Record what is wanted from now on, 0: as it is; return what follows, for people."""
+        """Record within a transaction what is wanted from now on, 0: as it is; return what follows, for people."""
         servers, workers = servers or self.servers, workers or self.workers
         for name, value in (("servers", servers), ("workers", workers)):
             if not 1 <= value <= MOST:
@@ -66,9 +66,8 @@ class Scaling:
         leaves |= leaving([(m.id, m.incarnation) for m in spares], set(), room)
         leaves |= {m.incarnation for m in spares} & self.leaves
         leaves |= leaving([(m.id, m.incarnation) for m in others], self.leaves, workers)
-        with store:
-            self.servers, self.workers, self.leaves = servers, workers, leaves
-            store.set_fact(FACT, {"servers": servers, "workers": workers, "leaves": sorted(leaves)})
+        self.servers, self.workers, self.leaves = servers, workers, leaves
+        store.set_fact(FACT, {"servers": servers, "workers": workers, "leaves": sorted(leaves)})
         return self._said(shards, others)
 
     def _said(self, shards: list[Member], workers: list[Member]) -> str:

@@ -4,10 +4,8 @@
 Gives the tests of copies their model, too: ``import copies_model``.
 """
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,14 +22,11 @@ from oarlock.embedding.spec import DenseSpec, TableSpec, to_json
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.methods import PROTOCOL
+from tests.conftest import load_shared
 
-for _name in ("copies_shard", "copies_model"):
-    _found = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
-    assert _found is not None
-    assert _found.loader is not None
-    if _name not in sys.modules:
-        sys.modules[_name] = importlib.util.module_from_spec(_found)
-        _found.loader.exec_module(sys.modules[_name])
+# A model of shards with copies.
+load_shared("cluster/copies_shard.py")
+load_shared("cluster/copies_model.py")
 
 SPEC = JobSpec(
     job="0123456789abcdef" * 2,
