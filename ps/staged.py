@@ -230,7 +230,9 @@ class Staged:
     def _without_rows(self, state: int) -> PullReply | None:
         lowest, highest = self.range()
         if lowest == highest == state or not self._shard.owned.any():
-            return None
+            # Not before the copies have made the step: one that becomes the owner would be behind who has its rows.
+            everywhere = self._shard.leading.everywhere(self._blocks())
+            return None if everywhere else self._waits()
         return PullReply(waits=lowest < state, lowest=lowest, highest=highest, generation=self._shard.generation)
 
     def _commit(self, rank: int, step: int, samples: int) -> None:

@@ -74,8 +74,11 @@ class Resuming(Strikes):
         """Forget all of the job that was, and know the one that ``spec`` says."""
         raise NotImplementedError
 
-    def _lost_sight(self) -> None:
-        """An owner may do what nobody acknowledges any more: what follows each change of a row follows it no more."""
+    def _lost_sight(self, number: int | None = None) -> None:
+        """An owner may do what nobody acknowledges any more: what follows each change of a row follows it no more.
+
+        ``number``: of a shard that is gone.
+        """
         raise NotImplementedError
 
     def _went_back(self, cut: int) -> None:
@@ -89,7 +92,7 @@ class Resuming(Strikes):
         if living and self.committed.facts.get("phase") not in OVER:
             process = living[fault.who % len(living)]
             process.alive = False
-            self._lost_sight()
+            self._lost_sight(self.shard_processes.index(process))
             # Seen by who started it, or by nobody: then its lease ends.
             seen = self.rng.random() * 2 * LOOK_SECONDS if self.rng.random() < 0.7 else 2 * LEASE_SECONDS
             self._later(fault.seconds + seen, self._shard_ended, process)
@@ -135,7 +138,7 @@ class Resuming(Strikes):
 
     def _lost(self, reason: str) -> bool:
         """Whether a job that failed for ``reason`` lost a shard, and is to be resumed."""
-        return reason.startswith("shard")
+        return reason.startswith(("shard", "no shard"))
 
     def _lose(self) -> None:
         """End all that is left of this life, and begin the next one a while later."""

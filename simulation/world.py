@@ -97,8 +97,10 @@ class World(Resuming):
         self.bound = Bound(self.schedule.staleness, follows=not self.schedule.elastic)
         self._lost_sight()
 
-    def _lost_sight(self) -> None:
+    def _lost_sight(self, number: int | None = None) -> None:
         self.kept.follows = self.residuals.kept = False
+        if number is not None and (joined := self.services[number]._joined) is not None:
+            self.checker.gone(joined[1])
 
     # Running
 
@@ -282,7 +284,9 @@ class World(Resuming):
     def _judge(self, member: Any, error: str) -> None:
         self._note(f"member gone: {member.role} {member.id} {error}")
         if member.role == "shard":
-            self._lost_sight()
+            joined = [service._joined for service in self.services]
+            found = [n for n, each in enumerate(joined) if each and each[0].incarnation == member.incarnation]
+            self._lost_sight(*found)
         if error == "its lease ended":
             silent = self.loop.now - max(self._heard.get(member.incarnation, BEGIN), self._able_since)
             self.checker.judged(f"{member.role} {member.id}", silent)
