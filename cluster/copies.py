@@ -315,7 +315,12 @@ class Copies:
     def _want(self, now: float) -> None:
         """Begin the moves that are wanted, once those before have ended and all shards know each other."""
         c = self._c
-        if self._look_at is None or now < self._look_at or not self.moving.idle:
+        if self._look_at is None or not self.moving.idle:
+            return
+        if self.moving.dropped:
+            # What came to nothing would do so again at once.
+            self.moving.dropped, self._look_at = False, now + LOOK_SECONDS
+        if now < self._look_at:
             return
         if self.held or not c.placed or c.phase not in (TRAINING, WRITING):
             return
@@ -327,7 +332,6 @@ class Copies:
         if moves:
             logger.info("event=moves_wanted moves=%d", len(moves))
             self.moving.want(moves)
-            self._look_at = now + LOOK_SECONDS
             return
         self._look_at = None
         with c.store as store:

@@ -183,6 +183,8 @@ class Cuts:
         pushing = self._pushing()
         # Whoever has nothing to push need not be asked.
         shuts = now + HEARTBEATS_BEFORE_GATE * self._c.spec.heartbeat_seconds if pushing else now
+        # While it stands no record changes; once it is open moves go on, beside the writing.
+        self._c.copies.held = False
         return Gate(self.last + 1, shuts=shuts, ends=shuts + self._c.spec.gate_seconds, workers=pushing)
 
     def _pushing(self) -> list[int]:

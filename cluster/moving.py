@@ -83,6 +83,8 @@ class Moving:
         self.opened = records.generation
         self.flights: dict[int, Flight] = {}
         self.held = False
+        # Whether a move came to nothing since moves were wanted.
+        self.dropped = False
         self._waiting: dict[int, deque[Move]] = {}
         self._copies: Counter[int] = Counter()
         # The last number of an order; and those of this step, by owner and heir: they go out together.
@@ -101,7 +103,7 @@ class Moving:
 
     def want(self, moves: Iterable[Move]) -> None:
         """Take moves in the place of those that have not begun; a block whose move is under way ends that one first."""
-        self._waiting = {}
+        self._waiting, self.dropped = {}, False
         for move in moves:
             if move.block not in self.flights:
                 owner = int(self._records.owners[move.block])
@@ -177,6 +179,7 @@ class Moving:
                 self._open_again(flight)
             self._leave_stage(flight)
             del self.flights[block]
+            self.dropped = True
 
     def _open_again(self, flight: Flight) -> None:
         block, owner = flight.move.block, flight.owner
@@ -238,6 +241,7 @@ class Moving:
             flight.generation, flight.owner = generation, owner
         stage = self._stage(move, owner, members)
         if not stage:
+            self.dropped |= move.to >= 0 and move.to not in members
             self._leave_stage(flight)
             del self.flights[move.block]
             return

@@ -25,7 +25,7 @@ from oarlock.data.files import files_from_json
 from oarlock.data.ranks import RankPlan
 from oarlock.data.splits import plan_splits
 from oarlock.proto.arrays import pack, unpack
-from oarlock.proto.errors import InvalidArgument, Malformed
+from oarlock.proto.errors import InvalidArgument, Malformed, Unavailable
 from oarlock.proto.shard_pb2 import RankCommits, RanksRequest
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitabl
     What the coordinator has recorded by then holds every split that ended before it: a rank reports it before it commits more.
     """
     steps, samples = np.zeros(c.spec.ranks, np.uint64), np.zeros(c.spec.ranks, np.uint64)
-    proven = 0
+    proven, lowest = 0, set[int]()
     shards = list(c.shards.values())
     # One that fails late holds a shard still for a cut that is given up already.
     for reply in await all_done(ordered(s, "Ranks", RanksRequest(hold=cut), c.spec.gate_seconds) for s in shards):
@@ -198,8 +198,15 @@ async def hold_still(c: "Coordinator", cut: int, ordered: Callable[..., Awaitabl
         newer = told > steps
         steps[newer], samples[newer] = told[newer], of_samples[newer]
         proven = max(proven, reply.highest)
+        if reply.highest:
+            lowest.add(reply.lowest)
     # After a restore only blocks know: one at a step proves that all ranks have committed it, and all blocks are there.
     behind = steps < proven
+    if behind.any() and lowest != {proven}:
+        # Blocks that have not applied it need to know of how many samples it was: who knew is gone, and ranks say it again.
+        raise Unavailable(
+            f"some blocks are at step {proven} and others are not, and no shard knows the commits of all ranks"
+        )
     steps[behind], samples[behind] = proven, 0
     return RankCommits(steps=pack(steps), samples=pack(samples)), int(steps.min())
 
