@@ -238,8 +238,10 @@ class Staged:
     def _commit(self, rank: int, step: int, samples: int) -> None:
         if step > self.commits[rank]:
             self.commits[rank], self.samples[rank] = step, samples
-        elif step == self.commits[rank] and samples != self.samples[rank] and step > self.range()[0]:
-            # Of a step that all blocks are past nobody needs to know it any more, and its successor may not.
+        elif step == self.commits[rank] and samples and not self.samples[rank]:
+            self.samples[rank] = samples
+        elif step == self.commits[rank] and samples not in (0, self.samples[rank]) and step > self.range()[0]:
+            # Of a step that all blocks are past nobody needs to know it any more, and who begins an epoch after it says 0.
             raise Malformed(
                 f"rank {rank} committed step {step} with {self.samples[rank]} samples, and again with {samples}: the recipe's "
                 "batches are not the same when they are made again"

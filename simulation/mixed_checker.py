@@ -53,6 +53,9 @@ class MixedChecker(Checker):
         }
         self._dense_blocks = set(range(self._layout.dense_base, self._layout.blocks))
         self._shards: dict[int, Shard] = {}
+        # Those that are gone, and blocks whose next owner may lack the last step of the one before.
+        self._gone: set[int] = set()
+        self._behind: set[int] = set()
         # By (step, rank): dense blocks whose owner has its part; by (step, rank, block): what came first.
         self._staged: dict[tuple[int, int], set[int]] = {}
         self._sent: dict[tuple[int, int, int], bytes] = {}
@@ -77,6 +80,8 @@ class MixedChecker(Checker):
 
     def handled(self, shard: Shard, method: str, request: Any, reply: Any) -> None:
         """After a shard handled a message, whatever came of it."""
+        if id(shard) in self._gone:
+            return
         self._shards[id(shard)] = shard
         failed = isinstance(reply, PSError)
         if method == "Shard.Push" and not failed:
@@ -88,6 +93,8 @@ class MixedChecker(Checker):
     def gone(self, shard: Shard) -> None:
         super().gone(shard)
         self._shards.pop(id(shard), None)
+        self._gone.add(id(shard))
+        self._behind |= self._dense_blocks & set(np.flatnonzero(shard.owned).tolist())
 
     def _staged_by(self, request: Any, reply: Any) -> None:
         step, rank = request.step + 1, request.rank - 1
@@ -114,7 +121,10 @@ class MixedChecker(Checker):
                 continue
             self._at[block] = now
             step = now[0]
-            if not adopted:
+            if block in self._behind:
+                require(step - before[0] in (-1, 0, 1), "S1", f"block {block} went from step {before[0]} to {step}")
+                self._behind.discard(block)
+            elif not adopted:
                 require(step - before[0] in (0, 1), "S1", f"block {block} went from step {before[0]} to {step} at once")
                 if step > before[0]:
                     self._check_step(block, step)

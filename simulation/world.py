@@ -151,6 +151,9 @@ class World(Resuming):
             joined = [s._joined for s in self.services_now if s._joined is not None]
             # One that was struck off has what nobody acknowledges any more.
             shards = [shard for identity, shard in joined if identity.incarnation in members]
+            for shard in shards:
+                # A hand over that the end of the job came before.
+                shard.holdings.owned[list(shard.holdings.closed)] = True
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
 
@@ -336,10 +339,12 @@ class World(Resuming):
         if process.name.startswith("worker"):
             self._worker_ended(process, error)
             return
-        if self.schedule.elastic:
+        if self.schedule.elastic and process in self.shard_processes:
             process.alive = False
         self._later(LOOK_SECONDS, self._shard_ended, process)
-        if error is not None and not isinstance(error, LeaseLost):
+        # One that comes when the job is over is sent away.
+        late = isinstance(error, PSError) and self.committed.facts.get("phase") in OVER
+        if error is not None and not isinstance(error, LeaseLost) and not late:
             self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
 
     def _worker_ended(self, process: Process, error: BaseException | None) -> None:
