@@ -13,8 +13,9 @@ import time
 from typing import Any
 
 from oarlock.benchmarks.surroundings import surroundings
-from oarlock.simulation.campaign import campaign, files, run_seeds, smallest
-from oarlock.simulation.faults import HYBRID, MODES, SYNC, Schedule, draw
+from oarlock.simulation.campaign import campaign, drawn, files, run_seeds, smallest
+from oarlock.simulation.elastic import ELASTIC
+from oarlock.simulation.faults import HYBRID, MODES, SYNC, Schedule
 from oarlock.simulation.restored import run
 
 QUICK_SECONDS = 35.0
@@ -31,9 +32,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
     parser.add_argument(
         "--mode",
-        choices=(*MODES, SYNC, HYBRID, "all"),
+        choices=(*MODES, SYNC, HYBRID, ELASTIC, "all"),
         default="all",
-        help=f"all: those but {SYNC} and {HYBRID}, which draw others (default)",
+        help=f"all: those but {SYNC}, {HYBRID} and {ELASTIC}, which draw others (default)",
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -84,7 +85,7 @@ def main() -> int:
 
 def explained(seed: int, violation: str, modes: tuple[str, ...]) -> dict[str, Any]:
     """Shrink a failing seed; return what people need to look at it."""
-    schedule = smallest(draw(seed, modes), violation)
+    schedule = smallest(drawn(seed, modes), violation)
     print(f"seed {seed} broke {violation}", file=sys.stderr)
     print(f"python -m oarlock.benchmarks.simulate --replay '{schedule.to_json()}'", file=sys.stderr)
     return {"seed": seed, "violation": violation, "shrunk": json.loads(schedule.to_json())}
@@ -92,7 +93,7 @@ def explained(seed: int, violation: str, modes: tuple[str, ...]) -> dict[str, An
 
 def replay(given: str, modes: tuple[str, ...]) -> int:
     """Run one schedule and print every event."""
-    schedule = draw(int(given), modes) if given.isdigit() else Schedule.from_json(given)
+    schedule = drawn(int(given), modes) if given.isdigit() else Schedule.from_json(given)
     log: list[str] = []
     outcome = run(schedule, files(), log)
     print("\n".join(log), file=sys.stderr)

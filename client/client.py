@@ -5,7 +5,6 @@ Invariant: a pull is complete, and a push acknowledged by every block, when its 
 calls may be in flight at once, but groups of one split are pushed one after another (the caller's duty, SEMANTICS section 2).
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from oarlock.client.caches import Caches
 from oarlock.client.encoding import PushEncoder
+from oarlock.client.everyone import ask_everyone
 from oarlock.client.feedback import SplitFeedback
 from oarlock.client.forms import Forms
 from oarlock.client.membership import Membership
@@ -140,19 +140,15 @@ class Client:
         """Return the group of ``split`` at which a successor starts: the highest that any block has applied, 0 if none."""
         member = self._member
 
-        async def ask(shard: ShardAddress) -> int:
-            async def attempt(timeout: float) -> MarksReply:
-                request = MarksRequest(header=member.header(shard.incarnation), splits=[split])
-                reply: MarksReply = await member.transport.call(
-                    shard.address, "Shard.Marks", request, timeout_seconds=timeout
-                )
-                return reply
-
-            reply = await member.retry.run(attempt, rng=member.rng)
+        async def ask(shard: ShardAddress, timeout: float) -> int:
+            request = MarksRequest(header=member.header(shard.incarnation), splits=[split])
+            reply: MarksReply = await member.transport.call(
+                shard.address, "Shard.Marks", request, timeout_seconds=timeout
+            )
             if len(reply.next) != 1:
                 raise Malformed(f"shard {shard.id} answered {len(reply.next)} marks, asked for one", shard=shard.id)
             return int(reply.next[0])
 
-        applied = await asyncio.gather(*(ask(s) for s in self.routes.shards.values()))
+        applied = await ask_everyone(member, self.routes, ask)
         # That group may be missing in some blocks: it is sent again, and the blocks that have it skip it.
         return max(0, max(applied, default=0) - 1)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.caches import Asked, Caches
+from oarlock.client.everyone import is_there
 from oarlock.client.exchange import exchange, shard_of
 from oarlock.client.forms import Forms
 from oarlock.client.layout import Layout
@@ -173,18 +174,20 @@ async def pull(
         wanted = np.zeros(layout.blocks, np.bool_)
         for _, blocks in left:
             wanted[blocks] = True
-        return to_all(newer, cut_pull(layout, newer, keys, numbers, wanted))
+        messages = cut_pull(layout, newer, keys, numbers, wanted)
+        # Of a commit: those that ask for nothing.
+        bare = [m for m, _ in left if not m.pieces and not len(m.dense) and is_there(newer, m.shard)]
+        return messages + bare
 
-    def to_all(newest: Routes, messages: list[PullMessage]) -> list[PullMessage]:
-        if commit is None:
-            return messages
+    def to_all(commit: Commit, newest: Routes, messages: list[PullMessage]) -> list[PullMessage]:
         asked_for = {message.shard.id for message in messages}
         return messages + [PullMessage(s, layout) for s in commit.missing(newest) if s.id not in asked_for]
 
-    await exchange(member, to_all(routes, cut_pull(layout, routes, keys, numbers)), send, recut)
-    while commit is not None and member.routes is not None and (left := to_all(member.routes, [])):
+    messages = cut_pull(layout, routes, keys, numbers)
+    await exchange(member, messages if commit is None else to_all(commit, routes, messages), send, recut)
+    while commit is not None and (messages := to_all(commit, await commit.newest(member), [])):
         # By a placement that came meanwhile.
-        await exchange(member, left, send, recut)
+        await exchange(member, messages, send, recut)
     if asked is not None:
         asked.keep()
     return seen

@@ -88,7 +88,8 @@ class Routes:
         newer = changes.generations > self.generations[changes.blocks]
         complete = complete and not self.lacks(changes)
         reached = max(self.generation, changes.generation) if complete else self.generation
-        if not newer.any() and reached == self.generation:
+        shards = self._shards(changes, newer, complete)
+        if not newer.any() and reached == self.generation and shards == self.shards:
             return self
         blocks, told = changes.blocks[newer], changes.owners[newer]
         generations = self.generations.copy()
@@ -96,20 +97,20 @@ class Routes:
         moved = blocks[self.owners[blocks] != told]
         owners = self.owners.copy()
         owners[blocks] = told
-        shards = self._shards(changes, owners, told, complete)
         if not len(moved):
             return replace(self, generation=reached, generations=generations, shards=shards)
         return make_routes(self.layout, reached, owners, shards, generations=generations, before=self)
 
-    def _shards(
-        self, changes: Changes, owners: NDArray[np.int32], told: NDArray[np.int32], complete: bool
-    ) -> dict[int, ShardAddress]:
-        """Return where shards listen: all that are told of, but of one shard's word only those that were news."""
+    def _shards(self, changes: Changes, newer: NDArray[np.bool_], complete: bool) -> dict[int, ShardAddress]:
+        """Return where shards listen: all that are told of, but of one shard's word only those that are news."""
+        told = np.unique(changes.owners[newer]).tolist()
         if complete and changes.generation >= self.generation:
             # One that died may still be in records.
-            named = {s: self.shards[s] for s in np.unique(owners).tolist() if s in self.shards}
-            return {**named, **changes.shards}
-        return {**self.shards, **{s: changes.shards[s] for s in np.unique(told).tolist() if s >= 0}}
+            still = np.ones(len(self.owners), np.bool_)
+            still[changes.blocks[newer]] = False
+            named = np.unique(self.owners[still]).tolist()
+            return {**{s: self.shards[s] for s in named if s >= 0}, **changes.shards}
+        return {**self.shards, **{s: changes.shards[s] for s in told if s >= 0}}
 
 
 def make_routes(

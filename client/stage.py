@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sync on the worker's side of the wire: a rank's pull as its commit, and what a successor asks (SEMANTICS section 5).
 
-Invariant: a pull for step t + 1 goes to every shard, with or without keys, and is complete only when every shard has answered
-that all of its blocks, by the placement that the sender knows, are at step t. Who finds a block past it is behind: another
-process has the rank, too, and is further. One event loop.
+Invariant: a pull for step t + 1 goes to every shard, with or without keys, and is complete only when every block was reported at
+step t by its open owner. Who finds a block past it is behind: another process has the rank, too, and is further. One event loop.
+
+A shard's answer names a generation G. That stands for: it has adopted every change of the placement up to G, also those that do
+not concern it (it is told of them as cheaply as that), and each block that is its own by them is at step t: also one that is
+closed to be handed over, while one that it should own and lacks makes it wait. So the answer holds for the blocks whose record
+names the shard and is not newer than G. A block that was reported stays reported, whoever owns it afterwards: blocks only go on.
+For the others their owners are asked again, by a placement that is as new as all answers.
 """
 
 import asyncio
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from oarlock.client.everyone import ask_everyone, is_there
+from oarlock.client.exchange import NOBODY
 from oarlock.client.membership import Membership
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.proto.arrays import unpack
@@ -54,15 +62,39 @@ class Commit:
         self.state = state
         self.samples = samples
         self._news = news
-        # Shards all of whose blocks were reported at the step, and the placement by which they were.
-        self._reported: set[int] = set()
-        self._generation = -1
+        # The newest placement by which each shard has reported its blocks at the step.
+        self._reported: dict[ShardAddress, int] = {}
+        # What is known of blocks by placements before ``_routes``: bool[blocks].
+        self._before: NDArray[np.bool_] | None = None
+        self._routes: Routes | None = None
+
+    async def newest(self, member: Membership) -> Routes:
+        """Return a placement that is as new as all answers."""
+        return await member.newer_routes(max(self._reported.values(), default=0))
 
     def missing(self, routes: Routes) -> list[ShardAddress]:
-        """Return the shards that have not yet reported their blocks of this placement."""
-        if routes.generation != self._generation:
-            self._reported.clear()
-        return [shard for number, shard in sorted(routes.shards.items()) if number not in self._reported]
+        """Return the shards that were not told yet, and the owners of blocks that were not reported; NOBODY among them."""
+        if self._routes is not None and self._routes is not routes:
+            self._before = self._covered(self._routes)
+        self._routes = routes
+        if self._before is None and all(
+            self._reported.get(s) in (None, routes.generation) for s in routes.shards.values()
+        ):
+            # As most of the time: no shard has to be looked at block by block.
+            found = [s for _, s in sorted(routes.shards.items()) if s not in self._reported]
+            return [*found, NOBODY] if (routes.owners < 0).any() else found
+        lacking = set(np.unique(routes.owners[~self._covered(routes)]).tolist())
+        found = [s for _, s in sorted(routes.shards.items()) if s.id in lacking or s not in self._reported]
+        return [*found, NOBODY] if NOBODY.id in lacking else found
+
+    def _covered(self, routes: Routes) -> NDArray[np.bool_]:
+        """Return bool[blocks]: which were reported."""
+        covered = np.zeros(len(routes.owners), np.bool_) if self._before is None else self._before.copy()
+        for shard, generation in self._reported.items():
+            # What changed after the placement that is known here is not known here.
+            if is_there(routes, shard) and generation <= routes.generation:
+                covered |= (routes.owners == shard.id) & (routes.generations <= generation)
+        return covered
 
     async def ask(self, member: Membership, shard: ShardAddress, sent: Bulk, timeout: float) -> Any:
         """Send a pull to a shard until it has all blocks at the step; return its answer."""
@@ -74,7 +106,7 @@ class Commit:
             if not reply.waits:
                 break
             await self._wait(member, shard, timeout)
-        self._check(member, shard, reply)
+        self._check(member, shard, sent, reply)
         return answered
 
     def _write(self, request: PullRequest) -> None:
@@ -94,34 +126,36 @@ class Commit:
             if not opened(answered)[0].waits:
                 return
 
-    def _check(self, member: Membership, shard: ShardAddress, reply: PullReply) -> None:
+    def _check(self, member: Membership, shard: ShardAddress, sent: Bulk, reply: PullReply) -> None:
         if reply.highest > self.state:
             raise Behind(f"rank {self.rank} wants step {self.state}, shard {shard.id} has blocks at {reply.highest}")
+        if reply.generation > self._reported.get(shard, -1):
+            self._reported[shard] = reply.generation
+            self._news.tell()
+        asked: PullRequest = sent.message
         routes = member.routes
-        if routes is None or reply.generation != routes.generation:
-            raise StalePlacement(f"shard {shard.id} answered by placement {reply.generation}, not by the one asked by")
-        if self._generation != routes.generation:
-            self._reported.clear()
-            self._generation = routes.generation
-        self._reported.add(shard.id)
-        self._news.tell()
+        if asked.tables or any(asked.dense.shape) or routes is None or reply.generation >= routes.generation:
+            return
+        if shard in self.missing(routes):
+            # Nothing came of it that could be used: it is asked again.
+            raise StalePlacement(f"shard {shard.id} answered by placement {reply.generation}, before it got its blocks")
 
 
 async def latest_step(member: Membership, routes: Routes, rank: int) -> int:
-    """Return the step from which a successor of ``rank`` goes on: the highest that the rank committed, or that a block is at."""
+    """Return the step from which a successor of ``rank`` goes on: the highest that the rank committed, or that a block is at.
 
-    async def ask(shard: ShardAddress) -> int:
-        async def attempt(timeout: float) -> RanksReply:
-            request = RanksRequest(header=member.header(shard.incarnation))
-            reply: RanksReply = await member.transport.call(
-                shard.address, "Shard.Ranks", request, timeout_seconds=timeout
-            )
-            return reply
+    A block that changed hands meanwhile may be missed. Its owner had the commits of what it applied, and has answered; where none
+    are left of before a restore, the rank is found behind by its first pull, and asks again.
+    """
 
-        reply = await member.retry.run(attempt, rng=member.rng)
+    async def ask(shard: ShardAddress, timeout: float) -> int:
+        request = RanksRequest(header=member.header(shard.incarnation))
+        reply: RanksReply = await member.transport.call(shard.address, "Shard.Ranks", request, timeout_seconds=timeout)
         steps = unpack(reply.commits.steps, np.uint64, "commits of ranks")
         if not rank < len(steps):
             raise Malformed(f"shard {shard.id} answered commits of {len(steps)} ranks, asked for rank {rank}")
         return max(int(steps[rank]), reply.highest)
 
-    return max(await asyncio.gather(*map(ask, routes.shards.values())), default=0)
+    # One that has no blocks yet may have been told of a commit, too.
+    await member.refresh()
+    return max(await ask_everyone(member, member.routes or routes, ask), default=0)

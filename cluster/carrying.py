@@ -6,6 +6,7 @@ comes of it is reported, and what was lost is given again by who decided it. One
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -70,9 +71,8 @@ class Carrying:
     async def rest(self, seconds: float) -> None:
         """Wait until somebody wakes it, ``seconds`` at most."""
         if not self._woken.is_set():
-            waiting = asyncio.ensure_future(self._woken.wait())
-            await asyncio.wait([waiting], timeout=seconds)
-            waiting.cancel()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), seconds)
 
     async def close(self) -> None:
         """Let go of everything that is under way."""

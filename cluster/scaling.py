@@ -46,6 +46,8 @@ class Scaling:
 
     def ask(self, store: Store, servers: int, workers: int, phase: str) -> str:
         """Record within a transaction what is wanted from now on, 0: as it is; return what follows, for people."""
+        # Of a role whose number is not asked about nobody is told to leave: some that count as alive may be dead.
+        of_servers, of_workers = servers > 0, workers > 0
         servers, workers = servers or self.servers, workers or self.workers
         for name, value in (("servers", servers), ("workers", workers)):
             if not 1 <= value <= MOST:
@@ -59,13 +61,17 @@ class Scaling:
         check_replicas(self._spec.replicas, servers)
         shards, others = self._members.alive("shard"), self._members.alive("worker")
         part = [m for m in shards if self.takes_part(m)]
-        leaves = leaving([(m.id, m.incarnation) for m in part], self.leaves, servers)
-        # Those that wait are needed first where more are wanted, and go where fewer are; who was told to go may be gone.
-        spares = [m for m in shards if not self.takes_part(m)]
-        room = max(0, servers - len(part)) + sum(m.incarnation in self.leaves for m in spares)
-        leaves |= leaving([(m.id, m.incarnation) for m in spares], set(), room)
-        leaves |= {m.incarnation for m in spares} & self.leaves
-        leaves |= leaving([(m.id, m.incarnation) for m in others], self.leaves, workers)
+        leaves = self.leaves & {m.incarnation for m in (*shards, *others)}
+        if of_servers:
+            leaves -= {m.incarnation for m in part}
+            leaves |= leaving([(m.id, m.incarnation) for m in part], self.leaves, servers)
+            # Those that wait are needed first where more are wanted, and go where fewer are; who was told to go may be gone.
+            spares = [m for m in shards if not self.takes_part(m)]
+            room = max(0, servers - len(part)) + sum(m.incarnation in self.leaves for m in spares)
+            leaves |= leaving([(m.id, m.incarnation) for m in spares], set(), room)
+        if of_workers:
+            leaves -= {m.incarnation for m in others}
+            leaves |= leaving([(m.id, m.incarnation) for m in others], self.leaves, workers)
         self.servers, self.workers, self.leaves = servers, workers, leaves
         store.set_fact(FACT, {"servers": servers, "workers": workers, "leaves": sorted(leaves)})
         return self._said(shards, others)
@@ -82,7 +88,8 @@ class Scaling:
         return "; ".join(said) or "nothing changes"
 
     def go_back(self, store: Store) -> None:
-        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as were."""
+        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as the job says now."""
+        self.servers, self.workers = self._spec.servers, self._spec.workers
         self.leaves = set()
         store.set_fact(FACT, {"servers": self.servers, "workers": self.workers, "leaves": []})
 

@@ -22,13 +22,15 @@ LOOK_SECONDS = 1.0
 class Pending:
     """``resolve(reply)`` or ``fail(error)`` answers it."""
 
-    __slots__ = ("_callbacks", "_error", "_lock", "_reply", "done")
+    __slots__ = ("_callbacks", "_error", "_lock", "_reply", "done", "so_far")
 
-    def __init__(self) -> None:
+    def __init__(self, so_far: Any = None) -> None:
         self._lock = Lock()
         self._callbacks: list[Callable[[], object]] = []
         self._reply: Any = None
         self._error: PSError | None = None
+        # What the answer will be, if nothing comes between; None: that is not known.
+        self.so_far = so_far
         # Whether it was answered.
         self.done = False
 

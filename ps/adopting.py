@@ -43,8 +43,8 @@ def adopt(
     """Be to each block what its record says shard ``me`` is.
 
     ``create``: blocks that no shard has; those that are wanted here are made, from the checkpoint ``restore``, or with what the
-    job's warm start takes over, or with first values. None: all that are new here. ``complete``: no record newer than ``told.since`` is
-    missing. ``options``: of the checkpoint's file system.
+    job's warm start takes over, or with first values. None: all that are new here. ``complete``: no record newer than
+    ``told.since`` is missing. ``options``: of the checkpoint's file system.
     """
     holdings = shard.holdings
     with shard.push_lock:
@@ -100,6 +100,8 @@ def _lead(shard: Shard, me: int, records: Changes) -> None:
     for other in np.setdiff1d(records.members, np.array([-1, me], np.int32)).tolist():
         if other in holdings.shards:
             found[other] = (holdings.shards[other], numbers[(records.members == other).any(axis=1)])
+    if found:
+        shard.tell()
     shard.leading.lead(found, numbers)
     holdings.owned[numbers] = True
 

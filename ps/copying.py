@@ -30,6 +30,7 @@ class Copying:
                 owned = holdings.owned[one[0]] and holdings.generations[one[0]] == generations[at]
                 if owned and not leading.tells(to, int(one[0])):
                     image = Operation(one, sequences_of(shard, one), image_of(shard, int(one[0])))
+                    shard.tell()
                     leading.add(holdings.shards[to], image)
 
     def hand_over(self, numbers: Numbers, generations: Generations, to: int, order: Order) -> None:

@@ -136,6 +136,15 @@ def nbytes(operation: Operation) -> int:
     return OPERATION_BYTES + operation.numbers.nbytes + operation.sequences.nbytes + _bytes(operation.does)
 
 
+def pieces(operation: Operation, most: int) -> list[Operation]:
+    """Return the same as operations of at most so many bytes each, as far as single blocks are not larger: cut between blocks."""
+    if nbytes(operation) <= most or len(operation.numbers) < 2:
+        return [operation]
+    first = np.arange(len(operation.numbers)) < len(operation.numbers) // 2
+    halves = operation.only(first), operation.only(~first)
+    return [piece for half in halves if half is not None for piece in pieces(half, most)]
+
+
 def _bytes(does: Does) -> int:
     if isinstance(does, Pushed):
         rows = sum(_sizes(p.keys.keys, p.gradients, p.occurrences, p.clicks, p.keys.counts) for p in does.rows)

@@ -22,7 +22,7 @@ from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.blocks import drop
 from oarlock.ps.holdings import Numbers
 from oarlock.ps.images import take
-from oarlock.ps.operations import Image, Operation, Pushed, Stepped, apply, decode, sequences_of
+from oarlock.ps.operations import Image, Operation, apply, decode, lead_of, sequences_of
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ class Following:
     def take(self, request: ReplicateRequest, parts: Sequence[Part]) -> ReplicateReply:
         """Do what is told and was not done before; answer how far that came."""
         shard = self._shard
-        operations = [decode(shard.layout, message, parts) for message in request.operations]
+        operations = [
+            decode(shard.layout, message, parts, window=shard.closed_window) for message in request.operations
+        ]
         refused: dict[int, int] = {}
         with shard.push_lock:
             sender = shard.holdings.id_of(request.header.sender)
@@ -89,21 +91,12 @@ class Following:
         # A record that is not known here yet, or one that its owner does not know yet.
         if (copies & (known < generations)).any() or (copies & mine & (known > generations)).any():
             return None
-        lead = self._lead(operation)
+        lead = lead_of(self._shard, operation)
         takes = copies & mine & (known == generations)
         todo = operation.only(takes & (lead == 1))
         if todo is not None:
             self._apply(todo)
         return self._told(numbers[~takes | (lead > 1) | ~holdings.here[numbers]])
-
-    def _lead(self, operation: Operation) -> NDArray[np.int64]:
-        """Return by how much an operation is ahead of each copy: 1 if it is the next one, less if it was done."""
-        does, numbers = operation.does, operation.numbers
-        if isinstance(does, Stepped) and self._shard.staged is not None:
-            return does.step - self._shard.staged.steps[numbers]
-        lead = operation.sequences - sequences_of(self._shard, numbers)
-        # Parts that are staged are no operation yet.
-        return lead + 1 if isinstance(does, Pushed) and does.rank >= 0 else lead
 
     def _apply(self, operation: Operation) -> None:
         """Do an operation; copies on which it fails are none any more."""

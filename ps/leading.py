@@ -89,11 +89,16 @@ class Leading:
             at = self._tail(numbers)
             if not at:
                 return reply
-            pending = Pending()
+            pending = Pending(so_far=reply)
             self._waiting.append(_Until(numbers, at, lambda _: None, reply, pending))
             return pending
 
-    def _tail(self, numbers: Numbers) -> dict[int, int]:
+    def everywhere(self, numbers: NDArray[np.integer[Any]]) -> bool:
+        """Whether all members have all that was done to these blocks. The push lock is held."""
+        with self.lock:
+            return not self._tail(numbers)
+
+    def _tail(self, numbers: NDArray[np.integer[Any]]) -> dict[int, int]:
         """Return how far which streams have to be answered before these blocks are the same everywhere."""
         at = {}
         for shard, mask in self._requires.items():
@@ -268,7 +273,7 @@ class Leading:
             return False
         return stream.first < at or (each.required and self._is_broken(shard, each.numbers))
 
-    def _is_broken(self, shard: int, numbers: Numbers) -> bool:
+    def _is_broken(self, shard: int, numbers: NDArray[np.integer[Any]]) -> bool:
         """Whether a shard refuses one of these blocks, and is required still."""
         return shard in self._broken and bool(self._broken[shard][numbers].any())
 

@@ -26,6 +26,7 @@ from oarlock.ps.does import Stepped as Stepped
 from oarlock.ps.does import Swept as Swept
 from oarlock.ps.does import Undone as Undone
 from oarlock.ps.does import nbytes as nbytes
+from oarlock.ps.does import pieces as pieces
 from oarlock.ps.images import reached, take
 from oarlock.ps.operation_wire import decode as decode
 from oarlock.ps.operation_wire import encode as encode
@@ -52,6 +53,23 @@ def sequences_of(shard: "Shard", numbers: Numbers) -> NDArray[np.int64]:
             words = shard.tables[which].descriptors[numbers[mine] - layout.table_base[which]]
             out[mine] = np.where(words[:, BUCKETS] != 0, words[:, VERSION], -1)
     return out
+
+
+def lead_of(shard: "Shard", operation: Operation) -> NDArray[np.int64]:
+    """Return int64[m]: by how much an operation is ahead of each copy here: 1 if it is the next one, less if it was done.
+
+    In a table with a byte budget more than 1 does not show: there an operation may be one more for the rows that make way.
+    """
+    does, numbers, staged = operation.does, operation.numbers, shard.staged
+    if staged is not None and isinstance(does, Stepped):
+        return does.step - staged.steps[numbers]
+    if staged is not None and isinstance(does, Pushed) and does.rank >= 0:
+        # Parts are no operation of their blocks yet: who has one says so itself.
+        return np.where(staged.has(does.rank, numbers), 0, does.step - staged.steps[numbers])
+    lead = operation.sequences - sequences_of(shard, numbers)
+    if isinstance(does, Pushed):
+        lead[_budgeted(shard, does, numbers) & (lead > 1)] = 1
+    return lead
 
 
 def apply(shard: "Shard", operation: Operation) -> None:
@@ -163,7 +181,7 @@ def _push(shard: "Shard", pushed: Pushed) -> None:
 def _step(shard: "Shard", numbers: Numbers, stepped: Stepped) -> None:
     """Apply a step to copies that are at the one before it."""
     staged = _stager(shard)
-    steps = staged.steps_of(numbers)
+    steps = staged.steps[numbers]
     wrong = (steps + 1 != stepped.step) | (numbers < staged.first)
     if wrong.any():
         block = int(numbers[wrong][0])

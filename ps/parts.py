@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.layout import Layout
+from oarlock.client.push import reads_occurrences
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter, merge
 from oarlock.ps.request import DensePush, Keys, RowPush
@@ -51,6 +52,8 @@ class StagedParts:
         self._layout = layout
         self._sorter = KeySorter()
         self._salts = [table_salt(table.name) for table in layout.tables]
+        # Of which tables a policy asks how often keys came.
+        self._counts = [reads_occurrences(table) for table in layout.tables]
         self._orders = [np.arange(table.blocks, dtype=np.int32) for table in layout.tables]
         self.rows: list[list[RowPush]] = [[] for _ in range(ranks)]
         self.dense: list[list[DensePush]] = [[] for _ in range(ranks)]
@@ -108,7 +111,9 @@ class StagedParts:
         if samples:
             gradients /= samples
         numbers = self._layout.table_base[table] + found.blocks
-        occurrences = _occurrences_of(parts, found.inverse, len(found.keys))
+        occurrences = np.empty(0, np.uint32)
+        if self._counts[table]:
+            occurrences = _occurrences_of(parts, found.inverse, len(found.keys))
         clicks = _clicks_of(parts, found.inverse, len(found.keys))
         whole = Keys(table, found.keys, found.blocks, found.counts, numbers)
         return RowPush(whole, gradients, parts[0].rate, occurrences, clicks)
@@ -145,8 +150,7 @@ def _dense_of(parts: list[DensePush], wanted: NDArray[np.bool_]) -> Iterator[Den
 
 
 def _occurrences_of(parts: list[RowPush], inverse: NDArray[np.int32], keys: int) -> NDArray[np.uint32]:
-    if not any(len(p.occurrences) for p in parts):
-        return np.empty(0, np.uint32)
+    # A part without any has each of its keys once, whatever parts of other blocks say.
     given = [p.occurrences if len(p.occurrences) else np.ones(len(p.keys.keys), np.uint32) for p in parts]
     # Integers below 2^53 in float64.
     return np.bincount(inverse, np.concatenate(given), minlength=keys).astype(np.uint32)

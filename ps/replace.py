@@ -120,6 +120,7 @@ class Replacing:
             # Last: an order that failed in the middle begins again.
             shard.cuts.begin(order.number, order.workers)
             shard.generation = max(shard.generation, order.generation)
+            shard.unbroken = shard.generation
             self._done = (order.number, sum(len(rows.keys) for rows in read[2].values()))
             self._read = None
         logger.info("event=table_replaced table=%s path=%s rows=%d", order.table, order.path, self._done[1])

@@ -96,6 +96,8 @@ class Shard:
         self.holdings = Holdings(self.layout.blocks)
         self.reports = Reports()
         self.leading = Leading(self.holdings, self.reports)
+        # Hears what is done to blocks that are owned here, by their numbers, in its order; None: no block has copies.
+        self.told: Callable[[NDArray[np.int32], Does], None] | None = None
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
         self.marks: Marks = Marks(self.layout.blocks)
         self.cuts = Cuts()
@@ -124,10 +126,9 @@ class Shard:
         out[self.layout.dense_base :] = self.dense_sequence
         return out
 
-    @property
-    def told(self) -> Callable[[NDArray[np.int32], Does], None] | None:
-        """Return who hears what is done to blocks that are owned here, by their numbers; None: no block has copies elsewhere."""
-        return self._tell if self.leading.streams else None
+    def tell(self) -> None:
+        """Tell copies from now on what is done. The push lock is held."""
+        self.told = self._tell
 
     def did(self, numbers: NDArray[np.int32], does: Does) -> None:
         """Tell what was just done to blocks that are owned here. The push lock is held."""

@@ -179,9 +179,11 @@ class Staged:
             )
         self._stage(pushed, np.ones(len(numbers), np.bool_))
 
-    def steps_of(self, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Return int64[m]: the step that each block is at."""
-        found: NDArray[np.int64] = self._marks.steps[numbers]
+    def has(self, rank: int, numbers: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return bool[m]: of which blocks the rank's part of their next step is staged; of no rank of this job none is."""
+        if rank >= self.ranks:
+            return np.zeros(len(numbers), np.bool_)
+        found: NDArray[np.bool_] = self._parts.have[rank, numbers]
         return found
 
     def of_block(self, number: int) -> tuple[Pushed, ...]:
@@ -228,7 +230,9 @@ class Staged:
     def _without_rows(self, state: int) -> PullReply | None:
         lowest, highest = self.range()
         if lowest == highest == state or not self._shard.owned.any():
-            return None
+            # Not before the copies have made the step: one that becomes the owner would be behind who has its rows.
+            everywhere = self._shard.leading.everywhere(self._blocks())
+            return None if everywhere else self._waits()
         return PullReply(waits=lowest < state, lowest=lowest, highest=highest, generation=self._shard.generation)
 
     def _commit(self, rank: int, step: int, samples: int) -> None:

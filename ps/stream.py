@@ -8,7 +8,7 @@ was. ``Leading``'s lock covers it.
 from collections import deque
 
 from oarlock.client.router import ShardAddress
-from oarlock.ps.operations import Operation, nbytes
+from oarlock.ps.operations import Operation, nbytes, pieces
 
 # Of one message; an operation alone may be larger.
 MESSAGE_BYTES = 16 << 20
@@ -28,10 +28,12 @@ class Stream:
         self._kept: deque[tuple[Operation, int]] = deque()
 
     def append(self, operation: Operation) -> None:
-        size = nbytes(operation) + OPERATION_BYTES
-        self._kept.append((operation, size))
-        self.nbytes += size
-        self.next += 1
+        """Keep an operation; one that is larger than a message in pieces, each of some of its blocks."""
+        for piece in pieces(operation, MESSAGE_BYTES):
+            size = nbytes(piece) + OPERATION_BYTES
+            self._kept.append((piece, size))
+            self.nbytes += size
+            self.next += 1
 
     def some(self) -> tuple[int, list[Operation]]:
         """Return the number of the first operation, and those that make a message from there on."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oarlock.simulation.data import Data
+from oarlock.simulation.elastic import ELASTIC, draw_elastic
 from oarlock.simulation.faults import LEAST_EVENTS, MODES, Schedule, draw
 from oarlock.simulation.restored import run
 from oarlock.simulation.shrink import shrink
@@ -61,11 +62,16 @@ def files() -> Data:
     return _data
 
 
+def drawn(seed: int, modes: tuple[str, ...]) -> Schedule:
+    """Return the schedule of a seed."""
+    return draw_elastic(seed) if modes == (ELASTIC,) else draw(seed, modes)
+
+
 def run_seeds(seeds: range, modes: tuple[str, ...] = MODES) -> Tally:
     """Run the schedules of some seeds."""
     tally = Tally()
     for seed in seeds:
-        outcome = run(draw(seed, modes), files())
+        outcome = run(drawn(seed, modes), files())
         tally.counts.update(outcome.counts)
         if outcome.violation:
             tally.violations.append((seed, outcome.violation))

@@ -125,6 +125,7 @@ class Data:
             batch_rows=schedule.batch_rows,
             epochs=schedule.epochs,
             servers=schedule.shards,
+            replicas=min(schedule.replicas, schedule.shards - 1),
             workers=schedule.workers,
             metrics=metrics,
             config=vars(Config(trace=TRACE, rough=rough)),

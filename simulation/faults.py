@@ -30,9 +30,11 @@ WORLD = (
     "join",
     "leave",
 )
-# Ends the job, which then goes on from its newest cut.
+# Ends the job, which then goes on from its newest cut; where blocks have copies, another shard comes in its place.
 KILL_SHARD = "kill_shard"
-KINDS = (*WIRE, *WORLD, KILL_SHARD)
+# Other numbers of shards are wanted.
+SCALE = "scale"
+KINDS = (*WIRE, *WORLD, KILL_SHARD, SCALE)
 MODES = ("async", "ssp", "geo")
 # Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
 SYNC = "sync"
@@ -102,7 +104,8 @@ class Schedule:
     ``at_cuts``: faults that strike when the ``at``-th message of their method was handled, or, if ``who`` is odd, is about to be,
     counted once ``cuts_before`` cuts are committed.
     ``ranks``: of sync and hybrid; ``checkpoint_steps``: groups from one cut to the next, while they train, 0: none before the
-    end.
+    end. ``replicas``: copies of each block beside its owner's. ``elastic``: other shards come in place of those that die, and as
+    many as are wanted.
     """
 
     seed: int
@@ -131,6 +134,8 @@ class Schedule:
     cuts_before: int = 0
     ranks: int = 0
     checkpoint_steps: int = 0
+    replicas: int = 0
+    elastic: bool = False
 
     def without(self, leave_out: set[int]) -> "Schedule":
         """Return the schedule without the faults of these positions."""

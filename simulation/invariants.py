@@ -141,6 +141,9 @@ class Checker:
     def handled(self, shard: Shard, method: str, request: Any, reply: Any) -> None:
         """After a shard handled a message, whatever came of it."""
 
+    def gone(self, shard: Shard) -> None:
+        """A shard died, or was struck off: what it has counts no more."""
+
     def went_back(self) -> None:
         """The job goes on from a cut."""
         self._have.clear()

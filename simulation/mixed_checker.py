@@ -85,6 +85,10 @@ class MixedChecker(Checker):
         if method == "Shard.Pull" and not failed and request.rank and not reply.waits:
             self._answered(request, reply)
 
+    def gone(self, shard: Shard) -> None:
+        super().gone(shard)
+        self._shards.pop(id(shard), None)
+
     def _staged_by(self, request: Any, reply: Any) -> None:
         step, rank = request.step + 1, request.rank - 1
         moved = set(unpack(reply.moved, np.int32, "moved").tolist())

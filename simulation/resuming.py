@@ -9,24 +9,31 @@
 Invariant: what a schedule says decides who dies when; what was there before a loss has no say in what comes after it. One thread.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.store import LocalStore, open_checkpoint
-from oarlock.client.job import DONE, OVER, STOPPED, JobSpec
+from oarlock.client.job import DONE, FAILED, OVER, STOPPED, TRAINING, JobSpec
 from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.service import CoordinatorService
+from oarlock.proto.coordinator_pb2 import ScaleRequest
+from oarlock.proto.errors import PSError
 from oarlock.ps.service import ShardService
 from oarlock.simulation.faults import LEASE_SECONDS, Fault
 from oarlock.simulation.loop import Process
 from oarlock.simulation.state import Committed
 from oarlock.simulation.strikes import Strikes
+from oarlock.simulation.wire import Killed
 
 # The launcher looks so often whether a process has ended.
 LOOK_SECONDS = 0.25
 # Of workers, which of them outlive the job that they belong to.
 LEFT_OVER = 0.3
+# That somebody may want.
+MOST_SHARDS = 4
 
 
 class Resuming(Strikes):
@@ -36,6 +43,7 @@ class Resuming(Strikes):
     folder: Path
     committed: Committed
     cuts: Any
+    coordinator: Coordinator
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +74,13 @@ class Resuming(Strikes):
         """Forget all of the job that was, and know the one that ``spec`` says."""
         raise NotImplementedError
 
+    def _lost_sight(self, number: int | None = None) -> None:
+        """An owner may do what nobody acknowledges any more: what follows each change of a row follows it no more.
+
+        ``number``: of a shard that is gone.
+        """
+        raise NotImplementedError
+
     def _went_back(self, cut: int) -> None:
         """What is watched is at a cut again."""
         raise NotImplementedError
@@ -77,6 +92,7 @@ class Resuming(Strikes):
         if living and self.committed.facts.get("phase") not in OVER:
             process = living[fault.who % len(living)]
             process.alive = False
+            self._lost_sight(self.shard_processes.index(process))
             # Seen by who started it, or by nobody: then its lease ends.
             seen = self.rng.random() * 2 * LOOK_SECONDS if self.rng.random() < 0.7 else 2 * LEASE_SECONDS
             self._later(fault.seconds + seen, self._shard_ended, process)
@@ -91,15 +107,38 @@ class Resuming(Strikes):
                 self._strike(replace(fault, who=fault.who // 2))
 
     def _shard_ended(self, process: Process) -> None:
-        """The launcher sees that a shard ended: it ends the job, whatever the coordinator knows of it."""
-        if process in self.shards_now and self.committed.facts.get("phase") not in (DONE, STOPPED):
+        """The launcher sees that a shard ended: it ends the job, whatever the coordinator knows of it, or starts another one."""
+        if process not in self.shards_now or self.committed.facts.get("phase") in (DONE, STOPPED):
+            return
+        if self.schedule.elastic and self.committed.facts.get("phase") != FAILED:
+            self._start_missing()
+        else:
             self._lose()
+
+    # Shards come and go
+
+    def _scale(self, fault: Fault) -> None:
+        """Somebody wants another number of shards, and the launcher starts those that are missing."""
+        c, process = self.coordinator, self.coordinator_process
+        servers = max(1 + self.spec.replicas, 1 + fault.who % MOST_SHARDS)
+        if process.alive and self.committed.facts.get("phase") == TRAINING:
+            with contextlib.suppress(PSError, Killed):
+                process.call(CoordinatorService(c).scale, ScaleRequest(servers=servers))
+            self._later(fault.seconds, self._start_missing)
+
+    def _start_missing(self) -> None:
+        """Start as many shards as are wanted and are not there."""
+        wanted = (self.committed.facts.get("scale") or {"servers": self.spec.servers})["servers"]
+        living = sum(process.alive for process in self.shards_now)
+        if self.committed.facts.get("phase") not in OVER:
+            for _ in range(wanted - living):
+                self._start_shard()
 
     # The job goes on
 
     def _lost(self, reason: str) -> bool:
         """Whether a job that failed for ``reason`` lost a shard, and is to be resumed."""
-        return reason.startswith("shard")
+        return reason.startswith(("shard", "no shard"))
 
     def _lose(self) -> None:
         """End all that is left of this life, and begin the next one a while later."""
@@ -120,7 +159,7 @@ class Resuming(Strikes):
         self.committed.facts.pop("phase", None)
         manifest = LocalStore(self.folder / "checkpoints").latest()
         shards = self.rng.randint(1, 3)
-        self.spec = replace(self.spec, servers=shards)
+        self.spec = replace(self.spec, servers=shards, replicas=min(self.schedule.replicas, shards - 1))
         if manifest is None:
             self.folder = self.folder / "anew"
             self.folder.mkdir()

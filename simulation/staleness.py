@@ -13,10 +13,14 @@ from oarlock.proto.errors import PSError
 
 
 class Bound:
-    """Follows one job. ``violation`` of a pull is said in words, empty if there is none."""
+    """Follows one job. ``violation`` of a pull is said in words, empty if there is none.
 
-    def __init__(self, staleness: int) -> None:
+    ``follows``: blocks stay where they are, so that every shard gets something of every group.
+    """
+
+    def __init__(self, staleness: int, *, follows: bool) -> None:
         self._staleness = staleness
+        self._follows = follows
         # First number of each active worker (incarnation), and what each shard has of it.
         self._begin: dict[int, int] = {}
         self._done: dict[int, dict[int, set[int]]] = {}
@@ -51,7 +55,7 @@ class Bound:
     def violation(self, shard: int, request: Any) -> str:
         """Return what a pull that a shard is about to answer lacks."""
         sender = request.header.sender
-        if not request.number or sender not in self._begin:
+        if not self._follows or not request.number or sender not in self._begin:
             return ""
         number = request.number - 1
         for worker, begin in self._begin.items():

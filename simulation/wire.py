@@ -2,8 +2,8 @@
 """The wire of the simulation: messages travel as bytes, take time, and meet the faults of a schedule.
 
 Invariant: a handler runs as the process that it belongs to, whole and at one instant; what a dead process would have heard
-is lost, what a paused one is told waits. Every delivery, of a request or of an answer, is one event; a request that is answered
-later (a Pending) is delivered when it is. One thread.
+is lost, what a paused one is told waits. Every delivery, of a request or of an answer, is one event, also where the answer comes
+later (a Pending). One thread.
 """
 
 import asyncio
@@ -152,19 +152,22 @@ class Wire:
             self._broken(call)
             return
         if isinstance(reply, Pending):
-            self._wait(process, call, request, reply)
+            # What it was asked to do it has done, and only the answer has to wait.
+            self._event(process, call, request, reply.so_far)
+            self._wait(process, call, reply)
         else:
-            self._handled(process, call, request, reply, error)
+            self._event(process, call, request, error if reply is None else reply)
+            self._send_back(process, call, reply, error)
 
-    def _wait(self, process: Process, call: Call, request: Any, pending: Pending) -> None:
+    def _wait(self, process: Process, call: Call, pending: Pending) -> None:
         """Answer once that is given: right after the step that gave it."""
         self._pending.setdefault(process, []).append(call)
-        pending.add_done_callback(lambda: self._later(0.0, self._resolved, process, call, request, pending))
+        pending.add_done_callback(lambda: self._later(0.0, self._resolved, process, call, pending))
         if "deaf" in call.faults and self._rng.random() < 0.5:
             # The caller may learn of it, and ask again, long before that.
             self._broken(call)
 
-    def _resolved(self, process: Process, call: Call, request: Any, pending: Pending) -> None:
+    def _resolved(self, process: Process, call: Call, pending: Pending) -> None:
         waiting = self._pending.get(process, [])
         if call not in waiting:
             # The process has died, with all its connections.
@@ -175,10 +178,9 @@ class Wire:
             reply = pending.result()
         except PSError as raised:
             error = raised
-        self._handled(process, call, request, reply, error)
+        self._send_back(process, call, reply, error)
 
-    def _handled(self, process: Process, call: Call, request: Any, reply: Any, error: PSError | None) -> None:
-        self._event(process, call, request, error if reply is None else reply)
+    def _send_back(self, process: Process, call: Call, reply: Any, error: PSError | None) -> None:
         data = None if reply is None else reply.SerializeToString()
         if "deaf" in call.faults or (not process.alive and self._rng.random() < 0.5):
             self._broken(call)

@@ -84,7 +84,7 @@ class World(Resuming):
         self.committed = Committed()
         kinds = {SYNC: RankChecker, HYBRID: MixedChecker}
         self.checker = kinds.get(self.schedule.mode, Checker)(self.spec, self.data, self.committed)
-        self.bound = Bound(self.schedule.staleness)
+        self.bound = Bound(self.schedule.staleness, follows=not self.schedule.elastic)
         self.kept = Kept(self.spec)
         self.residuals = Residuals(self.spec)
         checkpoints = self.folder / "checkpoints"
@@ -94,8 +94,13 @@ class World(Resuming):
         """Watch on from a cut. What follows a job from its begin sees no more of it."""
         self.checker.went_back()
         self.cuts.went_back(self.coordinator, cut)
-        self.bound = Bound(self.schedule.staleness)
+        self.bound = Bound(self.schedule.staleness, follows=not self.schedule.elastic)
+        self._lost_sight()
+
+    def _lost_sight(self, number: int | None = None) -> None:
         self.kept.follows = self.residuals.kept = False
+        if number is not None and (joined := self.services[number]._joined) is not None:
+            self.checker.gone(joined[1])
 
     # Running
 
@@ -142,7 +147,10 @@ class World(Resuming):
         # A late message finds the shards as they are, and must find nothing to do.
         await asyncio.sleep(max(0.0, self.wire.last_copy - self.loop.now) + 1.0)
         if not self.violation:
-            shards = [s._joined[1] for s in self.services_now if s._joined is not None]
+            members = {m.incarnation for m in self.coordinator.members.all.values() if m.state != "dead"}
+            joined = [s._joined for s in self.services_now if s._joined is not None]
+            # One that was struck off has what nobody acknowledges any more.
+            shards = [shard for identity, shard in joined if identity.incarnation in members]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
 
@@ -275,6 +283,10 @@ class World(Resuming):
 
     def _judge(self, member: Any, error: str) -> None:
         self._note(f"member gone: {member.role} {member.id} {error}")
+        if member.role == "shard":
+            joined = [service._joined for service in self.services]
+            found = [n for n, each in enumerate(joined) if each and each[0].incarnation == member.incarnation]
+            self._lost_sight(*found)
         if error == "its lease ended":
             silent = self.loop.now - max(self._heard.get(member.incarnation, BEGIN), self._able_since)
             self.checker.judged(f"{member.role} {member.id}", silent)
@@ -324,6 +336,8 @@ class World(Resuming):
         if process.name.startswith("worker"):
             self._worker_ended(process, error)
             return
+        if self.schedule.elastic:
+            process.alive = False
         self._later(LOOK_SECONDS, self._shard_ended, process)
         if error is not None and not isinstance(error, LeaseLost):
             self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")

@@ -28,7 +28,7 @@ from oarlock.proto.errors import DeadlineExceeded, PSError, Unavailable
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import AdoptRequest, CutRequest, WriteRequest
 from oarlock.proto.transport import InProcess
-from oarlock.ps import blocks, view
+from oarlock.ps import blocks, images, view
 from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 from oarlock.simulation.loop import VirtualLoop
@@ -150,11 +150,9 @@ class Job:
         """Move a block with all that belongs to it, under a new generation."""
         old, new = self.shards[int(self.owners[number])], self.shards[to]
         if old is not new:
-            image = view.image_of(old, number)
+            image = images.image_of(old, number)
             blocks.drop(old, number)
-            blocks._create(new, number)
-            blocks._fill(new, number, image)
-            new.marks.restore(number, dict(image.marks))
+            images.take(new, image)
             for shard, holds in ((old, False), (new, True)):
                 shard.holdings.owned[number] = shard.holdings.here[number] = holds
         self.place(np.where(np.arange(len(self.owners)) == number, to, self.owners), adopt=False)

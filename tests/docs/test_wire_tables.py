@@ -236,6 +236,11 @@ def test_limits_are_those_of_the_table() -> None:
         assert all(hasattr(errors, error) for error in quoted(beyond)), what
 
 
+def test_fields_of_a_placement_are_those_of_the_table() -> None:
+    told = {quoted(row[0])[0] for row in rows("field")}
+    assert told == {field.name for field in common_pb2.Placement.DESCRIPTOR.fields}
+
+
 def test_a_message_has_no_more_parts_than_the_job_has_blocks(shard: ShardService) -> None:
     for parts, wrong in ((3, set()), (4, {"Malformed"})):
         request = PullRequest(header=header(), tables=[TableKeys()] * parts)
@@ -247,6 +252,10 @@ def test_the_version_is_the_one_of_the_page() -> None:
 
 
 # What the page says of a message that is sent again
+
+
+# Of copies, which take two shards: tests/ps/.
+COPIES = {f"Shard.{name}" for name in ("Replicate", "Copy", "HandOver", "Reopen", "Held")}
 
 
 def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) -> None:
@@ -268,7 +277,7 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
         "Shard.Stats": ShardStatsRequest(header=header()),
         "Shard.Rows": RowsRequest(header=header(), verb=QUARANTINE),
     }
-    assert set(requests) == {name for name in METHODS if name.startswith("Shard.")}
+    assert set(requests) | COPIES == {name for name in METHODS if name.startswith("Shard.")}
     for name, request in requests.items():
         if name == "Shard.Replace":
             # Of a checkpoint that is there: tests/ps/test_replace.py.
@@ -308,7 +317,9 @@ def test_a_coordinator_takes_every_message_again(coordinator: Coordinator) -> No
         "Coordinator.Rollback": RollbackRequest(table="user", path="/somewhere/cut-000004"),
         "Coordinator.Stop": StopRequest(reason="enough"),
     }
-    assert set(requests) == {name for name in METHODS if name.startswith("Coordinator.")}
+    # What is told again of copies, and of how many processes are wanted: tests/cluster/.
+    moving = {"Coordinator.Report", "Coordinator.Scale"}
+    assert set(requests) | moving == {name for name in METHODS if name.startswith("Coordinator.")}
     for name, request in requests.items():
         first = dispatch(service, name, request)
         if name == "Coordinator.Leave":

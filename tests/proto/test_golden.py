@@ -146,6 +146,49 @@ def placement() -> Placement:
     return Placement(generation=9, owners=int32(1, 0, -1), shards=[MEMBER, *members])
 
 
+def full_placement() -> Placement:
+    """A change."""
+    return Placement(
+        generation=9,
+        owners=int32(300, 1),
+        shards=[MEMBER, Member(id=1, address="unix:/s", incarnation=2**62 + 1)],
+        blocks=int32(3, 7),
+        since=7,
+        generations=generations(9, 8),
+        members=pack(np.array([[300, 1, -1], [1, -1, -1]], np.int32)),
+    )
+
+
+def generations(*values: int) -> Array:
+    return pack(np.array(values, np.uint64))
+
+
+def uint8(*values: int) -> Array:
+    return pack(np.array(values, np.uint8))
+
+
+def operation(**does: Any) -> shard_pb2.Operation:
+    return shard_pb2.Operation(
+        blocks=int32(3, 7), generations=generations(9, 8), sequences=generations(70_001, 2), **does
+    )
+
+
+def image() -> shard_pb2.BlockImage:
+    return shard_pb2.BlockImage(
+        records=uint8(1, 2),
+        others=uint8(3),
+        waiting=pack(KEYS),
+        waited=pack(np.array([2, 1], np.uint32)),
+        sketch=uint8(0, 4),
+        left=5,
+        splits=generations(300, 301),
+        groups=generations(4, 5),
+        closed=CLOSED,
+        staged=[PushRequest(split=1, rank=3)],
+        step=70_000,
+    )
+
+
 def failure() -> Failure:
     return Failure(code=11, message="block 7 is elsewhere", details='{"block": 7}')
 
@@ -166,7 +209,7 @@ MESSAGES: dict[str, Message] = {
         SocketsReply(addresses=[":99", "a"], token=bytes([1, 2, 3, 4])),
         HelloReply(protocol=1, version="0.1.0", role="shard"),
         failure(),
-        placement(),
+        full_placement(),
         MEMBER,
         CLOSED,
         Empty(),
@@ -211,13 +254,19 @@ MESSAGES: dict[str, Message] = {
             seen=40_001,
             rank=3,
         ),
-        PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure()),
+        PushReply(applied=2, skipped=3, moved=int32(7), refused=1, failure=failure(), where=full_placement()),
         MarksRequest(header=FULL, splits=[300, 1 << 40]),
         MarksReply(next=[0, 6, 300]),
         commits(),
         RanksRequest(header=FULL, hold=13),
         RanksReply(commits=commits(), lowest=70_000, highest=70_001),
-        AdoptRequest(header=FULL, placement=placement(), closed=CLOSED, restore="/jobs/a/checkpoints/cut-000012"),
+        AdoptRequest(
+            header=FULL,
+            placement=placement(),
+            closed=CLOSED,
+            restore="/jobs/a/checkpoints/cut-000012",
+            create=int32(3, 7),
+        ),
         AdoptReply(generation=9, rows=1 << 33),
         CloseRequest(header=FULL, closed=CLOSED),
         WriteRequest(header=FULL, cut=13, root="/jobs/a/checkpoints", alone=True),
@@ -230,6 +279,23 @@ MESSAGES: dict[str, Message] = {
         shard_pb2.ReplaceReply(rows=70000),
         shard_pb2.DigestRequest(header=FULL, cut=13),
         shard_pb2.DigestReply(digest=bytes(range(16)), rows=70000, torn=True),
+        shard_pb2.ReplicateRequest(
+            header=FULL,
+            stream=(1 << 64) - 1,
+            first=300,
+            operations=[operation(applied=shard_pb2.AppliedStep(step=4, samples=5))],
+        ),
+        operation(push=PushRequest(split=300, group=5, dense=[dense()])),
+        shard_pb2.SweptRows(gone=pack(KEYS), decayed=pack(KEYS[:1])),
+        shard_pb2.UndoneRows(keys=keys(), steps=2),
+        shard_pb2.AppliedStep(step=70_000, samples=512),
+        image(),
+        shard_pb2.ReplicateReply(next=301, refused=int32(7), generations=generations(9), failure=failure()),
+        shard_pb2.CopyRequest(header=FULL, blocks=int32(3, 7), shard=300, generations=generations(9, 8)),
+        shard_pb2.HandOverRequest(header=FULL, blocks=int32(3, 7), shard=300, generations=generations(9, 8), order=12),
+        shard_pb2.ReopenRequest(header=FULL, blocks=int32(3, 7), generations=generations(9, 8), term=6, order=12),
+        shard_pb2.HeldRequest(header=FULL, blocks=int32(3, 7)),
+        shard_pb2.HeldReply(generations=generations(9, 0), sequences=generations(70_001, 0)),
         ShardStatsRequest(header=FULL),
         ShardStatsReply(stats='{"rows": 3}'),
         RowsRequest(
@@ -279,8 +345,10 @@ MESSAGES: dict[str, Message] = {
             asking=True,
             ranks=[0, 2],
         ),
-        HeartbeatReply(term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED, committed=11),
-        PlacementRequest(header=FULL),
+        HeartbeatReply(
+            term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED, committed=11, leave=True
+        ),
+        PlacementRequest(header=FULL, whole=True),
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK, ranks=[0, 2]),
         LeaseReply(
             work=TRAIN,
@@ -304,6 +372,18 @@ MESSAGES: dict[str, Message] = {
         ),
         ReleaseRequest(header=FULL, splits=[300, 301], evaluations=[40], reason="bad file"),
         LeaveRequest(header=FULL, error="out of disk"),
+        coordinator_pb2.ReportRequest(
+            header=FULL,
+            told=coordinator_pb2.HANDED,
+            blocks=int32(3, 7),
+            generations=generations(9, 8),
+            shard=300,
+            order=12,
+            term=6,
+        ),
+        coordinator_pb2.ReportReply(record=full_placement()),
+        coordinator_pb2.ScaleRequest(servers=5, workers=300),
+        coordinator_pb2.ScaleReply(servers=5, workers=300, said="2 more shards"),
         coordinator_pb2.StatusRequest(),
         coordinator_pb2.StatusReply(status='{"phase": "training"}'),
         coordinator_pb2.GateRequest(header=FULL, cut=13),
@@ -319,11 +399,18 @@ MESSAGES: dict[str, Message] = {
         coordinator_pb2.DescribeReply(job=JOB, run=2, spec="{}", placement=placement(), step=70000),
     )
 }
+# Of what an operation may have done a message says one thing only.
+OPERATIONS: dict[str, Message] = {
+    "operation-swept": operation(swept=shard_pb2.SweptRows(gone=pack(KEYS))),
+    "operation-undone": operation(undone=shard_pb2.UndoneRows(keys=keys(), steps=2)),
+    "operation-applied": operation(applied=shard_pb2.AppliedStep(step=70_000, samples=512)),
+    "operation-image": operation(image=image()),
+}
 EARLIER: dict[str, Message] = {
     "pull": PullRequest(header=header(), tables=[keys()], dense=int32(7)),
     "push": PushRequest(header=header(generation=9), split=300, group=5, tables=[gradients()], dense=[dense()]),
 }
-ALL = {**MESSAGES, **EARLIER}
+ALL = {**MESSAGES, **OPERATIONS, **EARLIER}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -356,7 +443,7 @@ def test_every_message_has_a_golden_file() -> None:
     used = {name for m in METHODS.values() for kind in (m.request, m.reply) for name in nested(kind.DESCRIPTOR)}
     files = (common_pb2, coordinator_pb2, shard_pb2)
     declared = {name for file in files for name in file.DESCRIPTOR.message_types_by_name}
-    assert {path.stem for path in GOLDEN.iterdir()} == used | set(EARLIER)
+    assert {path.stem for path in GOLDEN.iterdir()} == used | set(EARLIER) | set(OPERATIONS)
     # A message that no method carries would be dead.
     assert declared == used == set(MESSAGES)
 
@@ -373,9 +460,20 @@ def form(field: FieldDescriptor, value: Any) -> tuple[Any, ...]:
 def test_every_field_is_set_and_told_apart(name: str) -> None:
     message = MESSAGES[name]
     found = message.ListFields()
-    assert [field.name for field, _ in found] == [field.name for field in message.DESCRIPTOR.fields]
+    chosen = {
+        field.name for one in message.DESCRIPTOR.oneofs for field in one.fields if not message.HasField(field.name)
+    }
+    known = sorted(message.DESCRIPTOR.fields, key=lambda field: field.number)
+    assert [field.name for field, _ in found] == [field.name for field in known if field.name not in chosen]
     same = [(a.name, b.name) for (a, x), (b, y) in combinations(found, 2) if form(a, x) == form(b, y)]
     assert same == []
+
+
+def test_everything_that_an_operation_may_have_done_has_a_golden_file() -> None:
+    made = [MESSAGES["Operation"], *OPERATIONS.values()]
+    assert [message.WhichOneof("does") for message in made] == [  # type: ignore[arg-type]
+        field.name for field in shard_pb2.Operation.DESCRIPTOR.oneofs_by_name["does"].fields
+    ]
 
 
 def test_numbers_of_enums_never_change_meaning() -> None:
@@ -384,6 +482,7 @@ def test_numbers_of_enums_never_change_meaning() -> None:
     assert {e.name: {v.name: v.number for v in e.values} for e in enums} == {
         "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4, "UINT8": 5},
         "Role": {"ROLE_UNSPECIFIED": 0, "SHARD": 1, "WORKER": 2},
+        "Told": {"TOLD_UNSPECIFIED": 0, "ADDED": 1, "HANDED": 2, "CONFIRMED": 3, "LACKING": 4, "SLOW": 5},
         "Work": {"WORK_UNSPECIFIED": 0, "TRAIN": 1, "EVALUATE": 2, "WAIT": 3, "FINISHED": 4},
         "RowsVerb": {"ROWS_UNSPECIFIED": 0, "GET": 1, "EXPLAIN": 2, "EXPORT": 3, "UNDO": 4, "QUARANTINE": 5},
     }
@@ -393,7 +492,11 @@ def test_paths_and_attributes_of_methods() -> None:
     assert PROTOCOL == 1
     assert METHODS["Shard.Pull"].path == "/oarlock.Shard/Pull"
     assert METHODS["Coordinator.CloseSplit"].attribute == "close_split"
-    assert {name for name, method in METHODS.items() if method.streamed} == {"Shard.Pull", "Shard.Push"}
+    assert {name for name, method in METHODS.items() if method.streamed} == {
+        "Shard.Pull",
+        "Shard.Push",
+        "Shard.Replicate",
+    }
     for name, method in METHODS.items():
         assert method.name == name
         assert not method.streamed or "failure" in method.reply.DESCRIPTOR.fields_by_name

@@ -16,7 +16,7 @@ from oarlock.proto.bulk import Bulk, Parts
 from oarlock.proto.shard_pb2 import UNDO, PullRequest, RowsRequest, TableKeys
 from oarlock.proto.shard_pb2 import Operation as Message
 from oarlock.ps.images import image_of
-from oarlock.ps.operations import Operation, apply, decode, encode, sequences_of
+from oarlock.ps.operations import Operation, apply, decode, encode, lead_of, sequences_of
 from oarlock.ps.shard import Shard
 from oarlock.ps.view import image_of as content_of
 
@@ -116,21 +116,32 @@ def spoil(memory):
         piece[:] = b"\xee" * len(piece)
 
 
+class Heard(Shard):
+    """A shard that tells a test, in place of its peers."""
+
+    told = None
+
+
+def heard(shard):
+    shard.__class__ = Heard
+    return shard
+
+
 class Copies:
     """A job with one shard that owns all blocks, and ``members`` that copy those of ``of`` that they ``have``."""
 
     def __init__(self, spec, seed, members=2):
         self.rng = np.random.default_rng(seed)
         self.job = rig.Job(spec, shards=1).place()
-        self.owner, self.layout = self.job.shards[0], self.job.layout
-        self.members = [Shard(spec) for _ in range(members)]
+        self.owner, self.layout = heard(self.job.shards[0]), self.job.layout
+        self.members = [Heard(spec) for _ in range(members)]
         self.of = self.rng.integers(0, members, self.layout.blocks)
         self.have = np.zeros(self.layout.blocks, np.bool_)
         self.queue = []
         self.kinds = set()
         self.owner.told = self.told
         self.step, self.groups = 0, dict.fromkeys(range(4), 0)
-        self.last = None
+        self.last = self.sent = None
 
     def close(self):
         for shard in (self.owner, *self.members):
@@ -153,7 +164,10 @@ class Copies:
                     self.kinds.add((type(some.does).__name__, getattr(some.does, "rank", 0) < 0))
                     found, came = wired(self.layout, some, self.rng)
                     with shard.push_lock:
+                        image = type(found.does).__name__ == "Image"
+                        assert image or (lead_of(shard, found) == 1).all()
                         apply(shard, found)
+                        assert (lead_of(shard, found) <= 0).all()
                     spoil(came)
 
     def copy(self, chance=0.5):
@@ -177,7 +191,7 @@ class Copies:
         self.same()
         self.owner.told = None
         for member, shard in enumerate(self.members):
-            shard.owned = self.have & (self.of == member)
+            shard.holdings.owned = self.have & (self.of == member)
             shard.generation = self.owner.generation
 
     # What workers and others do
@@ -207,10 +221,14 @@ class Copies:
 
     def send(self, identity, gradients, dense):
         """Push to all owners; return the bytes, to be sent again."""
-        (made,) = cut_push(self.layout, self.job.routes(), identity, gradients, dense, 0.05)
-        sent = made.request.SerializeToString(), [bytes(view_of(one)) for one in made.parts], type(made.request)
-        self.again(sent)
-        return sent
+        found = list(cut_push(self.layout, self.job.routes(), identity, gradients, dense, 0.05))
+        if not found:
+            return self.sent
+        (made,) = found
+        # Kept from before it is sent: a push that fails is sent again.
+        self.sent = made.request.SerializeToString(), [bytes(view_of(one)) for one in made.parts], type(made.request)
+        self.again(self.sent)
+        return self.sent
 
     def again(self, sent):
         data, parts, kind = sent
@@ -269,7 +287,7 @@ class Copies:
         for rank in rng.permutation(ranks).tolist():
             identity = PushIdentity(rank, splits, self.step, rank=rank + 1)
             sent.append(self.send(identity, self.gradients(), self.dense()))
-            if rng.random() < 0.3:
+            if rng.random() < 0.3 and all(sent):
                 self.again(sent[int(rng.integers(len(sent)))])
             yield rank
         self.step += 1
