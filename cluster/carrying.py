@@ -122,13 +122,24 @@ class Carrying:
             with c.lock:
                 adoption.under_way.discard(shard.id)
                 adoption.failed(shard.id, c.clock())
-                c.adopt_failed(shard, generation, error)
+                self._not_adopted(shard, generation, error)
             return
         with c.lock:
             adoption.under_way.discard(shard.id)
             if c.records.shards.get(shard.id) == shard:
                 c.has_adopted(shard.id, generation, listed)
         self._woken.set()
+
+    def _not_adopted(self, shard: ShardAddress, generation: int, error: PSError) -> None:
+        c = self._c
+        if error.retryable:
+            logger.info("event=order_failed order=adopt shard=%d error=%s", shard.id, error)
+        elif generation != c.generation or c.shards.get(shard.id) != shard:
+            logger.info("event=order_outlived order=adopt shard=%d error=%s", shard.id, error)
+        elif c.phase == GATHERING or not c.spec.replicas:
+            c.fail(f"shard {shard.id} could not take its blocks: {error}")
+        else:
+            c.member_gone(c.members.all[shard.incarnation], "dead", f"it could not take its blocks: {error}")
 
     # Questions
 

@@ -35,7 +35,7 @@ from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
 from oarlock.cluster.work import MAX_FAILURES
 from oarlock.proto.common_pb2 import Placement
-from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
+from oarlock.proto.errors import InvalidArgument, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,7 @@ class Coordinator:
             return member
 
     def _next_id(self, role: str) -> int:
-        """Return the lowest number of the role that nobody has. Shards that come later have numbers that none ever had: what is
-        told of one that died may be on its way."""
+        """Return a number that nobody has; of a shard that comes later one that none ever had: words of the dead may be late."""
         if role == "shard" and self.phase != GATHERING:
             return 1 + max((m.id for m in self.members.all.values() if m.role == "shard"), default=-1)
         return self.members.next_id(role)
@@ -220,17 +219,6 @@ class Coordinator:
                 self.placed = True
             if self.placed and self.phase == GATHERING:
                 self.set_phase(TRAINING)
-
-    def adopt_failed(self, shard: ShardAddress, generation: int, error: PSError) -> None:
-        """A shard did not adopt the placement. Under the lock."""
-        if error.retryable:
-            logger.info("event=order_failed order=adopt shard=%d error=%s", shard.id, error)
-        elif generation != self.generation or self.shards.get(shard.id) != shard:
-            logger.info("event=order_outlived order=adopt shard=%d error=%s", shard.id, error)
-        elif self.phase == GATHERING or not self.spec.replicas:
-            self.fail(f"shard {shard.id} could not take its blocks: {error}")
-        else:
-            self.member_gone(self.members.all[shard.incarnation], "dead", f"it could not take its blocks: {error}")
 
     def set_phase(self, phase: str, reason: str = "") -> None:
         """Record and enter a phase."""
@@ -354,7 +342,7 @@ class Coordinator:
             self.copies.shard_gone(member)
 
     def lost(self, member: Member) -> None:
-        """Blocks of a shard are lost, and the job is to go back to the last cut. Under the lock."""
+        """Blocks of a shard are lost, and the job is to go back to the last cut: the one place for that. Under the lock."""
         where = f"shard {member.id} ({member.address}, pid {member.pid})"
         error = f": {member.error}" if member.error else ""
         self.fail(f"{where} is gone{error}; go on from the last checkpoint with --resume")

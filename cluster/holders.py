@@ -60,8 +60,9 @@ def _short(records: Records, sizes: NDArray[np.int64], shards: list[int], blocks
     ids = np.array(sorted(shards), np.int32)
     if not len(ids) or not len(blocks):
         return []
-    weights = np.repeat(sizes, records.width).reshape(records.members.shape)
-    held = np.array([weights[records.members == shard].sum() for shard in ids.tolist()], np.float64)
+    # Members that are nobody are counted at 0, and then not looked at.
+    weights = np.bincount((records.members + 1).ravel(), np.repeat(sizes, records.width), minlength=int(ids[-1]) + 2)
+    held = weights[ids + 1].astype(np.float64)
     moves = []
     for block in blocks.tolist():
         free = ~np.isin(ids, records.members[block])

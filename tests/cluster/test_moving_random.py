@@ -8,17 +8,35 @@ from copies_model import Model
 
 from oarlock.client.job import OVER
 
-SEEDS = 60
+SOON, ALL = 12, 300
+SETTINGS = [
+    (0, 2, "rollback"),
+    (1, 2, "rollback"),
+    (1, 3, "rollback"),
+    (2, 4, "rollback"),
+    (0, 2, "reload"),
+    (1, 3, "reload"),
+]
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, 10))
-@pytest.mark.parametrize(("replicas", "servers"), [(0, 2), (1, 2), (1, 3), (2, 4)])
-def test_promises_hold_and_all_comes_to_rest(tmp_path: Path, replicas: int, servers: int, first: int) -> None:
-    for seed in range(first, first + 10):
+@pytest.mark.parametrize(("replicas", "servers", "on_loss"), SETTINGS)
+def test_promises_hold_and_all_comes_to_rest(tmp_path: Path, replicas: int, servers: int, on_loss: str) -> None:
+    run_all(range(SOON), tmp_path, replicas, servers, on_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("replicas", "servers", "on_loss"), SETTINGS)
+def test_promises_hold_in_many_schedules(tmp_path: Path, replicas: int, servers: int, on_loss: str) -> None:
+    run_all(range(SOON, ALL), tmp_path, replicas, servers, on_loss)
+
+
+def run_all(seeds: range, folder: Path, replicas: int, servers: int, on_loss: str) -> None:
+    for seed in seeds:
         try:
-            run(seed, tmp_path / f"{seed}", replicas, servers)
+            run(seed, folder / f"{seed}", replicas, servers, on_loss)
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}, replicas {replicas}, servers {servers}: {error}") from error
+            raise AssertionError(f"seed {seed}: {error}") from error
 
 
 def run(seed: int, path: Path, replicas: int, servers: int, on_loss: str = "rollback") -> Model:
