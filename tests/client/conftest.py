@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of client/ and ps/ their rigs: ``import rig``, ``import rows_rig``, ``import cache_rig``."""
+"""Gives the tests of client/ and ps/ their rigs, by name: ``import rig``, and so on."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for _name in ("rig", "rows_rig", "cache_rig"):
+for _name in ("rig", "rows_rig", "cache_rig", "membership_rig"):
     _SPEC = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     assert _SPEC is not None
     assert _SPEC.loader is not None

@@ -14,7 +14,7 @@ import pytest
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.transport import InProcess
 
-for _name in ("client_rig", "frame_rig", "scripted_rig"):
+for _name in ("client_rig", "frame_rig", "golden_rig", "scripted_rig"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None
