@@ -61,6 +61,9 @@ class RankTrainer(Trainer):
         try:
             await self._host()
         finally:
+            # All are told before any of them is waited for: whoever waits here may be cancelled once more.
+            for _, task in self._hosted.values():
+                task.cancel()
             # What they were about is done again by whoever hosts them next.
             await asyncio.gather(*(self._give_up(rank) for rank in list(self._hosted)))
         if self._evaluations:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the tests of client/ and ps/ their rigs: ``import rig``, ``import rows_rig``, ``import cache_rig``."""
+"""Gives the tests of client/ and ps/ their rigs, by name: ``import rig``, and so on."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from tests.conftest import load_shared
 rig = load_shared("client/rig.py")
 load_shared("client/rows_rig.py")
 load_shared("client/cache_rig.py")
+load_shared("client/membership_rig.py")
 
 
 @pytest.fixture
