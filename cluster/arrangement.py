@@ -89,13 +89,13 @@ class Arrangement:
         count = np.bincount(self.table, minlength=len(numbers) + 1)
         loose = np.isin(np.arange(len(count)), sorted(self.loose))
 
-        def ranges(each: int) -> Ranges:
+        def ranges(each: int, slack: float) -> Ranges:
             total = count * each
             least = np.floor(total / self.shards * (1 - slack)).astype(np.int64)
             most = np.minimum(np.ceil(total / self.shards * (1 + slack)).astype(np.int64), count)
             return Ranges(self.table, np.where(loose, 0, least), np.where(loose, count, most))
 
-        self.holding, self.owning = ranges(want), ranges(1)
+        self.holding, self.owning = ranges(want, slack if want == 1 else 0.0), ranges(1, slack)
 
     def deal_owners(self) -> None:
         """Give every block an owner: as many of each table to every shard, the remainders to whoever has the fewest bytes."""
@@ -139,16 +139,16 @@ class Arrangement:
         burden: Floats = np.bincount(flat[flat >= 0], np.repeat(weight, self.want)[flat >= 0], self.shards)
         return burden
 
-    def settle(self, bounds: Bounds, loads: Floats | None) -> None:
+    def settle(self, bounds: Bounds, of_bytes: Bounds, loads: Floats | None) -> None:
         """Bring everything to where it should be, and look again until that changes nothing."""
         for _ in range(PASSES):
             before = owner_first(self.held, self.owner)
             self.level = self._burden(self.weight)
             self.complete()
-            self.level_bytes(bounds)
+            self.level_bytes(of_bytes)
             self.choose_owners(bounds, self.weight if loads is None else loads)
             if loads is not None and self.want == 1:
-                self.level_loads(bounds, loads)
+                self.level_loads(bounds, of_bytes, loads)
             self.held = owner_first(self.held, self.owner)
             if np.array_equal(self.held, before):
                 break
@@ -242,12 +242,12 @@ class Arrangement:
         rows = np.arange(len(self.held))
         self._level(rows, bounds, self.weight, self._ranges(self.holding, rows, fixed=True), both=True)
 
-    def level_loads(self, bounds: Bounds, loads: Floats) -> None:
+    def level_loads(self, bounds: Bounds, of_bytes: Bounds, loads: Floats) -> None:
         """Even out the loads of blocks without copies, as far as bytes stay even."""
         rows = np.arange(len(self.held))
         burden = self._burden(self.weight)
-        room = burden.mean() * (1 + bounds.starts) - burden
-        spare = burden - burden.mean() * (1 - bounds.starts)
+        room = burden.mean() * (1 + of_bytes.starts) - burden
+        spare = burden - burden.mean() * (1 - of_bytes.starts)
         self._level(rows, bounds, loads, self._ranges(self.holding, rows, fixed=True), room=room, spare=spare)
 
     def _ranges(self, of: Ranges, rows: Ints, *, fixed: bool = False) -> Ranges:

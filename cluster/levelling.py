@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 ROUNDS = 64
 LEVEL_ROUNDS = 512
 FAR = 1 << 30
-# Hand-overs one after the other for one that counts.
-LONGEST = 3
+# Hand-overs one after the other for one that counts; of few shards as many as it takes.
+LONGEST, FEW = 3, 64
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,6 @@ def even_owners(held: Ints, owner: Ints, ranges: Ranges, shards: int) -> Ints:
     rows = np.repeat(np.arange(len(owner)), held.shape[1])
     others = held.reshape(-1)
     rows, others = rows[others >= 0], others[others >= 0]
-    # Not all blocks of the first tables or shards first: what is handed over comes from everywhere.
-    order = np.argsort((rows * 2654435761) & 0xFFFFFFFF, kind="stable")
-    rows, others = rows[order], others[order]
     to = base[rows] + others
     for _ in range(ROUNDS):
         count = np.bincount(base + owner, minlength=len(most))
@@ -55,9 +52,11 @@ def even_owners(held: Ints, owner: Ints, ranges: Ranges, shards: int) -> Ints:
         source = base[rows] + owner[rows]
         useful = np.flatnonzero((gives[source] > 0) & (takes[to] > 0) & (source != to))
         if not len(useful):
-            useful, takes = _towards(source, to, gives, takes)
+            useful, takes = _towards(source, to, gives, takes, shards if shards <= FEW else LONGEST)
             if not len(useful):
                 break
+        # Not the first blocks first: what is handed over comes from everywhere.
+        useful = useful[np.argsort((rows[useful] * 2654435761) & 0xFFFFFFFF, kind="stable")]
         useful = useful[turns_of(rows[useful]) == 0]
         useful = useful[turns_of(source[useful]) < gives[source[useful]]]
         useful = useful[turns_of(to[useful]) < takes[to[useful]]]
@@ -65,10 +64,10 @@ def even_owners(held: Ints, owner: Ints, ranges: Ranges, shards: int) -> Ints:
     return owner
 
 
-def _towards(source: Ints, to: Ints, gives: Ints, takes: Ints) -> tuple[Ints, Ints]:
+def _towards(source: Ints, to: Ints, gives: Ints, takes: Ints, longest: int) -> tuple[Ints, Ints]:
     """Return the edges that bring the surplus nearest to a taker one step nearer, and how many each node takes of it."""
     far = np.where(takes > 0, 0, FAR)
-    for steps in range(LONGEST):
+    for steps in range(longest):
         reached = source[far[to] == steps]
         far[reached[far[reached] == FAR]] = steps + 1
         if steps and (gives[reached] > 0).any():
@@ -78,6 +77,7 @@ def _towards(source: Ints, to: Ints, gives: Ints, takes: Ints) -> tuple[Ints, In
         return reach, takes
     reach = reach[far[source[reach]] == far[source[reach]].min()]
     # As many as are wanted at all, and one for each on the way.
+    reach = reach[np.argsort((source[reach] * 2654435761) & 0xFFFFFFFF, kind="stable")]
     return reach[: int(takes.sum())], np.ones_like(takes)
 
 

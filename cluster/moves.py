@@ -41,9 +41,10 @@ class Moves:
 
 def carried_out(members: NDArray[np.int32], moves: Moves) -> NDArray[np.int32]:
     """Return the members int32[b, k] after ``moves``; ``k`` is as large as it was, or as the largest set now."""
-    found = np.hstack([members, np.full((len(members), 1), -1, np.int32)])
     turns = turns_of(moves.block.astype(np.int64))
-    for turn in range(int(turns.max(initial=-1)) + 1):
+    most = int(turns.max(initial=-1)) + 1
+    found = np.hstack([members, np.full((len(members), most), -1, np.int32)])
+    for turn in range(most):
         now = moves.some(turns == turn)
         sets = np.hstack([found[now.block], now.add[:, None]])
         owner = np.where(now.owner >= 0, now.owner, sets[:, 0])

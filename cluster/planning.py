@@ -24,12 +24,13 @@ __all__ = ["Balance", "Blocks", "Moves", "blocks_of", "carried_out", "place", "p
 class Balance:
     """``starts``: burdens this share over the mean are evened out, down to ``aims``.
 
-    ``slack``: where loads are known, a table's numbers of blocks may differ that much from the mean for their sake.
+    ``slack``: where loads are known, a table's numbers of owned blocks may differ that much from the mean for their sake, and
+    so may bytes where there are no copies. With copies, handing over does it.
     """
 
     starts: float = 0.2
     aims: float = 0.05
-    slack: float = 0.25
+    slack: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.aims < self.starts <= 10 or not 0 <= self.slack < 1:
@@ -51,7 +52,8 @@ def place(
     crew = Crew(shards, hosts)
     work = Arrangement(blocks, crew, min(replicas + 1, len(crew)), slack=0.0)
     work.deal_owners()
-    work.settle(Bounds(Balance.starts, Balance.aims), None)
+    bounds = Bounds(Balance.starts, Balance.aims)
+    work.settle(bounds, bounds, None)
     found = np.full((len(blocks.table), replicas + 1), -1, np.int32)
     found[:, : work.want] = crew.named(work.held)
     return found
@@ -80,6 +82,8 @@ def plan(
     loaded = bool((known.loads > 0).any())
     work = Arrangement(known, crew, min(replicas + 1, len(crew)), slack=balance.slack if loaded else 0.0)
     work.begin(crew.positions(members[rows]))
-    work.settle(Bounds(balance.starts, balance.aims), known.loads if loaded else None)
+    bounds = Bounds(balance.starts, balance.aims)
+    of_bytes = Bounds(max(balance.slack, balance.starts), balance.aims) if loaded and work.want == 1 else bounds
+    work.settle(bounds, of_bytes, known.loads if loaded else None)
     target = crew.named(work.held)
     return steps_between(rows, members[rows], target, known, alive, np.array(sorted(leaving), np.int64))
