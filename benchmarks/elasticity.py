@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.benchmarks.elasticity_heartbeat import heartbeat_cost
 from oarlock.benchmarks.surroundings import settle, surroundings
 from oarlock.cluster.autoscale import Autoscale
 from oarlock.cluster.planning import Blocks, Moves, carried_out, place, plan
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"once instead of the median of {RUNS} runs")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    before = surroundings(("numpy",))
+    before = surroundings(("numpy", "grpcio", "protobuf"))
     shards = 20 if options.tiny else SHARDS
     blocks = some_blocks(3, 64, 40) if options.tiny else some_blocks(TABLES, BLOCKS_OF_TABLE, DENSE)
     runs = 1 if options.quick else RUNS
@@ -47,6 +48,7 @@ def main() -> int:
     for replicas in (1,) if options.quick else (0, 1):
         result[f"replicas_{replicas}"] = decisions(blocks, shards, replicas, runs, not options.json)
     result["scaler"] = scaling(shards, 3 * runs)
+    result["unit_costs"] = heartbeat_cost(4 if options.tiny else 500, 40 if options.tiny else 4000 * runs)
     result["messages"] = messages(shards, len(blocks.table), result["replicas_1"])
     result["surroundings"] = before
     print(json.dumps(result))

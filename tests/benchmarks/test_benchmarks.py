@@ -59,6 +59,7 @@ def test_elasticity(tmp_path: Path) -> None:
     for name in ("one_more", "tenth_more", "drain_one", "death_of_one"):
         assert result["replicas_1"][name]["bytes_over_least"] <= 1.1
     assert result["scaler"]["decision_ms"] > 0
+    assert set(result["unit_costs"]) == {"heartbeat_cpu_us", "heartbeats_answered_per_second"}
     assert result["messages"]["heartbeats_per_second"] == 40
 
 
