@@ -136,8 +136,7 @@ class Arrangement:
 
     def _burden(self, weight: Floats) -> Floats:
         flat = self.held.reshape(-1)
-        burden: Floats = np.bincount(flat[flat >= 0], np.repeat(weight, self.want)[flat >= 0], self.shards)
-        return burden
+        return np.bincount(flat[flat >= 0], np.repeat(weight, self.want)[flat >= 0], self.shards).astype(np.float64)
 
     def settle(self, bounds: Bounds, of_bytes: Bounds, loads: Floats | None) -> None:
         """Bring everything to where it should be, and look again until that changes nothing."""

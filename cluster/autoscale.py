@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from oarlock.proto.errors import InvalidArgument
 
@@ -72,7 +73,8 @@ def read_autoscale(values: object, owner: str) -> Autoscale:
             wanted = "an integer" if kinds[name] is int else "a finite number"
             raise InvalidArgument(f"{owner}: autoscale.{name} = {value!r}: give {wanted}")
     try:
-        found = Autoscale(**{name: float(v) if kinds[name] is float else v for name, v in values.items()})
+        given: dict[str, Any] = {name: float(v) if kinds[name] is float else v for name, v in values.items()}
+        found = Autoscale(**given)
     except InvalidArgument as error:
         raise InvalidArgument(f"{owner}: {error}") from None
     if values and not found:

@@ -63,12 +63,14 @@ def partners(owners: Ints, turns: Ints, host: Ints) -> Ints:
     begin = np.searchsorted(host, host, "left")
     end = np.searchsorted(host, host, "right")
     others = np.maximum(n - (end - begin), 1)
-    return (end[owners] + (owners - begin[owners] + turns) % others[owners]) % n
+    found: Ints = (end[owners] + (owners - begin[owners] + turns) % others[owners]) % n
+    return found
 
 
 def apart(beside: Ints, chosen: Ints, host: Ints) -> NDArray[np.bool_]:
     """Return bool[m]: that ``chosen`` is on another host than all of ``beside`` int64[m, k], in which -1 is nobody."""
-    return ~((host[beside] == host[chosen][:, None]) & (beside >= 0)).any(axis=1)
+    found: NDArray[np.bool_] = ~((host[beside] == host[chosen][:, None]) & (beside >= 0)).any(axis=1)
+    return found
 
 
 def deal(beside: Ints, room: Ints, host: Ints, proposed: Ints) -> Ints:

@@ -194,4 +194,5 @@ def _best(among: Ints, gain: Floats, source: Ints, to: Ints) -> Ints:
     """Return those of ``among`` with the highest gain, one for each source and each target."""
     among = among[np.argsort(-gain[among], kind="stable")]
     among = among[turns_of(source[among]) == 0]
-    return among[turns_of(to[among]) == 0]
+    found: Ints = among[turns_of(to[among]) == 0]
+    return found
