@@ -22,6 +22,7 @@ MODULES = (
     "exactly_once",
     "kills",
     "checkpoint",
+    "elasticity",
 )
 
 

@@ -51,6 +51,18 @@ def test_wire(tmp_path: Path) -> None:
     assert all(result[name] > 0 for name in ("bulk_vs_tcp", "grpc_vs_tcp", "call_us", "tcp_us"))
 
 
+def test_elasticity(tmp_path: Path) -> None:
+    result = run("elasticity", tmp_path)
+    decisions = {"place", "nothing_to_do", "one_more", "tenth_more", "drain_one", "death_of_one"}
+    assert set(result["replicas_1"]) == decisions
+    assert result["replicas_1"]["nothing_to_do"]["moves"] == 0
+    for name in ("one_more", "tenth_more", "drain_one", "death_of_one"):
+        assert result["replicas_1"][name]["bytes_over_least"] <= 1.1
+    assert result["scaler"]["decision_ms"] > 0
+    assert set(result["unit_costs"]) == {"heartbeat_cpu_us", "heartbeats_answered_per_second"}
+    assert result["messages"]["heartbeats_per_second"] == 40
+
+
 @pytest.mark.slow
 def test_overload(tmp_path: Path) -> None:
     result = run("overload", tmp_path)
