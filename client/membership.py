@@ -66,7 +66,7 @@ class Membership:
         self.minimum = 0
         # Adds to every heartbeat what only the work knows: a worker's splits and its clock.
         self.about: Callable[[HeartbeatRequest], None] = lambda request: None
-        # Set once the job wants its workers to leave, and once it is over.
+        # Set once the job wants its workers to leave, and once it is over, or needs this shard no more.
         self.stopping = asyncio.Event()
         self.over = asyncio.Event()
         self.spec: JobSpec
@@ -187,6 +187,8 @@ class Membership:
         self.term = reply.term
         self._lease_ends = max(self._lease_ends, sent + self._lease_seconds)
         self._in_phase(reply.phase)
+        if reply.leave:
+            self.over.set()
         self.step = reply.step
         self.minimum = max(self.minimum, reply.minimum)
         self.committed = max(self.committed, reply.committed)

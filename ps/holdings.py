@@ -30,20 +30,25 @@ class Order:
     number: int
 
 
+NO_ORDER = Order(0, 0)
+
+
 class Holdings:
     """``generations`` int64[blocks]: of the newest record or copy known here, 0: none; ``owners`` int32[blocks] by the records.
 
-    ``here`` bool[blocks]: there is content; ``owned``: the open owner's; ``closed``: under which order, where it is not open.
+    ``me``: this shard, -1 as long as it is none. ``here`` bool[blocks]: there is content; ``owned``: the open owner's; ``closed``: under which order, where it is not open.
     """
 
     def __init__(self, blocks: int) -> None:
+        self.me = -1
         self.owned: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         self.here: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         self.generations: NDArray[np.int64] = np.zeros(blocks, np.int64)
         self.owners: Numbers = np.full(blocks, -1, np.int32)
         self.closed: dict[int, Order] = {}
         self.shards: dict[int, ShardAddress] = {}
-        self._last = Order(0, 0)
+        # The newest order to hand each block over.
+        self._last: dict[int, Order] = {}
 
     def id_of(self, incarnation: int) -> int:
         """Return which shard a process is, -1 if that is not known here."""
@@ -68,6 +73,18 @@ class Holdings:
             )
 
     @property
+    def leads(self) -> NDArray[np.bool_]:
+        """Return bool[blocks]: the content that this shard owns, open or closed."""
+        out: NDArray[np.bool_] = self.owned.copy()
+        out[list(self.closed)] = True
+        return out
+
+    @property
+    def lacks(self) -> bool:
+        """Whether a record says that this shard owns a block of which nothing is here."""
+        return bool(((self.owners == self.me) & ~self.here).any()) and self.me >= 0
+
+    @property
     def copies(self) -> NDArray[np.bool_]:
         """Return bool[blocks]: content that is a copy of what another shard owns."""
         out: NDArray[np.bool_] = self.here & ~self.owned
@@ -82,15 +99,14 @@ class Holdings:
         return out
 
     def close(self, numbers: Numbers, order: Order) -> Numbers:
-        """Close owned blocks under an order; return those that it closed, none if a newer order is known."""
-        if order < self._last:
-            return numbers[:0]
-        self._last = order
-        closing = numbers[self.owned[numbers]]
-        # One that is closed already waits for this order from now on.
-        again = np.array([n for n in numbers.tolist() if self.closed.get(n, order) != order], np.int32)
-        found: Numbers = np.concatenate([closing, again])
-        self.owned[closing] = False
+        """Close owned blocks under an order, unless a newer one is known of them; return those that it closed.
+
+        One that is closed already waits for this order from now on.
+        """
+        new = [n for n in numbers.tolist() if self._last.get(n, NO_ORDER) < order]
+        found = np.array([n for n in new if self.owned[n] or n in self.closed], np.int32)
+        self._last.update(dict.fromkeys(new, order))
+        self.owned[found] = False
         self.closed.update(dict.fromkeys(found.tolist(), order))
         return found
 

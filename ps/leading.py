@@ -25,9 +25,9 @@ from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, SLOW
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
-from oarlock.ps.holdings import Holdings, Numbers, Order
+from oarlock.ps.holdings import NO_ORDER, Holdings, Numbers, Order
 from oarlock.ps.operations import Operation
-from oarlock.ps.reports import NO_ORDER, Generations, Reports
+from oarlock.ps.reports import Generations, Reports
 from oarlock.ps.stream import Stream
 
 # Of operations that a shard which is not required yet may be behind: beyond it the copy is given up.

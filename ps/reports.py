@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from oarlock.ps.holdings import Numbers, Order
+from oarlock.ps.holdings import NO_ORDER, Numbers, Order
 
 Generations = NDArray[np.int64]
-NO_ORDER = Order(0, 0)
 
 
 class Matter(NamedTuple):

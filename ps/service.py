@@ -108,6 +108,7 @@ class ShardService:
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
         shard = Shard(spec, spill_folder=self._spill_folder)
+        shard.holdings.me = identity.id
         self._holds_lease = holds_lease
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)

@@ -219,17 +219,24 @@ class Staged:
     def after(self, request: PullRequest, reply: PullReply) -> PullReply | None:
         """Say with which step's rows a rank is answered; return another answer if it was passed while they were gathered."""
         with self._shard.push_lock:
-            reply.lowest, reply.highest = self.range()
+            reply.lowest, reply.highest = self._reported()
             reply.generation = self._shard.generation
             return self._waits() if self._hold.keeps_back(request.state) else self._without_rows(request.state)
 
+    def _reported(self) -> tuple[int, int]:
+        """As ``range``, with blocks that are closed for a hand-over: they are this shard's until a record says otherwise."""
+        steps = self._marks.steps[np.flatnonzero(self._shard.holdings.leads[self.first :]) + self.first]
+        return (int(steps.min()), int(steps.max())) if len(steps) else self.range()
+
     def _waits(self) -> PullReply:
-        lowest, highest = self.range()
+        lowest, highest = self._reported()
         return PullReply(waits=True, lowest=lowest, highest=highest, generation=self._shard.generation)
 
     def _without_rows(self, state: int) -> PullReply | None:
-        lowest, highest = self.range()
-        if lowest == highest == state or not self._shard.owned.any():
+        lowest, highest = self._reported()
+        if self._shard.holdings.lacks:
+            return self._waits()
+        if lowest == highest == state or not self._shard.holdings.leads.any():
             # Not before the copies have made the step: one that becomes the owner would be behind who has its rows.
             everywhere = self._shard.leading.everywhere(self._blocks())
             return None if everywhere else self._waits()
