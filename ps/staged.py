@@ -135,8 +135,10 @@ class Staged:
         steps = self._marks.steps[numbers]
         fresh: NDArray[np.bool_] = here & (steps < step) & ~self._parts.have[rank, numbers]
         # Its sender saw every block at the step before; whoever has this one now has it from there. Under hybrid rows wait, too:
-        # what comes after a cut's step must not come before its view.
-        if (steps[fresh] + 1 < step).any() or (self.first and self.range()[0] + 1 < step):
+        # what comes after a cut's step must not come before its view. A shard that came without such blocks knows no commits
+        # before each rank's next pull.
+        waits = self.first and (len(self._blocks()) or self._hold.cut) and self.range()[0] + 1 < step
+        if (steps[fresh] + 1 < step).any() or waits:
             raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
         return fresh
 
