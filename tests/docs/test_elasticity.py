@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page about elasticity: its settings are those of a job, with their defaults, and every file that it names decides something."""
+"""The page about elasticity: its settings are those of a job, with their defaults, and the files that it names are there."""
 
 import dataclasses
 import re

@@ -306,7 +306,9 @@ def test_a_shard_takes_every_message_again(shard: ShardService, tmp_path: Path) 
     older = pack_placement(0, np.zeros(3, np.int32), SHARDS)
     assert named(lambda: shard.adopt(AdoptRequest(header=header(), placement=older))) == {"InvalidArgument"}
     before = shard.held(HeldRequest(header=header(), blocks=block))
-    change = common_pb2.Placement(generation=1, owners=pack(np.array([7], np.int32)), blocks=block, generations=born)
+    change = common_pb2.Placement(
+        shards=PLACEMENT.shards, generation=1, owners=pack(np.array([1], np.int32)), blocks=block, generations=born
+    )
     shard.adopt(AdoptRequest(header=header(), placement=change))
     assert shard.held(HeldRequest(header=header(), blocks=block)) == before, (
         "a record that is not newer changes nothing"
