@@ -30,6 +30,8 @@ class Child:
     log_start: int
     # Whether its end was dealt with.
     noticed: bool = False
+    # Whether the launcher killed it itself.
+    given_up: bool = False
 
     @property
     def ended(self) -> bool:

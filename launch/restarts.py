@@ -14,6 +14,10 @@ from oarlock.launch.child import Child
 logger = logging.getLogger(__name__)
 
 MAX_NOTICES = 10_000
+_OTHERS = {
+    "worker": "; what it was to train goes to others",
+    "shard": "; what others have copies of they take over",
+}
 
 
 @dataclass
@@ -57,6 +61,6 @@ class Restarts:
             self.notices.say(f"{child.what_happened()}; started again ({self.used} of {self.most})")
             return True
         why = f"not started again: all {self.most} restarts were used" if self.most else "it is not started again"
-        others = "; what it was to train goes to others" if child.role == "worker" else ""
+        others = _OTHERS.get(child.role, "")
         self.notices.say(f"{child.what_happened()}; {why}{others}")
         return False

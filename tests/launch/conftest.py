@@ -17,12 +17,13 @@ from oarlock.client.entry import write_address
 from oarlock.client.job import JobSpec
 from oarlock.cluster.store import Store
 from oarlock.data.planted import generate_ncf
-from oarlock.launch import processes
+from oarlock.launch import family
 from oarlock.launch.child import Child
 from oarlock.launch.config import run_config
 from oarlock.launch.folder import STATE_FILE, create
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.processes import LocalProcesses
+from oarlock.launch.wanted import ROLES
 from oarlock.proto.coordinator_pb2 import StatusReply
 from oarlock.proto.errors import LeaseLost, Unavailable
 from tests.conftest import load_shared
@@ -97,13 +98,17 @@ class Stage:
         self.warnings: list[str] = []
         self.outsiders: list[dict[str, Any]] = []
         self.gone: set[int] = set()
+        # Whom the coordinator struck off, by pid; how many it wants, and the pids of those that it told to leave.
+        self.struck: set[int] = set()
+        self.scale = {"servers": spec.servers, "workers": spec.workers}
+        self.leaving: set[int] = set()
         self.left: list[tuple[int, str]] = []
         self.stops = 0
         self.statuses: list[dict[str, Any]] = []
         # Whether the next coordinator ends by SIGKILL at once: before or after it has recorded a new run.
         self.stillborn: list[str] = []
         self.launched: LocalProcesses
-        monkeypatch.setattr(processes, "start_child", self.start_child)
+        monkeypatch.setattr(family, "start_child", self.start_child)
 
     def start_child(
         self,
@@ -165,11 +170,20 @@ class Stage:
 
     def status(self) -> dict[str, Any]:
         host = socket.gethostname()
-        members = [
-            {"role": c.role, "pid": c.process.pid, "host": host, "incarnation": c.process.pid, "stats": {}}
+        everybody = [
+            {
+                "role": c.role,
+                "id": c.process.pid,
+                "pid": c.process.pid,
+                "host": host,
+                "incarnation": c.process.pid,
+                "stats": {},
+            }
             for c in self.seen
-            if c.role != "coordinator" and c.process.pid not in self.gone
+            if c.role != "coordinator"
         ]
+        members = [m for m in everybody if m["pid"] not in self.gone]
+        leaving = {r: [m["id"] for m in members if m["role"] == r and m["pid"] in self.leaving] for r in ROLES}
         return {
             "job": self.spec.job,
             "name": self.spec.name,
@@ -182,7 +196,8 @@ class Stage:
             "checkpoints": [],
             "warnings": self.warnings,
             "members": members + self.outsiders,
-            "lost": [],
+            "lost": [m for m in everybody if m["pid"] in self.struck],
+            "scale": {**self.scale, "leaving": leaving},
             "samples": 0,
         }
 
@@ -238,10 +253,16 @@ class Stage:
 
 
 @pytest.fixture
-def stage(start: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    made = Stage(*start(servers=1, workers=2), monkeypatch)
+def settings() -> dict[str, Any]:
+    """What the job of ``stage`` is like, beside a shard and two workers."""
+    return {}
+
+
+@pytest.fixture
+def stage(start: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    made = Stage(*start(**{"servers": 1, "workers": 2, **settings}), monkeypatch)
     # Shells end when their input closes; nobody waits for them to end by themselves.
-    monkeypatch.setattr(processes, "END_SECONDS", 0.0)
+    monkeypatch.setattr(family, "END_SECONDS", 0.0)
     yield made
     for child in made.launched.children:
         assert child.ended

@@ -211,7 +211,7 @@ def test_nobody_is_started_again_while_the_job_stops(stage: Stage) -> None:
 
 def test_workers_that_were_asked_to_leave_do_not_end_the_job_while_others_are_there(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
-        other = {"role": "worker", "pid": 1, "host": "elsewhere", "incarnation": 7, "stats": {}}
+        other = {"role": "worker", "id": 0, "pid": 1, "host": "elsewhere", "incarnation": 7, "stats": {}}
         # Another machine's process may have the same number.
         stage.outsiders = [other, {**other, "pid": stage.child("worker", 0).process.pid}]
         for number in (0, 1):
