@@ -7,5 +7,5 @@ load_shared("client/rig.py")
 load_shared("cluster/conftest.py", "cluster_rig")
 for _name in ("frame_rig", "scripted_rig"):
     load_shared(f"proto/{_name}.py")
-for _name in ("mutate", "targets", "coordinator_target", "h2", "ports"):
+for _name in ("mutate", "copies_messages", "targets", "coordinator_target", "h2", "ports"):
     load_shared(f"hostile/{_name}.py")

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import cluster_rig
+import numpy as np
 import targets
 
 from oarlock.cluster.coordinator import MAX_WARNINGS
 from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
 from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto.arrays import pack
 from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.methods import PROTOCOL
 
@@ -34,6 +36,8 @@ class CoordinatorTarget(targets.Target):
         "Coordinator.Checkpoint": 1,
         "Coordinator.Rollback": 2,
         "Coordinator.LiveDigest": 1,
+        "Coordinator.Report": 10,
+        "Coordinator.Scale": 2,
         "Coordinator.Stop": 1,
     }
 
@@ -87,6 +91,19 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
             "Coordinator.LiveDigest": [pb.LiveDigestRequest()],
             "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
+            "Coordinator.Report": [
+                pb.ReportRequest(
+                    header=self.header(self.shards[0]),
+                    told=told,
+                    blocks=pack(np.array([0, 1], np.int32)),
+                    generations=pack(np.full(2, self.coordinator.generation, np.uint64)),
+                    shard=1,
+                    order=1,
+                    term=self.coordinator.term,
+                )
+                for told in (pb.ADDED, pb.HANDED, pb.CONFIRMED, pb.LACKING, pb.SLOW)
+            ],
+            "Coordinator.Scale": [pb.ScaleRequest(servers=3), pb.ScaleRequest(servers=1, workers=1)],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
 
@@ -111,6 +128,8 @@ class CoordinatorTarget(targets.Target):
                 c.cuts.wanted,
                 str((c.rollbacks.wanted, c.rollbacks.decided, c.live_digest.wanted)),
                 len(c.warnings),
+                c.copies.records.owners.tobytes(),
+                str((c.scaling.servers, c.scaling.workers, sorted(c.scaling.leaves))),
             ),
         )
 

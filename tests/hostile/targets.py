@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import ClassVar
 
+import copies_messages
 import mutate
 import numpy as np
 import rig
@@ -24,7 +25,7 @@ from oarlock.embedding.policy import Guard
 from oarlock.embedding.spec import CacheSpec, DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import HelloRequest
-from oarlock.proto.errors import Internal, Malformed, PSError
+from oarlock.proto.errors import DeadlineExceeded, Internal, Malformed, PSError
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.rpc import GrpcServer, to_status
 from oarlock.proto.shard_pb2 import (
@@ -50,7 +51,11 @@ from oarlock.proto.shard_pb2 import (
 from oarlock.proto.work import Work
 from oarlock.ps.rows import ANSWERS_KEPT
 
+# Of who waits for an answer.
+PATIENCE_SECONDS = 0.2
+
 READ_ONLY = (
+    "Shard.Held",
     "Shard.Hello",
     "Shard.Pull",
     "Shard.Marks",
@@ -70,7 +75,7 @@ class Target:
 
     def __init__(self, seed):
         self.rng = random.Random(seed)
-        self.inputs = self.refused = self.answered = 0
+        self.inputs = self.refused = self.answered = self.waited = 0
         self.renew()
 
     def renew(self):
@@ -108,8 +113,11 @@ class Target:
         error = None
         term = self.term()
         try:
-            with Work(self.server.memory, method) as work:
+            with Work(self.server.memory, method, seconds=PATIENCE_SECONDS) as work:
                 self.server._begun(METHODS[method], data, work)()
+        except DeadlineExceeded:
+            # It was done, and waits for copies that a forged record names.
+            self.waited += 1
         except PSError as refusal:
             error = refusal
         now = self.fingerprint()
@@ -197,6 +205,11 @@ class ShardTarget(Target):
         "Shard.Write": 1,
         "Shard.Replace": 2,
         "Shard.Digest": 1,
+        "Shard.Replicate": 25,
+        "Shard.Copy": 4,
+        "Shard.HandOver": 2,
+        "Shard.Reopen": 2,
+        "Shard.Held": 4,
         "Shard.Stats": 3,
         "Shard.Rows": 20,
     }
@@ -208,11 +221,13 @@ class ShardTarget(Target):
     def build(self):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.job = rig.Job(small_spec(), shards=1).place()
+        self.job = rig.Job(small_spec(), shards=2)
+        self.job.place([0] * self.job.layout.blocks)
         self.handler = self.job.services[0]
         self.shard = self.job.shards[0]
         for group in range(2):
             self.handler.push(rig.request_of(self.job, 1, group, raw=range(20)))
+        self.handler.adopt(copies_messages.change_of(self.job))
 
     def messages(self):
         job = self.job
@@ -240,7 +255,7 @@ class ShardTarget(Target):
             "Shard.Push": [rig.request_of(job, split, group, raw=range(8)) for split, group in ((1, 1), (1, 2), (2, 0))]
             + [packed_push(job, 2, group, codec) for group, codec in enumerate(PACKED)],
             "Shard.Marks": [MarksRequest(header=header, splits=[0, 1, 2])],
-            "Shard.Adopt": [adoption, newer, partly],
+            "Shard.Adopt": [adoption, newer, partly, copies_messages.change_of(job)],
             "Shard.Close": [CloseRequest(header=header, closed=ClosedSet(1, [3]).pack())],
             "Shard.Ranks": [RanksRequest(header=header)],
             "Shard.Cut": [CutRequest(header=header, cut=3, workers=[7, 8], committed=2)],
@@ -251,6 +266,7 @@ class ShardTarget(Target):
                 ReplaceRequest(header=header, table="user", path=str(self.folder / "cuts" / "cut-000003"), number=4),
             ],
             "Shard.Digest": [DigestRequest(header=header, cut=3)],
+            **copies_messages.messages(job, keyset),
             "Shard.Stats": [ShardStatsRequest(header=header)],
             "Shard.Rows": [
                 RowsRequest(header=header, verb=GET, keys=part),
@@ -283,7 +299,9 @@ class ShardTarget(Target):
         """Return a digest of all that a message may change: rows, dense values, marks, sequence, closed set, placement."""
         shard = self.shard
         digest = zlib.crc32(shard.sequence.tobytes(), shard.generation)
-        digest = zlib.crc32(shard.owned.tobytes(), digest)
+        holdings = shard.holdings
+        for held in (holdings.owned, holdings.here, holdings.generations, holdings.owners):
+            digest = zlib.crc32(held.tobytes(), digest)
         for split, marks in shard.marks._marks.items():
             digest = zlib.crc32(marks.tobytes(), zlib.crc32(b"%d" % split, digest))
         for *_, keys, weights, state in rig.state(self.job):

@@ -2,6 +2,7 @@
 """Requests that are nearly right, as hypothesis puts them together: right and wrong keys, blocks, counts and values."""
 
 import coordinator_target
+import copies_messages
 import numpy as np
 import pytest
 import rig
@@ -182,7 +183,9 @@ def test_a_worker_that_does_what_it_likes(coordinator, requests, first):
 def test_a_shard_is_left_usable(shard):
     """After all of that the same shard takes a good push, and can be pulled from."""
     reply = shard.handler.push(rig.request_of(shard.job, 5, 0))
-    assert reply.applied + reply.skipped == shard.job.layout.blocks
+    elsewhere = unpack(reply.moved, np.int32, "moved").tolist()
+    assert elsewhere == [copies_messages.COPIED]
+    assert reply.applied + reply.skipped == shard.job.layout.blocks - 1
     dense = pack(np.arange(JOB.layout.dense_base, JOB.layout.blocks, dtype=np.int32))
     values = unpack(shard.handler.pull(PullRequest(header=HEADER, dense=dense)).dense, np.float32, "dense")
     assert np.isfinite(values).all()
