@@ -15,15 +15,15 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oarlock.client.job import GATHERING, OVER, ROLLBACK, TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.adoption import Adoption
+from oarlock.cluster.burdens import Burdens
 from oarlock.cluster.holders import complete, wanted
 from oarlock.cluster.moving import Change, Moving, Order
-from oarlock.cluster.placement import balanced, sizes_of
-from oarlock.cluster.planning import blocks_of, place
+from oarlock.cluster.placement import balanced
+from oarlock.cluster.planning import place
 from oarlock.cluster.promotion import Promotion
 from oarlock.cluster.record import Records
 from oarlock.cluster.recoveries import PROMOTION, RELOAD, REPLICATION
@@ -49,8 +49,7 @@ class Copies:
         self.adoption = Adoption(self.records)
         self.promotion = Promotion(self.records)
         self.moving = Moving(self.records, coordinator.spec.moves_in_flight, 0)
-        self.sizes = sizes_of(coordinator.layout)
-        self.loads: NDArray[np.float64] = np.zeros(coordinator.layout.blocks)
+        self.burdens = Burdens(coordinator.layout, coordinator.spec.rebalance_seconds)
         self.creating: set[int] = set()
         self.created_from = ""
         # By dead shard, blocks of which a copy may have been on its way there; and whether an earlier life may have begun more.
@@ -97,7 +96,7 @@ class Copies:
         ids = [s.id for s in addresses]
         if c.spec.replicas:
             hosts = {m.id: m.host for m in shards}
-            members = place(blocks_of(c.layout, self.sizes), ids, replicas=c.spec.replicas, hosts=hosts)
+            members = place(self.burdens.blocks(), ids, replicas=c.spec.replicas, hosts=hosts)
         else:
             members = balanced(c.layout, ids)[:, None]
         with c.store as store:
@@ -183,6 +182,7 @@ class Copies:
             self._enlist()
             self._strike_dead()
             self._promote()
+            self._balance(now)
             self._want(now)
         orders, changes = self.moving.step(now)
         if changes:
@@ -319,6 +319,16 @@ class Copies:
                     self.records.list_shard(store, ShardAddress(member.id, member.address, member.incarnation))
                 logger.info("event=takes_part shard=%d", member.id)
 
+    def _balance(self, now: float) -> None:
+        """Look once in a while whether a shard has much more than others; while anything is under way it is only measured."""
+        c = self._c
+        if not self.burdens.due(now):
+            return
+        told = self.burdens.look(self.records, {m.id: m for m in c.members.alive("shard")}, now)
+        if told and c.phase == TRAINING and not self.held and self.at_rest and self.burdens.uneven(self.records):
+            with c.store as store:
+                self.look(store)
+
     def _want(self, now: float) -> None:
         """Begin the moves that are wanted, once those before have ended and all shards know each other."""
         c = self._c
@@ -336,7 +346,7 @@ class Copies:
         usable = c.scaling.usable()
         moves = wanted(
             self.records,
-            blocks_of(c.layout, self.sizes, self.loads),
+            self.burdens.blocks(),
             [m.id for m in usable],
             hosts={m.id: m.host for m in usable},
             under_way=[flight.move for flight in self.moving.flights.values()],

@@ -45,13 +45,24 @@ def wanted(
     first &= ~np.isin(moves.block, busy)
     found = moves.some(first).some(slice(0, MOST_MOVES))
     columns = (found.block.tolist(), found.drop.tolist(), found.add.tolist(), found.owner.tolist())
-    return [Move(*each) for each in zip(*columns, strict=True)]
+    return [_with_room(records, Move(*each)) for each in zip(*columns, strict=True)]
 
 
 def complete(records: Records, replicas: int) -> NDArray[np.bool_]:
     """Return bool[b]: whether a set has all the members that it is to have, all of them alive."""
     living: NDArray[np.int64] = np.isin(records.members, list(records.shards)).sum(axis=1)
     return living > replicas
+
+
+def _with_room(records: Records, move: Move) -> Move:
+    """Return a move, or what of it comes first where a set has no room for one more: somebody leaves."""
+    owner, members, _ = records.of(move.block)
+    if move.to < 0 or len(members) < records.width:
+        return move
+    heir = move.heir if move.heir in members else -1
+    if move.leaves == owner and heir < 0:
+        heir = next(m for m in members if m != owner)
+    return Move(move.block, move.leaves, -1, heir)
 
 
 def _afterwards(records: Records, under_way: Iterable[Move]) -> tuple[NDArray[np.int32], list[int]]:

@@ -85,3 +85,11 @@ def test_copies_go_to_other_hosts(make_records: Any) -> None:
     moves = wanted(make_records([(0,)] * 6 + [(1,)] * 6, 1), BLOCKS, list(hosts), hosts=hosts)
     assert len(moves) == 12
     assert all(hosts[m.to] == "two" for m in moves)
+
+
+def test_a_full_set_makes_room_first(make_records: Any) -> None:
+    records = make_records([(0, 1, 2)] + [(0, 1), (1, 2), (2, 0)] * 3 + [(3, 4), (4, 3)], 1)
+    moves = {m.block: m for m in wanted(records, BLOCKS, [3, 4])}
+    assert (moves[0].leaves, moves[0].to) in {(0, -1), (1, -1), (2, -1)}
+    assert moves[0].heir in ({1, 2} if moves[0].leaves == 0 else {-1, 1, 2})
+    assert all(m.to in (3, 4) for m in moves.values() if m.block)
