@@ -34,7 +34,7 @@ OVER = (DONE, STOPPED, FAILED)
 
 # What follows when all copies of a block are lost: all go back to the last cut, or those blocks alone do.
 ROLLBACK, RELOAD = "rollback", "reload"
-MAX_REPLICAS, MAX_MOVES_IN_FLIGHT = 2, 4096
+MAX_REPLICAS, MAX_MOVES_IN_FLIGHT, MAX_REBALANCE_SECONDS = 2, 4096, 86400
 
 _PLAN = (
     "mode",
@@ -70,13 +70,18 @@ def check_ranks(mode: str, ranks: int, prefetch: int) -> None:
         )
 
 
-def check_copies(mode: str, replicas: int, on_loss: str, moves_in_flight: int, servers: int) -> None:
+def check_copies(
+    mode: str, replicas: int, on_loss: str, moves_in_flight: int, servers: int, *, rebalance_seconds: float = 0.0
+) -> None:
     """Raise InvalidArgument for settings of copies that are no such, or do not go with others."""
     if isinstance(replicas, bool) or not isinstance(replicas, int) or not 0 <= replicas <= MAX_REPLICAS:
         raise InvalidArgument(f"replicas = {replicas!r}: give an integer from 0 to {MAX_REPLICAS}")
     moves = moves_in_flight
     if isinstance(moves, bool) or not isinstance(moves, int) or not 1 <= moves <= MAX_MOVES_IN_FLIGHT:
         raise InvalidArgument(f"moves_in_flight = {moves!r}: give an integer from 1 to {MAX_MOVES_IN_FLIGHT}")
+    every = rebalance_seconds
+    if isinstance(every, bool) or not isinstance(every, int | float) or not 0 <= every <= MAX_REBALANCE_SECONDS:
+        raise InvalidArgument(f"rebalance_seconds = {every!r}: give a number from 0 (never) to {MAX_REBALANCE_SECONDS}")
     if on_loss not in (ROLLBACK, RELOAD):
         raise InvalidArgument(f"on_loss = {on_loss!r}: choose {ROLLBACK!r} or {RELOAD!r}")
     if on_loss == RELOAD and mode in RANKED:
@@ -120,7 +125,7 @@ class JobSpec:
     ``warm_start``: what the rows and dense parameters of a new job begin with.
     ``replicas``: shards that have a copy of each block, beside its owner. ``on_loss``: what follows when all of them are lost:
     ``rollback``, all go back to the last cut, or ``reload``, those blocks alone do. ``moves_in_flight``: blocks that wait at once
-    for another owner.
+    for another owner. ``rebalance_seconds``: how often it is looked whether some shard has much more than others (0: never).
     """
 
     job: str
@@ -168,6 +173,7 @@ class JobSpec:
     replicas: int = 0
     on_loss: str = ROLLBACK
     moves_in_flight: int = 16
+    rebalance_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         try:
@@ -220,7 +226,14 @@ class JobSpec:
         if self.mode == "geo":
             self._check_geo()
         check_ranks(self.mode, self.ranks, self.prefetch)
-        check_copies(self.mode, self.replicas, self.on_loss, self.moves_in_flight, self.servers)
+        check_copies(
+            self.mode,
+            self.replicas,
+            self.on_loss,
+            self.moves_in_flight,
+            self.servers,
+            rebalance_seconds=self.rebalance_seconds,
+        )
         if self.mode in RANKED and self.ranks < 1:
             raise InvalidArgument(
                 f"mode = {self.mode!r} needs ranks: give ranks = 1 or more, the workers that make a step"

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oarlock.client.job import GATHERING, OVER, ROLLBACK, TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.adoption import Adoption
+from oarlock.cluster.burdens import Burdens
 from oarlock.cluster.holders import complete, wanted
 from oarlock.cluster.moving import Change, Moving, Order
-from oarlock.cluster.placement import balanced, rebalanced, sizes_of, with_copies
+from oarlock.cluster.placement import balanced
+from oarlock.cluster.planning import place
 from oarlock.cluster.promotion import Promotion
 from oarlock.cluster.record import Records
 from oarlock.cluster.recoveries import PROMOTION, RELOAD, REPLICATION
@@ -48,9 +49,7 @@ class Copies:
         self.adoption = Adoption(self.records)
         self.promotion = Promotion(self.records)
         self.moving = Moving(self.records, coordinator.spec.moves_in_flight, 0)
-        self.sizes = sizes_of(coordinator.layout)
-        self.loads: NDArray[np.float64] = np.zeros(coordinator.layout.blocks)
-        self.plan = rebalanced
+        self.burdens = Burdens(coordinator.layout, coordinator.spec.rebalance_seconds)
         self.creating: set[int] = set()
         self.created_from = ""
         # By dead shard, blocks of which a copy may have been on its way there; and whether an earlier life may have begun more.
@@ -58,6 +57,8 @@ class Copies:
         self._uncertain = False
         # When moves that are wanted are looked for; None: when somebody comes or goes.
         self._look_at: float | None = None
+        # Whether they are looked for though others are under way: what was wanted may be no more.
+        self._anew = False
         # Whether something is about to begin that moves have to wait for.
         self.held = False
 
@@ -93,11 +94,15 @@ class Copies:
         c = self._c
         addresses = [ShardAddress(m.id, m.address, m.incarnation) for m in shards]
         ids = [s.id for s in addresses]
-        owners = balanced(c.layout, ids)
+        if c.spec.replicas:
+            hosts = {m.id: m.host for m in shards}
+            members = place(self.burdens.blocks(), ids, replicas=c.spec.replicas, hosts=hosts)
+        else:
+            members = balanced(c.layout, ids)[:, None]
         with c.store as store:
-            self.records.place(store, owners, with_copies(c.layout, owners, ids, c.spec.replicas), addresses)
+            self.records.place(store, members[:, 0], members, addresses)
         self.adoption.begin_anew()
-        logger.info("event=placed generation=%d shards=%d blocks=%d", self.records.generation, len(ids), len(owners))
+        logger.info("event=placed generation=%d shards=%d blocks=%d", self.records.generation, len(ids), len(members))
 
     # What happens
 
@@ -107,8 +112,9 @@ class Copies:
             self.look(store)
 
     def look(self, store: Store) -> None:
-        """Have moves looked for that are wanted, as soon as none is under way."""
-        self._look_at = self._c.clock()
+        """Have moves looked for that are wanted; those that have not begun are looked for anew with the others."""
+        self._look_at, self._anew = self._c.clock(), True
+        self.moving.want(())
         store.set_fact(BALANCING, True)
 
     def shard_gone(self, member: "Member") -> None:
@@ -176,6 +182,7 @@ class Copies:
             self._enlist()
             self._strike_dead()
             self._promote()
+            self._balance(now)
             self._want(now)
         orders, changes = self.moving.step(now)
         if changes:
@@ -312,10 +319,20 @@ class Copies:
                     self.records.list_shard(store, ShardAddress(member.id, member.address, member.incarnation))
                 logger.info("event=takes_part shard=%d", member.id)
 
+    def _balance(self, now: float) -> None:
+        """Look once in a while whether a shard has much more than others; while anything is under way it is only measured."""
+        c = self._c
+        if not self.burdens.due(now):
+            return
+        told = self.burdens.look(self.records, {m.id: m for m in c.members.alive("shard")}, now)
+        if told and c.phase == TRAINING and not self.held and self.at_rest and self.burdens.uneven(self.records):
+            with c.store as store:
+                self.look(store)
+
     def _want(self, now: float) -> None:
         """Begin the moves that are wanted, once those before have ended and all shards know each other."""
         c = self._c
-        if self._look_at is None or not self.moving.idle:
+        if self._look_at is None or not (self.moving.idle or self._anew):
             return
         if self.moving.dropped:
             # What came to nothing would do so again at once.
@@ -327,15 +344,22 @@ class Copies:
         if not self.adoption.settled or self.promotion.blocks:
             return
         usable = c.scaling.usable()
-        shards = [m.id for m in usable]
-        moves = wanted(self.records, self.sizes, self.loads, shards, self.plan, waiting=self.promotion.blocks)
+        moves = wanted(
+            self.records,
+            self.burdens.blocks(),
+            [m.id for m in usable],
+            hosts={m.id: m.host for m in usable},
+            under_way=[flight.move for flight in self.moving.flights.values()],
+            waiting=self.promotion.blocks,
+        )
+        self._anew = False
+        self.moving.want(moves)
         if moves:
             logger.info("event=moves_wanted moves=%d", len(moves))
-            self.moving.want(moves)
-            return
-        self._look_at = None
-        with c.store as store:
-            store.set_fact(BALANCING, False)
+        elif self.moving.idle:
+            self._look_at = None
+            with c.store as store:
+                store.set_fact(BALANCING, False)
 
     def _let_go(self) -> None:
         """Let drained shards leave, and forget what has been created."""

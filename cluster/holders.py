@@ -1,53 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holders: which moves are wanted, of the records and the shards that may have blocks.
+"""Holders: which moves are wanted, of the records, what is under way, and the shards that may have blocks.
 
-    short      a set has fewer than ``replicas`` + 1 members: the shard that has least gets a copy
-    surplus    a set has more: a member leaves, one of a shard that is to have nothing first
-    rest       shards that are to have nothing are drained, and the others come to have equal shares (``plan``)
-
-Invariant: sets that are short come first, and what is wanted of a block is one move at a time. Pure.
+Invariant: what is wanted of a block is one move at a time, and no set gets smaller than the job wants it. Pure.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.cluster.moving import Move
+from oarlock.cluster.planning import Blocks, plan
 from oarlock.cluster.record import Records
 
 # Wanted at once; the rest is wanted when those are done.
 MOST_MOVES = 4096
 
-Plan = Callable[
-    [NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.float64], list[int], int],
-    list[tuple[int, int, int]],
-]
-
 
 def wanted(
     records: Records,
-    sizes: NDArray[np.int64],
-    loads: NDArray[np.float64],
-    shards: list[int],
-    plan: Plan,
+    blocks: Blocks,
+    shards: Collection[int],
     *,
+    hosts: Mapping[int, str] | None = None,
+    under_way: Iterable[Move] = (),
     waiting: Iterable[int] = (),
 ) -> list[Move]:
-    """Return the moves that are wanted now; ``shards`` may have blocks, ``waiting`` are blocks that wait for an owner."""
-    owned = np.isin(records.owners, list(records.shards))
-    owned[list(waiting)] = False
-    count = records.sizes()
-    # No set has more members than there are shards that may be one.
-    most = min(records.replicas + 1, len(shards))
-    moves = _short(records, sizes, shards, np.flatnonzero(owned & (count < most))[:MOST_MOVES])
-    for block in np.flatnonzero(owned & (count > records.replicas + 1))[:MOST_MOVES].tolist():
-        moves.append(_surplus(records, shards, block))
-    if moves:
-        return moves
-    owners = np.where(owned, records.owners, -1).astype(np.int32)
-    members = np.where(owned[:, None], records.members, -1).astype(np.int32)
-    return [Move(*move) for move in plan(owners, members, sizes, loads, shards, records.replicas)[:MOST_MOVES]]
+    """Return the moves that are wanted now, the most useful first.
+
+    ``shards`` may have blocks, all others that take part are drained. ``waiting``: blocks that wait for an owner; they are left
+    alone, and so are those that move.
+    """
+    if not shards:
+        return []
+    members, busy = _afterwards(records, under_way)
+    members[list(waiting)] = -1
+    leaving = set(records.shards) - set(shards)
+    moves = plan(blocks, members, shards, leaving=leaving, replicas=records.replicas, hosts=hosts)
+    # Of a block the first step; and nobody leaves a set that needs it, though there may be nobody to take its place.
+    first = np.zeros(len(moves), np.bool_)
+    first[np.unique(moves.block, return_index=True)[1]] = True
+    drops = (moves.add < 0) & (moves.owner < 0)
+    first &= ~drops | ((members[moves.block] >= 0).sum(axis=1) > records.replicas + 1)
+    first &= ~np.isin(moves.block, busy)
+    found = moves.some(first).some(slice(0, MOST_MOVES))
+    columns = (found.block.tolist(), found.drop.tolist(), found.add.tolist(), found.owner.tolist())
+    return [_with_room(records, Move(*each)) for each in zip(*columns, strict=True)]
 
 
 def complete(records: Records, replicas: int) -> NDArray[np.bool_]:
@@ -56,24 +54,31 @@ def complete(records: Records, replicas: int) -> NDArray[np.bool_]:
     return living > replicas
 
 
-def _short(records: Records, sizes: NDArray[np.int64], shards: list[int], blocks: NDArray[np.intp]) -> list[Move]:
-    ids = np.array(sorted(shards), np.int32)
-    if not len(ids) or not len(blocks):
-        return []
-    # Members that are nobody are counted at 0, and then not looked at.
-    weights = np.bincount((records.members + 1).ravel(), np.repeat(sizes, records.width), minlength=int(ids[-1]) + 2)
-    held = weights[ids + 1].astype(np.float64)
-    moves = []
-    for block in blocks.tolist():
-        free = ~np.isin(ids, records.members[block])
-        if free.any():
-            at = int(np.where(free, held, np.inf).argmin())
-            held[at] += sizes[block]
-            moves.append(Move(block, -1, int(ids[at])))
-    return moves
+def _with_room(records: Records, move: Move) -> Move:
+    """Return a move, or what of it comes first where a set has no room for one more: somebody leaves."""
+    owner, members, _ = records.of(move.block)
+    if move.to < 0 or len(members) < records.width:
+        return move
+    heir = move.heir if move.heir in members else -1
+    if move.leaves == owner and heir < 0:
+        heir = next(m for m in members if m != owner)
+    return Move(move.block, move.leaves, -1, heir)
 
 
-def _surplus(records: Records, shards: list[int], block: int) -> Move:
-    owner, members, _ = records.of(block)
-    others = [m for m in members if m != owner]
-    return Move(block, min(others, key=lambda m: (m in shards, -m)), -1)
+def _afterwards(records: Records, under_way: Iterable[Move]) -> tuple[NDArray[np.int32], list[int]]:
+    """Return the members, the owner first, as moves that are under way will leave them; and the blocks of those."""
+    members, busy = records.members.copy(), []
+    for move in under_way:
+        owner, before, _ = records.of(move.block)
+        after = [m for m in before if m != owner]
+        if move.to >= 0 and move.to not in before:
+            after.append(move.to)
+        if move.heir in after:
+            after.remove(move.heir)
+            owner, after = move.heir, [owner, *after]
+        if move.leaves in after and len(after) > records.replicas:
+            after.remove(move.leaves)
+        members[move.block] = -1
+        members[move.block, : 1 + len(after)] = [owner, *after][: records.width]
+        busy.append(move.block)
+    return members, busy

@@ -2,7 +2,7 @@
 """Moving: copies that are added, owners that hand over, members that leave; one move of a block at a time, step by step.
 
     copy       the owner gives `to` a copy and requires it, then reports; the record names it
-    hand       the owner closes the block and reports once all members have all; the record names `to` as the owner
+    hand       the owner closes the block and reports once all members have all; the record names `heir` as the owner
     confirm    a member too many leaves once those that stay have confirmed the record as it is
 
 Invariant: what a move does next follows from the block's record alone, so a record that changed by whatever way begins that step
@@ -30,11 +30,12 @@ COPY, WAIT, HAND, CONFIRM, REOPEN = "copy", "wait", "hand", "confirm", "reopen"
 
 @dataclass(frozen=True)
 class Move:
-    """``to`` gets the block and ``leaves`` gives it up, as the owner if it is that. -1: nobody."""
+    """A row of a plan: ``to`` gets a copy, then ``heir`` takes the block over, then ``leaves`` gives it up. -1: nobody."""
 
     block: int
     leaves: int
     to: int
+    heir: int = -1
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ class Moving:
     def gone(self, shard: int) -> None:
         """A shard is dead: moves to it and from it are looked at again."""
         self._waiting.pop(shard, None)
-        self._look.update(b for b, f in self.flights.items() if shard in (f.owner, f.move.to, f.move.leaves))
+        self._look.update(
+            b for b, f in self.flights.items() if shard in (f.owner, f.move.to, f.move.heir, f.move.leaves)
+        )
         self._reopen = {key: known for key, known in self._reopen.items() if known[0].owner != shard}
 
     def copies_to(self, shard: int) -> list[int]:
@@ -147,11 +150,16 @@ class Moving:
             flight is not None
             and (flight.stage, flight.generation, term) == (HAND, generation, self._term)
             and order in flight.orders
-            and flight.move.to in self._records.shards
+            and flight.move.heir in self._records.shards
         ):
-            return flight.move.to
+            return flight.move.heir
         self._reopen[block, owner] = (Order(REOPEN, owner, block, generation, term=term, order=order), 0.0)
         return None
+
+    def leaves(self, block: int) -> int:
+        """Return who is to give a block up, -1: nobody."""
+        flight = self.flights.get(block)
+        return flight.move.leaves if flight is not None else -1
 
     def reopened(self, order: Order) -> None:
         """The owner has heard that a hand-over came to nothing."""
@@ -241,7 +249,7 @@ class Moving:
             flight.generation, flight.owner = generation, owner
         stage = self._stage(move, owner, members)
         if not stage:
-            self.dropped |= move.to >= 0 and move.to not in members
+            self.dropped |= (move.to >= 0 and move.to not in members) or (move.heir >= 0 and move.heir != owner)
             self._leave_stage(flight)
             del self.flights[move.block]
             return
@@ -269,12 +277,12 @@ class Moving:
     def _stage(self, move: Move, owner: int, members: list[int]) -> str:
         """Return what a move is at; empty: it is over, or cannot go on."""
         shards, most = self._records.shards, self._records.replicas + 1
-        if owner not in shards or (move.to >= 0 and move.to not in shards):
+        if owner not in shards or any(s >= 0 and s not in shards for s in (move.to, move.heir)):
             return ""
         if move.to >= 0 and move.to not in members:
             return COPY if len(members) < self._records.width else ""
-        if move.leaves == owner and move.to >= 0 and move.to != owner:
-            return WAIT
+        if move.heir >= 0 and move.heir != owner:
+            return WAIT if move.heir in members else ""
         return CONFIRM if move.leaves in members and move.leaves != owner and len(members) > most else ""
 
     def _leave_stage(self, flight: Flight) -> None:
@@ -289,7 +297,7 @@ class Moving:
         self._hand(flight, now, orders)
 
     def _hand(self, flight: Flight, now: float, orders: list[Order]) -> None:
-        block, to = flight.move.block, flight.move.to
+        block, to = flight.move.block, flight.move.heir
         if (flight.owner, to) not in self._numbered:
             self._numbers += 1
             self._numbered[flight.owner, to] = self._numbers

@@ -98,7 +98,8 @@ def _handed(copies: Copies, block: int, request: ReportRequest) -> Change | None
         return None
     owner, members, _ = copies.records.of(block)
     rest = tuple(m for m in members if m != owner)
-    return Change(block, heir, rest if len(rest) > copies.records.replicas else tuple(members))
+    leaves = copies.moving.leaves(block) == owner and len(rest) > copies.records.replicas
+    return Change(block, heir, rest if leaves else tuple(members))
 
 
 def _slow(copies: Copies, block: int, request: ReportRequest) -> Change:

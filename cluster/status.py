@@ -68,6 +68,8 @@ def copies_of(c: "Coordinator") -> dict[str, Any]:
         "ownerless": len(c.copies.promotion.blocks),
         "copies": {str(s): len(records.named(s)) for s in sorted(c.shards)},
         "moving": {"under_way": len(moving.flights), "closed": len(moving.closed), **stages},
+        # By how much the shard that has most is above the mean.
+        "uneven": {name: round(over, 3) for name, over in c.copies.burdens.over(records).items()},
         "scale": c.scaling.told(),
         "recoveries": c.recoveries.told(),
     }

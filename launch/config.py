@@ -78,6 +78,7 @@ class RunConfig:
     gate_seconds: float = 2.0
     restarts: int = 1000
     moves_in_flight: int = 16
+    rebalance_seconds: float = 30.0
     restore: str = ""
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     compression: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +119,14 @@ class RunConfig:
                 "give mode = 'ssp', or staleness = 0"
             )
         check_ranks(self.mode, self.ranks, self.prefetch)
-        check_copies(self.mode, self.replicas, self.on_loss, self.moves_in_flight, self.servers)
+        check_copies(
+            self.mode,
+            self.replicas,
+            self.on_loss,
+            self.moves_in_flight,
+            self.servers,
+            rebalance_seconds=self.rebalance_seconds,
+        )
         if not 0 <= self.restarts <= 1 << 20:
             raise InvalidArgument(
                 f"restarts = {self.restarts}: give an integer from 0 (killed processes are not started again) to {1 << 20}"

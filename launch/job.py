@@ -75,6 +75,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         replicas=run.replicas,
         on_loss=run.on_loss,
         moves_in_flight=run.moves_in_flight,
+        rebalance_seconds=run.rebalance_seconds,
         restore=run.restore,
         warm_start=read_warm_start(run.warm_start, "job file"),
     )

@@ -39,6 +39,11 @@ def stats_of(shard: "Shard") -> dict[str, Any]:
         "sweeps": shard.sweeper.slices,
         "tables": {t.spec.name: t.rows for t in shard.tables},
         "table_bytes": {t.spec.name: t.nbytes for t in shard.tables},
+        # Rows that workers asked for and pushed.
+        "table_served": {
+            t.spec.name: asked + pushed
+            for t, asked, pushed in zip(shard.tables, shard.rows_asked, shard.rows_pushed, strict=True)
+        },
         # Of most tables there is nothing to say here.
         **{what: found for what in _TOLD if (found := _told(shard, what))},
     }

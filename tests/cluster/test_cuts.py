@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from oarlock.cluster.splits import close_split
+
 Make = Callable[..., Any]
 
 
 def close(cluster: Any, worker: int, groups: int) -> None:
     cluster.heartbeat(worker)
     (split,) = cluster.lease(worker).splits
-    cluster.coordinator.close_split(worker, split, 10, 5.0, groups=groups)
+    close_split(cluster.coordinator, worker, split, 10, 5.0, groups=groups)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from oarlock.client.job import STOPPED, TRAINING, WRITING
 from oarlock.cluster.gate import Gate
+from oarlock.cluster.splits import close_split
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Unavailable
 
@@ -193,7 +194,7 @@ def test_a_cut_is_due_after_so_many_steps(make_cluster: Make) -> None:
     c = cluster.coordinator
     for due in (False, True):
         (split,) = cluster.lease(worker).splits
-        c.close_split(worker, split, 10, 5.0, groups=2)
+        close_split(c, worker, split, 10, 5.0, groups=2)
         assert c.cuts.due() is due
     c.cuts.begin()
     assert not c.cuts.due()

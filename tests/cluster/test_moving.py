@@ -70,7 +70,7 @@ def kinds(orders: list[Order]) -> list[tuple[str, int, int]]:
 def test_a_move_from_its_copy_to_its_end(make_table: Any) -> None:
     table = make_table()
     moving = table.moving
-    moving.want([Move(1, 0, 3)])
+    moving.want([Move(1, 0, 3, 3)])
     orders, changes = moving.step(0.0)
     assert (kinds(orders), changes) == ([(COPY, 1, 3)], [])
     assert orders[0].generation == 1
@@ -85,7 +85,7 @@ def test_a_move_from_its_copy_to_its_end(make_table: Any) -> None:
 
 def test_orders_of_which_nothing_is_heard_are_given_again(make_table: Any) -> None:
     table = make_table()
-    table.moving.want([Move(1, 0, 3)])
+    table.moving.want([Move(1, 0, 3, 3)])
     assert len(table.moving.step(0.0)[0]) == 1
     assert table.moving.step(REPEAT_SECONDS / 2) == ([], [])
     assert kinds(table.moving.step(REPEAT_SECONDS)[0]) == [(COPY, 1, 3)]
@@ -98,7 +98,7 @@ def test_orders_of_which_nothing_is_heard_are_given_again(make_table: Any) -> No
 
 def test_the_target_dies_while_it_is_copied_to(make_table: Any) -> None:
     table = make_table()
-    table.moving.want([Move(1, 0, 3), Move(2, 0, 4)])
+    table.moving.want([Move(1, 0, 3, 3), Move(2, 0, 4, 4)])
     table.moving.step(0.0)
     assert table.moving.copies_to(3) == [1]
     table.gone(3)
@@ -109,7 +109,7 @@ def test_the_target_dies_while_it_is_copied_to(make_table: Any) -> None:
 def test_the_target_dies_while_the_block_is_closed(make_table: Any) -> None:
     table = make_table()
     table.record(1, 0, 0, 3)
-    table.moving.want([Move(1, 0, 3)])
+    table.moving.want([Move(1, 0, 3, 3)])
     (order,), _ = table.moving.step(0.0)
     table.gone(3)
     assert table.moving.handed(1, TERM, order.order) is None
@@ -119,7 +119,7 @@ def test_the_target_dies_while_the_block_is_closed(make_table: Any) -> None:
 def test_the_owner_dies_while_the_block_is_closed(make_table: Any) -> None:
     table = make_table(replicas=1)
     table.record(1, 0, 0, 1, 3)
-    table.moving.want([Move(1, 0, 3)])
+    table.moving.want([Move(1, 0, 3, 3)])
     table.moving.step(0.0)
     table.gone(0)
     table.moving.step(0.1)
@@ -130,7 +130,7 @@ def test_the_owner_dies_while_the_block_is_closed(make_table: Any) -> None:
 def test_a_member_that_is_removed_while_the_block_is_closed_begins_it_anew(make_table: Any) -> None:
     table = make_table(replicas=1)
     table.record(1, 0, 0, 1, 3)
-    table.moving.want([Move(1, 0, 3)])
+    table.moving.want([Move(1, 0, 3, 3)])
     (first,), _ = table.moving.step(0.0)
     table.record(1, 0, 0, 3)
     (second,), _ = table.moving.step(0.1)
@@ -142,7 +142,7 @@ def test_a_member_that_is_removed_while_the_block_is_closed_begins_it_anew(make_
 def test_a_block_is_not_closed_for_ever(make_table: Any) -> None:
     table = make_table()
     table.record(1, 0, 0, 3)
-    table.moving.want([Move(1, 0, 3)])
+    table.moving.want([Move(1, 0, 3, 3)])
     table.moving.step(0.0)
     now = 0.0
     while table.moving.flights:
@@ -170,7 +170,7 @@ def test_so_many_blocks_are_closed_at_once_and_what_is_held_back_closes_none(mak
     table = make_table(most_closed=2)
     for block in range(5):
         table.record(block, 0, 0, 3)
-    table.moving.want([Move(b, 0, 3) for b in range(5)])
+    table.moving.want([Move(b, 0, 3, 3) for b in range(5)])
     orders, _ = table.moving.step(0.0)
     assert len(orders) == len(table.moving.closed) == 2
     assert len({o.order for o in orders}) == 1, "they travel together"
@@ -188,7 +188,7 @@ def test_so_many_blocks_are_closed_at_once_and_what_is_held_back_closes_none(mak
 
 def test_so_many_copies_of_an_owner_are_under_way(make_table: Any) -> None:
     table = make_table(blocks=100)
-    table.moving.want([Move(b, 0, 3) for b in range(100)])
+    table.moving.want([Move(b, 0, 3, 3) for b in range(100)])
     orders, _ = table.moving.step(0.0)
     assert len(orders) == MOST_COPIES
     table.record(0, 0, 0, 3)
