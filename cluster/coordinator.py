@@ -12,7 +12,6 @@ from threading import RLock
 from typing import Any
 
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.client.compression import feedback_of
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress
@@ -21,7 +20,6 @@ from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.copies import Copies
 from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
-from oarlock.cluster.evaluation import MAX_SUM, Found
 from oarlock.cluster.events import Events
 from oarlock.cluster.live_digest import LiveDigest
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
@@ -31,9 +29,9 @@ from oarlock.cluster.recoveries import Recoveries
 from oarlock.cluster.recovery import go_back, take_up
 from oarlock.cluster.rollback import Rollbacks
 from oarlock.cluster.scaling import Scaling
+from oarlock.cluster.splits import release
 from oarlock.cluster.status import status_of
 from oarlock.cluster.store import Store
-from oarlock.cluster.work import MAX_FAILURES
 from oarlock.proto.common_pb2 import Placement
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
@@ -42,8 +40,6 @@ logger = logging.getLogger(__name__)
 # A worker that has not left so long after it was asked to is struck off.
 STOP_SECONDS = 30.0
 MAX_WARNINGS = 1000
-# More samples than this in one split are no count but a mistake.
-MAX_SAMPLES = 1 << 53
 
 
 class Coordinator:
@@ -257,41 +253,6 @@ class Coordinator:
         names = ("samples", "steps", "loss_sum", "train_seconds", "evaluate_seconds")
         return {**{name: getattr(self.work, name) for name in names}, "given_back": self.work.given_back + coming_back}
 
-    def close_split(self, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
-        """Count a split as trained."""
-        if not abs(loss_sum) <= MAX_SUM:
-            raise InvalidArgument(
-                f"split {split}: the loss is {loss_sum}; the model diverged, lower its learning rates", split=split
-            )
-        if max(samples, groups) > MAX_SAMPLES:
-            raise InvalidArgument(f"split {split}: {samples} samples in {groups} groups are no count", split=split)
-        with self.lock:
-            # A report that is repeated is answered from memory, which a write that failed leaves ahead of the disk.
-            self.store.check()
-            # The time until now was training, also if this split is the epoch's last.
-            self.count_time()
-            if self.work.close(worker, split, samples, loss_sum, groups):
-                with self.store as store:
-                    self.record_work(store)
-
-    def evaluated(self, worker: int, split: int, found: Found) -> None:
-        """Keep what an evaluation split found, as ``evaluation.check`` let it pass; the last one of an epoch ends it."""
-        with self.lock:
-            self.store.check()
-            if not self.work.evaluate(worker, split, found):
-                return
-            with self.store as store:
-                store.set_evaluation(split, found)
-        end_epoch_if_done(self)
-
-    def release(self, worker: int, kind: str, split: int, reason: str) -> None:
-        with self.lock:
-            if not self.work.release(worker, kind, split, reason):
-                self.fail(f"{kind} split {split} met an error on {MAX_FAILURES} workers: {reason}")
-            if kind == "train" and feedback_of(self.spec.compression):
-                with self.store as store:
-                    store.set_fact("counted", self.counted())
-
     def member_gone(self, member: Member, state: str, error: str = "") -> None:
         """A member left or died: its leases go to others; a shard's blocks are lost until the job is resumed."""
         with self.lock:
@@ -324,7 +285,7 @@ class Coordinator:
                     f"the {freed} splits that it had go to others"
                 )
             for kind, split in leases:
-                self.release(member.incarnation, kind, split, "")
+                release(self, member.incarnation, kind, split, "")
             if member.role == "shard":
                 self._shard_gone(member)
 

@@ -13,6 +13,7 @@ from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
 from oarlock.cluster.ranks import check_signature, read_ranks
 from oarlock.cluster.reports import report
+from oarlock.cluster.splits import close_split, evaluated, release
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
 from oarlock.proto.coordinator_pb2 import (
     EVALUATE,
@@ -270,10 +271,10 @@ class CoordinatorService:
         c = self._coordinator
         member = self._member(request.header, "worker")
         if request.work == TRAIN:
-            c.close_split(member.incarnation, request.split, request.samples, request.loss_sum, request.groups)
+            close_split(c, member.incarnation, request.split, request.samples, request.loss_sum, request.groups)
         elif request.work == EVALUATE:
             found = check(request.split, request.sums, request.scores, c.spec.metrics, max(1, c.spec.evaluation_splits))
-            c.evaluated(member.incarnation, request.split, found)
+            evaluated(c, member.incarnation, request.split, found)
         else:
             raise Malformed("a split that is closed is one of TRAIN or EVALUATE")
         return Empty()
@@ -285,7 +286,7 @@ class CoordinatorService:
             raise InvalidArgument(f"more than {MAX_SPLITS} splits given back in one message")
         for kind, splits in (("train", request.splits), ("evaluate", request.evaluations)):
             for split in splits:
-                c.release(member.incarnation, kind, split, request.reason[:2048])
+                release(c, member.incarnation, kind, split, request.reason[:2048])
         return Empty()
 
     def leave(self, request: LeaveRequest) -> Empty:

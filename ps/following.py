@@ -20,7 +20,6 @@ from oarlock.proto.arrays import Part, pack
 from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.blocks import drop
-from oarlock.ps.holdings import Numbers
 from oarlock.ps.images import take
 from oarlock.ps.operations import Image, Operation, apply, decode, lead_of, sequences_of
 from oarlock.ps.shard import Shard
@@ -38,6 +37,8 @@ class Following:
         self._shard = shard
         # Number of the stream, and of the next operation.
         self._streams: dict[int, tuple[int, int]] = {}
+        # By sender, which blocks refused and at which operation: told until the sender has heard it, and goes on behind that.
+        self._refused: dict[int, dict[int, int]] = {}
 
     def take(self, request: ReplicateRequest, parts: Sequence[Part]) -> ReplicateReply:
         """Do what is told and was not done before; answer how far that came."""
@@ -45,12 +46,14 @@ class Following:
         operations = [
             decode(shard.layout, message, parts, window=shard.closed_window) for message in request.operations
         ]
-        refused: dict[int, int] = {}
         with shard.push_lock:
             sender = shard.holdings.id_of(request.header.sender)
             if sender < 0:
                 raise Unavailable(f"the shard of incarnation {request.header.sender} is not known here yet")
             at = self._at(request)
+            known = self._refused.get(request.header.sender, {})
+            refused = {n: position for n, position in known.items() if position >= request.first}
+            self._refused[request.header.sender] = refused
             for position, (operation, generations) in enumerate(operations, request.first):
                 if position < at:
                     continue
@@ -59,15 +62,15 @@ class Following:
                 found = self._step(sender, operation, generations)
                 if found is None:
                     break
-                refused.update(found)
+                if isinstance(operation.does, Image):
+                    # Whatever it lacked before, it has now.
+                    refused.pop(int(operation.numbers[0]), None)
+                refused.update(dict.fromkeys(found, position))
                 at += 1
                 self._streams[request.header.sender] = (request.stream, at)
-        numbers = np.array(sorted(refused), np.int32)
-        return ReplicateReply(
-            next=at,
-            refused=pack(numbers),
-            generations=pack(np.array([refused[n] for n in numbers.tolist()], np.uint64)),
-        )
+            numbers = np.array(sorted(refused), np.int32)
+            here = np.where(shard.holdings.here[numbers], shard.holdings.generations[numbers], 0)
+        return ReplicateReply(next=at, refused=pack(numbers), generations=pack(here.astype(np.uint64)))
 
     def _at(self, request: ReplicateRequest) -> int:
         """Return the number of the next operation of a stream."""
@@ -76,13 +79,16 @@ class Following:
         if number != request.stream:
             # All before has been answered for; and what comes late of an older stream is nothing new to the copies.
             at = request.first
+            self._refused.pop(sender, None)
         if len(self._streams) >= MOST_STREAMS:
-            del self._streams[next(iter(self._streams))]
+            forgotten = next(iter(self._streams))
+            del self._streams[forgotten]
+            self._refused.pop(forgotten, None)
         self._streams[sender] = (request.stream, at)
         return at
 
-    def _step(self, sender: int, operation: Operation, generations: NDArray[np.int64]) -> dict[int, int] | None:
-        """Do an operation; return the blocks that refuse it with their generations here, None if it has to wait for a record."""
+    def _step(self, sender: int, operation: Operation, generations: NDArray[np.int64]) -> list[int] | None:
+        """Do an operation; return the blocks that refuse it, None if it has to wait for a record."""
         if isinstance(operation.does, Image):
             return self._image(sender, operation, int(generations[0]))
         holdings, numbers = self._shard.holdings, operation.numbers
@@ -96,7 +102,8 @@ class Following:
         todo = operation.only(takes & (lead == 1))
         if todo is not None:
             self._apply(todo)
-        return self._told(numbers[~takes | (lead > 1) | ~holdings.here[numbers]])
+        found: list[int] = numbers[~takes | (lead > 1) | ~holdings.here[numbers]].tolist()
+        return found
 
     def _apply(self, operation: Operation) -> None:
         """Do an operation; copies on which it fails are none any more."""
@@ -108,27 +115,23 @@ class Following:
                 drop(self._shard, number)
             self._shard.holdings.here[operation.numbers] = False
 
-    def _image(self, sender: int, operation: Operation, generation: int) -> dict[int, int] | None:
+    def _image(self, sender: int, operation: Operation, generation: int) -> list[int] | None:
         holdings, number = self._shard.holdings, int(operation.numbers[0])
         known, here = int(holdings.generations[number]), bool(holdings.here[number])
         if here and not holdings.is_copy(operation.numbers)[0]:
             # The record here says that this shard owns it: a newer one is on its way, or the sender hears that it is not.
-            return None if generation > known else self._told(operation.numbers)
+            return None if generation > known else [number]
         if generation < known:
-            return self._told(operation.numbers)
+            return [number]
         if (
             here
             and generation == known
             and int(sequences_of(self._shard, operation.numbers)[0]) >= operation.sequences[0]
         ):
-            return {}
+            return []
         assert isinstance(operation.does, Image), "looked at before"
         take(self._shard, operation.does)
         holdings.here[number] = True
         holdings.generations[number] = generation
         holdings.owners[number] = sender
-        return {}
-
-    def _told(self, numbers: Numbers) -> dict[int, int]:
-        holdings = self._shard.holdings
-        return {n: int(holdings.generations[n]) if holdings.here[n] else 0 for n in numbers.tolist()}
+        return []

@@ -36,7 +36,8 @@ NO_ORDER = Order(0, 0)
 class Holdings:
     """``generations`` int64[blocks]: of the newest record or copy known here, 0: none; ``owners`` int32[blocks] by the records.
 
-    ``me``: this shard, -1 as long as it is none. ``here`` bool[blocks]: there is content; ``owned``: the open owner's; ``closed``: under which order, where it is not open.
+    ``me``: this shard, -1 as long as it is none. ``here`` bool[blocks]: there is content; ``owned``: the open owner's;
+    ``closed``: under which order, where it is not open.
     """
 
     def __init__(self, blocks: int) -> None:

@@ -222,9 +222,13 @@ class Shard:
                 saved = _saved(request)
                 self.counters["push_bytes"] += 4 * values - saved
                 self.counters["push_bytes_saved"] += saved
-            if not here.all():
-                self.holdings.tell_where(numbers[~here], reply.where)
-            return self.leading.answer(reply, numbers[here])
+            return self.answered(reply, numbers, here)
+
+    def answered(self, reply: PushReply, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> PushReply | Pending:
+        """Return the answer to a push to blocks, those that are ``here`` bool[m] and others. The push lock is held."""
+        if not here.all():
+            self.holdings.tell_where(numbers[~here], reply.where)
+        return self.leading.answer(reply, numbers[here])
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: the blocks that are here and have not got the group."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest, RankCommits
 from oarlock.proto.work import refuse_late
 from oarlock.ps.does import Pushed, Stepped
@@ -107,8 +108,8 @@ class Staged:
 
     # Pushes
 
-    def push(self, sent: PushRequest | Bulk) -> PushReply:
-        """Stage a rank's part of a step; say which blocks live elsewhere."""
+    def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
+        """Stage a rank's part of a step; say which blocks live elsewhere. The answer waits for copies, as ``Shard.push``."""
         layout, shard = self._layout, self._shard
         request, parts = opened(sent)
         rank, step = self.rank_of(request.rank), read_step(request.step)
@@ -128,15 +129,18 @@ class Staged:
             # Nothing above has changed anything: a message is staged whole, or not at all.
             self.keep(Pushed(request.split, request.group, step, tuple(rows), tuple(dense), rank), fresh)
             staged = int(fresh.sum())
-            return PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+            reply = PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+            return shard.answered(reply, numbers, here)
 
     def fresh(self, rank: int, step: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: of which blocks the part of a step is new. Unavailable if it came before the step before it."""
         steps = self._marks.steps[numbers]
         fresh: NDArray[np.bool_] = here & (steps < step) & ~self._parts.have[rank, numbers]
         # Its sender saw every block at the step before; whoever has this one now has it from there. Under hybrid rows wait, too:
-        # what comes after a cut's step must not come before its view.
-        if (steps[fresh] + 1 < step).any() or (self.first and self.range()[0] + 1 < step):
+        # what comes after a cut's step must not come before its view. A shard that came without such blocks knows no commits
+        # before each rank's next pull.
+        waits = self.first and (len(self._blocks()) or self._hold.cut) and self.range()[0] + 1 < step
+        if (steps[fresh] + 1 < step).any() or waits:
             raise Unavailable(f"a part of step {step} came before every block here is at step {step - 1}")
         return fresh
 

@@ -179,6 +179,7 @@ class MixedChecker(Checker):
         self._shards.clear()
         self._staged.clear()
         self._at.clear()
+        self._behind.clear()
 
     def cuts(self, folder: Path) -> "MixedCuts":
         return MixedCuts(self, self._spec, folder)

@@ -16,6 +16,7 @@ from oarlock.client.compression import DENSE, Way
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.cluster.coordinator import Coordinator
+from oarlock.proto.arrays import unpack
 from oarlock.proto.errors import PSError
 from oarlock.ps.shard import Shard
 from oarlock.simulation.counting import RATE
@@ -83,7 +84,8 @@ class Residuals:
         self._ways = spec.compression[TABLE].pushed, spec.compression[DENSE].pushed
         self._keys = keys_by_block(TABLE, KEYS, splits)
         layout = Layout(spec.tables, spec.dense)
-        self._base = layout.table_base[2]
+        self._table = layout.table_index[TABLE]
+        self._base = layout.table_base[self._table]
         # One dense block each of the parameters before.
         self._dense_base = layout.dense_base + 2
         self._sent: dict[tuple[int, int], _Sent] = {}
@@ -103,14 +105,26 @@ class Residuals:
         # An error is one of the tables before, or of all of the message.
         fresh = not isinstance(reply, PSError) and split not in shard.closed
         here = shard.owned[self._base : self._base + KEYS]
-        for key in np.flatnonzero(here & touched).tolist():
+        # One that came here meanwhile is in another message.
+        in_it, dense_in_it = self._in(request)
+        for key in np.flatnonzero(here & touched & in_it).tolist():
             if fresh and group > applied.last[key]:
                 applied.last[key] = group
                 applied.rows[key] += rows[key]
-        if fresh and shard.owned[self._dense_base + split] and group > applied.last[KEYS]:
+        if fresh and dense_in_it and shard.owned[self._dense_base + split] and group > applied.last[KEYS]:
             applied.last[KEYS] = group
             applied.dense += dense
         self._compare(shard, split, here, f"after group {group} of worker {request.header.sender}")
+
+    def _in(self, request: Any) -> tuple[Have, bool]:
+        """Return which keys a push has something for, and whether it has for its split's dense block."""
+        keys = np.zeros(KEYS, np.bool_)
+        for part in request.tables:
+            if part.keys.table == self._table:
+                # Each of them is in a block of its own.
+                keys[unpack(part.keys.blocks, np.int32, "blocks")] = True
+        numbers = [unpack(part.blocks, np.int32, "blocks") for part in request.dense]
+        return keys, any(self._dense_base + request.split in found for found in numbers)
 
     def _given(self, split: int, group: int) -> tuple[Have, Values, Values]:
         first = split * self._per_split

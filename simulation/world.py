@@ -150,10 +150,12 @@ class World(Resuming):
             members = {m.incarnation for m in self.coordinator.members.all.values() if m.state != "dead"}
             joined = [s._joined for s in self.services_now if s._joined is not None]
             # One that was struck off has what nobody acknowledges any more.
-            shards = [shard for identity, shard in joined if identity.incarnation in members]
-            for shard in shards:
-                # A hand over that the end of the job came before.
-                shard.holdings.owned[list(shard.holdings.closed)] = True
+            found = [(identity.id, shard) for identity, shard in joined if identity.incarnation in members]
+            owners = self.coordinator.copies.records.owners
+            for number, shard in found:
+                # Some have not heard of the last records any more.
+                shard.holdings.owned[:] = (owners == number) & shard.holdings.here
+            shards = [shard for _, shard in found]
             self.checker.finish(self.coordinator, shards)
             self.residuals.finish(self.coordinator, shards)
 

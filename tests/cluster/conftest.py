@@ -27,6 +27,7 @@ from tests.conftest import load_shared
 # A model of shards with copies.
 load_shared("cluster/copies_shard.py")
 load_shared("cluster/copies_model.py")
+load_shared("cluster/copies_faults.py")
 
 SPEC = JobSpec(
     job="0123456789abcdef" * 2,

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+from copies_faults import strike
 from copies_model import Model
 
 from oarlock.client.job import OVER
@@ -46,7 +47,7 @@ def run(seed: int, path: Path, replicas: int, servers: int, on_loss: str = "roll
             break
         model.step()
         if model.c.phase == "training" and model.rng.random() < 0.07:
-            model.strike()
+            strike(model)
     if model.c.phase not in OVER:
         model.settle()
     model.store.close()

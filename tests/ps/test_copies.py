@@ -232,6 +232,16 @@ def test_a_copy_that_refuses_is_reported_and_never_passed_over():
     assert done(again)
 
 
+def test_a_refusal_whose_answer_was_lost_is_told_again():
+    job = pair()
+    job.shards[1].holdings.here[4] = False
+    answer = job.push(0, 0)[0]
+    job.pump(0, lose_answer=True)
+    job.settle()
+    assert not done(answer)
+    assert (SLOW, 1, [4]) in job.reports(0)
+
+
 def test_operations_wait_for_the_record_that_the_other_side_lacks():
     job = pair()
     job.record(2, (0, 1), tell=(0,))
