@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from oarlock.cli.copy_lines import copy_lines
 from oarlock.cli.cut_lines import cut_lines
 from oarlock.cli.show import epochs_table, event_lines, result_console, wire_lines
 from oarlock.client.job import OVER
@@ -48,6 +49,17 @@ def live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
     return found if folder is None or found["job"] == read_spec(folder).job else None
 
 
+def running(job: str) -> tuple[Path | None, str, dict[str, Any]]:
+    """Return (folder, coordinator's address, status) of a job that runs; Unavailable if it does not, or has no address."""
+    folder, address = locate(job)
+    found = live(folder, address)
+    if found is None or address is None or found["phase"] in OVER:
+        if folder is not None and is_running(folder):
+            raise Unavailable(f"job {job} runs in one process: it has no address to be asked at")
+        raise Unavailable(f"job {job} is not running")
+    return folder, address, found
+
+
 def status(options: argparse.Namespace) -> int:
     """Show a job: the live one if its coordinator answers, else what its folder says."""
     folder, address = locate(options.job)
@@ -74,7 +86,7 @@ def status(options: argparse.Namespace) -> int:
         hosts = "; ".join(f"worker {number}: {' '.join(map(str, ranks)) or 'none'}" for number, ranks in told)
         text = f"mode {found['mode']} of {found['ranks']} ranks{', hosted by ' + hosts if hosts else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    for line in [*wire_lines(found), *cut_lines(found)]:
+    for line in [*copy_lines(found), *wire_lines(found), *cut_lines(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in event_lines(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.rollback import rollback
 
             return rollback(options)
+        if options.command == "scale":
+            from oarlock.cli.scale import scale
+
+            return scale(options)
         if options.command == "digest":
             from oarlock.cli.digest import digest
 

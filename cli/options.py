@@ -10,6 +10,7 @@ from oarlock import __version__
 from oarlock.cli.checkpoint_options import add_checkpoint
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
+from oarlock.cli.scale_options import add_copies, add_scale, unscaled
 from oarlock.client.job import MODES
 from oarlock.telemetry.prometheus import read_port
 
@@ -21,6 +22,7 @@ examples:
   oarlock train ncf --name first --resume --epochs 30  go on from its newest checkpoint
   oarlock train ncf --restore first@4 --name second    a new job that goes on from a cut of another one
   oarlock status first                                 what it did, or does
+  oarlock scale first --servers 4                      more shards while it trains
   oarlock rows explain first user 42                   all that is known of a key while it trains
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
@@ -111,8 +113,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--restarts",
         type=int,
         metavar="N",
-        help="how often a killed worker or coordinator is started again, all in all (default 1000; 0: never)",
+        help="how often a killed process is started again, all in all (default 1000; 0: never)",
     )
+    add_copies(command)
     command.add_argument(
         "--set",
         action="append",
@@ -226,6 +229,7 @@ def build_parser() -> Parser:
     stop.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
     stop.add_argument("--no-checkpoint", action="store_true", help="lose what came after the last checkpoint")
 
+    add_scale(commands)
     add_checkpoint(commands)
     rollback = commands.add_parser(
         "rollback",
@@ -276,7 +280,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         known = [name for action in chosen._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         chosen.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    if wrong := complaint(options):
+    if wrong := complaint(options) or unscaled(options):
         chosen.error(wrong)
     if not hasattr(options, "data") and options.command == "demo":
         options.data = None

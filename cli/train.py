@@ -49,6 +49,9 @@ _OPTIONS = (
     "worker_pin_cores",
     "reader",
     "restarts",
+    "replicas",
+    "on_loss",
+    "moves_in_flight",
     "data",
 )
 

@@ -115,6 +115,11 @@ class Moving:
         """Whether nothing moves, or waits to."""
         return not self.flights and not any(self._waiting.values())
 
+    @property
+    def left(self) -> int:
+        """How many blocks move, or wait to."""
+        return len(self.flights) + sum(map(len, self._waiting.values()))
+
     # What happens
 
     def recorded(self, blocks: Iterable[int]) -> None:

@@ -67,7 +67,14 @@ def copies_of(c: "Coordinator") -> dict[str, Any]:
         "incomplete": int((~complete(records, c.spec.replicas)).sum()) if c.shards else 0,
         "ownerless": len(c.copies.promotion.blocks),
         "copies": {str(s): len(records.named(s)) for s in sorted(c.shards)},
-        "moving": {"under_way": len(moving.flights), "closed": len(moving.closed), **stages},
+        "moving": {
+            "left": moving.left,
+            "under_way": len(moving.flights),
+            "closed": len(moving.closed),
+            **stages,
+            # Whether nothing is under way, nor wanted, nor looked for.
+            "at_rest": c.copies.at_rest,
+        },
         # By how much the shard that has most is above the mean.
         "uneven": {name: round(over, 3) for name, over in c.copies.burdens.over(records).items()},
         "scale": c.scaling.told(),

@@ -19,6 +19,7 @@ from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
 from oarlock.client.warm import to_values
 from oarlock.cluster.events import FACT as EVENTS
+from oarlock.cluster.recoveries import FACT as RECOVERIES
 from oarlock.cluster.store import Store
 from oarlock.data.scores import merit
 from oarlock.launch.beginning import cut_to_resume
@@ -208,7 +209,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
     store = Store(path)
     try:
         with store.open():
-            names = ("phase", "reason", "run", "checkpoints", "closed", "counted", "best_cut", EVENTS)
+            names = ("phase", "reason", "run", "checkpoints", "closed", "counted", "best_cut", EVENTS, RECOVERIES)
             facts = {n: store.fact(n) for n in names}
             history = store.epochs()
     except Unavailable:
@@ -254,6 +255,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "history": history,
         "checkpoints": facts["checkpoints"] or [],
         "events": facts[EVENTS] or [],
+        "recoveries": facts[RECOVERIES] or [],
         "cut": {"best": facts["best_cut"]} if facts["best_cut"] else {},
         "warnings": [],
         "members": [],

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock scale JOB`: a running job is to have another number of shards or workers; the command ends once it is told, or, if
+asked to wait, once it is so.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from oarlock.cli.copy_lines import moves_line, numbers_line
+from oarlock.cli.jobs import ask, live, running
+from oarlock.client.job import OVER
+from oarlock.proto.coordinator_pb2 import ScaleReply, ScaleRequest
+from oarlock.proto.errors import Unavailable
+
+LOOK_SECONDS = 0.2
+# Where there is no terminal, how far it is is told in lines, so often.
+SAY_SECONDS = 2.0
+
+
+def scale(options: argparse.Namespace) -> int:
+    """Ask a running job for other numbers."""
+    folder, address, found = running(options.job)
+    if "scale" not in found:
+        raise Unavailable(
+            f"job {found['name']} is run by Oarlock {found.get('version', 'of an older version')}, which cannot scale it: "
+            "stop it, and resume it with other numbers"
+        )
+    begun = time.monotonic()
+    request = ScaleRequest(servers=options.servers or 0, workers=options.workers or 0)
+    reply: ScaleReply = ask(address, "Coordinator.Scale", request)
+    result = {"servers": reply.servers, "workers": reply.workers, "said": reply.said}
+    text = f"job {found['name']}: {reply.servers} servers, {reply.workers} workers: {reply.said}"
+    if options.wait:
+        print(text, file=sys.stderr, flush=True)
+        _wait(options.job, lambda: live(folder, address), (reply.servers, reply.workers))
+        result["seconds"] = round(time.monotonic() - begun, 3)
+        text = f"job {found['name']} has {reply.servers} servers and {reply.workers} workers after {result['seconds']:.1f} s"
+    print(json.dumps(result) if options.json else text)
+    return 0
+
+
+def _wait(job: str, look: Any, wanted: tuple[int, int]) -> None:
+    """Return once a job has the numbers that are wanted, and nothing moves; Unavailable if it will not."""
+    console = Console(stderr=True)
+    told, told_at = "", 0.0
+    with console.status("") as spinner:
+        while True:
+            found = look()
+            if found is None:
+                raise Unavailable(f"job {job} does not answer any more; `oarlock status` tells what it has")
+            if found["phase"] in OVER:
+                raise Unavailable(f"job {job} is {found['phase']}, before it had what was asked for")
+            if (found["scale"]["servers"], found["scale"]["workers"]) != wanted:
+                raise Unavailable(f"job {job} was asked for other numbers meanwhile: {numbers_line(found)}")
+            if settled(found):
+                return
+            text = "; ".join(part for part in (numbers_line(found), moves_line(found)) if part)
+            if console.is_terminal:
+                spinner.update(text)
+            elif text != told and time.monotonic() - told_at >= SAY_SECONDS:
+                told, told_at = text, time.monotonic()
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
+            time.sleep(LOOK_SECONDS)
+
+
+def settled(status: dict[str, Any]) -> bool:
+    """Whether a job has as many shards and workers as are wanted, and nothing of it moves or is to move."""
+    scale, there = status["scale"], [m["role"] for m in status["members"]]
+    return bool(
+        status["moving"]["at_rest"]
+        and not status["incomplete"]
+        and not any(scale["leaving"].values())
+        and len(status["blocks"]) == there.count("shard") == scale["servers"]
+        and there.count("worker") == scale["workers"]
+    )
