@@ -51,10 +51,10 @@ def test_a_job_begins_with_chosen_tables_and_trains_anew(
     # A cut before anything was trained shows what it began with: stop as soon as all shards have their blocks.
     cut = Coordinator.has_adopted
 
-    def asks_for_a_cut(self: Coordinator, shard: int, generation: int) -> None:
+    def asks_for_a_cut(self: Coordinator, shard: int, generation: int, listed: int | None = None) -> None:
         # Under one lock: no worker is leased a split in between.
         with self.lock:
-            cut(self, shard, generation)
+            cut(self, shard, generation, listed)
             if self.placed:
                 self.stop(True, "enough")
 
