@@ -82,7 +82,7 @@ class Scaling:
             go = [m.id for m in members if m.incarnation in self.leaves]
             more = wanted - (len(members) - len(go))
             if go:
-                said.append(f"{name} {', '.join(map(str, sorted(go)))} leaves")
+                said.append(f"{name} {', '.join(map(str, sorted(go)))} to leave")
             if more > 0:
                 said.append(f"{more} more {name}{'s' if more > 1 else ''} to come")
         return "; ".join(said) or "nothing changes"
