@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import cluster_rig
+import numpy as np
 import targets
 
 from oarlock.cluster.coordinator import MAX_WARNINGS
 from oarlock.cluster.members import MAX_ALIVE, MAX_GONE
 from oarlock.proto import coordinator_pb2 as pb
+from oarlock.proto.arrays import pack
 from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.methods import PROTOCOL
 
@@ -34,6 +36,8 @@ class CoordinatorTarget(targets.Target):
         "Coordinator.Checkpoint": 1,
         "Coordinator.Rollback": 2,
         "Coordinator.LiveDigest": 1,
+        "Coordinator.Report": 10,
+        "Coordinator.Scale": 2,
         "Coordinator.Stop": 1,
     }
 
@@ -56,6 +60,7 @@ class CoordinatorTarget(targets.Target):
         one, two = self.workers
         self.handler.lease(pb.LeaseRequest(header=self.header(one), wanted=2, number=1))
         train = {"header": self.header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
+        named = {"blocks": pack(np.array([0, 2], np.int32)), "generations": pack(np.array([1, 1], np.uint64))}
         join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
         return {
             "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
@@ -86,6 +91,11 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Gate": [pb.GateRequest(header=self.header(one), cut=1)],
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
             "Coordinator.LiveDigest": [pb.LiveDigestRequest()],
+            "Coordinator.Report": [
+                pb.ReportRequest(header=self.header(self.shards[0]), told=told, shard=1, term=1, order=1, **named)
+                for told in (pb.ADDED, pb.HANDED, pb.CONFIRMED, pb.LACKING, pb.SLOW)
+            ],
+            "Coordinator.Scale": [pb.ScaleRequest(servers=2, workers=3)],
             "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
             "Coordinator.Stop": [pb.StopRequest(checkpoint=True, reason="enough")],
         }
@@ -95,6 +105,7 @@ class CoordinatorTarget(targets.Target):
         c, work = self.coordinator, self.coordinator.work
         return (
             [(m.incarnation, m.state, m.asked, str(m.stats)) for m in c.members.all.values()],
+            (c.generation, c.scaling.servers, c.scaling.workers, frozenset(c.scaling.leaves)),
             dict(work.leases),
             work.closed.floor,
             tuple(work.closed.above),
