@@ -145,13 +145,13 @@ class Coordinator:
             if known is not None:
                 # It heard nothing of its lease before this answer.
                 return self.members.renew(known.incarnation, self.clock())
-            self._refuse_newcomers()
+            self._refuse_if_over()
             if role == "shard":
                 for old in self.members.alive("shard"):
                     if old.address == address:
                         self.member_gone(old, "dead", "another process listens at its address")
-                # With the one that it replaces the job may be over.
-                self._refuse_newcomers()
+                # That may have ended the job.
+                self._refuse_if_over()
             if len(self.members.alive(role)) >= MAX_ALIVE:
                 raise Unavailable(f"job {self.spec.name} has {MAX_ALIVE} {role}s and takes in no more for now")
             if self.cuts.gate is not None and self.spec.mode != "hybrid":
@@ -171,7 +171,7 @@ class Coordinator:
                 self.copies.shard_came()
             return member
 
-    def _refuse_newcomers(self) -> None:
+    def _refuse_if_over(self) -> None:
         if self.phase in (STOPPING, *OVER):
             raise InvalidArgument(f"job {self.spec.name} takes nobody in any more: it is {self.phase}")
 

@@ -144,6 +144,8 @@ class Copies:
             if shard in members and block not in self.creating:
                 rest = tuple(m for m in members if m != shard)
                 changes.append(Change(block, -1 if owner == shard else owner, rest))
+        if not changes:
+            return
         with self._c.store as store:
             self.record(store, changes)
             self.look(store)

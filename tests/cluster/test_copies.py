@@ -86,6 +86,25 @@ def test_a_move_by_its_reports(pair: Any) -> None:
         assert c.records.of(block)[0] == 2
 
 
+def test_what_has_not_begun_is_given_up_when_something_else_is_wanted(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = pair.coordinator
+    monkeypatch.setattr("oarlock.cluster.moving.MOST_COPIES", 1)
+    pair.service.scale(pb.ScaleRequest(servers=3))
+    come(pair, "a:9")
+    c.copies.step()
+    begun = dict(c.copies.moving.flights)
+    assert {flight.move.to for flight in begun.values()} == {2}
+    pair.service.scale(pb.ScaleRequest(servers=2))
+    c.copies.step()
+    for order in c.copies.step():
+        report(pair, c.shards[order.owner].incarnation, pb.ADDED, [order.block], [order.generation], shard=2)
+    pair.adopt()
+    c.copies.step()
+    assert set(c.records.named(2).tolist()) <= set(begun), "no other block came to the one that leaves"
+
+
 def test_a_report_of_another_shard_than_the_owner_changes_nothing(pair: Any) -> None:
     c = pair.coordinator
     block = int(np.flatnonzero(c.records.owners == 0)[0])

@@ -60,6 +60,7 @@ class CoordinatorTarget(targets.Target):
         one, two = self.workers
         self.handler.lease(pb.LeaseRequest(header=self.header(one), wanted=2, number=1))
         train = {"header": self.header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
+        named = {"blocks": pack(np.array([0, 2], np.int32)), "generations": pack(np.array([1, 1], np.uint64))}
         join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
         return {
             "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
@@ -90,6 +91,11 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Gate": [pb.GateRequest(header=self.header(one), cut=1)],
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
             "Coordinator.LiveDigest": [pb.LiveDigestRequest()],
+            "Coordinator.Report": [
+                pb.ReportRequest(header=self.header(self.shards[0]), told=told, shard=1, term=1, order=1, **named)
+                for told in (pb.ADDED, pb.HANDED, pb.CONFIRMED, pb.LACKING, pb.SLOW)
+            ],
+            "Coordinator.Scale": [pb.ScaleRequest(servers=2, workers=3)],
             "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
             "Coordinator.Report": [
                 pb.ReportRequest(
@@ -112,6 +118,7 @@ class CoordinatorTarget(targets.Target):
         c, work = self.coordinator, self.coordinator.work
         return (
             [(m.incarnation, m.state, m.asked, str(m.stats)) for m in c.members.all.values()],
+            (c.generation, c.scaling.servers, c.scaling.workers, frozenset(c.scaling.leaves)),
             dict(work.leases),
             work.closed.floor,
             tuple(work.closed.above),
