@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest, RankCommits
 from oarlock.proto.work import refuse_late
 from oarlock.ps.does import Pushed, Stepped
@@ -107,8 +108,8 @@ class Staged:
 
     # Pushes
 
-    def push(self, sent: PushRequest | Bulk) -> PushReply:
-        """Stage a rank's part of a step; say which blocks live elsewhere."""
+    def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
+        """Stage a rank's part of a step; say which blocks live elsewhere. The copies have it before that is answered."""
         layout, shard = self._layout, self._shard
         request, parts = opened(sent)
         rank, step = self.rank_of(request.rank), read_step(request.step)
@@ -128,7 +129,9 @@ class Staged:
             # Nothing above has changed anything: a message is staged whole, or not at all.
             self.keep(Pushed(request.split, request.group, step, tuple(rows), tuple(dense), rank), fresh)
             staged = int(fresh.sum())
-            return PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+            reply = PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+            # Its rank commits the step by that: a copy that becomes the owner must not make it without these parts.
+            return shard.leading.answer(reply, numbers[here])
 
     def fresh(self, rank: int, step: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: of which blocks the part of a step is new. Unavailable if it came before the step before it."""
