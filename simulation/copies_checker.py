@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.client.closed import ClosedSet
-from oarlock.client.job import OVER, JobSpec
+from oarlock.client.job import GATHERING, OVER, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.live import LiveBlock, keys_of
 from oarlock.proto.arrays import unpack
@@ -31,7 +31,7 @@ from oarlock.ps.rank_marks import STEP_MARK
 from oarlock.ps.request import read_dense, read_rows, read_step
 from oarlock.ps.shard import Shard
 from oarlock.simulation.invariants import Checker, require
-from oarlock.simulation.state import Committed
+from oarlock.simulation.state import Committed, Record
 
 Numbers = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -68,8 +68,8 @@ class CopiesChecker:
 
     @property
     def _off(self) -> bool:
-        """Whether what is done now is of a run that is over."""
-        return self._committed.facts.get("phase") in OVER
+        """Whether there is nothing to keep yet, or what is done is of a run that is over."""
+        return self._committed.facts.get("phase", GATHERING) in (GATHERING, *OVER)
 
     # Answers
 
@@ -84,9 +84,6 @@ class CopiesChecker:
         numbers = np.setdiff1d(numbers, unpack(reply.moved, np.int32, "moved")).astype(np.int32)
         living = self._living()
         for number, shard in living.items():
-            if shard.staged is not None and shard.staged.all_blocks:
-                # Parts that are lost with their owner are sent again: what counts is the step.
-                return
             mine = numbers[self._member(number)[numbers] & shard.holdings.here[numbers]]
             lacking = mine[~_has(shard, request, mine)]
             require(
@@ -123,9 +120,10 @@ class CopiesChecker:
 
     def handled(self, shard: Shard | None, method: str, request: Any, reply: Any) -> None:
         """After a shard, or None: the coordinator, handled a message."""
-        if self._off or reply is None or isinstance(reply, PSError):
-            return
-        if method == "Shard.Push":
+        if self._off:
+            # All may be placed anew.
+            self._note_records()
+        if self._off or method == "Shard.Push" or reply is None or isinstance(reply, PSError):
             return
         self._records()
         if method == "Shard.Pull":
@@ -141,27 +139,31 @@ class CopiesChecker:
         """After the last event of a job that is done."""
         self._compare(range(self._blocks))
 
-    def _records(self) -> None:
-        """Take in what was recorded since, and check what it says of those that it names."""
+    def _note_records(self) -> list[tuple[int, Record | None, Record]]:
+        """Take in what was recorded since; return what changed."""
         changes, self._committed.changes[:] = list(self._committed.changes), []
-        if not changes:
-            return
-        living = self._living()
-        for block, before, after in changes:
+        for block, _, after in changes:
             self._owners[block] = after.owner
             for mask in self._named.values():
                 mask[block] = False
             for member in after.members:
                 self._named.setdefault(member, np.zeros(self._blocks, np.bool_))[block] = True
+        return changes
+
+    def _records(self) -> None:
+        """Check what was recorded since of those that it names."""
+        changes = self._note_records()
+        living = self._living() if changes else {}
+        for block, before, after in changes:
             if before is None or before.owner < 0 or after.owner < 0:
                 continue
             if before.owner != after.owner:
                 self._counts["handed over" if before.owner in living else "promoted"] += 1
-            self._counts["copies added"] += len(set(after.members) - set(before.members))
+            new = set(after.members) - set(before.members)
+            self._counts["copies added"] += len(new)
             self._counts["copies removed"] += len(set(before.members) - set(after.members))
-        for block, before, after in changes:
-            if before is not None and before.owner >= 0 and self._committed.sets[block] == after:
-                for member in {after.owner, *(set(after.members) - set(before.members))} & living.keys():
+            if self._committed.sets[block] == after:
+                for member in {after.owner, *new} & living.keys():
                     self._named_now(living[member], member, block, promoted=member in before.members)
 
     def _named_now(self, shard: Shard, number: int, block: int, *, promoted: bool) -> None:
