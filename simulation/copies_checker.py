@@ -133,6 +133,9 @@ class CopiesChecker:
         self._look()
         self._told += method == "Shard.Replicate"
         if method == "Shard.Replicate" and self._told % COMPARE == 0:
+            for number, other in self._living().items():
+                here = self._member(number) & other.holdings.here
+                self._whole(other, number, np.flatnonzero(here).astype(np.int32), "R1")
             self._compare(range(self._blocks))
 
     def finish(self) -> None:
