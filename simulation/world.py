@@ -241,7 +241,9 @@ class World(Resuming):
         if self.copies is not None:
             self.copies.handled(shard, method, request, reply)
         if method == "Shard.Push":
-            self.checker.pushed(shard, request.split)
+            # One that was struck off refuses, and has what nobody acknowledges any more.
+            if not self.schedule.elastic or shard in self._living().values():
+                self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
             self.residuals.pushed(shard, request, reply)
             self.cuts.pushed(request, reply)

@@ -146,7 +146,7 @@ def operations_of_any_generation(patch: Patch) -> None:
 
 
 def operations_are_done_as_they_come(patch: Patch) -> None:
-    """Neither positions in a stream nor sequences of copies are looked at: what comes twice is done twice, gaps are passed over."""
+    """Neither positions in a stream nor sequences of copies are looked at: what comes twice is done twice."""
     patch.setattr(Following, "_at", lambda self, request: request.first)
     patch.setattr(following, "lead_of", lambda shard, operation: np.ones(len(operation.numbers), np.int64))
     patch.setattr(operations, "_same", lambda operation, found, wanted: None)
