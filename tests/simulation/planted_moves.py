@@ -17,6 +17,7 @@ from oarlock.cluster.moving import Moving
 from oarlock.cluster.promotion import Chosen, Promotion
 from oarlock.cluster.store import Store
 from oarlock.proto.coordinator_pb2 import ADDED, HANDED
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
 from oarlock.ps import adopting, following, operations
 from oarlock.ps.following import Following
@@ -24,6 +25,7 @@ from oarlock.ps.holdings import Holdings, Numbers
 from oarlock.ps.images import take
 from oarlock.ps.leading import Leading
 from oarlock.ps.rank_marks import STEP_MARK
+from oarlock.ps.staged import Staged
 
 Patch = pytest.MonkeyPatch
 
@@ -196,6 +198,17 @@ def staged_parts_do_not_travel(patch: Patch) -> None:
     _taken(patch, lambda image: replace(image, staged=()))
 
 
+def parts_are_acknowledged_before_the_copies_have_them(patch: Patch) -> None:
+    """sync: a part that is lost with its owner was acknowledged; its rank has committed the step, which is made without it."""
+    original = Staged.push
+
+    def push(self: Staged, sent: Any) -> Any:
+        reply = original(self, sent)
+        return reply.so_far if isinstance(reply, Pending) else reply
+
+    patch.setattr(Staged, "push", push)
+
+
 def steps_are_told_before_the_copies_made_them(patch: Patch) -> None:
     """A rank's pull is answered once the owner has made the step."""
     patch.setattr(Leading, "everywhere", lambda self, numbers: True)
@@ -256,6 +269,7 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     the_closed_set_does_not_travel,
     marks_do_not_travel,
     staged_parts_do_not_travel,
+    parts_are_acknowledged_before_the_copies_have_them,
     steps_are_told_before_the_copies_made_them,
     opened_again_under_any_order,
     handed_over_under_any_order,
