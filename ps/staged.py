@@ -109,7 +109,7 @@ class Staged:
     # Pushes
 
     def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
-        """Stage a rank's part of a step; say which blocks live elsewhere. The answer waits for copies, as ``Shard.push``."""
+        """Stage a rank's part of a step; say which blocks live elsewhere. The copies have it before that is answered."""
         layout, shard = self._layout, self._shard
         request, parts = opened(sent)
         rank, step = self.rank_of(request.rank), read_step(request.step)
@@ -130,6 +130,7 @@ class Staged:
             self.keep(Pushed(request.split, request.group, step, tuple(rows), tuple(dense), rank), fresh)
             staged = int(fresh.sum())
             reply = PushReply(moved=pack(numbers[~here]), applied=staged, skipped=int(here.sum()) - staged)
+            # Its rank commits the step by that: a copy that becomes the owner must not make it without these parts.
             return shard.answered(reply, numbers, here)
 
     def fresh(self, rank: int, step: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:

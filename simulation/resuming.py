@@ -22,6 +22,7 @@ from oarlock.cluster.service import CoordinatorService
 from oarlock.proto.coordinator_pb2 import ScaleRequest
 from oarlock.proto.errors import PSError
 from oarlock.ps.service import ShardService
+from oarlock.ps.shard import Shard
 from oarlock.simulation.faults import LEASE_SECONDS, Fault
 from oarlock.simulation.loop import Process
 from oarlock.simulation.state import Committed
@@ -63,6 +64,16 @@ class Resuming(Strikes):
     @property
     def services_now(self) -> list[ShardService]:
         return self.services[self._first_shard :]
+
+    def _living(self) -> dict[int, Shard]:
+        """Return the shards that nobody has struck off, by id."""
+        found = {}
+        for process, service in zip(self.shards_now, self.services_now, strict=True):
+            if process.alive and service._joined is not None:
+                identity, shard = service._joined
+                if self.committed.members.get(identity.incarnation, {}).get("state") == "alive":
+                    found[identity.id] = shard
+        return found
 
     def _start_coordinator(self) -> None:
         raise NotImplementedError

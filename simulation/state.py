@@ -7,13 +7,22 @@ Invariant: ``committed`` holds what a reader of the file would find, and survive
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oarlock.cluster.evaluation import Found
 from oarlock.cluster.store import Store
 from oarlock.simulation.wire import Killed
+
+
+class Record(NamedTuple):
+    """A block's: its generation, its owner (-1: none), and all members."""
+
+    generation: int
+    owner: int
+    members: tuple[int, ...]
 
 
 @dataclass
@@ -26,6 +35,9 @@ class Committed:
     # Owners by block and generation of its record.
     records: dict[tuple[int, int], int] = field(default_factory=dict)
     epochs: dict[int, Any] = field(default_factory=dict)
+    # By block its record; and which records took the place of which others, until somebody has looked at them.
+    sets: dict[int, Record] = field(default_factory=dict)
+    changes: list[tuple[int, Record | None, Record]] = field(default_factory=list)
 
 
 class WatchedStore(Store):
@@ -68,6 +80,8 @@ class WatchedStore(Store):
         if self._clear_epochs:
             self._committed.epochs.clear()
         for where, key, value in self._pending:
+            if where is self._committed.sets:
+                self._committed.changes.append((key, where.get(key), value))
             where[key] = value
         self._forget()
 
@@ -105,14 +119,21 @@ class WatchedStore(Store):
 
     def set_placement_sets(self, generations: bytes, members: bytes) -> None:
         super().set_placement_sets(generations, members)
+        found = np.frombuffer(members, np.int32).reshape(len(self._owners), -1)
         for block, generation in enumerate(np.frombuffer(generations, np.int64).tolist()):
-            self._pending.append((self._committed.records, (block, generation), int(self._owners[block])))
+            self._recorded(block, generation, int(self._owners[block]), found[block])
 
     def set_records(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         made = list(rows)
         super().set_records(made)
-        for block, generation, owner, _ in made:
-            self._pending.append((self._committed.records, (block, generation), owner))
+        for block, generation, owner, packed in made:
+            self._recorded(block, generation, owner, np.frombuffer(packed, np.int32))
+
+    def _recorded(self, block: int, generation: int, owner: int, members: NDArray[np.int32]) -> None:
+        self._pending.append((self._committed.records, (block, generation), owner))
+        record = Record(generation, owner, tuple(m for m in members.tolist() if m >= 0))
+        if self._committed.sets.get(block) != record:
+            self._pending.append((self._committed.sets, block, record))
 
     def set_epoch(self, epoch: int, value: dict[str, Any]) -> None:
         super().set_epoch(epoch, value)

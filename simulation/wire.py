@@ -46,7 +46,7 @@ class Call:
 
 class Wire:
     """Connects processes by address. ``event(process, call, request, reply)`` is told of every delivery, ``before`` of requests
-    that are about to be handled, and says whether who should handle one has just died."""
+    that are about to be handled, and says whether who should handle one has just died; ``answered`` of replies that are sent."""
 
     def __init__(
         self,
@@ -55,12 +55,14 @@ class Wire:
         latency: float,
         event: Callable[[Process | None, Call, Any, Any], None],
         before: Callable[[Process, Call], bool] = lambda process, call: False,
+        answered: Callable[[Process, Call, Any], None] = lambda process, call, reply: None,
     ) -> None:
         self._loop = loop
         self._rng = rng
         self._latency = latency
         self._event = event
         self._before = before
+        self._answered = answered
         self._nowhere = contextvars.Context()
         self._listeners: dict[str, tuple[Process, object]] = {}
         self._inboxes: dict[Process, deque[Call]] = {}
@@ -182,6 +184,8 @@ class Wire:
 
     def _send_back(self, process: Process, call: Call, reply: Any, error: PSError | None) -> None:
         data = None if reply is None else reply.SerializeToString()
+        if reply is not None:
+            self._answered(process, call, reply)
         if "deaf" in call.faults or (not process.alive and self._rng.random() < 0.5):
             self._broken(call)
         else:

@@ -19,9 +19,11 @@ from oarlock.cluster.orders import Orders
 from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.proto.errors import LeaseLost, OutOfMemory, PSError, WrongRun
+from oarlock.proto.methods import METHODS
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
+from oarlock.simulation.copies_checker import CopiesChecker
 from oarlock.simulation.cuts import Cuts
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import HYBRID, SYNC, Outcome, Schedule
@@ -56,7 +58,10 @@ class World(Resuming):
         self.data = data
         self.folder = folder
         self.log = log
-        self.wire = Wire(self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event, self._before)
+        self.wire = Wire(
+            self.loop, random.Random(schedule.seed + 1), schedule.latency, self._event, self._before, self._answered
+        )
+        self.counts: Counter[str] = Counter()
         self._begin_anew()
         self.processes: list[Process] = []
         self.coordinator: Coordinator
@@ -66,7 +71,6 @@ class World(Resuming):
         self.shard_processes: list[Process] = []
         self.workers: list[Process] = []
         self.leaving: dict[str, asyncio.Event] = {}
-        self.counts: Counter[str] = Counter()
         self.events = 0
         self.violation = ""
         self._faults = list(schedule.faults)
@@ -89,11 +93,19 @@ class World(Resuming):
         self.residuals = Residuals(self.spec)
         checkpoints = self.folder / "checkpoints"
         self.cuts = self.checker.cuts(checkpoints) or Cuts(self.spec, checkpoints)
+        self._follow_copies()
+
+    def _follow_copies(self) -> None:
+        """Watch the copies of a life of the job from its begin."""
+        self.copies: CopiesChecker | None = None
+        if self.schedule.elastic:
+            self.copies = CopiesChecker(self.spec, self.committed, self.checker, self._living, self.counts)
 
     def _went_back(self, cut: int) -> None:
         """Watch on from a cut. What follows a job from its begin sees no more of it."""
         self.checker.went_back()
         self.cuts.went_back(self.coordinator, cut)
+        self._follow_copies()
         self.bound = Bound(self.schedule.staleness, follows=not self.schedule.elastic)
         self._lost_sight()
 
@@ -151,6 +163,8 @@ class World(Resuming):
             joined = [s._joined for s in self.services_now if s._joined is not None]
             # One that was struck off has what nobody acknowledges any more.
             found = [(identity.id, shard) for identity, shard in joined if identity.incarnation in members]
+            if self.copies is not None:
+                self.copies.finish()
             owners = self.coordinator.copies.records.owners
             for number, shard in found:
                 # Some have not heard of the last records any more.
@@ -175,6 +189,10 @@ class World(Resuming):
     def _before(self, process: Process, call: Call) -> bool:
         self._strike_at(call.method, before=True)
         return not process.alive
+
+    def _answered(self, process: Process, call: Call, reply: Any) -> None:
+        if call.method == "Shard.Push" and self.copies is not None and process in self.shards_now:
+            self.copies.acknowledged(METHODS[call.method].request.FromString(call.data), reply)
 
     def _event(self, process: Process | None, call: Call, request: Any, reply: Any) -> None:
         self.events += 1
@@ -210,6 +228,8 @@ class World(Resuming):
                 self.cuts.stood(request.header.sender, request.cut)
             self.residuals.answered(call.method, request)
             self.checker.answered(call.method, request, reply)
+            if self.copies is not None:
+                self.copies.handled(None, call.method, request, reply)
         elif process in self.shards_now:
             number = self.shard_processes.index(process)
             joined = self.services[number]._joined
@@ -218,8 +238,12 @@ class World(Resuming):
 
     def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
         self.checker.handled(shard, method, request, reply)
+        if self.copies is not None:
+            self.copies.handled(shard, method, request, reply)
         if method == "Shard.Push":
-            self.checker.pushed(shard, request.split)
+            # One that was struck off refuses, and has what nobody acknowledges any more.
+            if not self.schedule.elastic or shard in self._living().values():
+                self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
             self.residuals.pushed(shard, request, reply)
             self.cuts.pushed(request, reply)

@@ -12,5 +12,6 @@ for _name in (
     "planted_hybrid",
     "planted_cuts",
     "planted_losses",
+    "planted_moves",
 ):
     load_shared(f"simulation/{_name}.py")
