@@ -66,7 +66,10 @@ class Records:
             self.members[:, : found.shape[1]] = found[:, : self.width]
         for block, generation, owner, packed in store.records():
             self.generations[block], self.owners[block] = generation, owner
-            self.members[block] = np.frombuffer(packed, np.int32)[: self.width]
+            row = np.frombuffer(packed, np.int32)[: self.width]
+            # The job may have had another number of copies then.
+            self.members[block] = -1
+            self.members[block, : len(row)] = row
             self.generation = max(self.generation, generation)
             self._rows += 1
         self.shards = {s["id"]: ShardAddress(**s) for s in shards}
