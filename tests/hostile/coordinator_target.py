@@ -91,11 +91,6 @@ class CoordinatorTarget(targets.Target):
             "Coordinator.Gate": [pb.GateRequest(header=self.header(one), cut=1)],
             "Coordinator.Checkpoint": [pb.CheckpointRequest()],
             "Coordinator.LiveDigest": [pb.LiveDigestRequest()],
-            "Coordinator.Report": [
-                pb.ReportRequest(header=self.header(self.shards[0]), told=told, shard=1, term=1, order=1, **named)
-                for told in (pb.ADDED, pb.HANDED, pb.CONFIRMED, pb.LACKING, pb.SLOW)
-            ],
-            "Coordinator.Scale": [pb.ScaleRequest(servers=2, workers=3)],
             "Coordinator.Rollback": [pb.RollbackRequest(table="user", path="/somewhere/cut-000003")],
             "Coordinator.Report": [
                 pb.ReportRequest(
