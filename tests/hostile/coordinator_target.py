@@ -60,7 +60,6 @@ class CoordinatorTarget(targets.Target):
         one, two = self.workers
         self.handler.lease(pb.LeaseRequest(header=self.header(one), wanted=2, number=1))
         train = {"header": self.header(one), "work": pb.TRAIN, "samples": 10, "loss_sum": 5.0, "groups": 2}
-        named = {"blocks": pack(np.array([0, 2], np.int32)), "generations": pack(np.array([1, 1], np.uint64))}
         join = {"protocol": PROTOCOL, "pid": 7, "host": "h"}
         return {
             "Coordinator.Hello": [HelloRequest(protocol=PROTOCOL, version="1")],
