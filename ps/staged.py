@@ -241,7 +241,8 @@ class Staged:
         lowest, highest = self._reported()
         if self._shard.holdings.lacks:
             return self._waits()
-        if lowest == highest == state or not self._shard.holdings.leads.any():
+        # Under hybrid who leads no dense block keeps nobody: a rank that has ended commits no more to a shard that came since.
+        if lowest == highest == state or not self._shard.holdings.leads[self.first :].any():
             # Not before the copies have made the step: one that becomes the owner would be behind who has its rows.
             everywhere = self._shard.leading.everywhere(self._blocks())
             return None if everywhere else self._waits()
@@ -295,7 +296,7 @@ class Staged:
         lowest, highest = self.range()
         if highest > at:
             raise InvalidArgument(f"this shard is at step {highest}, past step {at} of cut {cut}", cut=cut)
-        # A shard that owns nothing has nothing to wait for.
+        # One that has nothing begins a view of nothing.
         return lowest == at or not self._shard.owned.any()
 
     # The update

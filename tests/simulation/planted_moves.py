@@ -15,7 +15,7 @@ from oarlock.client.closed import ClosedSet
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.moving import Moving
 from oarlock.cluster.promotion import Chosen, Promotion
-from oarlock.cluster.store import Store
+from oarlock.cluster.record import Records
 from oarlock.proto.coordinator_pb2 import ADDED, HANDED
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
@@ -244,7 +244,16 @@ def handed_over_under_any_order(patch: Patch) -> None:
 
 def records_are_told_and_not_kept(patch: Patch) -> None:
     """What a move makes of a record is told without being on disk."""
-    patch.setattr(Store, "set_records", lambda self, rows: None)
+    original = Records.change
+
+    class Nowhere:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: None
+
+    def change(self: Records, store: Any, *what: Any) -> None:
+        original(self, Nowhere(), *what)  # type: ignore[arg-type]
+
+    patch.setattr(Records, "change", change)
 
 
 def a_shards_number_is_given_again(patch: Patch) -> None:

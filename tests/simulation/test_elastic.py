@@ -25,6 +25,7 @@ SOON = {
 COVERED = {"handed over", "promoted", "copies added", "copies removed", "copies compared"}
 
 
+@pytest.mark.timeout(600)
 def test_no_invariant_breaks() -> None:
     tally = run_seeds(range(10_000, 10_012), (ELASTIC,))
     assert tally.violations == []
@@ -43,6 +44,7 @@ def test_no_invariant_breaks_in_hundreds_of_schedules() -> None:
     assert all(tally.counts[what] > 500 for what in COVERED), {what: tally.counts[what] for what in COVERED}
 
 
+@pytest.mark.timeout(600)
 def test_the_campaign_has_a_mode_for_it() -> None:
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "oarlock.benchmarks.simulate", "--tiny", "--json", "--mode", ELASTIC],
