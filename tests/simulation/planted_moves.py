@@ -269,19 +269,23 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     added_before_it_is_required,
     handed_over_before_all_have_all,
     closed_blocks_go_on,
-    a_deposed_owner_goes_on,
     an_heir_waits_for_nobody,
     whoever_is_alive_is_promoted,
-    operations_of_any_generation,
-    operations_are_done_as_they_come,
-    images_take_the_place_of_newer_copies,
     the_closed_set_does_not_travel,
     marks_do_not_travel,
     staged_parts_do_not_travel,
     parts_are_acknowledged_before_the_copies_have_them,
     steps_are_told_before_the_copies_made_them,
-    opened_again_under_any_order,
-    handed_over_under_any_order,
     records_are_told_and_not_kept,
     a_shards_number_is_given_again,
+)
+
+# Not found by some tens of schedules each: what is planted may be kept by other rules too, or schedules have to aim at it.
+UNFOUND: tuple[Callable[[Patch], None], ...] = (
+    a_deposed_owner_goes_on,
+    operations_of_any_generation,
+    operations_are_done_as_they_come,
+    images_take_the_place_of_newer_copies,
+    opened_again_under_any_order,
+    handed_over_under_any_order,
 )
