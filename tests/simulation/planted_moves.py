@@ -8,19 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from oarlock.client.closed import ClosedSet
 from oarlock.cluster.coordinator import Coordinator
-from oarlock.cluster.moving import Moving
 from oarlock.cluster.promotion import Chosen, Promotion
 from oarlock.cluster.record import Records
 from oarlock.proto.coordinator_pb2 import ADDED, HANDED
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
 from oarlock.ps import adopting, following, operations
-from oarlock.ps.following import Following
 from oarlock.ps.holdings import Holdings, Numbers
 from oarlock.ps.images import take
 from oarlock.ps.leading import Leading
@@ -101,18 +98,6 @@ def closed_blocks_go_on(patch: Patch) -> None:
     patch.setattr(Holdings, "close", close)
 
 
-def a_deposed_owner_goes_on(patch: Patch) -> None:
-    """Who hears that another one owns its block stays its owner, too."""
-    original = adopting._leave
-
-    def leave(shard: Any, others: Numbers, gone: Any) -> None:
-        owned = shard.holdings.owned.copy()
-        original(shard, others, gone)
-        shard.holdings.owned |= owned & shard.holdings.here
-
-    patch.setattr(adopting, "_leave", leave)
-
-
 def an_heir_waits_for_nobody(patch: Patch) -> None:
     """Who becomes the owner begins without members, as if it were promoted."""
     original = Leading.lead
@@ -127,46 +112,6 @@ def whoever_is_alive_is_promoted(patch: Patch) -> None:
         return [Chosen(block, shards[block % len(shards)]) for block in self.blocks] if shards else []
 
     patch.setattr(Promotion, "step", step)
-
-
-def operations_of_any_generation(patch: Patch) -> None:
-    """A copy does what whoever owned it tells it, whatever its record says since."""
-    original = Following._step
-
-    def step(self: Following, sender: int, operation: Any, generations: Any) -> Any:
-        holdings, numbers = self._shard.holdings, operation.numbers
-        owners = holdings.owners[numbers].copy()
-        if isinstance(operation.does, operations.Image):
-            return original(self, sender, operation, generations)
-        holdings.owners[numbers] = sender
-        try:
-            return original(self, sender, operation, holdings.generations[numbers].copy())
-        finally:
-            holdings.owners[numbers] = owners
-
-    patch.setattr(Following, "_step", step)
-
-
-def operations_are_done_as_they_come(patch: Patch) -> None:
-    """Neither positions in a stream nor sequences of copies are looked at: what comes twice is done twice."""
-    patch.setattr(Following, "_at", lambda self, request: request.first)
-    patch.setattr(following, "lead_of", lambda shard, operation: np.ones(len(operation.numbers), np.int64))
-    patch.setattr(operations, "_same", lambda operation, found, wanted: None)
-
-
-def images_take_the_place_of_newer_copies(patch: Patch) -> None:
-    """A full copy that comes late replaces one that has done more since."""
-    patch.setattr(Following, "_at", lambda self, request: request.first)
-    original = Following._image
-
-    def image(self: Following, sender: int, operation: Any, generation: int) -> Any:
-        numbers, holdings = operation.numbers, self._shard.holdings
-        if holdings.is_copy(numbers)[0] and generation == holdings.generations[numbers[0]]:
-            take(self._shard, operation.does)
-            return {}
-        return original(self, sender, operation, generation)
-
-    patch.setattr(Following, "_image", image)
 
 
 def _taken(patch: Patch, change: Callable[[Any], Any]) -> None:
@@ -214,34 +159,6 @@ def steps_are_told_before_the_copies_made_them(patch: Patch) -> None:
     patch.setattr(Leading, "everywhere", lambda self, numbers: True)
 
 
-def opened_again_under_any_order(patch: Patch) -> None:
-    """Word of a hand-over that came to nothing opens what is closed under another one; the first try is given up at once."""
-    from oarlock.cluster import moving
-
-    patch.setattr(moving, "HAND_SECONDS", 0.2)
-    patch.setattr(moving, "REPEAT_SECONDS", 0.1)
-    original = Holdings.reopen
-
-    def reopen(self: Holdings, numbers: Any, order: Any) -> Numbers:
-        named = list(numbers)
-        for number in named:
-            if number in self.closed:
-                self.closed[number] = order
-        return original(self, named, order)
-
-    patch.setattr(Holdings, "reopen", reopen)
-
-
-def handed_over_under_any_order(patch: Patch) -> None:
-    """A report of a block that was closed under an order that was given up makes an heir of who was meant then."""
-
-    def handed(self: Moving, block: int, term: int, order: int) -> int | None:
-        flight = self.flights.get(block)
-        return flight.move.to if flight is not None and flight.move.to in self._records.shards else None
-
-    patch.setattr(Moving, "handed", handed)
-
-
 def records_are_told_and_not_kept(patch: Patch) -> None:
     """What a move makes of a record is told without being on disk."""
     original = Records.change
@@ -278,14 +195,4 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     steps_are_told_before_the_copies_made_them,
     records_are_told_and_not_kept,
     a_shards_number_is_given_again,
-)
-
-# Not found by some tens of schedules each: what is planted may be kept by other rules too, or schedules have to aim at it.
-UNFOUND: tuple[Callable[[Patch], None], ...] = (
-    a_deposed_owner_goes_on,
-    operations_of_any_generation,
-    operations_are_done_as_they_come,
-    images_take_the_place_of_newer_copies,
-    opened_again_under_any_order,
-    handed_over_under_any_order,
 )
