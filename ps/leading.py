@@ -32,6 +32,8 @@ from oarlock.ps.stream import Stream
 
 # Of operations that a shard which is not required yet may be behind: beyond it the copy is given up.
 TAIL_BYTES = 256 << 20
+# Blocks, ascending, and the generations of their records.
+Known = tuple[Numbers, Generations]
 
 
 @dataclass
@@ -78,11 +80,6 @@ class Leading:
                     self._cut_tail(shard)
         self.wake()
 
-    def listens(self, numbers: Numbers) -> bool:
-        """Whether anybody is told of operations on any of these blocks."""
-        with self.lock:
-            return any(mask[numbers].any() for mask in self._sends.values())
-
     def answer(self, reply: PushReply, numbers: Numbers) -> "PushReply | Pending":
         """Return an answer about blocks owned here, which waits for all that was done to them. The push lock is held."""
         with self.lock:
@@ -128,7 +125,7 @@ class Leading:
             self._stop(shard, others)
         if len(required):
             self._broken.setdefault(shard, np.zeros(self._blocks, np.bool_))[required] = True
-            self._report(SLOW, required, self._generations(), shard)
+            self._report(SLOW, required, self._known(required), shard)
 
     def _cut_tail(self, shard: int) -> None:
         """Give up copies to a shard that does not keep up, as far as nothing waits for it."""
@@ -155,7 +152,7 @@ class Leading:
             stream = self._stream(to)
             self._sends.setdefault(to.id, np.zeros(self._blocks, np.bool_))[image.numbers] = True
             stream.append(image)
-            then = self._require(to.id, self._generations())
+            then = self._require(to.id, self._known(image.numbers))
             self._waiting.append(_Until(image.numbers, {to.id: stream.next}, then, required=False))
         self.wake()
 
@@ -164,24 +161,24 @@ class Leading:
         with self.lock:
             return shard in self._sends and bool(self._sends[shard][number])
 
-    def _require(self, shard: int, generations: Generations) -> Callable[[Numbers], None]:
+    def _require(self, shard: int, known: Known) -> Callable[[Numbers], None]:
         """Return what follows once the shard has a copy: from then on it is waited for, and what it lacks until then, too."""
 
         def then(numbers: Numbers) -> None:
             self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[numbers] = True
             at = {shard: self.streams[shard].next}
-            self._waiting.append(_Until(numbers, at, lambda left: self._report(ADDED, left, generations, shard)))
+            self._waiting.append(_Until(numbers, at, lambda left: self._report(ADDED, left, known, shard)))
 
         return then
 
-    def _generations(self) -> Generations:
-        """Return those of all records as they are known now: what is reported later is of them."""
-        return self._holdings.generations.copy()
+    def _known(self, numbers: Numbers) -> Known:
+        """Return the generations of these blocks' records as they are known now: what is reported later is of them."""
+        ordered = np.sort(numbers)
+        return ordered, self._holdings.generations[ordered]
 
-    def _report(
-        self, told: int, numbers: Numbers, generations: Generations, shard: int = 0, order: Order = NO_ORDER
-    ) -> None:
-        self._reports.add(told, numbers, generations[numbers], shard=shard, order=order)
+    def _report(self, told: int, numbers: Numbers, known: Known, shard: int = 0, order: Order = NO_ORDER) -> None:
+        generations = known[1][np.searchsorted(known[0], numbers)]
+        self._reports.add(told, numbers, generations, shard=shard, order=order)
 
     def _stream(self, to: ShardAddress) -> Stream:
         found = self.streams.get(to.id)
@@ -204,7 +201,7 @@ class Leading:
             if with_copies:
                 found = np.unique(np.concatenate(with_copies))
                 at = {s: stream.next for s, stream in self.streams.items() if s in members}
-                known = self._generations()
+                known = self._known(found)
                 self._waiting.append(_Until(found, at, lambda left: self._report(CONFIRMED, left, known)))
             done = self._settled()
         _give(done)
@@ -235,8 +232,8 @@ class Leading:
     def hand_over(self, numbers: Numbers, to: int, order: Order) -> None:
         """Report blocks that were closed as soon as all members have all of them. The push lock is held."""
         with self.lock:
-            known = self._generations()
-            then = partial(self._report, HANDED, generations=known, shard=to, order=order)
+            known = self._known(numbers)
+            then = partial(self._report, HANDED, known=known, shard=to, order=order)
             self._waiting.append(_Until(numbers, self._tail(numbers), then))
             done = self._settled()
         _give(done)

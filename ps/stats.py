@@ -6,7 +6,7 @@ be a push apart.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from oarlock.embedding.descriptor import PENDING_KEYS, SPILLED_ROWS
+from oarlock.embedding.descriptor import PENDING_KEYS, ROWS, SPILLED_ROWS
 from oarlock.embedding.expanding import ExpandingTable
 from oarlock.embedding.make import AnyTable
 
@@ -25,19 +25,20 @@ _TOLD: dict[str, Callable[[AnyTable], int]] = {
 
 
 def stats_of(shard: "Shard") -> dict[str, Any]:
-    """Return what a shard holds, its copies of others' blocks included, and what it has done."""
+    """Return what a shard holds and has done. Rows are those that it owns; bytes are of copies of others' blocks, too."""
     copies = int(shard.holdings.copies.sum())
+    rows = {table.spec.name: _owned_rows(shard, number) for number, table in enumerate(shard.tables)}
     return {
         **dict(shard.counters),
         "staleness": shard.staleness.summary(),
-        "rows": sum(t.rows for t in shard.tables),
+        "rows": sum(rows.values()),
         "bytes": sum(t.nbytes for t in shard.tables) + sum(d.nbytes for d in shard.dense),
         "marks_bytes": shard.marks.nbytes,
         **({"staged_bytes": shard.staged.nbytes} if shard.staged is not None else {}),
         "blocks": int(shard.owned.sum()),
         **({"copies": copies} if copies else {}),
         "sweeps": shard.sweeper.slices,
-        "tables": {t.spec.name: t.rows for t in shard.tables},
+        "tables": rows,
         "table_bytes": {t.spec.name: t.nbytes for t in shard.tables},
         # Rows that workers asked for and pushed.
         "table_served": {
@@ -47,6 +48,13 @@ def stats_of(shard: "Shard") -> dict[str, Any]:
         # Of most tables there is nothing to say here.
         **{what: found for what in _TOLD if (found := _told(shard, what))},
     }
+
+
+def _owned_rows(shard: "Shard", number: int) -> int:
+    """Return how many rows a table's blocks have that are owned here."""
+    table, base = shard.tables[number], shard.layout.table_base[number]
+    words = table.descriptors[shard.owned[base : base + table.spec.blocks]]
+    return int(words[:, ROWS].sum() + words[:, SPILLED_ROWS].sum())
 
 
 def _told(shard: "Shard", what: str) -> dict[str, int]:
