@@ -206,7 +206,8 @@ class Shard:
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
-                self.step = max(self.step, step)
+                # A worker that was held up knows an old step; rows that it changes were last changed now, not then.
+                step = self.step = max(self.step, step)
                 with telling(self, split, group, step) as done:
                     for part, chosen in along(todo, rows):
                         self._push_rows(done, part.only(chosen), reply)

@@ -69,6 +69,18 @@ def test_a_round_takes_an_epoch_or_a_quarter_of_an_age(rules, steps):
     assert round_steps(table(eviction=rules), 100) == steps
 
 
+def test_a_push_that_comes_late_with_an_old_step_makes_no_row_older():
+    job = job_of(table())
+    shard = job.shards[0]
+    push(job, 0, range(100), step=100)
+    # Of a worker that was held up: it has trained them now, whatever it knew of the others then.
+    push(job, 1, range(50, 150), step=3)
+    sweep_all(shard)
+    push(job, 2, [0], step=130)
+    sweep_all(shard)
+    assert shard.stats()["rows"] == 150
+
+
 def test_rows_leave_once_they_are_old_and_no_sooner():
     job = job_of(table())
     shard = job.shards[0]
