@@ -31,7 +31,7 @@ from oarlock.data.reader import open_reader
 from oarlock.launch.folder import STATE_FILE
 from oarlock.launch.kernels import compile_or_load
 from oarlock.launch.processors import Processors
-from oarlock.proto.errors import PSError
+from oarlock.proto.errors import InvalidArgument, PSError
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
@@ -64,6 +64,11 @@ def run_in_process(
     Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
     The event loop runs on the cores that ``processors`` has for all shards, a worker's threads on the worker's.
     """
+    if spec.autoscale:
+        raise InvalidArgument(
+            f"job {spec.name} has a table [autoscale], and a job in one process keeps the shards and workers that it begins "
+            "with: leave out --in-process, or the table"
+        )
     processors = processors or Processors()
     spec = dataclasses.replace(spec, prefetch=1)
     # No thread compiles while others have leases to keep.
