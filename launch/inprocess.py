@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.place import place_of
+from oarlock.client.autoscale import Autoscale
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
@@ -45,6 +46,15 @@ COORDINATOR = "in-process:coordinator"
 MOST_WRITERS = 8
 
 
+def refuse_scaler(autoscale: Autoscale) -> None:
+    """Raise InvalidArgument for a job with a scaler: it would wait for members that nobody starts."""
+    if autoscale:
+        raise InvalidArgument(
+            "a job in one process keeps the shards and workers that it begins with: leave out --in-process, or the table "
+            "[autoscale] of the job file"
+        )
+
+
 def run_in_process(
     spec: JobSpec,
     folder: Path,
@@ -64,11 +74,7 @@ def run_in_process(
     Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
     The event loop runs on the cores that ``processors`` has for all shards, a worker's threads on the worker's.
     """
-    if spec.autoscale:
-        raise InvalidArgument(
-            f"job {spec.name} has a table [autoscale], and a job in one process keeps the shards and workers that it begins "
-            "with: leave out --in-process, or the table"
-        )
+    refuse_scaler(spec.autoscale)
     processors = processors or Processors()
     spec = dataclasses.replace(spec, prefetch=1)
     # No thread compiles while others have leases to keep.

@@ -309,6 +309,7 @@ def test_a_scaler_is_a_table_of_the_job_file(oarlock: Oarlock, train: Oarlock, d
     ended = train("--name", "d", "--set", "autoscale.workers_most=4")
     assert ended.code == 1
     assert "a job in one process keeps the shards and workers that it begins with" in ended.line
+    assert not Path("runs/d").exists()
 
 
 def test_a_job_in_one_process_has_copies(train: Oarlock, oarlock: Oarlock) -> None:
