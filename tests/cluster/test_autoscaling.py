@@ -237,6 +237,22 @@ def test_while_blocks_move_nothing_is_decided(make_cluster: Any) -> None:
     assert "something is under way" in job.said
 
 
+def test_what_was_measured_before_blocks_moved_is_forgotten(make_cluster: Any) -> None:
+    job = Job(make_cluster)
+    job.run(11)
+    job.busy = 0.95
+    job.run(6)
+    copies = job.cluster.coordinator.copies
+    copies._look_at = math.inf
+    job.run(1)
+    copies._look_at, job.busy = None, 0.2
+    # A look is made once ten seconds are measured, not those before it and a few after.
+    job.run(5)
+    assert job.cluster.status()["autoscale"]["measured_seconds"] == pytest.approx(5, abs=1)
+    job.run(6)
+    assert job.cluster.status()["autoscale"]["look"]["busy"] == pytest.approx(0.2)
+
+
 def test_waiting_pushes_are_those_that_are_not_worked_on(make_cluster: Any) -> None:
     job = Job(make_cluster)
     job.busy, job.pushes = 0.6, 3.0
