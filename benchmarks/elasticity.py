@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.elasticity_heartbeat import heartbeat_cost
 from oarlock.benchmarks.surroundings import settle, surroundings
-from oarlock.cluster.autoscale import Autoscale
+from oarlock.client.autoscale import Autoscale
 from oarlock.cluster.planning import Blocks, Moves, carried_out, place, plan
 from oarlock.cluster.scaler import Look, ShardLook, State, decide
 

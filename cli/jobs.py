@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from oarlock.cli.autoscale_lines import autoscale_lines
 from oarlock.cli.copy_lines import copy_lines
 from oarlock.cli.cut_lines import cut_lines
 from oarlock.cli.show import epochs_table, event_lines, result_console, wire_lines
@@ -86,7 +87,7 @@ def status(options: argparse.Namespace) -> int:
         hosts = "; ".join(f"worker {number}: {' '.join(map(str, ranks)) or 'none'}" for number, ranks in told)
         text = f"mode {found['mode']} of {found['ranks']} ranks{', hosted by ' + hosts if hosts else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    for line in [*copy_lines(found), *wire_lines(found), *cut_lines(found)]:
+    for line in [*copy_lines(found), *autoscale_lines(found), *wire_lines(found), *cut_lines(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in event_lines(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`oarlock scale JOB`: a running job is to have another number of shards or workers; the command ends once it is told, or, if
-asked to wait, once it is so.
+asked to wait, once it is so. With ``--dry-run`` nothing is asked for: what the job's own scaler would do now is printed.
 """
 
 import argparse
@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from oarlock.cli.autoscale_lines import dry_run_lines
 from oarlock.cli.copy_lines import moves_line, numbers_line
 from oarlock.cli.jobs import ask, live, running
 from oarlock.client.job import OVER
 from oarlock.proto.coordinator_pb2 import ScaleReply, ScaleRequest
-from oarlock.proto.errors import Unavailable
+from oarlock.proto.errors import InvalidArgument, Unavailable
 
 LOOK_SECONDS = 0.2
 # Where there is no terminal, how far it is is told in lines, so often.
@@ -30,6 +31,8 @@ def scale(options: argparse.Namespace) -> int:
             f"job {found['name']} is run by Oarlock {found.get('version', 'of an older version')}, which cannot scale it: "
             "stop it, and resume it with other numbers"
         )
+    if options.dry_run:
+        return _dry_run(found, options.json)
     begun = time.monotonic()
     request = ScaleRequest(servers=options.servers or 0, workers=options.workers or 0)
     reply: ScaleReply = ask(address, "Coordinator.Scale", request)
@@ -41,6 +44,17 @@ def scale(options: argparse.Namespace) -> int:
         result["seconds"] = round(time.monotonic() - begun, 3)
         text = f"job {found['name']} has {reply.servers} servers and {reply.workers} workers after {result['seconds']:.1f} s"
     print(json.dumps(result) if options.json else text)
+    return 0
+
+
+def _dry_run(status: dict[str, Any], as_json: bool) -> int:
+    found = status.get("autoscale")
+    if not found:
+        raise InvalidArgument(
+            f"job {status['name']} has no scaler: give its job file a table [autoscale], with dry_run = true if it is to tell, "
+            "and not to do"
+        )
+    print(json.dumps(found) if as_json else "\n".join(dry_run_lines(found)))
     return 0
 
 

@@ -38,6 +38,9 @@ def add_scale(commands: Any) -> None:
     scale.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
     scale.add_argument("--servers", type=_number, metavar="N", help="shards (default: as many as before)")
     scale.add_argument("--workers", type=_number, metavar="M", help="workers (default: as many as before)")
+    scale.add_argument(
+        "--dry-run", action="store_true", help="ask for nothing: tell what the job's own scaler would do now, and why"
+    )
     scale.add_argument("--wait", action="store_true", help="until all are there, and no block moves any more")
     scale.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -50,6 +53,9 @@ def _number(text: str) -> int:
 
 def unscaled(options: argparse.Namespace) -> str:
     """Return what is wrong with the options of `oarlock scale`, empty if nothing is."""
-    if options.command == "scale" and options.servers is None and options.workers is None:
-        return "give --servers N, --workers M, or both"
-    return ""
+    if options.command != "scale":
+        return ""
+    numbers = options.servers is not None or options.workers is not None
+    if options.dry_run and (numbers or options.wait):
+        return "--dry-run asks for nothing: leave --servers, --workers and --wait out"
+    return "" if numbers or options.dry_run else "give --servers N, --workers M, or both"

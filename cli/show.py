@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from oarlock.cli.autoscale_lines import decision_line
 from oarlock.cli.cut_lines import progress_line
 
 # A cut that takes longer is told of in lines, so often.
@@ -44,6 +45,8 @@ class RunView:
         self._gone = False
         self._epochs = 0
         self._warnings = 0
+        # Number of the scaler's last decision that was shown.
+        self._decision = 0
         self._phase = ""
         self._metrics = ""
         self._samples = 0
@@ -91,6 +94,10 @@ class RunView:
         for warning in warnings[self._warnings :]:
             self.say(f"warning: {warning}")
         self._warnings = len(warnings)
+        for decision in status.get("autoscale", {}).get("decisions", []):
+            if decision["number"] > self._decision:
+                self._decision = decision["number"]
+                self.say(decision_line(decision))
         if self._task is not None and "splits" in status:
             self._safely(lambda: self._update(status))
 

@@ -17,13 +17,14 @@ from typing import Any
 from oarlock.checkpoint.place import Place
 from oarlock.cli.restore_options import cut_of, warm_start_of
 from oarlock.cli.show import RunView, metric
+from oarlock.client.autoscale import read_autoscale
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
 from oarlock.client.trace import trace_target
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
 from oarlock.launch.folder import create, job_folder, read_run, resume
-from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.inprocess import refuse_scaler, run_in_process
 from oarlock.launch.kernels import make_ready
 from oarlock.launch.origin import find_origin, values_of
 from oarlock.launch.processes import LocalProcesses
@@ -113,6 +114,8 @@ def train(options: argparse.Namespace) -> int:
         run_as = run_config(_values(options))
         # Before there is a folder that another try would find taken.
         processors_of(run_as)
+        if options.in_process:
+            refuse_scaler(read_autoscale(run_as.autoscale, "job file"))
         spec = create(folder, name, run_as)
     return run(spec, folder, restore, options)
 

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from oarlock.client.autoscale import Autoscale, check_autoscale, read_autoscale
+from oarlock.client.autoscale import to_values as autoscale_values
 from oarlock.client.closed import SPLIT_WINDOW
 from oarlock.client.compression import WireSpec, check_compression, read_compression
 from oarlock.client.warm import WarmStart, read_warm_start, to_values
@@ -126,6 +128,7 @@ class JobSpec:
     ``replicas``: shards that have a copy of each block, beside its owner. ``on_loss``: what follows when all of them are lost:
     ``rollback``, all go back to the last cut, or ``reload``, those blocks alone do. ``moves_in_flight``: blocks that wait at once
     for another owner. ``rebalance_seconds``: how often it is looked whether some shard has much more than others (0: never).
+    ``autoscale``: by what the numbers of servers and workers follow the load while the job trains; they begin as said here.
     """
 
     job: str
@@ -174,6 +177,7 @@ class JobSpec:
     on_loss: str = ROLLBACK
     moves_in_flight: int = 16
     rebalance_seconds: float = 30.0
+    autoscale: Autoscale = field(default_factory=Autoscale)
 
     def __post_init__(self) -> None:
         try:
@@ -234,6 +238,7 @@ class JobSpec:
             self.servers,
             rebalance_seconds=self.rebalance_seconds,
         )
+        check_autoscale(self.autoscale, self.replicas)
         if self.mode in RANKED and self.ranks < 1:
             raise InvalidArgument(
                 f"mode = {self.mode!r} needs ranks: give ranks = 1 or more, the workers that make a step"
@@ -315,6 +320,7 @@ class JobSpec:
     def to_json(self) -> str:
         values = {k: v for k, v in asdict(self).items() if k not in ("tables", "dense")}
         values["warm_start"] = to_values(self.warm_start)
+        values["autoscale"] = autoscale_values(self.autoscale)
         values["tables"] = [to_json(t) for t in self.tables]
         values["dense"] = [to_json(d) for d in self.dense]
         return json.dumps(values, indent=1)
@@ -330,6 +336,7 @@ class JobSpec:
             values["metrics"] = tuple(values["metrics"])
             values["compression"] = read_compression(values.get("compression", {}), "job")
             values["warm_start"] = read_warm_start(values.get("warm_start", {}), "job")
+            values["autoscale"] = read_autoscale(values.get("autoscale", {}), "job")
             return JobSpec(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"this is no job description: {type(error).__name__}: {error}") from error

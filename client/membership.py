@@ -163,7 +163,9 @@ class Membership:
         while True:
             pause = self._heartbeat_seconds
             try:
-                reply = await self.beat(stats())
+                # Counts are compared by the clock of who counts, since heartbeats may be late.
+                clock = {"clock": self._clock()} if self.spec.autoscale else {}
+                reply = await self.beat({**stats(), **clock})
                 if self.role == WORKER and reply.generation > (self.routes.generation if self.routes else 0):
                     await self._learn(reply.generation)
             except PSError as error:

@@ -15,6 +15,7 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress
+from oarlock.cluster.autoscaling import Autoscaling
 from oarlock.cluster.beginning import Past
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.copies import Copies
@@ -86,6 +87,7 @@ class Coordinator:
         self.live_digest = LiveDigest()
         self.copies = Copies(self)
         self.scaling = Scaling(spec, self.members, self.records)
+        self.autoscaling = Autoscaling(self)
         self.recoveries = Recoveries()
         # Called when there may be something to tell shards; from any thread.
         self.wake: Callable[[], None] = lambda: None
@@ -130,11 +132,17 @@ class Coordinator:
         """Want another number of shards or workers, 0: as it is; return what follows, for people."""
         with self.lock:
             with self.store as store:
-                said = self.scaling.ask(store, servers, workers, self.phase)
-                self.copies.look(store)
+                said = self.rescale(store, servers, workers)
+            self.autoscaling.asked()
             self.wake()
-            logger.info("event=scale servers=%d workers=%d", self.scaling.servers, self.scaling.workers)
             return said
+
+    def rescale(self, store: Store, servers: int, workers: int) -> str:
+        """Want another number of shards or workers, 0: as it is, within a transaction; return what follows, for people."""
+        said = self.scaling.ask(store, servers, workers, self.phase)
+        self.copies.look(store)
+        logger.info("event=scale servers=%d workers=%d", self.scaling.servers, self.scaling.workers)
+        return said
 
     # What members are told
 
@@ -344,6 +352,7 @@ class Coordinator:
                 self.set_phase(STOPPING, self.stop_reason)
             if self.phase == TRAINING and self.work.finished:
                 self.set_phase(DONE)
+            self.autoscaling.step()
             due = self.phase == TRAINING
         if due:
             end_epoch_if_done(self)

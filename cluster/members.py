@@ -32,13 +32,15 @@ class Member:
     error: str = ""
     expires: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
+    # When it told them.
+    told: float = 0.0
     # Number of the newest Lease question, and its answer: the same question gets the same answer.
     asked: int = 0
     answer: Any = None
 
     def record(self) -> dict[str, Any]:
         """Return what is kept on disk: identity and state, not the lease and not the counters."""
-        passing = ("expires", "stats", "asked", "answer")
+        passing = ("expires", "stats", "told", "asked", "answer")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in passing}
 
 

@@ -52,6 +52,7 @@ def take_up(c: "Coordinator") -> None:
         c.work.all_touched = c.term > 1
         c.copies.take_up(store)
         c.scaling.take_up(store)
+        c.autoscaling.take_up(store)
         c.recoveries.take_up(store)
         c.rollbacks.take_up(store)
         for value in store.members():
@@ -80,6 +81,7 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         c.work.all_touched = True
         c.copies.go_back(store)
         c.scaling.go_back(store)
+        c.autoscaling.go_back(store)
         c.placed = False
         c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
         c.work.leases.clear()

@@ -8,7 +8,7 @@ numbers changes at a time, at most to its double or half, within its limits, and
 import math
 from dataclasses import dataclass, field, replace
 
-from oarlock.cluster.autoscale import Autoscale
+from oarlock.client.autoscale import Autoscale
 
 
 @dataclass(frozen=True)

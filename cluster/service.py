@@ -173,7 +173,7 @@ class CoordinatorService:
                 # Its question may have been put together before it was told so.
                 c.clocks.told(member.incarnation, request.clock.heard)
             if request.stats:
-                member.stats = stats
+                member.stats, member.told = stats, c.clock()
             return HeartbeatReply(
                 term=c.term,
                 generation=c.generation if c.placed else 0,

@@ -78,5 +78,6 @@ def copies_of(c: "Coordinator") -> dict[str, Any]:
         # By how much the shard that has most is above the mean.
         "uneven": {name: round(over, 3) for name, over in c.copies.burdens.over(records).items()},
         "scale": c.scaling.told(),
+        **({"autoscale": c.autoscaling.told()} if c.autoscaling.policy else {}),
         "recoveries": c.recoveries.told(),
     }

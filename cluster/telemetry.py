@@ -34,6 +34,9 @@ def coordinator_source(coordinator: Coordinator, orders: Orders) -> Source:
                 "oarlock_coordinator_placed_shards": len(c.adopted),
                 "oarlock_coordinator_members": {role: len(c.members.alive(role)) for role in ROLES},
                 "oarlock_coordinator_lost_members": {role: lost.count(role) for role in ROLES},
+                "oarlock_coordinator_wanted_members": {"shard": c.scaling.servers, "worker": c.scaling.workers},
+                # Of a job without a scaler there is nothing to say.
+                "oarlock_coordinator_autoscale_decisions_total": dict(c.autoscaling.counts),
                 "oarlock_coordinator_epoch": work.epoch,
                 "oarlock_coordinator_epochs": work.epochs,
                 "oarlock_coordinator_splits": {"train": work.splits, "evaluate": work.evaluation_splits},

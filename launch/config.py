@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from oarlock.checkpoint.place import place_of
+from oarlock.client.autoscale import check_autoscale, read_autoscale
 from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES, ROLLBACK, check_copies, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
@@ -41,6 +42,7 @@ class RunConfig:
     options of its file system (TOML table ``[checkpoint_options]``). Credentials are none of them: see ``checkpoint/place.py``.
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
     ``warm_start``: fields of a WarmStart (``[warm_start]``), for a new job whose rows begin with those of a checkpoint.
+    ``autoscale``: fields of an Autoscale (``[autoscale]``), by which servers and workers come and go while the job trains.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
 
@@ -79,6 +81,7 @@ class RunConfig:
     restarts: int = 1000
     moves_in_flight: int = 16
     rebalance_seconds: float = 30.0
+    autoscale: dict[str, Any] = field(default_factory=dict)
     restore: str = ""
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     compression: dict[str, Any] = field(default_factory=dict)
@@ -148,6 +151,7 @@ class RunConfig:
         # Which tables there are only the recipe knows; see JobSpec.
         read_compression(self.compression, "job file")
         read_warm_start(self.warm_start, "job file")
+        check_autoscale(read_autoscale(self.autoscale, "job file"), self.replicas)
 
 
 def load_toml(path: Path) -> dict[str, Any]:

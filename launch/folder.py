@@ -18,6 +18,7 @@ from oarlock.client.compression import feedback_of
 from oarlock.client.entry import read_address
 from oarlock.client.job import FAILED, OVER, JobSpec
 from oarlock.client.warm import to_values
+from oarlock.cluster.autoscaling import FACT as AUTOSCALE
 from oarlock.cluster.events import FACT as EVENTS
 from oarlock.cluster.recoveries import FACT as RECOVERIES
 from oarlock.cluster.store import Store
@@ -77,7 +78,11 @@ def resume(folder: Path, changes: dict[str, Any], *, cut: int | None = None) -> 
     values = load_toml(folder / "job.toml")
     options = {**values.get("recipe_options", {}), **changes.get("recipe_options", {})}
     compression = _merged(values.get("compression", {}), changes.get("compression", {}))
-    run = run_config({**values, **changes, "recipe_options": options, "compression": compression})
+    autoscale = changes.get("autoscale", {})
+    if isinstance(autoscale, dict):
+        autoscale = {**values.get("autoscale", {}), **autoscale}
+    changes = {**changes, "compression": compression, "autoscale": autoscale}
+    run = run_config({**values, **changes, "recipe_options": options})
     spec = make_spec(run, old.name, job=old.job)
     if (spec.restore, spec.warm_start) != (old.restore, old.warm_start):
         raise InvalidArgument(
@@ -209,7 +214,18 @@ def stored_status(folder: Path) -> dict[str, Any]:
     store = Store(path)
     try:
         with store.open():
-            names = ("phase", "reason", "run", "checkpoints", "closed", "counted", "best_cut", EVENTS, RECOVERIES)
+            names = (
+                "phase",
+                "reason",
+                "run",
+                "checkpoints",
+                "closed",
+                "counted",
+                "best_cut",
+                EVENTS,
+                RECOVERIES,
+                AUTOSCALE,
+            )
             facts = {n: store.fact(n) for n in names}
             history = store.epochs()
     except Unavailable:
@@ -256,6 +272,7 @@ def stored_status(folder: Path) -> dict[str, Any]:
         "checkpoints": facts["checkpoints"] or [],
         "events": facts[EVENTS] or [],
         "recoveries": facts[RECOVERIES] or [],
+        **({"autoscale": {"decisions": facts[AUTOSCALE] or []}} if spec.autoscale else {}),
         "cut": {"best": facts["best_cut"]} if facts["best_cut"] else {},
         "warnings": [],
         "members": [],

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.place import place_of
+from oarlock.client.autoscale import Autoscale
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.processors import Cores, allowed_cores, announce, limit_blas, on_cores
 from oarlock.client.telemetry import Telemetry, observed
@@ -31,7 +32,7 @@ from oarlock.data.reader import open_reader
 from oarlock.launch.folder import STATE_FILE
 from oarlock.launch.kernels import compile_or_load
 from oarlock.launch.processors import Processors
-from oarlock.proto.errors import PSError
+from oarlock.proto.errors import InvalidArgument, PSError
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
@@ -43,6 +44,15 @@ COORDINATOR = "in-process:coordinator"
 
 # Shards that read or write their blocks at a time.
 MOST_WRITERS = 8
+
+
+def refuse_scaler(autoscale: Autoscale) -> None:
+    """Raise InvalidArgument for a job with a scaler: it would wait for members that nobody starts."""
+    if autoscale:
+        raise InvalidArgument(
+            "a job in one process keeps the shards and workers that it begins with: leave out --in-process, or the table "
+            "[autoscale] of the job file"
+        )
 
 
 def run_in_process(
@@ -64,6 +74,7 @@ def run_in_process(
     Nothing is pulled ahead, whatever ``spec.prefetch`` says: there is no wire to wait for, and older rows would train worse.
     The event loop runs on the cores that ``processors`` has for all shards, a worker's threads on the worker's.
     """
+    refuse_scaler(spec.autoscale)
     processors = processors or Processors()
     spec = dataclasses.replace(spec, prefetch=1)
     # No thread compiles while others have leases to keep.

@@ -5,6 +5,7 @@ import secrets
 from pathlib import Path
 
 from oarlock.checkpoint.store import is_url
+from oarlock.client.autoscale import read_autoscale
 from oarlock.client.compression import read_compression
 from oarlock.client.job import RANKED, JobSpec
 from oarlock.client.warm import read_warm_start
@@ -76,6 +77,7 @@ def make_spec(run: RunConfig, name: str, *, job: str = "") -> JobSpec:
         on_loss=run.on_loss,
         moves_in_flight=run.moves_in_flight,
         rebalance_seconds=run.rebalance_seconds,
+        autoscale=read_autoscale(run.autoscale, "job file"),
         restore=run.restore,
         warm_start=read_warm_start(run.warm_start, "job file"),
     )

@@ -66,6 +66,7 @@ from oarlock.ps.copying import Copying
 from oarlock.ps.following import Following
 from oarlock.ps.holdings import Order
 from oarlock.ps.identity import Identity
+from oarlock.ps.load import Load
 from oarlock.ps.operations import sequences_of
 from oarlock.ps.replace import Order as ReplaceOrder
 from oarlock.ps.replace import Replacing
@@ -104,12 +105,16 @@ class ShardService:
         # Of those that were answered. Taken here: an update itself asks for no time.
         self.pull_seconds = Histogram()
         self.push_seconds = Histogram()
+        self._load = Load()
+        # Nobody else asks for it.
+        self._tells_load = False
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
         shard = Shard(spec, spill_folder=self._spill_folder)
         shard.holdings.me = identity.id
         self._holds_lease = holds_lease
+        self._tells_load = bool(spec.autoscale)
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
         self._views = Views(shard, self.compacting, self._place)
@@ -164,7 +169,8 @@ class ShardService:
 
     def push(self, request: PushRequest | Bulk) -> PushReply | Pending:
         begun = time.perf_counter()
-        reply = self._leased(opened(request)[0].header).push(request)
+        with self._load:
+            reply = self._leased(opened(request)[0].header).push(request)
         self._took(self.push_seconds, begun)
         return reply
 
@@ -342,6 +348,7 @@ class ShardService:
             **self._joined[1].stats(),
             **({"compaction": done} if any(done.values()) else {}),
             **({"writing": writing} if writing else {}),
+            **({"load": self._load.told()} if self._tells_load else {}),
         }
 
     @property

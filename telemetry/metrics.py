@@ -43,6 +43,12 @@ _COORDINATOR = _metrics(
     ("placed_shards", "gauge", "Shards that own their blocks under the newest placement."),
     ("members role", "gauge", "Members that are alive."),
     ("lost_members role", "gauge", "Members of this run that died."),
+    ("wanted_members role", "gauge", "Members that are wanted, as somebody asked or the scaler decided."),
+    (
+        "autoscale_decisions_total role direction",
+        "counter",
+        "Decisions of the scaler in this life for more, and for fewer, those of a dry run included.",
+    ),
     ("epoch", "gauge", "Epochs that are done: trained and evaluated."),
     ("epochs", "gauge", "Epochs that the job is to do."),
     ("splits work", "gauge", "Splits of the epoch, to train and to evaluate."),

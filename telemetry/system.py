@@ -31,13 +31,18 @@ def system_source() -> Callable[[], dict[str, float]]:
         with contextlib.suppress(OSError):
             stat = _stat()
             found["process_threads"] = stat[_THREADS]
-            found["process_virtual_memory_bytes"] = stat[_VIRTUAL]
-            found["process_resident_memory_bytes"] = stat[_RESIDENT] * os.sysconf("SC_PAGE_SIZE")
+            found["process_virtual_memory_bytes"], found["process_resident_memory_bytes"] = memory()
             # The listing's own descriptor is one of them.
             found["process_open_fds"] = len(os.listdir(_FDS)) - 1
         return found
 
     return source
+
+
+def memory() -> tuple[int, int]:
+    """Return the bytes of this process's addresses, and those that it has in RAM; OSError where there is no /proc."""
+    stat = _stat()
+    return stat[_VIRTUAL], stat[_RESIDENT] * os.sysconf("SC_PAGE_SIZE")
 
 
 def _stat() -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from oarlock.cli import scale
+from oarlock.cli.autoscale_lines import autoscale_lines
 from oarlock.cli.copy_lines import MOST, copy_lines
 from oarlock.cli.scale import settled
 from oarlock.proto.coordinator_pb2 import ScaleReply
@@ -129,6 +130,79 @@ def test_it_says_what_follows(oarlock: Oarlock, job: Job) -> None:
     assert job.asked == [(4, 0), (0, 3)]
 
 
+LOOK = {
+    "memory": 0.9,
+    "busy": 0.25,
+    "waiting": 1.24,
+    "samples_per_second": 1234.5,
+    "created": "then",
+    "said": "2 servers, 2 workers\n  cool-down: another 50 s",
+    "would": "2 -> 3 servers, 2 workers\n  the fullest server uses 90% of its memory, the bound is 70%",
+}
+DECISION = {
+    "number": 1,
+    "before": [1, 2],
+    "servers": 2,
+    "workers": 2,
+    "reasons": ["this", "that"],
+    "dry_run": False,
+    "created": "before",
+}
+SCALER = {
+    "dry_run": False,
+    "servers": [1, 4],
+    "workers": None,
+    "look_seconds": 20.0,
+    "measured_seconds": 3.4,
+    "look": LOOK,
+    "decisions": [DECISION],
+}
+
+
+def test_what_status_says_of_the_scaler() -> None:
+    assert autoscale_lines(status()) == []
+    assert autoscale_lines(status(autoscale=SCALER)) == [
+        "autoscale: 1 to 4 servers, workers are left alone",
+        "autoscale saw memory 90%, busy 25%, 1.2 pushes waiting, 1,234 samples/s: cool-down: another 50 s (then)",
+        "autoscale: 1 -> 2 servers: this; that (before)",
+    ]
+    blank = dict.fromkeys(("memory", "busy", "waiting", "samples_per_second"))
+    quiet = {**SCALER, "dry_run": True, "look": {**LOOK, **blank, "said": "2 servers, 2 workers"}, "decisions": []}
+    assert autoscale_lines(status(autoscale=quiet)) == [
+        "autoscale, dry run: 1 to 4 servers, workers are left alone",
+        "autoscale saw nothing: nothing is to change (then)",
+    ]
+    assert autoscale_lines(status(autoscale={**SCALER, "look": None}))[1] == (
+        "autoscale: 3 of 20 s are measured of the first look"
+    )
+    # Of a job that is over.
+    assert (
+        autoscale_lines({"autoscale": {"decisions": [{**DECISION, "dry_run": True}] * 9}})
+        == ["autoscale, dry run: 1 -> 2 servers: this; that (before)"] * 5
+    )
+
+
+def test_a_dry_run_tells_what_the_scaler_would_do(oarlock: Oarlock, job: Job) -> None:
+    job.found = status(autoscale=SCALER)
+    ended = oarlock("scale", "a", "--dry-run")
+    assert ended.out.splitlines() == [
+        "autoscale: 1 to 4 servers, workers are left alone",
+        "measured until then: memory 90%, busy 25%, 1.2 pushes waiting, 1,234 samples/s",
+        "by this alone: 2 -> 3 servers, 2 workers",
+        "  the fullest server uses 90% of its memory, the bound is 70%",
+        "decided: 2 servers, 2 workers",
+        "  cool-down: another 50 s",
+    ]
+    assert json.loads(oarlock("scale", "a", "--dry-run", "--json").out) == SCALER
+    job.found = status(autoscale={**SCALER, "look": None})
+    assert "3 of 20 s are measured" in oarlock("scale", "a", "--dry-run").out
+    job.found = status()
+    ended = oarlock("scale", "a", "--dry-run")
+    assert (ended.code, ended.out) == (1, "")
+    assert "job a has no scaler: give its job file a table [autoscale]" in ended.line
+    assert job.asked == []
+
+
 def test_it_waits(oarlock: Oarlock, job: Job) -> None:
     wanted = {"servers": 4, "workers": 1, "leaving": {"shard": [], "worker": []}}
     job.looks = [status(2, scale=wanted), status(2, scale=wanted), status(4, moving=MOVES), status(4)]
@@ -182,6 +256,8 @@ def test_jobs_that_do_not_run(oarlock: Oarlock, train: Oarlock) -> None:
     ("arguments", "words"),
     [
         ([], "give --servers N, --workers M, or both"),
+        (["--dry-run", "--servers", "3"], "--dry-run asks for nothing"),
+        (["--dry-run", "--wait"], "--dry-run asks for nothing"),
         (["--servers", "0"], "'0': give an integer from 1 to 4096"),
         (["--workers", "-2"], "'-2': give an integer from 1 to 4096"),
         (["--workers", "many"], "'many': give an integer from 1 to 4096"),
@@ -208,6 +284,32 @@ def test_settings_of_copies_reach_the_job(oarlock: Oarlock, data: Path) -> None:
         ended = oarlock("prepare", "ncf", "--name", "b", "--data", str(data), *wrong)
         assert ended.code == 1
         assert words in ended.line
+
+
+def test_a_scaler_is_a_table_of_the_job_file(oarlock: Oarlock, train: Oarlock, data: Path) -> None:
+    given = ["--data", str(data), "--set", "autoscale.servers_most=4", "--set", "autoscale.look_seconds=5"]
+    assert oarlock("prepare", "ncf", "--name", "a", *given).code == 0
+    spec = json.loads(Path("runs/a/job.json").read_text())
+    assert (spec["autoscale"]["servers_most"], spec["autoscale"]["look_seconds"]) == (4, 5.0)
+    assert "autoscale = {servers_most = 4, look_seconds = 5}" in Path("runs/a/job.toml").read_text()
+    assert oarlock("prepare", "runs/a/job.toml", "--name", "b", "--set", "autoscale.dry_run=true").code == 0
+    assert json.loads(Path("runs/b/job.json").read_text())["autoscale"]["dry_run"] is True
+    for wrong, words in (
+        (["--set", "autoscale.server_most=4"], "did you mean 'servers_most'?"),
+        (["--set", "autoscale.looks=3"], "autoscale scales nothing: give servers_most"),
+        (["--set", "autoscale=3"], "autoscale = 3: give a table"),
+        (
+            ["--set", "autoscale.servers_most=1", "--replicas", "1"],
+            "servers_most = 1 and replicas = 1 contradict each other",
+        ),
+    ):
+        ended = oarlock("prepare", "ncf", "--name", "c", "--data", str(data), *wrong)
+        assert ended.code == 1
+        assert words in ended.line
+    ended = train("--name", "d", "--set", "autoscale.workers_most=4")
+    assert ended.code == 1
+    assert "a job in one process keeps the shards and workers that it begins with" in ended.line
+    assert not Path("runs/d").exists()
 
 
 def test_a_job_in_one_process_has_copies(train: Oarlock, oarlock: Oarlock) -> None:

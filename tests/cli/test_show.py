@@ -55,6 +55,24 @@ def test_the_coordinators_absence_is_noted_and_nothing_else_moves(capsys: pytest
     assert capsys.readouterr().err.count(warning) == 1
 
 
+def test_what_the_scaler_decides_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    first = {
+        "number": 1,
+        "before": [1, 1],
+        "servers": 2,
+        "workers": 1,
+        "reasons": ["full"],
+        "dry_run": False,
+        "created": "t",
+    }
+    second = {**first, "number": 2, "before": [2, 1], "workers": 2, "reasons": ["a", "b"], "dry_run": True}
+    with RunView() as view:
+        for decisions in ([], [first], [first], [first, second], [second]):
+            view.show(status(autoscale={"decisions": decisions}))
+    said = [line for line in capsys.readouterr().err.splitlines() if "autoscale" in line]
+    assert said == ["autoscale: 1 -> 2 servers: full (t)", "autoscale, dry run: 1 -> 2 workers: a; b (t)"]
+
+
 # Metrics, whatever their names are
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import rig
 
+from oarlock.client.autoscale import Autoscale
 from oarlock.client.compression import WireSpec
 from oarlock.client.job import JobSpec
 from oarlock.embedding.schedule import Schedule
@@ -14,16 +15,34 @@ from oarlock.proto.errors import InvalidArgument
 
 def test_a_job_travels_whole_as_text():
     spec = rig.spec_of(
-        config={"factors": [1, 2]}, seed=(1 << 64) - 1, files=({"path": "ä"},), compute_threads=256, blas_threads=3
+        config={"factors": [1, 2]},
+        seed=(1 << 64) - 1,
+        files=({"path": "ä"},),
+        compute_threads=256,
+        blas_threads=3,
+        autoscale=Autoscale(servers_most=4, busy_share=0.5, dry_run=True),
     )
     again = JobSpec.from_json(spec.to_json())
     assert again == spec
     assert again.job_bytes == bytes.fromhex(rig.JOB)
 
 
+def test_a_job_of_before_there_was_a_scaler_leaves_its_numbers_alone():
+    values = json.loads(rig.spec_of().to_json())
+    assert values.pop("autoscale") == {}
+    assert JobSpec.from_json(json.dumps(values)).autoscale == Autoscale()
+    for wrong, said in (({"servers_most": "4"}, "autoscale.servers_most = '4': give an integer"), ([], "give a table")):
+        with pytest.raises(InvalidArgument, match=said):
+            JobSpec.from_json(json.dumps({**values, "autoscale": wrong}))
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        (
+            {"autoscale": Autoscale(servers_most=1), "replicas": 1, "servers": 2},
+            "servers_most = 1 and replicas = 1 contradict",
+        ),
         ({"job": "12"}, "job id '12': give 32 hexadecimal digits"),
         ({"job": "x" * 32}, "give 32 hexadecimal digits"),
         ({"job": None}, "give 32 hexadecimal digits"),

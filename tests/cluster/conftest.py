@@ -28,6 +28,8 @@ from tests.conftest import load_shared
 load_shared("cluster/copies_shard.py")
 load_shared("cluster/copies_model.py")
 load_shared("cluster/copies_faults.py")
+# And a job with a scaler.
+load_shared("cluster/scaled_job.py")
 
 SPEC = JobSpec(
     job="0123456789abcdef" * 2,

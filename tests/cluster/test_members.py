@@ -72,9 +72,10 @@ def test_a_repeated_join_finds_the_living_member_of_its_role() -> None:
 
 def test_the_record_leaves_out_what_does_not_last() -> None:
     made = member(5, id=2, role="shard")
-    made.stats, made.expires = {"rows": 1}, 9.0
+    made.stats, made.told, made.expires = {"rows": 1}, 8.0, 9.0
     record = made.record()
     assert "stats" not in record
+    assert "told" not in record
     assert "expires" not in record
     again = Member(**record)
     assert (again.incarnation, again.id, again.role, again.state) == (5, 2, "shard", "alive")

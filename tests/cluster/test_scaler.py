@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from oarlock.cluster.autoscale import Autoscale, read_autoscale
+from oarlock.client.autoscale import Autoscale, read_autoscale, to_values
 from oarlock.cluster.scaler import Decision, Look, ShardLook, State, decide
 from oarlock.proto.errors import InvalidArgument
 
@@ -229,6 +229,10 @@ def test_the_policy_of_a_job_file() -> None:
     assert isinstance(found.cool_down_seconds, float)
     assert read_autoscale({}, "job file") == Autoscale()
     assert not Autoscale()
+    assert not read_autoscale({"servers_most": 0, "looks": 5}, "job file"), "said to be left alone"
+    assert read_autoscale({"workers_most": 2, "dry_run": True}, "job file").dry_run
+    for each in (found, Autoscale(), Autoscale(workers_most=2, dry_run=True, server_bytes=1 << 40)):
+        assert read_autoscale(to_values(each), "job") == each
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,13 @@ def test_the_policy_of_a_job_file() -> None:
         ({"workers_most": 4, "looks": 0}, "from 1 to 1000"),
         ({"workers_most": 4, "look_seconds": 0}, "above 0"),
         ({"workers_most": 4, "waiting_pushes": -1}, "above 0"),
+        ({"workers_most": 4, "waiting_pushes": 1 << 2000}, "give a finite number"),
+        ({"workers_most": 1 << 2000}, "give an integer"),
+        ({"workers_most": 4, "server_bytes": -1}, "autoscale.server_bytes = -1: give 0 (as the system allows)"),
+        ({"workers_most": 4, "server_bytes": 1e9}, "give an integer"),
+        ({"workers_most": 4, "dry_run": 1}, "autoscale.dry_run = 1: give true or false"),
+        ({"workers_most": 4, "looks": False}, "give an integer"),
+        ({"dry_run": True}, "scales nothing"),
     ],
 )
 def test_what_is_wrong_is_said(values: object, said: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from oarlock.checkpoint.store import LocalStore
+from oarlock.client.autoscale import Autoscale
 from oarlock.client.compression import WireSpec
 from oarlock.client.entry import write_address
 from oarlock.cluster.store import Store
@@ -135,6 +136,19 @@ def test_resume_may_change_how_values_travel(job: Path) -> None:
         resume(job, {"compression": {"usr": {"pull": "float16"}}})
     with pytest.raises(InvalidArgument, match=r"compression.user = 'int8': give a table"):
         resume(job, {"compression": {"user": "int8"}})
+
+
+def test_the_scaler_of_a_job_that_goes_on(job: Path) -> None:
+    spec, _ = resume(job, {"autoscale": {"servers_most": 4, "looks": 5}})
+    assert spec.autoscale == Autoscale(servers_most=4, looks=5)
+    assert resume(job, {})[0].autoscale == spec.autoscale
+    spec, _ = resume(job, {"autoscale": {"dry_run": True}})
+    assert spec.autoscale == Autoscale(servers_most=4, looks=5, dry_run=True), "what is not said is as it was"
+    assert stored_status(job)["autoscale"] == {"decisions": []}
+    with pytest.raises(InvalidArgument, match="autoscale = 3: give a table"):
+        resume(job, {"autoscale": 3})
+    assert not resume(job, {"autoscale": {"servers_most": 0}})[0].autoscale
+    assert "autoscale" not in stored_status(job)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,29 @@ def test_shards_and_workers_come_and_go(
     assert sorted(ended) == sorted([("coordinator", 0), *[("shard", 0)] * 4, *[("worker", 0)] * 3])
 
 
+def test_a_job_gets_servers_and_workers_by_itself(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows pass what a server is to have, and whether two workers are worth it is tried: nobody asks for anything."""
+    policy = {"servers_most": 2, "workers_most": 2, "server_bytes": 1000, "busy_share": 0.99, "waiting_pushes": 1000}
+    patience = {"looks": 2, "look_seconds": 0.5, "cool_down_seconds": 1.0}
+    often = {"heartbeat_seconds": 0.05, "checkpoint_epochs": 0}
+    job = Job(tmp_path, seed, servers=1, workers=1, epochs=40, autoscale={**policy, **patience}, **often)
+
+    def scene() -> Scene:
+        for shards, workers in ((1, 1), (2, 1), (2, 2)):
+            while not job.working(shards, workers):
+                yield
+
+    with nobody_is_left(monkeypatch):
+        final = job.play(scene())
+    assert (final["restarts"], final["lost"]) == (0, [])
+    first, second = final["autoscale"]["decisions"][:2]
+    assert (first["before"], first["servers"], first["workers"]) == ([1, 1], 2, 1)
+    assert "of its memory, the bound is 70%" in first["reasons"][0]
+    assert (second["before"], second["servers"], second["workers"]) == ([2, 1], 2, 2)
+    assert "whether 2 are worth it is tried" in second["reasons"][-1]
+    assert stored_status(job.folder)["autoscale"]["decisions"] == final["autoscale"]["decisions"]
+
+
 def test_a_killed_shard_with_copies_costs_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path, seed, replicas=1, epochs=40)
 

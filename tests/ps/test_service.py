@@ -8,6 +8,7 @@ import pytest
 import rig
 
 from oarlock import __version__
+from oarlock.client.autoscale import Autoscale
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, pack
 from oarlock.proto.common_pb2 import ClosedSplits, Header, HelloRequest
@@ -198,3 +199,11 @@ def test_stats_say_what_the_shard_holds_and_did(job):
         "marks_bytes": 0,
     }
     assert found["bytes"] > 0
+    assert "load" not in found
+
+
+def test_for_a_scaler_a_shard_tells_how_busy_it_is():
+    job = rig.Job(rig.spec_of(autoscale=Autoscale(servers_most=2)), shards=1).place()
+    job.services[0].push(PushRequest(header=job.header(0)))
+    found = json.loads(job.services[0].stats(ShardStatsRequest(header=job.header(0))).stats)["load"]
+    assert found["pushes_seconds"] == found["pushing_seconds"] > 0
