@@ -21,7 +21,7 @@ from network_switch import Rule, Switch
 TUN = "/dev/net/tun"
 # ioctl TUNSETIFF: IP packets (IFF_TUN) with nothing before them (IFF_NO_PI).
 TUNSETIFF, TUN_PACKETS = 0x400454CA, 0x1001
-NAME = re.compile(r"oarlock-(\d+)-(\d+)-\w+")
+NAME = re.compile(r"oarlock-(\d+)-(\d+)-[\w-]+")
 NETWORK, PREFIX = "10.211.1", 24
 DEVICE = "uplink"
 # As long as those of an Ethernet, so that losses are many small ones.

@@ -74,8 +74,9 @@ class NetworkJob:
         # The newest, and when it came.
         self.status: Status = {}
         self.heard = 0.0
-        # Which hosts' processes were begun again.
+        # Which hosts' processes were begun again, and when.
         self.begun_again: list[str] = []
+        self.begun_at: list[float] = []
 
     def __enter__(self) -> "NetworkJob":
         compile_or_load()
@@ -170,6 +171,7 @@ class NetworkJob:
             if code != START_AGAIN:
                 raise AssertionError(f"{each.host} ended with code {code}: {self._last_words(each.host)}")
             self.begun_again.append(each.host)
+            self.begun_at.append(time.monotonic())
             self._begin(each.host)
 
     def _last_words(self, host: str) -> str:
@@ -227,14 +229,14 @@ def alive(status: Status, role: str) -> list[dict[str, Any]]:
     return [m for m in status["members"] if m["role"] == role]
 
 
+def all_members(status: Status) -> bool:
+    """Tell whether everybody is a member."""
+    return len(alive(status, "shard")) == len(SHARDS) and len(alive(status, "worker")) == len(WORKERS)
+
+
 def all_there(status: Status) -> bool:
     """Tell whether everybody is a member, and every block has its owner and its copy."""
-    return (
-        len(alive(status, "shard")) == len(SHARDS)
-        and len(alive(status, "worker")) == len(WORKERS)
-        and not status["incomplete"]
-        and not status["ownerless"]
-    )
+    return all_members(status) and not status["incomplete"] and not status["ownerless"]
 
 
 def batches(status: Status) -> dict[int, int]:

@@ -89,7 +89,7 @@ def test_links_obey_their_rules(hosts: Hosts) -> None:
 def test_leftovers_of_processes_that_are_gone_are_removed_and_no_others(hosts: Hosts) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    left = f"oarlock-{gone.pid}-1-a"
+    left = f"oarlock-{gone.pid}-1-shard-0"
     _ip("netns", "add", left)
     try:
         remove_leftovers()
