@@ -3,7 +3,7 @@
 # Debian's package of ensurepip where it is missing. Another interpreter: make PYTHON=/path/to/python3.11
 PYTHON ?= python3.11
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-modern test-torch test-slow setup-torch check proto bench pins clean
+.PHONY: help setup demo test test-modern test-torch test-slow test-networks setup-torch check proto bench pins clean
 # Nothing of the caller's Python environment leaks into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 EDITABLE := -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable .
@@ -51,6 +51,9 @@ test-torch: setup-torch  ## the comparisons with PyTorch
 
 test-slow: setup-torch  ## real processes, kills, installs from a wheel, PyTorch
 	.venv/bin/pytest -m "slow or torch"
+
+test-networks: setup  ## hosts whose links are cut, slow or lossy; root on Linux
+	.venv/bin/pytest -m slow tests/chaos/test_network_hosts.py tests/chaos/test_networks.py
 
 check: setup  ## ruff and mypy --strict
 	.venv/bin/ruff check .

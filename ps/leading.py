@@ -127,6 +127,17 @@ class Leading:
             self._broken.setdefault(shard, np.zeros(self._blocks, np.bool_))[required] = True
             self._report(SLOW, required, self._known(required), shard)
 
+    def silent(self, stream: Stream) -> None:
+        """A shard does not answer: no block shall wait for it any longer than until a record says so."""
+        shard = stream.to.id
+        with self.lock:
+            requires = self._requires.get(shard)
+            if self.streams.get(shard) is not stream or requires is None or not requires.any():
+                return
+            numbers = np.flatnonzero(requires).astype(np.int32)
+            self._report(SLOW, numbers, self._known(numbers), shard)
+        self.wake()
+
     def _cut_tail(self, shard: int) -> None:
         """Give up copies to a shard that does not keep up, as far as nothing waits for it."""
         if self.streams[shard].nbytes > TAIL_BYTES:

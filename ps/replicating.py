@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # Between two tries that came to nothing.
 FIRST_SECONDS, MOST_SECONDS = 0.005, 0.5
 CALL_SECONDS = 20.0
+# A copy that cannot be reached for so many leases is to leave the sets of the blocks that wait for it. Of a shard that is dead
+# the coordinator says so before, after one.
+SILENT_LEASES = 2
 
 
 def message_of(shard: Shard, stream: Stream, header: Header) -> Bulk | None:
@@ -105,6 +108,8 @@ class Replicating:
     async def _send(self, stream: Stream) -> None:
         """Send what a stream has, and what comes meanwhile."""
         leading, pause = self._shard.leading, FIRST_SECONDS
+        clock = asyncio.get_running_loop().time
+        answered_at, silent = clock(), False
         while leading.streams.get(stream.to.id) is stream:
             message = message_of(self._shard, stream, self._member.header(stream.to.incarnation))
             if message is None:
@@ -115,8 +120,14 @@ class Replicating:
                     stream.to.address, "Shard.Replicate", message, timeout_seconds=CALL_SECONDS
                 )
                 take_answer(self._shard, stream, *opened(answered))
+                answered_at, silent = clock(), False
             except PSError as error:
                 logger.debug("event=not_replicated shard=%d error=%s", stream.to.id, error)
+                if clock() - answered_at >= SILENT_LEASES * self._member.spec.lease_seconds:
+                    if not silent:
+                        logger.warning("event=copy_unreachable shard=%d error=%s", stream.to.id, error)
+                    silent = True
+                    leading.silent(stream)
             if stream.first > first:
                 pause = FIRST_SECONDS
             else:

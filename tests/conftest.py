@@ -32,7 +32,7 @@ OPTIONAL = {
     "torch": "torch is not installed: make setup-torch",
     "petastorm": "petastorm is not installed",
 }
-MISSING = (*OPTIONAL, "shared data")
+MISSING = (*OPTIONAL, "shared data", "network namespaces")
 # Epoll sets, event counters and timers belong to gRPC's and Arrow's own threads, which last; so do devices.
 LASTING_FILES = ("anon_inode:", "/dev/", "/proc/", "/sys/")
 FAILED = pytest.StashKey[bool]()

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 TURNS = 16
 # Addresses of one offer that are tried.
 MAX_ADDRESSES = 4
+# Between two looks whether the other side's machine is there, while an answer is due.
+LOOK_SECONDS = 1.0
 _MORE = "more came than an answer"
 
 
@@ -43,6 +45,7 @@ class Connection:
         self._ended = threading.Event()
         self._answer: _Answer | None = None
         self._writable: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
@@ -92,17 +95,34 @@ class Connection:
             self._loop = loop
             loop.add_reader(self._socket, self._readable)
         answer = self._answer = _Answer(self._first, self._buffers, loop.create_future(), landing)
-        timer = None if until is None else loop.call_at(until, self._fail, Late())
+        self._watch_from_now(answer, until)
         try:
             await self._send(loop, self._socket, buffers)
             return _checked(await answer.done)
         finally:
             self._answer = None
-            if timer is not None:
-                timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
             if not answer.done.cancel() and not answer.done.cancelled():
                 # Sending may have failed by itself: then what else went wrong is no news.
                 answer.done.exception()
+
+    def _watch_from_now(self, answer: "_Answer", until: float | None) -> None:
+        """Have an exchange looked at in a while, and when it is too late."""
+        loop = asyncio.get_running_loop()
+        look = loop.time() + LOOK_SECONDS
+        self._timer = loop.call_at(look if until is None else min(look, until), self._watch, answer, until)
+
+    def _watch(self, answer: "_Answer", until: float | None) -> None:
+        """Have an exchange fail once it is too late, or once nobody is there any more to answer it."""
+        if self._answer is not answer or self._socket is None:
+            return
+        if until is not None and asyncio.get_running_loop().time() >= until:
+            self._fail(Late())
+        elif sockets.silent(self._socket):
+            self._fail(ConnectionAbortedError("nothing is confirmed there: the link is cut, or the machine is gone"))
+        else:
+            self._watch_from_now(answer, until)
 
     async def _send(
         self, loop: asyncio.AbstractEventLoop, connection: socket.socket, buffers: list[memoryview]

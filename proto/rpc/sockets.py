@@ -7,10 +7,12 @@ its number.
 
 import contextlib
 import socket
+import struct
 from collections.abc import Iterator
 from threading import Lock
 
 from oarlock.proto.errors import Malformed
+from oarlock.proto.rpc.options import SILENT_SECONDS
 
 # Before the name of a socket that has no file, reachable within one network namespace (Linux).
 ABSTRACT = "unix-abstract:"
@@ -19,6 +21,9 @@ BUFFER_BYTES = 1 << 20
 # How long a connection may take to be made, and then each word of its first exchange.
 CONNECT_SECONDS = 2.0
 HELLO_SECONDS = 5.0
+# Of Linux's struct tcp_info: what was sent again, and asked, and not confirmed; milliseconds since something was.
+_RETRANSMITS, _PROBES, _LAST_CONFIRMED, _INFO_BYTES = 2, 3, 56, 60
+_MILLISECONDS = struct.Struct("=I")
 
 
 class Shared:
@@ -73,15 +78,31 @@ def prepare(connection: socket.socket) -> None:
     connection.settimeout(HELLO_SECONDS)
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that lost power says nothing.
+        # A machine that lost power says nothing, nor does one behind a link that is cut.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     else:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             # Not for TCP, which finds its own and is slower with a fixed one.
             connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+
+
+def silent(connection: socket.socket) -> bool:
+    """Tell whether the other side's system has confirmed nothing for too long though it was asked: the link is cut, most likely.
+
+    One that is alive confirms, however busy its process is. So what TCP's own limit would end, a process that reads nothing for a
+    while (its memory is full), is not silent.
+    """
+    if connection.family == socket.AF_UNIX or not hasattr(socket, "TCP_INFO"):
+        return False
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    if len(info) < _INFO_BYTES:
+        return False
+    asked = max(info[_RETRANSMITS], info[_PROBES])
+    heard: int = _MILLISECONDS.unpack_from(info, _LAST_CONFIRMED)[0]
+    return asked > 1 and heard >= SILENT_SECONDS * 1000
 
 
 def settle(connection: socket.socket) -> None:

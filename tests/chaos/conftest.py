@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import load_shared
 
-load_shared("chaos/sync_job.py")
+for _name in ("sync_job", "network_switch", "network_hosts", "paced_recipe", "network_job"):
+    load_shared(f"chaos/{_name}.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

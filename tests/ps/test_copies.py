@@ -216,6 +216,22 @@ def test_a_dead_member_is_waited_for_until_the_record_says_that_it_left():
     assert done(job.push(0, 1)[0])
 
 
+def test_a_copy_that_cannot_be_reached_is_reported_and_waited_for_until_the_record_says_that_it_left():
+    job = pair()
+    leading = job.shards[0].leading
+    answer = job.push(0, 0)[0]
+    leading.silent(leading.streams[1])
+    assert (SLOW, 1, list(range(job.layout.blocks))) in job.reports(0)
+    for number in range(job.layout.blocks):
+        assert not done(answer)
+        job.record(number, (0,))
+    assert result(answer).applied == job.layout.blocks
+    assert job.reports(0) == []
+    # Of blocks that nobody waits for there is nothing to say.
+    leading.silent(leading.streams[1])
+    assert job.reports(0) == []
+
+
 def test_a_copy_that_refuses_is_reported_and_never_passed_over():
     job = pair()
     job.shards[1].holdings.here[4] = False
