@@ -10,7 +10,7 @@ import pytest
 
 from oarlock.cli import scale
 from oarlock.cli.copy_lines import MOST, copy_lines
-from oarlock.cli.scale import settled
+from oarlock.launch.wanted import settled
 from oarlock.proto.coordinator_pb2 import ScaleReply
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
