@@ -178,12 +178,12 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     def seconds(name: str) -> str:
         return "-" if result[name] is None else f"{result[name]:.2f} s"
 
-    lines = [
-        f"{result['events']} of {result['asked']} events in {result['seconds']:.0f} s",
+    times = (
         f"killed shards: trained again after {seconds('recover_s_p50')} in the median, {seconds('recover_s_max')} at the worst; "
         f"stopped ones: {seconds('paused_recover_s_max')}; killed workers: {seconds('worker_recover_s_max')}; "
-        f"the coordinator answered after {seconds('coordinator_recover_s_max')}",
-    ]
+        f"the coordinator answered after {seconds('coordinator_recover_s_max')}"
+    )
+    lines = [f"{result['events']} of {result['asked']} events in {result['seconds']:.0f} s", times]
     if result["groups_unacknowledged"] is not None:
         missing = result["groups_unacknowledged"]
         lines.append(f"of {result['groups']} groups {missing or 'none'} had no push acknowledged")

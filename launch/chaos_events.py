@@ -115,8 +115,8 @@ def scaled(draw: float, now: int, low: int, high: int) -> int:
 def spared(role: str, status: dict[str, Any], running: Collection[int], left: int) -> str:
     """Return why no process of a role may be killed or stopped now; empty if one may.
 
-    ``running``: the numbers of processes that run, and were not stopped. ``status`` is what the coordinator says now. ``left``: so
-    many others of the role must be there.
+    ``running``: the numbers of processes that run, and were not stopped. ``status`` is what the coordinator says now.
+    ``left``: so many others of the role must be there.
     """
     if role == "coordinator":
         return ""
