@@ -74,7 +74,7 @@ class Chaos:
                 if not await self._carry_out(event):
                     return
             # A job may not end with somebody asleep in it.
-            while self._stopped:
+            while self._stopped and self._status.get("phase") not in OVER:
                 await self._news()
         finally:
             for child in list(self._stopped.values()):
@@ -204,9 +204,14 @@ def _cut_after(last: int) -> Callable[[dict[str, Any]], str]:
 
 
 def _scaled_to(name: str, wanted: int, since: float) -> Callable[[dict[str, Any]], str]:
+    heard = False
+
     def over(status: dict[str, Any]) -> str:
+        nonlocal heard
         if status["scale"][name] != wanted:
-            return "other numbers were asked for meanwhile"
+            # A status may have been on its way already.
+            return "other numbers were asked for meanwhile" if heard else ""
+        heard = True
         return f"so after {time.monotonic() - since:.1f} s" if settled(status) else ""
 
     return over
