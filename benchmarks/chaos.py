@@ -18,7 +18,8 @@ events. `--only counted` or `--only sync` runs one of the two parts.
 
 Blocks of a shard are those whose last acknowledged push before the signal it answered; times are read off the workers' notes
 (`launch/chaos_times.py`). In the full size each of two shards owns 1 GiB of rows, which events wait for, and has a copy of the
-other's; every group pushes to every one of these blocks. Quiet jobs have no ballast. Invariant: it writes to a temporary folder
+other's; every group pushes to every one of these blocks. Quiet jobs have no ballast, and in the quick size one process each.
+Invariant: it writes to a temporary folder
 only, leaves no process, and the last line printed is the result.
 """
 
@@ -32,11 +33,12 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ from oarlock.client.job import DONE
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.chaos import under_way
 from oarlock.launch.chaos_events import USUAL, Plan
-from oarlock.launch.chaos_ledger import summary
+from oarlock.launch.chaos_ledger import Ledger, summary
 from oarlock.launch.chaos_run import Ended, run_job
 from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import create
@@ -73,6 +75,8 @@ class Size:
     batch: int
     epochs: int
     quiet_seeds: int
+    # In one process, which is sooner at work; else as the disturbed one.
+    quiet_in_process: bool
     events: int
     gap_seconds: float
     lease_seconds: float
@@ -82,15 +86,19 @@ class Size:
     sync_epochs: int
     sync_events: int
     sync_gap_seconds: float
+    sync_mix: Mapping[str, int]
 
 
+STRIKES = {"kill shard": 2, "kill worker": 1, "kill coordinator": 1}
 SIZES = {
-    "full": Size(524_288, 65_536, 256, 5, 5, 50, 4.0, 5.0, (256, 2048, 1024), 4 << 30, 600, 60, 16, 3.0),
-    "quick": Size(24_576, 8192, 128, 10, 2, 10, 1.0, 2.0, (0, 0, 1), 0, 200, 8, 4, 1.0),
+    "full": Size(
+        *(524_288, 65_536, 256, 5, 5, False, 50, 4.0, 5.0, (256, 2048, 1024), 4 << 30),
+        *(600, 60, 16, 3.0, {**STRIKES, "scale shard": 1, "cut": 1}),
+    ),
+    "quick": Size(98_304, 8192, 128, 2, 2, True, 10, 1.0, 2.0, (0, 0, 1), 0, 200, 12, 4, 0.7, STRIKES),
 }
 # Beside the ones of `Size`: shards come and go between 2 and 4, workers between 2 and 3.
 SHARDS, WORKERS = (2, 4), (2, 3)
-SYNC_MIX = {"kill shard": 3, "kill worker": 2, "kill coordinator": 1, "scale shard": 1, "cut": 1}
 
 
 def main() -> int:
@@ -184,7 +192,12 @@ class Counted:
             recipe_options=options,
         )
         spec = create(folder, name, run)
-        ended = run_job(spec, folder, plan, ready=self._loaded, most_seconds=MOST_SECONDS)
+        if plan is None and size.quiet_in_process:
+            begun = time.monotonic()
+            status = run_in_process(spec, folder, watch=lambda status: True)
+            ended = Ended(spec, folder, status, Ledger(), time.monotonic() - begun)
+        else:
+            ended = run_job(spec, folder, plan, ready=self._loaded, most_seconds=MOST_SECONDS)
         if ended.status["phase"] != DONE:
             raise Unavailable(f"job {name} ended as {ended.status['phase']}: {ended.status['reason']}")
         count = check(self._data, folder, spec, ended.status["history"])
@@ -193,6 +206,8 @@ class Counted:
         )
         for entry in ended.ledger.entries:
             self._say(f"  {json.dumps(entry.to_json())}")
+        # Its checkpoints have all that it had in memory.
+        shutil.rmtree(folder)
         return ended, count
 
     def _loaded(self, status: dict[str, Any]) -> bool:
@@ -246,7 +261,7 @@ def sync(size: Size, folder: Path, seed: int, say: Callable[[str], None]) -> dic
         raise Unavailable(f"the quiet sync job ended as {status['phase']}: {status['reason']}")
     target = folder / "sync-disturbed"
     disturbed = replace(run, servers=3, workers=2, replicas=1)
-    plan = Plan(size.sync_events, size.sync_gap_seconds, seed, SYNC_MIX, SHARDS, WORKERS)
+    plan = Plan(size.sync_events, size.sync_gap_seconds, seed, size.sync_mix, SHARDS, WORKERS)
     ended = run_job(create(target, "sync-disturbed", disturbed), target, plan, most_seconds=MOST_SECONDS)
     if ended.status["phase"] != DONE:
         raise Unavailable(f"the sync job ended as {ended.status['phase']}: {ended.status['reason']}")

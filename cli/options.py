@@ -25,6 +25,7 @@ examples:
   oarlock status first                                 what it did, or does
   oarlock scale first --servers 4                      more shards while it trains
   oarlock rows explain first user 42                   all that is known of a key while it trains
+  oarlock chaos --demo                                 kill its processes, to see that nothing is lost
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """

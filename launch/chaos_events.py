@@ -129,6 +129,8 @@ def spared(role: str, status: dict[str, Any], running: Collection[int], left: in
         return f"another {role} is needed first"
     if role == "worker":
         return ""
+    if not any(m["stats"].get("samples") and m["pid"] in running for m in status["members"] if m["role"] == "worker"):
+        return "no worker trains"
     if status["ownerless"] or status["incomplete"]:
         return "sets of copies are not complete"
     return "" if status["moving"]["at_rest"] else "blocks move"

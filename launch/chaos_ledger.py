@@ -23,6 +23,9 @@ from oarlock.data.splits import plan_splits
 from oarlock.launch.chaos_events import KILL, STOP
 from oarlock.launch.chaos_times import Recovered, groups_acknowledged, shard_recovered, worker_recovered
 
+# Of a shard of which the coordinator tells no recovery.
+NOTHING = "no recovery is told: it came back in time, or the coordinator died before that was over"
+
 
 @dataclass
 class Entry:
@@ -98,7 +101,7 @@ def explain(ledger: Ledger, spec: JobSpec, blocks: int, notes: Path, status: dic
             continue
         entry.recovered = shard_recovered(lines, blocks, entry.incarnation, entry.moment, killed=how == KILL)
         found = [r for r in status.get("recoveries", ()) if r["shard"] == entry.member]
-        entry.followed = "; ".join(_recovery(r) for r in found) or "nothing: it came back in time"
+        entry.followed = "; ".join(_recovery(r) for r in found) or NOTHING
 
 
 def _recovery(found: dict[str, Any]) -> str:

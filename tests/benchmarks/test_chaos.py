@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from oarlock.benchmarks.chaos import SHARDS, SIZES, SYNC_MIX, WORKERS
+from oarlock.benchmarks.chaos import SHARDS, SIZES, WORKERS
 from oarlock.benchmarks.chaos_recipe import BALLAST, RECIPE, write_clicks
 from oarlock.benchmarks.counting import check
 from oarlock.checkpoint.store import LocalStore
@@ -37,7 +37,7 @@ def test_what_is_run() -> None:
     assert quick.events >= 10
     for size in (full, quick):
         Plan(size.events, size.gap_seconds, 0, USUAL, SHARDS, WORKERS)
-        Plan(size.sync_events, size.sync_gap_seconds, 0, SYNC_MIX, SHARDS, WORKERS)
+        Plan(size.sync_events, size.sync_gap_seconds, 0, size.sync_mix, SHARDS, WORKERS)
 
 
 def test_the_job_learns_and_counts_beside_it(tmp_path: Path) -> None:
@@ -86,6 +86,7 @@ def test_the_quick_benchmark_loses_nothing(tmp_path: Path) -> None:
     result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     assert (result["lost_pushes"], result["double_applied"], result["processes_left"]) == (0, 0, 0)
     assert result["sync_identical"] is True
+    assert result["sync"]["events"] >= 1
     assert result["samples_exact"] is True
     assert result["events"] >= 10
     assert result["kinds"]["kill shard"] >= 1

@@ -116,6 +116,11 @@ def test_a_shard_is_struck_only_while_its_blocks_are_whole_elsewhere() -> None:
     assert "dead or stopped" in spared("shard", status(), range(101, 110), 1), "the coordinator has not heard yet"
     assert "needed first" in spared("shard", status(1), ALL, 1)
     assert "needed first" in spared("shard", status(2), ALL, 2), "with two copies there are three members"
+    assert spared("shard", status(), [100, 101], 1) == "no worker trains"
+    idle = status()
+    for member in idle["members"]:
+        member["stats"] = {}
+    assert spared("shard", idle, ALL, 1) == "no worker trains"
     assert spared("shard", {}, ALL, 1), "nobody has said anything yet"
 
 
