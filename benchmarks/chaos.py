@@ -18,9 +18,9 @@ events. `--only counted` or `--only sync` runs one of the two parts.
 
 Blocks of a shard are those whose last acknowledged push before the signal it answered; times are read off the workers' notes
 (`launch/chaos_times.py`). In the full size each of two shards owns 1 GiB of rows, which events wait for, and has a copy of the
-other's; every group pushes to every one of these blocks. Quiet jobs have no ballast, and in the quick size one process each.
-Invariant: it writes to a temporary folder
-only, leaves no process, and the last line printed is the result.
+other's; every group pushes to every one of these blocks. Quiet jobs have no ballast. In the quick size they
+have one process each, and the disturbed one's workers wait before each batch, so that the job lasts.
+Invariant: it writes to a temporary folder only, leaves no process, and the last line printed is the result.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -77,6 +77,8 @@ class Size:
     quiet_seeds: int
     # In one process, which is sooner at work; else as the disturbed one.
     quiet_in_process: bool
+    # Seconds before each batch of the disturbed job.
+    pace: float
     events: int
     gap_seconds: float
     lease_seconds: float
@@ -92,10 +94,10 @@ class Size:
 STRIKES = {"kill shard": 2, "kill worker": 1, "kill coordinator": 1}
 SIZES = {
     "full": Size(
-        *(524_288, 65_536, 256, 5, 5, False, 50, 4.0, 5.0, (256, 2048, 1024), 4 << 30),
+        *(524_288, 65_536, 256, 5, 5, False, 0.0, 50, 4.0, 5.0, (256, 2048, 1024), 4 << 30),
         *(600, 60, 16, 3.0, {**STRIKES, "scale shard": 1, "cut": 1}),
     ),
-    "quick": Size(98_304, 8192, 128, 2, 2, True, 10, 1.0, 2.0, (0, 0, 1), 0, 200, 12, 4, 0.7, STRIKES),
+    "quick": Size(49_152, 8192, 128, 2, 2, True, 0.05, 10, 1.0, 2.0, (0, 0, 1), 0, 200, 12, 4, 0.7, STRIKES),
 }
 # Beside the ones of `Size`: shards come and go between 2 and 4, workers between 2 and 3.
 SHARDS, WORKERS = (2, 4), (2, 3)
@@ -176,7 +178,13 @@ class Counted:
     def _train(self, name: str, seed: int, plan: Plan | None) -> tuple[Ended, Count]:
         size, folder = self._size, self._folder / name
         blocks, rows, dim = size.ballast if plan is not None else (0, 0, 1)
-        options = {"batch_samples": size.batch, "ballast": blocks, "ballast_rows": rows, "ballast_dim": dim}
+        options: dict[str, Any] = {
+            "batch_samples": size.batch,
+            "ballast": blocks,
+            "ballast_rows": rows,
+            "ballast_dim": dim,
+        }
+        options["pace"] = size.pace if plan is not None else 0.0
         run = RunConfig(
             recipe=RECIPE,
             data=str(self._data),

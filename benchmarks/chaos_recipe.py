@@ -8,6 +8,7 @@
 Invariant: neither the counters nor the ballast touch the model. Rates are powers of two, so that what is counted is exact.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,10 @@ FILES, GROUP_ROWS = 4, 1024
 
 @dataclass(frozen=True)
 class ChaosConfig(WideDeepConfig):
-    """``ballast``: blocks of it (a power of two; 0: none), each of ``ballast_rows`` rows of ``ballast_dim`` values."""
+    """``ballast``: blocks of it (a power of two; 0: none), each of ``ballast_rows`` rows of ``ballast_dim`` values.
+
+    ``pace``: seconds that a worker waits before each batch, so that a small job lasts long enough for something to happen to it.
+    """
 
     OWN_RATES: ClassVar[Rates] = RATES
 
@@ -50,6 +54,7 @@ class ChaosConfig(WideDeepConfig):
     ballast: int = 0
     ballast_rows: int = 0
     ballast_dim: int = 1024
+    pace: float = 0.0
 
 
 def write_clicks(folder: Path, *, rows: int, test_rows: int, seed: int) -> None:
@@ -150,6 +155,7 @@ class CountedWorkload:
         return rows
 
     def encode(self, rows: Arrays, *, epoch: int, split: int, batch: int) -> Example:
+        time.sleep(self._config.pace)
         own = {name: values for name, values in rows.items() if name not in ("a", "b")}
         found = self._inner.encode(own, epoch=epoch, split=split, batch=batch)
         keys = {**found.keys, "a": rows["a"], "b": rows["b"]}
