@@ -21,6 +21,7 @@ MODULES = (
     "overload",
     "exactly_once",
     "kills",
+    "chaos",
     "checkpoint",
     "elasticity",
 )

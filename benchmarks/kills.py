@@ -2,8 +2,9 @@
 """`python -m oarlock.benchmarks.kills [--json] [--quick] [--seed N] [--data DIR]`: jobs whose processes are killed and stopped.
 
 A counting job shows that nothing is lost and nothing is done twice; an NCF job that it learns what it learns in peace. Two
-shards, three workers, real processes. Shards are not killed: a job ends when one of them does. Invariant: it writes to a
-temporary folder only, leaves no process, and the last line printed is the result.
+shards, three workers, real processes. Shards are left alone, as these jobs have no copies; `oarlock.benchmarks.chaos` kills
+those of jobs that have. Invariant: it writes to a temporary folder only, leaves no process, and the last line printed is the
+result.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -12,7 +13,6 @@ if __name__ == "__main__":
     settle("oarlock.benchmarks.kills")
 
 import argparse
-import asyncio
 import contextlib
 import json
 import logging
@@ -21,29 +21,47 @@ import secrets
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from oarlock.benchmarks.counting import Count, check, write_data
-from oarlock.benchmarks.killer import Harm, Killer, Rhythm
-from oarlock.client.job import DONE, OVER, JobSpec
+from oarlock.client.job import DONE, JobSpec
 from oarlock.data.interactions import read_info
 from oarlock.data.planted import generate_ncf
+from oarlock.launch import chaos_run
+from oarlock.launch.chaos_events import Plan
+from oarlock.launch.chaos_ledger import Ledger
 from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import create
 from oarlock.launch.kernels import compile_or_load
-from oarlock.launch.processes import LocalProcesses
-from oarlock.proto.errors import DeadlineExceeded, Unavailable
+from oarlock.proto.errors import Unavailable
 
 # In the environment of every process that this program starts, and of those that they start.
 MARKER = "OARLOCK_KILLS"
 RECIPE = "oarlock.simulation.counting:recipe"
 QUIET_RUNS = 3
-WATCH_SECONDS = 0.1
 # What no job needs: one that takes longer hangs.
 MOST_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Seconds between two kills of a worker, two of the coordinator, two stops of either, on the average."""
+
+    worker: float = 2.0
+    coordinator: float = 5.0
+    stop: float = 8.0
+
+    def plan(self, seed: int, seconds: float) -> Plan:
+        """Return what is done to a job within so many seconds."""
+        rates = {"kill worker": 1 / self.worker, "kill coordinator": 1 / self.coordinator}
+        rates |= dict.fromkeys(("stop worker", "stop coordinator"), 0.5 / self.stop)
+        gap = 1 / sum(rates.values())
+        mix = {kind: max(1, round(rate / min(rates.values()))) for kind, rate in rates.items()}
+        return Plan(max(1, int(seconds / gap)), gap, seed, mix, workers=(1, WORKERS), stopped=STOPPED)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,35 @@ SIZES = {
     "quick": Size(60_000, 20_000, 4, 4, 200, 220, 20, 4, Rhythm(worker=1.5, coordinator=3.0, stop=3.0), 7.0),
 }
 LEASE_SECONDS = 2.0
+WORKERS = 3
+# How long a process stands still, in leases.
+STOPPED = 1.5
+
+
+@dataclass
+class Harm:
+    """What was done to a job's processes."""
+
+    worker_kills: int = 0
+    coordinator_kills: int = 0
+    worker_stops: int = 0
+    coordinator_stops: int = 0
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> "Harm":
+        kinds = Counter(entry.kind for entry in ledger.done)
+        return cls(*(kinds[kind] for kind in ("kill worker", "kill coordinator", "stop worker", "stop coordinator")))
+
+    @property
+    def kills(self) -> int:
+        return self.worker_kills + self.coordinator_kills
+
+    @property
+    def stops(self) -> int:
+        return self.worker_stops + self.coordinator_stops
+
+    def __add__(self, other: "Harm") -> "Harm":
+        return Harm(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 @dataclass
@@ -128,7 +175,7 @@ def measure(
         "stops": harm.stops,
         **asdict(harm),
         **result,
-        "shards_killed": "none: a job ends when a shard dies",
+        "shards_killed": "none: these jobs have no copies",
         "processes_left": processes_left(marker),
         "lease_seconds": LEASE_SECONDS,
         "rhythm": asdict(size.rhythm),
@@ -142,37 +189,17 @@ def run_job(
 ) -> Ended:
     """Run one job to its end, doing harm to it in ``rhythm`` (None: in peace); raise if it does not come to that."""
     spec = create(folder, folder.name, run)
-    launched = LocalProcesses(spec, folder, restarts=run.restarts)
-    killer = Killer(launched, rhythm or Rhythm(), seed)
-
-    async def kill() -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(killer.run(), harm_seconds)
-
-    async def body() -> dict[str, Any]:
-        killing = asyncio.ensure_future(kill()) if rhythm is not None else None
-
-        def watch(status: dict[str, Any]) -> bool:
-            if killing is not None and status.get("phase") in OVER:
-                killing.cancel()
-            return True
-
-        try:
-            async with asyncio.timeout(MOST_SECONDS):
-                return await launched.run(watch, WATCH_SECONDS)
-        except TimeoutError:
-            raise DeadlineExceeded(f"job {folder.name} did not end within {MOST_SECONDS:g} s") from None
-        finally:
-            if killing is not None:
-                killing.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await killing
-
-    begun = time.monotonic()
-    status = asyncio.run(body())
+    plan = rhythm.plan(seed, harm_seconds) if rhythm is not None else None
+    ended = chaos_run.run_job(spec, folder, plan, ready=_trains, most_seconds=MOST_SECONDS, restarts=run.restarts)
+    status = ended.status
     if status["phase"] != DONE:
         raise Unavailable(f"job {folder.name} ended as {status['phase']}: {status['reason']}")
-    return Ended(spec, folder, status, killer.harm, time.monotonic() - begun)
+    return Ended(spec, folder, status, Harm.of(ended.ledger), ended.seconds)
+
+
+def _trains(status: dict[str, Any]) -> bool:
+    """Whether anything is there to be killed; nobody is waited for."""
+    return True
 
 
 def plan(data: Path, **fields: Any) -> RunConfig:
@@ -180,7 +207,7 @@ def plan(data: Path, **fields: Any) -> RunConfig:
     return RunConfig(
         data=str(data),
         servers=2,
-        workers=3,
+        workers=WORKERS,
         reader="arrow",
         lease_seconds=LEASE_SECONDS,
         heartbeat_seconds=LEASE_SECONDS / 10,

@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.scale import scale
 
             return scale(options)
+        if options.command == "chaos":
+            from oarlock.cli.chaos import chaos
+
+            return chaos(options)
         if options.command == "digest":
             from oarlock.cli.digest import digest
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from oarlock import __version__
+from oarlock.cli.chaos_options import add_chaos, aimless
 from oarlock.cli.checkpoint_options import add_checkpoint
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
@@ -24,6 +25,7 @@ examples:
   oarlock status first                                 what it did, or does
   oarlock scale first --servers 4                      more shards while it trains
   oarlock rows explain first user 42                   all that is known of a key while it trains
+  oarlock chaos --demo                                 kill its processes, to see that nothing is lost
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """
@@ -230,6 +232,7 @@ def build_parser() -> Parser:
     stop.add_argument("--no-checkpoint", action="store_true", help="lose what came after the last checkpoint")
 
     add_scale(commands)
+    add_chaos(commands, _setting)
     add_checkpoint(commands)
     rollback = commands.add_parser(
         "rollback",
@@ -280,7 +283,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         known = [name for action in chosen._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         chosen.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    if wrong := complaint(options) or unscaled(options):
+    if wrong := complaint(options) or unscaled(options) or aimless(options):
         chosen.error(wrong)
     if not hasattr(options, "data") and options.command == "demo":
         options.data = None

@@ -15,6 +15,7 @@ from oarlock.cli.autoscale_lines import dry_run_lines
 from oarlock.cli.copy_lines import moves_line, numbers_line
 from oarlock.cli.jobs import ask, live, running
 from oarlock.client.job import OVER
+from oarlock.launch.wanted import settled
 from oarlock.proto.coordinator_pb2 import ScaleReply, ScaleRequest
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
@@ -80,15 +81,3 @@ def _wait(job: str, look: Any, wanted: tuple[int, int]) -> None:
                 told, told_at = text, time.monotonic()
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
             time.sleep(LOOK_SECONDS)
-
-
-def settled(status: dict[str, Any]) -> bool:
-    """Whether a job has as many shards and workers as are wanted, and nothing of it moves or is to move."""
-    scale, there = status["scale"], [m["role"] for m in status["members"]]
-    return bool(
-        status["moving"]["at_rest"]
-        and not status["incomplete"]
-        and not any(scale["leaving"].values())
-        and len(status["blocks"]) == there.count("shard") == scale["servers"]
-        and there.count("worker") == scale["workers"]
-    )

@@ -20,6 +20,7 @@ from typing import Any
 from oarlock.client.gate import Gate
 from oarlock.client.job import OVER, STOPPING, JobSpec
 from oarlock.client.layout import Layout
+from oarlock.client.push_notes import PushNotes
 from oarlock.client.retry import Retry
 from oarlock.client.router import Routes, routes_of, unpack_changes, unpack_placement
 from oarlock.proto.common_pb2 import Header, Placement
@@ -79,6 +80,8 @@ class Membership:
         self.committed = 0
         self.term = 0
         self.gate = Gate(self)
+        # Where each acknowledged push is noted, if somebody wants to know.
+        self.push_notes: PushNotes | None = None
         self._address = address
         self._reader = reader
         self._signature = signature

@@ -6,6 +6,7 @@ block that has to go elsewhere takes its own bytes out of the message that was r
 reused meanwhile.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -365,6 +366,7 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         request = message.request
         request.header.CopyFrom(member.header(message.shard.incarnation))
         request.header.cut = cut
+        sent = time.monotonic()
         answered = await member.transport.call(
             message.shard.address, "Shard.Push", message.bulk, timeout_seconds=timeout
         )
@@ -375,6 +377,8 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         moved = unpack(reply.moved, np.int32, "moved blocks", parts=parts).astype(np.int32)
         if len(moved) and not np.isin(moved, message.numbers).all():
             raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
+        if member.push_notes is not None:
+            member.push_notes.note(sent, request, message.shard.incarnation, message.numbers, moved)
         if reply.HasField("where"):
             member.learn(reply.where)
         return moved

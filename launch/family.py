@@ -43,6 +43,7 @@ class Family:
         metrics_port: int | None,
         processors: Processors,
         trace: TraceParts | None,
+        push_notes: Path | None,
     ) -> None:
         self._spec = spec
         self._folder = folder
@@ -52,6 +53,7 @@ class Family:
         self._metrics_port = metrics_port
         self._processors = processors
         self._trace = trace
+        self._push_notes = push_notes
         self.children: list[Child] = []
         self.address = ""
         # The run that the state was in before the first coordinator was started.
@@ -86,6 +88,7 @@ class Family:
             arguments = ["--coordinator", self.address]
             if role == "worker":
                 arguments += ["--reader", self._spec.reader]
+                arguments += ["--push-notes", str(self._push_notes)] if self._push_notes is not None else []
             else:
                 arguments += ["--spill-folder", str(self._folder)]
                 arguments += ["--request-memory-bytes", str(self._processors.request_memory_bytes)]

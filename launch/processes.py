@@ -43,7 +43,8 @@ class LocalProcesses:
 
     ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics. ``processors``: what
     each one runs on; None: wherever the system puts it.
-    ``trace``: gives each process the file that it records itself into.
+    ``trace``: gives each process the file that it records itself into. ``push_notes``: the folder in which workers note when each
+    push was acknowledged.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LocalProcesses:
         metrics_port: int | None = None,
         processors: Processors | None = None,
         trace: TraceParts | None = None,
+        push_notes: Path | None = None,
     ) -> None:
         self._spec = spec
         self._folder = folder
@@ -73,15 +75,17 @@ class LocalProcesses:
             metrics_port=metrics_port,
             processors=processors or Processors(),
             trace=trace,
+            push_notes=push_notes,
         )
-        self._ends = Ends(spec, self._family, self._restarts, self._notices, self._call)
+        self._ends = Ends(spec, self._family, self._restarts, self._notices, self.call)
 
     @property
     def children(self) -> list[Child]:
         """The newest process of each role and number, ended ones too."""
         return list(self._family.children)
 
-    async def _call(self, method: str, request: Any) -> Any:
+    async def call(self, method: str, request: Any) -> Any:
+        """Ask the coordinator."""
         return await self._transport.call(self._family.address, method, request, timeout_seconds=ASK_SECONDS)
 
     async def run(self, watch: Callable[[dict[str, Any]], bool], watch_seconds: float = 0.25) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class LocalProcesses:
     async def _ask(self) -> dict[str, Any] | None:
         """Return the coordinator's status, None if it does not answer."""
         try:
-            reply: StatusReply = await self._call("Coordinator.Status", StatusRequest())
+            reply: StatusReply = await self.call("Coordinator.Status", StatusRequest())
         except PSError as error:
             logger.info("event=status_unanswered error=%s", error)
             return None
@@ -233,7 +237,7 @@ class LocalProcesses:
     async def _stop(self, reason: str) -> bool:
         """Ask the job to stop with a checkpoint; return whether the coordinator heard it."""
         try:
-            await self._call("Coordinator.Stop", StopRequest(checkpoint=True, reason=reason))
+            await self.call("Coordinator.Stop", StopRequest(checkpoint=True, reason=reason))
         except PSError as error:
             logger.info("event=stop_unheard error=%s", error)
             return False

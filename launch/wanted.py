@@ -57,3 +57,15 @@ def leaving(status: dict[str, Any]) -> set[tuple[str, int]]:
     """Return the (role, pid) of members that are to leave."""
     told = status.get("scale", {}).get("leaving", {})
     return {(m["role"], m["pid"]) for m in status["members"] if m["id"] in told.get(m["role"], ())} if told else set()
+
+
+def settled(status: dict[str, Any]) -> bool:
+    """Whether a job has as many shards and workers as are wanted, and nothing of it moves or is to move."""
+    scale, there = status["scale"], [m["role"] for m in status["members"]]
+    return bool(
+        status["moving"]["at_rest"]
+        and not status["incomplete"]
+        and not any(scale["leaving"].values())
+        and len(status["blocks"]) == there.count("shard") == scale["servers"]
+        and there.count("worker") == scale["workers"]
+    )

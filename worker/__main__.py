@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from oarlock.client.entry import keep_what_is_loaded, parser, run
 from oarlock.client.job import JobSpec
@@ -26,6 +27,7 @@ def main() -> int:
     options = parser("oarlock.worker", "A worker: trains what the coordinator leases to it.")
     options.add_argument("--coordinator", required=True, metavar="HOST:PORT")
     options.add_argument("--reader", default="auto", choices=KINDS)
+    options.add_argument("--push-notes", type=Path, metavar="DIR", help="note there when each push was acknowledged")
     given = options.parse_args()
     transport = GrpcTransport()
 
@@ -59,6 +61,7 @@ def main() -> int:
                     telemetry=telemetry,
                     prepare=prepare,
                     compute_in_threads=True,
+                    push_notes=given.push_notes,
                 )
             finally:
                 await transport.close()

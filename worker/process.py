@@ -13,11 +13,13 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
 from oarlock.client.membership import Membership
+from oarlock.client.push_notes import PushNotes
 from oarlock.client.signature import compute_signature
 from oarlock.client.telemetry import Telemetry
 from oarlock.data.files import check_files, files_from_json
@@ -51,13 +53,14 @@ async def run_worker(
     prepare: Callable[[JobSpec], None] | None = None,
     compute_in_threads: bool = False,
     computing: Executor | None = None,
+    push_notes: Path | None = None,
 ) -> Trainer | None:
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
     ``prepare`` is called once, with the job that was joined, before anything is computed. Without ``compute_in_threads`` one
     batch at a time is computed, on the event loop: nothing then depends on which of two threads is faster. ``computing`` computes
-    instead of threads of the worker's own.
+    instead of threads of the worker's own. ``push_notes``: the folder where acknowledged pushes are noted.
     """
     leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
     signature = compute_signature()
@@ -72,6 +75,8 @@ async def run_worker(
     spec = member.spec
     if prepare is not None:
         prepare(spec)
+    if push_notes is not None:
+        member.push_notes = PushNotes(push_notes, member.layout.blocks, member.incarnation).open()
     client = Client(member)
     client.stages.track = telemetry.track
     trainer: Trainer | None = None
@@ -102,6 +107,8 @@ async def run_worker(
         raise cause from None
     finally:
         stopping.cancel()
+        if member.push_notes is not None:
+            member.push_notes.close()
     logger.info("event=worker_over id=%d stats=%s", member.id, json.dumps(trainer.stats() if trainer else {}))
     await member.leave()
     return trainer

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oarlock.benchmarks.counting import LIMIT, check, write_data
-from oarlock.benchmarks.killer import Rhythm
-from oarlock.benchmarks.kills import MARKER, RECIPE, plan, processes_left, run_job
+from oarlock.benchmarks.kills import MARKER, RECIPE, Rhythm, plan, processes_left, run_job
 from oarlock.client.job import JobSpec
 from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process

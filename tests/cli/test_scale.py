@@ -11,7 +11,7 @@ import pytest
 from oarlock.cli import scale
 from oarlock.cli.autoscale_lines import autoscale_lines
 from oarlock.cli.copy_lines import MOST, copy_lines
-from oarlock.cli.scale import settled
+from oarlock.launch.wanted import settled
 from oarlock.proto.coordinator_pb2 import ScaleReply
 from oarlock.proto.errors import InvalidArgument, Unavailable
 
