@@ -62,8 +62,11 @@ class CopiesChecker:
         # What was acknowledged: the highest group of a split, by block; the highest step, by block.
         self._groups: dict[int, NDArray[np.int64]] = {}
         self._steps: NDArray[np.int64] = np.zeros(self._blocks, np.int64)
-        # What each shard owned when it was last looked at.
+        # What each shard owned when it was last looked at, and all that a look at it depends on.
         self._owned: dict[Shard, Mask] = {}
+        self._looked: dict[Shard, tuple[Any, ...]] = {}
+        # How often records changed.
+        self._changed = 0
         self._told = 0
 
     @property
@@ -144,6 +147,9 @@ class CopiesChecker:
 
     def _note_records(self) -> list[tuple[int, Record | None, Record]]:
         """Take in what was recorded since; return what changed."""
+        if not self._committed.changes:
+            return []
+        self._changed += 1
         changes, self._committed.changes[:] = list(self._committed.changes), []
         for block, _, after in changes:
             self._owners[block] = after.owner
@@ -201,11 +207,16 @@ class CopiesChecker:
         living = self._living()
         self._forget(living)
         for number, shard in living.items():
+            requires = shard.leading._requires
+            state = (self._changed, shard.owned.tobytes(), *((n, mask.tobytes()) for n, mask in requires.items()))
+            if self._looked.get(shard) == state:
+                continue
+            self._looked[shard] = state
             owned = shard.owned & (self._owners == number)
             before = self._owned.get(shard)
             self._owned[shard] = shard.owned.copy()
             for member, mask in self._named.items():
-                required = shard.leading._requires.get(member)
+                required = requires.get(member)
                 if member == number or not (owned & mask).any():
                     continue
                 lacking = owned & mask if required is None else owned & mask & ~required
@@ -215,7 +226,7 @@ class CopiesChecker:
             if len(new):
                 self._opened(shard, number, new)
         for gone in self._owned.keys() - set(living.values()):
-            del self._owned[gone]
+            del self._owned[gone], self._looked[gone]
 
     def _opened(self, shard: Shard, number: int, blocks: Numbers) -> None:
         """Check blocks that a shard owns from now on."""
