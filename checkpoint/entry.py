@@ -8,6 +8,7 @@ higher number than the one before it. Immutable; from any thread.
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -118,9 +119,9 @@ class BlockEntry:
         if (self.base[0] if self.base else self).gone_bytes:
             raise InvalidArgument(f"{self.where}: the first link of its chain is whole, and nothing left it")
 
-    @property
+    @cached_property
     def links(self) -> tuple[Link, ...]:
-        """Return the chain, the whole file first, the entry's own files last."""
+        """The chain, the whole file first, the entry's own files last."""
         own = {f.name: getattr(self, f.name) for f in fields(Link)}
         return (*self.base, Link(**own))
 

@@ -4,8 +4,9 @@
     R1    what was acknowledged, by the answer to a push or (steps of ranks) to a pull, is in the copies of all recorded members
     R2    a member is recorded only once its owner waits for it, and has the whole block; it is waited for until the record
           says that it left
-    R3    who becomes the owner has all that was acknowledged before, by its marks and by its values; and so has whoever owns
-    R4    copies of one block at one generation and sequence are equal to the bit
+    R3    who becomes the owner has all that was acknowledged before, by its marks and by its values; and so has whoever owns;
+          nobody who lives has a block open that is recorded to be another's
+    R4    copies of one block at one generation and sequence are equal to the bit, and none is ahead of its owner
 
 Invariant: what was acknowledged is read off answers as they are sent, records off the coordinator's disk. Shards that are dead,
 or were struck off, count no more. Checks look only; they change nothing.
@@ -23,6 +24,7 @@ from oarlock.client.job import GATHERING, OVER, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.live import LiveBlock, keys_of
 from oarlock.proto.arrays import unpack
+from oarlock.proto.bulk import opened
 from oarlock.proto.errors import PSError
 from oarlock.ps.does import Image
 from oarlock.ps.images import image_of
@@ -62,8 +64,11 @@ class CopiesChecker:
         # What was acknowledged: the highest group of a split, by block; the highest step, by block.
         self._groups: dict[int, NDArray[np.int64]] = {}
         self._steps: NDArray[np.int64] = np.zeros(self._blocks, np.int64)
-        # What each shard owned when it was last looked at.
+        # What each shard owned when it was last looked at, and all that a look at it depends on.
         self._owned: dict[Shard, Mask] = {}
+        self._looked: dict[Shard, tuple[Any, ...]] = {}
+        # How often records changed.
+        self._changed = 0
         self._told = 0
 
     @property
@@ -132,18 +137,27 @@ class CopiesChecker:
             return
         self._look()
         self._told += method == "Shard.Replicate"
-        if method == "Shard.Replicate" and self._told % COMPARE == 0:
-            for number, other in self._living().items():
-                here = self._member(number) & other.holdings.here
-                self._whole(other, number, np.flatnonzero(here).astype(np.int32), "R1")
-            self._compare(range(self._blocks))
+        # A full copy may bring back what was before.
+        brings = method == "Shard.Replicate" and any(o.HasField("image") for o in opened(request)[0].operations)
+        if method == "Shard.Replicate" and (brings or self._told % COMPARE == 0):
+            self._compare_all()
 
     def finish(self) -> None:
         """After the last event of a job that is done."""
+        self._compare_all()
+
+    def _compare_all(self) -> None:
+        """Check what members have, against what was acknowledged and against each other."""
+        for number, other in self._living().items():
+            here = self._member(number) & other.holdings.here
+            self._whole(other, number, np.flatnonzero(here).astype(np.int32), "R1")
         self._compare(range(self._blocks))
 
     def _note_records(self) -> list[tuple[int, Record | None, Record]]:
         """Take in what was recorded since; return what changed."""
+        if not self._committed.changes:
+            return []
+        self._changed += 1
         changes, self._committed.changes[:] = list(self._committed.changes), []
         for block, _, after in changes:
             self._owners[block] = after.owner
@@ -201,11 +215,22 @@ class CopiesChecker:
         living = self._living()
         self._forget(living)
         for number, shard in living.items():
+            requires = shard.leading._requires
+            state = (self._changed, shard.owned.tobytes(), *((n, mask.tobytes()) for n, mask in requires.items()))
+            if self._looked.get(shard) == state:
+                continue
+            self._looked[shard] = state
+            wrong = np.flatnonzero(shard.owned & (self._owners != number) & (self._owners >= 0)).tolist()
+            require(
+                not wrong,
+                "R3",
+                f"shard {number} has blocks {wrong} open, which are recorded to be {self._owners[wrong]}'s",
+            )
             owned = shard.owned & (self._owners == number)
             before = self._owned.get(shard)
             self._owned[shard] = shard.owned.copy()
             for member, mask in self._named.items():
-                required = shard.leading._requires.get(member)
+                required = requires.get(member)
                 if member == number or not (owned & mask).any():
                     continue
                 lacking = owned & mask if required is None else owned & mask & ~required
@@ -215,7 +240,7 @@ class CopiesChecker:
             if len(new):
                 self._opened(shard, number, new)
         for gone in self._owned.keys() - set(living.values()):
-            del self._owned[gone]
+            del self._owned[gone], self._looked[gone]
 
     def _opened(self, shard: Shard, number: int, blocks: Numbers) -> None:
         """Check blocks that a shard owns from now on."""
@@ -243,6 +268,12 @@ class CopiesChecker:
             known = shard.holdings.generations[here], sequences_of(shard, here), steps
             for each in zip(here.tolist(), *(k.tolist() for k in known), strict=True):
                 found.setdefault(each, []).append(shard)
+        for (block, generation), (leads, most) in _ahead(found).items():
+            require(
+                most <= leads,
+                "R4",
+                f"a copy of block {block} at generation {generation} has {most} operations, its owner {leads}",
+            )
         for (block, generation, sequence, _), shards in found.items():
             images = [image_of(shard, block) for shard in shards[: len(shards) if len(shards) > 1 else 0]]
             for image in images[1:]:
@@ -253,6 +284,18 @@ class CopiesChecker:
                     "R4",
                     f"two copies of block {block} at generation {generation} and sequence {sequence} differ: {differs}",
                 )
+
+
+def _ahead(found: dict[tuple[int, int, int, int], list[Shard]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return by block and generation how many operations its owner has told of, and the most that any copy has."""
+    leads: dict[tuple[int, int], int] = {}
+    most: dict[tuple[int, int], int] = {}
+    for (block, generation, sequence, _), shards in found.items():
+        at = block, generation
+        most[at] = max(sequence, most.get(at, 0))
+        if any(shard.holdings.leads[block] for shard in shards):
+            leads[at] = sequence
+    return {at: (leads[at], most[at]) for at in leads}
 
 
 def _steps_of(shard: Shard) -> NDArray[np.int64]:

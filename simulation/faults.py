@@ -32,9 +32,16 @@ WORLD = (
 )
 # Ends the job, which then goes on from its newest cut; where blocks have copies, another shard comes in its place.
 KILL_SHARD = "kill_shard"
+KINDS = (*WIRE, *WORLD, KILL_SHARD)
 # Other numbers of shards are wanted.
 SCALE = "scale"
-KINDS = (*WIRE, *WORLD, KILL_SHARD, SCALE)
+# What happens to just the message that is aimed at, and to those between whom it goes. "hold": it arrives later; "again": once
+# more, later; "freeze": its sender stands still, and in the midst of that it arrives; "stun": who gets it stands still.
+AIMED = ("hold", "again", "freeze", "stun")
+# Strikes when a copy has been ordered: the next operations that an owner tells of, with it most often, come once more, later.
+ECHO = "echo"
+# The name by which such reports are counted apart from the others.
+HANDED_OVER = "Coordinator.Report of what was handed over"
 MODES = ("async", "ssp", "geo")
 # Its jobs are of another recipe, and checked by other rules: drawn alone, so that the other modes' seeds say what they said.
 SYNC = "sync"

@@ -13,6 +13,7 @@ from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import Outcome, Schedule
+from oarlock.simulation.quick import quick
 from oarlock.simulation.world import World
 
 
@@ -44,7 +45,7 @@ def go_on(schedule: Schedule, data: Data, checkpoints: Path, folder: Path, log: 
 
 def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome:
     """Run a schedule in a folder of its own, and go on from one of its cuts."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with quick(), tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         world = World(schedule, data, folder, log)
         outcome = world.run()

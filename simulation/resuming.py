@@ -19,15 +19,15 @@ from oarlock.checkpoint.store import LocalStore, open_checkpoint
 from oarlock.client.job import DONE, FAILED, OVER, STOPPED, TRAINING, JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.service import CoordinatorService
-from oarlock.proto.coordinator_pb2 import ScaleRequest
+from oarlock.proto.coordinator_pb2 import HANDED, ReportRequest, ScaleRequest
 from oarlock.proto.errors import PSError
 from oarlock.ps.service import ShardService
 from oarlock.ps.shard import Shard
-from oarlock.simulation.faults import LEASE_SECONDS, Fault
+from oarlock.simulation.faults import HANDED_OVER, LEASE_SECONDS, Fault
 from oarlock.simulation.loop import Process
 from oarlock.simulation.state import Committed
 from oarlock.simulation.strikes import Strikes
-from oarlock.simulation.wire import Killed
+from oarlock.simulation.wire import Call, Killed
 
 # The launcher looks so often whether a process has ended.
 LOOK_SECONDS = 0.25
@@ -108,14 +108,18 @@ class Resuming(Strikes):
             seen = self.rng.random() * 2 * LOOK_SECONDS if self.rng.random() < 0.7 else 2 * LEASE_SECONDS
             self._later(fault.seconds + seen, self._shard_ended, process)
 
-    def _strike_at(self, method: str, *, before: bool) -> None:
-        """Strike what the schedule has for this message, which is about to be handled, or was."""
+    def _strike_at(self, call: Call, process: Process, *, before: bool) -> None:
+        """Strike what the schedule has for this message, which ``process`` is about to handle, or has handled."""
         if self.cuts.committed < self.schedule.cuts_before:
             return
-        count = self._handled[method] = self._handled.get(method, 0) + before
-        for fault in self.schedule.at_cuts:
-            if (fault.method, fault.at, bool(fault.who % 2)) == (method, count, before):
-                self._strike(replace(fault, who=fault.who // 2))
+        self.struck, names = (call, process), [call.method]
+        if call.method == "Coordinator.Report" and ReportRequest.FromString(call.data).told == HANDED:
+            names.append(HANDED_OVER)
+        for name in names:
+            count = self._handled[name] = self._handled.get(name, 0) + before
+            for fault in self.schedule.at_cuts:
+                if (fault.method, fault.at, bool(fault.who % 2)) == (name, count, before):
+                    self._strike(replace(fault, who=fault.who // 2))
 
     def _shard_ended(self, process: Process) -> None:
         """The launcher sees that a shard ended: it ends the job, whatever the coordinator knows of it, or starts another one."""

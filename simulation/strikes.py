@@ -8,13 +8,14 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from oarlock.ps.service import ShardService
 from oarlock.simulation.faults import HEARTBEAT_SECONDS, WIRE, Fault, Schedule
 from oarlock.simulation.loop import BEGIN, Process, VirtualLoop
 from oarlock.simulation.state import WatchedStore
-from oarlock.simulation.wire import Wire
+from oarlock.simulation.wire import Call, Wire
 
 
 class Strikes(ABC):
@@ -31,6 +32,8 @@ class Strikes(ABC):
     workers: list[Process]
     services: list[ShardService]
     leaving: dict[str, asyncio.Event]
+    # The message that is struck at, and who gets it.
+    struck: tuple[Call, Process]
 
     def __init__(self) -> None:
         self._paused_at = BEGIN
@@ -109,6 +112,25 @@ class Strikes(ABC):
     def _pause_shard(self, fault: Fault) -> None:
         if self.shards_now:
             self._pause(self.shards_now[fault.who % len(self.shards_now)], fault.seconds)
+
+    # What strikes at a message
+
+    def _hold(self, fault: Fault) -> None:
+        self.struck[0].held = fault.seconds
+
+    def _again(self, fault: Fault) -> None:
+        self.wire.repeat(self.struck[0], fault.seconds)
+
+    def _freeze(self, fault: Fault) -> None:
+        call = self.struck[0]
+        call.held = fault.seconds * self.rng.random()
+        self._pause(call.sender, fault.seconds)
+
+    def _echo(self, fault: Fault) -> None:
+        self.wire.armed.append(replace(fault, kind="late", method="Shard.Replicate"))
+
+    def _stun(self, fault: Fault) -> None:
+        self._pause(self.struck[1], fault.seconds)
 
     # Not in the middle of the event that it is struck by: what was begun there is done.
     def _kill_coordinator(self, fault: Fault) -> None:

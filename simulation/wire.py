@@ -42,6 +42,8 @@ class Call:
     faults: set[str] = field(default_factory=set)
     seconds: float = 0.0
     sent: float = 0.0
+    # By so much later it arrives than it would.
+    held: float = 0.0
 
 
 class Wire:
@@ -107,9 +109,7 @@ class Wire:
         for fault in [f for f in self.armed if f.method == call.method]:
             self.armed.remove(fault)
             if fault.kind == "late":
-                copy = Call(call.sender, call.address, call.method, call.data, None, sent=call.sent)
-                self._later(fault.seconds, self._deliver, copy)
-                self.last_copy = max(self.last_copy, self._loop.now + fault.seconds)
+                self.repeat(call, fault.seconds)
             else:
                 call.faults.add(fault.kind)
                 call.seconds = max(call.seconds, fault.seconds)
@@ -117,6 +117,12 @@ class Wire:
             self._broken(call)
             return
         self._later(self._pause() + (call.seconds if "slow" in call.faults else 0.0), self._deliver, call)
+
+    def repeat(self, call: Call, seconds: float) -> None:
+        """Deliver a message once more."""
+        copy = Call(call.sender, call.address, call.method, call.data, None, sent=call.sent)
+        self._later(seconds, self._deliver, copy)
+        self.last_copy = max(self.last_copy, self._loop.now + seconds)
 
     def _pause(self) -> float:
         return self._rng.random() * self._latency
@@ -136,11 +142,17 @@ class Wire:
         if frozenset((process.name, call.sender.name)) in self.cuts:
             self._broken(call)
             return
-        if process.paused:
-            self._inboxes.setdefault(process, deque()).append(call)
+        if self._waits(process, call):
             return
         if self._before(process, call):
             self._broken(call)
+            return
+        if call.held:
+            seconds, call.held = call.held, 0.0
+            self._later(seconds, self._deliver, call)
+            self.last_copy = max(self.last_copy, self._loop.now + seconds)
+            return
+        if self._waits(process, call):
             return
         request = METHODS[call.method].request.FromString(call.data)
         reply, error = None, None
@@ -160,6 +172,12 @@ class Wire:
         else:
             self._event(process, call, request, error if reply is None else reply)
             self._send_back(process, call, reply, error)
+
+    def _waits(self, process: Process, call: Call) -> bool:
+        """Put a message by for a process that is paused."""
+        if process.paused:
+            self._inboxes.setdefault(process, deque()).append(call)
+        return process.paused
 
     def _wait(self, process: Process, call: Call, pending: Pending) -> None:
         """Answer once that is given: right after the step that gave it."""

@@ -187,7 +187,7 @@ class World(Resuming):
     # Events
 
     def _before(self, process: Process, call: Call) -> bool:
-        self._strike_at(call.method, before=True)
+        self._strike_at(call, process, before=True)
         return not process.alive
 
     def _answered(self, process: Process, call: Call, reply: Any) -> None:
@@ -211,7 +211,7 @@ class World(Resuming):
                 if fault.at == self._gates:
                     self._strike(fault)
         if process is not None:
-            self._strike_at(call.method, before=False)
+            self._strike_at(call, process, before=False)
         while self._faults and self._faults[0].at <= self.events:
             self._strike(self._faults.pop(0))
 

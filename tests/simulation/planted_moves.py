@@ -8,21 +8,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from oarlock.client.closed import ClosedSet
 from oarlock.cluster.coordinator import Coordinator
+from oarlock.cluster.moving import Moving
 from oarlock.cluster.promotion import Chosen, Promotion
 from oarlock.cluster.record import Records
 from oarlock.proto.coordinator_pb2 import ADDED, HANDED
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
 from oarlock.ps import adopting, following, operations
+from oarlock.ps.following import Following
 from oarlock.ps.holdings import Holdings, Numbers
 from oarlock.ps.images import take
 from oarlock.ps.leading import Leading
 from oarlock.ps.rank_marks import STEP_MARK
 from oarlock.ps.staged import Staged
+from oarlock.simulation.faults import ECHO, HANDED_OVER
 
 Patch = pytest.MonkeyPatch
 
@@ -104,6 +108,81 @@ def an_heir_waits_for_nobody(patch: Patch) -> None:
     patch.setattr(Leading, "lead", lambda self, members, numbers: original(self, {}, numbers))
 
 
+def a_deposed_owner_goes_on(patch: Patch) -> None:
+    """Who hears that another one owns its block answers for it again, though it had closed it."""
+    original = adopting._leave
+
+    def leave(shard: Any, others: Numbers, gone: Any) -> None:
+        led = shard.holdings.leads
+        original(shard, others, gone)
+        shard.holdings.owned |= led & shard.holdings.here
+
+    patch.setattr(adopting, "_leave", leave)
+
+
+def operations_of_any_generation(patch: Patch) -> None:
+    """A copy does what whoever owned it tells it, whatever its record says since."""
+    original = Following._step
+
+    def step(self: Following, sender: int, operation: Any, generations: Any) -> Any:
+        holdings, numbers = self._shard.holdings, operation.numbers
+        owners = holdings.owners[numbers].copy()
+        if isinstance(operation.does, operations.Image):
+            return original(self, sender, operation, generations)
+        holdings.owners[numbers] = sender
+        try:
+            return original(self, sender, operation, holdings.generations[numbers].copy())
+        finally:
+            holdings.owners[numbers] = owners
+
+    patch.setattr(Following, "_step", step)
+
+
+def operations_are_done_as_they_come(patch: Patch) -> None:
+    """Neither positions in a stream nor sequences of copies are looked at: what comes twice is done twice."""
+    patch.setattr(Following, "_at", lambda self, request: request.first)
+    patch.setattr(following, "lead_of", lambda shard, operation: np.ones(len(operation.numbers), np.int64))
+    patch.setattr(operations, "_same", lambda operation, found, wanted: None)
+
+
+def images_take_the_place_of_newer_copies(patch: Patch) -> None:
+    """A full copy that comes late replaces one that has done more since."""
+    patch.setattr(Following, "_at", lambda self, request: request.first)
+    original = Following._image
+
+    def image(self: Following, sender: int, operation: Any, generation: int) -> Any:
+        if self._shard.holdings.is_copy(operation.numbers)[0]:
+            take(self._shard, operation.does)
+            return []
+        return original(self, sender, operation, generation)
+
+    patch.setattr(Following, "_image", image)
+
+
+def opened_again_under_any_order(patch: Patch) -> None:
+    """Word of a hand-over that came to nothing opens what is closed under another order."""
+    original = Holdings.reopen
+
+    def reopen(self: Holdings, numbers: Any, order: Any) -> Numbers:
+        named = list(numbers)
+        for number in named:
+            if number in self.closed:
+                self.closed[number] = order
+        return original(self, named, order)
+
+    patch.setattr(Holdings, "reopen", reopen)
+
+
+def handed_over_under_any_order(patch: Patch) -> None:
+    """A report of a block that was closed under an order that was given up makes an heir of who is meant now."""
+
+    def handed(self: Moving, block: int, term: int, order: int) -> int | None:
+        flight = self.flights.get(block)
+        return flight.move.heir if flight is not None and flight.move.heir in self._records.shards else None
+
+    patch.setattr(Moving, "handed", handed)
+
+
 def whoever_is_alive_is_promoted(patch: Patch) -> None:
     """The owner of a block is dead: any shard becomes its owner."""
 
@@ -178,6 +257,14 @@ def a_shards_number_is_given_again(patch: Patch) -> None:
     patch.setattr(Coordinator, "_next_id", lambda self, role: self.members.next_id(role))
 
 
+# What a schedule must have for a plant to show: the course of things in which the rule matters is rare without it.
+AIMED_AT: dict[Callable[[Patch], None], set[tuple[str, str]]] = {
+    operations_of_any_generation: {("freeze", "Shard.Replicate"), ("hold", "Shard.Replicate")},
+    images_take_the_place_of_newer_copies: {(ECHO, "Shard.Copy")},
+    opened_again_under_any_order: {("hold", HANDED_OVER)},
+    handed_over_under_any_order: {("hold", HANDED_OVER)},
+}
+
 PLANTED: tuple[Callable[[Patch], None], ...] = (
     acknowledged_before_the_copies_have_it,
     skipped_duplicates_are_acknowledged_at_once,
@@ -187,6 +274,12 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     handed_over_before_all_have_all,
     closed_blocks_go_on,
     an_heir_waits_for_nobody,
+    a_deposed_owner_goes_on,
+    operations_of_any_generation,
+    operations_are_done_as_they_come,
+    images_take_the_place_of_newer_copies,
+    opened_again_under_any_order,
+    handed_over_under_any_order,
     whoever_is_alive_is_promoted,
     the_closed_set_does_not_travel,
     marks_do_not_travel,

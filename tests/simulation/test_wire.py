@@ -3,6 +3,7 @@
 
 import asyncio
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -11,7 +12,7 @@ from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply, PushRequest
 from oarlock.simulation.faults import Fault
 from oarlock.simulation.loop import Process, VirtualLoop
-from oarlock.simulation.wire import Wire
+from oarlock.simulation.wire import Call, Wire
 
 
 class Scene:
@@ -141,5 +142,59 @@ def test_a_deaf_call_may_break_long_before_it_is_answered(scene: Scene) -> None:
             with pytest.raises(Unavailable):
                 await asking
         assert 0 < sum(early) < len(early)
+
+    scene.run(body)
+
+
+def test_a_message_that_is_aimed_at_is_handled_once_more_or_later(scene: Scene) -> None:
+    """What is held strikes nobody a second time, though it comes to its handler's door again."""
+    seen: list[float] = []
+
+    def before(process: Process, call: Call) -> bool:
+        seen.append(scene.loop.now)
+        if len(seen) == 1:
+            call.held = 5.0
+        elif len(seen) == 2:
+            scene.wire.repeat(call, 3.0)
+        return False
+
+    scene.wire = Wire(scene.loop, random.Random(0), 0.01, scene._event, before)
+    scene.wire.serve(scene.server, "here", scene)
+
+    async def body() -> None:
+        asking = scene.ask()
+        await asyncio.sleep(4)
+        assert not scene.asked
+        await asyncio.sleep(2)
+        assert len(scene.asked) == 1
+        await asyncio.sleep(3)
+        assert len(scene.asked) == 2
+        assert [round(b - a, 1) for a, b in pairwise(seen)] == [5.0, 3.0]
+        # Nobody waits for an answer to the second one.
+        for each in scene.asked:
+            each.resolve(PushReply(applied=3))
+        assert await asking == PushReply(applied=3)
+
+    scene.run(body)
+
+
+def test_who_is_stunned_by_a_message_gets_it_when_it_goes_on(scene: Scene) -> None:
+    def before(process: Process, call: Call) -> bool:
+        process.paused = True
+        return False
+
+    scene.wire = Wire(scene.loop, random.Random(0), 0.01, scene._event, before)
+    scene.wire.serve(scene.server, "here", scene)
+
+    async def body() -> None:
+        asking = scene.ask()
+        await asyncio.sleep(4)
+        assert not scene.asked
+        scene.wire._before = lambda process, call: False
+        scene.loop.resume(scene.server)
+        scene.wire.resume(scene.server)
+        await asyncio.sleep(0.1)
+        scene.asked[0].resolve(PushReply(applied=3))
+        assert await asking == PushReply(applied=3)
 
     scene.run(body)
