@@ -19,6 +19,7 @@ from oarlock.cli.restore_options import cut_of, warm_start_of
 from oarlock.cli.show import RunView, metric
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
+from oarlock.client.security import security_values
 from oarlock.client.trace import trace_target
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
@@ -30,6 +31,7 @@ from oarlock.launch.processes import LocalProcesses
 from oarlock.launch.processors import processors_of
 from oarlock.launch.trace import traced_job
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, Unavailable
+from oarlock.proto.security import Security
 from oarlock.telemetry.log import to_file
 
 _OPTIONS = (
@@ -62,6 +64,8 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     for setting in options.set:
         assign(values, setting)
     values.update({n: getattr(options, n) for n in _OPTIONS if getattr(options, n, None) is not None})
+    if security := security_values(options):
+        values["security"] = {**values.get("security", {}), **security}
     return values
 
 
@@ -153,7 +157,8 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
     begun = time.monotonic()
     settled = read_run(folder)
     processors = processors_of(settled)
-    with RunView() as view, _interrupts() as interrupts:
+    security = Security(settled.security_spec(), own=True).open()
+    with RunView("https" if security.serves_tls else "http") as view, _interrupts() as interrupts:
         view.say(f"job {spec.name} in {folder}: {_described(spec, options.in_process)}")
         view.say(processors.described(spec, loaded_blas()))
         for words in (*forced_kernels(os.environ), *processors.warnings(spec)):
@@ -180,6 +185,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     metrics_port=options.metrics_port,
                     processors=processors,
                     trace=parts.next("job", 0) if parts is not None else None,
+                    security=security,
                 )
             else:
                 to_file(folder / "logs" / "launcher.log", options.log_level)
@@ -193,6 +199,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     metrics_port=options.metrics_port,
                     processors=processors,
                     trace=parts,
+                    security=security,
                 )
                 status = asyncio.run(launched.run(watch))
         view.show(status)
