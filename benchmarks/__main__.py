@@ -10,6 +10,7 @@ import sys
 MODULES = (
     "rpc",
     "wire",
+    "security",
     "table",
     "compress",
     "cache",

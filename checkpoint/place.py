@@ -80,10 +80,11 @@ def refuse_secret(path: str, name: str) -> None:
 
 def same_place(one: str, other: str) -> bool:
     """Return whether two paths or URLs mean one folder, however they are written."""
-    return _resolved(one) == _resolved(other)
+    return resolved(one) == resolved(other)
 
 
-def _resolved(path: str) -> tuple[str, ...]:
+def resolved(path: str) -> tuple[str, ...]:
+    """Return what kind of place a path or URL means ("": a folder), its path there, and what else it takes to find it."""
     if not is_url(path):
         return "", os.path.realpath(path)
     parts = urlsplit(path)

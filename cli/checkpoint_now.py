@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from oarlock.cli.cut_lines import progress_line
-from oarlock.cli.jobs import ask, live
+from oarlock.cli.jobs import ask, asking, live
 from oarlock.cli.show import CUT_SECONDS
 from oarlock.client.job import OVER
 from oarlock.launch.folder import is_running, locate
@@ -25,15 +25,16 @@ LOOK_SECONDS = 0.1
 def checkpoint_now(options: argparse.Namespace) -> int:
     """Ask a running job for a checkpoint and wait for it."""
     folder, address = locate(options.job)
-    found = live(folder, address)
+    security = asking(options, folder)
+    found = live(folder, address, security)
     if found is None or found["phase"] in OVER or address is None:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {options.job} runs in one process: it has no address to be asked at")
         raise Unavailable(f"job {options.job} is not running")
-    reply: CheckpointReply = ask(address, "Coordinator.Checkpoint", CheckpointRequest())
+    reply: CheckpointReply = ask(address, "Coordinator.Checkpoint", CheckpointRequest(), security)
     print(f"job {found['name']} was asked for a checkpoint", file=sys.stderr, flush=True)
     with _waiting() as told:
-        made = _wait(options.job, reply.last, folder, address, told)
+        made = _wait(options.job, reply.last, lambda: live(folder, address, security), told)
     print(json.dumps(made) if options.json else f"cut {made['cut']} is committed: {made['path']}")
     return 0
 
@@ -56,10 +57,12 @@ def _waiting() -> Iterator[Callable[[str], None]]:
     yield tell
 
 
-def _wait(job: str, last: int, folder: Any, address: str, told: Callable[[str], None]) -> dict[str, Any]:
+def _wait(
+    job: str, last: int, look: Callable[[], dict[str, Any] | None], told: Callable[[str], None]
+) -> dict[str, Any]:
     """Return the checkpoint of the first cut after ``last``; Unavailable if it came to nothing."""
     while True:
-        found = live(folder, address)
+        found = look()
         if found is None:
             raise Unavailable(f"job {job} does not answer any more")
         made = next((c for c in found["checkpoints"] if c["cut"] > last), None)

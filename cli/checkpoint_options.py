@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from oarlock.client.security import add_security
+
 _WHERE = (
     "a job, a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's "
     "folder"
@@ -45,3 +47,4 @@ def add_checkpoint(commands: Any) -> None:
     for verb in (verify, describe, diff, now):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
     now.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
+    add_security(now, listens=False)

@@ -11,7 +11,7 @@ import time
 
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore
-from oarlock.cli.jobs import ask, live
+from oarlock.cli.jobs import ask, asking, live
 from oarlock.client.job import OVER
 from oarlock.embedding.digest import Digest
 from oarlock.launch.folder import locate
@@ -47,17 +47,18 @@ def digest_of(store: CheckpointStore, manifest: Manifest) -> Digest:
 def _live(options: argparse.Namespace) -> int:
     """Ask a running job, at one moment of all its blocks."""
     folder, address = locate(options.target)
-    status = live(folder, address)
+    security = asking(options, folder)
+    status = live(folder, address, security)
     if status is None or status["phase"] in OVER or address is None:
         raise Unavailable(
             f"job {options.target} does not run as processes: without --live its newest checkpoint is read"
         )
-    reply: LiveDigestReply = ask(address, "Coordinator.LiveDigest", LiveDigestRequest())
+    reply: LiveDigestReply = ask(address, "Coordinator.LiveDigest", LiveDigestRequest(), security)
     while not status["digest"].get("number", 0) > reply.last:
         if status["phase"] in OVER:
             raise Unavailable(f"job {options.target} is {status['phase']}: its last checkpoint has all that it holds")
         time.sleep(LOOK_SECONDS)
-        status = live(folder, address)
+        status = live(folder, address, security)
         if status is None:
             raise Unavailable(f"job {options.target} does not answer any more")
     found = status["digest"]

@@ -16,31 +16,41 @@ from oarlock.cli.copy_lines import copy_lines
 from oarlock.cli.cut_lines import cut_lines
 from oarlock.cli.show import epochs_table, event_lines, result_console, wire_lines
 from oarlock.client.job import OVER
-from oarlock.launch.folder import is_running, locate, read_spec, stored_status
+from oarlock.client.security import security_of
+from oarlock.launch.folder import is_running, locate, read_spec, stored_security, stored_status
 from oarlock.proto.coordinator_pb2 import StatusReply, StatusRequest, StopRequest
-from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.errors import PermissionDenied, PSError, Unauthenticated, Unavailable
 from oarlock.proto.rpc import GrpcTransport
+from oarlock.proto.security import Security
 
 
-def ask(address: str, method: str, request: Any) -> Any:
+def ask(address: str, method: str, request: Any, security: Security) -> Any:
     """Return what a coordinator answers."""
-    return asyncio.run(_ask(address, method, request))
+    return asyncio.run(_ask(address, method, request, security))
 
 
-async def _ask(address: str, method: str, request: Any) -> Any:
-    transport = GrpcTransport()
+async def _ask(address: str, method: str, request: Any, security: Security) -> Any:
+    transport = GrpcTransport(security=security)
     try:
         return await transport.call(address, method, request, timeout_seconds=5.0)
     finally:
         await transport.close()
 
 
-def live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
+def asking(options: argparse.Namespace, folder: Path | None) -> Security:
+    """Return the tokens and certificates with which a job is asked: those of the options, else those that its folder names."""
+    return security_of(options, stored_security(folder))
+
+
+def live(folder: Path | None, address: str | None, security: Security) -> dict[str, Any] | None:
     """Return what the coordinator at ``address`` says, if it answers and is the one of the folder's job."""
     if address is None:
         return None
     try:
-        reply: StatusReply = ask(address, "Coordinator.Status", StatusRequest())
+        reply: StatusReply = ask(address, "Coordinator.Status", StatusRequest(), security)
+    except (Unauthenticated, PermissionDenied):
+        # Somebody answers.
+        raise
     except PSError:
         if folder is None:
             raise
@@ -50,21 +60,25 @@ def live(folder: Path | None, address: str | None) -> dict[str, Any] | None:
     return found if folder is None or found["job"] == read_spec(folder).job else None
 
 
-def running(job: str) -> tuple[Path | None, str, dict[str, Any]]:
-    """Return (folder, coordinator's address, status) of a job that runs; Unavailable if it does not, or has no address."""
+def running(options: argparse.Namespace) -> tuple[Path | None, str, Security, dict[str, Any]]:
+    """Return (folder, coordinator's address, how to ask it, status) of a job that runs; Unavailable if it does not, or has no
+    address."""
+    job = options.job
     folder, address = locate(job)
-    found = live(folder, address)
+    security = asking(options, folder)
+    found = live(folder, address, security)
     if found is None or address is None or found["phase"] in OVER:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {job} runs in one process: it has no address to be asked at")
         raise Unavailable(f"job {job} is not running")
-    return folder, address, found
+    return folder, address, security, found
 
 
 def status(options: argparse.Namespace) -> int:
     """Show a job: the live one if its coordinator answers, else what its folder says."""
     folder, address = locate(options.job)
-    found = live(folder, address)
+    security = asking(options, folder)
+    found = live(folder, address, security)
     if found is None:
         assert folder is not None
         found = stored_status(folder)
@@ -80,7 +94,10 @@ def status(options: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if found.get("metrics"):
-        console.print(f"metrics at http://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True)
+        scheme = "https" if security.serves_tls else "http"
+        console.print(
+            f"metrics at {scheme}://{found['metrics']}/metrics", highlight=False, markup=False, soft_wrap=True
+        )
     if found.get("ranks"):
         # Each process tells which of them it hosts.
         told = [(m["id"], m["stats"]["ranks"]) for m in found["members"] if isinstance(m["stats"].get("ranks"), list)]
@@ -129,13 +146,14 @@ def _members(found: dict[str, Any]) -> Table:
 def stop(options: argparse.Namespace) -> int:
     """Ask a running job to end."""
     folder, address = locate(options.job)
-    found = live(folder, address)
+    security = asking(options, folder)
+    found = live(folder, address, security)
     if found is None or found["phase"] in OVER:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {options.job} runs in one process: press Ctrl-C there")
         raise Unavailable(f"job {options.job} is not running")
     assert address is not None
     request = StopRequest(checkpoint=not options.no_checkpoint, reason="oarlock stop")
-    ask(address, "Coordinator.Stop", request)
+    ask(address, "Coordinator.Stop", request, security)
     print(f"job {found['name']} was asked to stop", file=sys.stderr)
     return 0

@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.digest import digest
 
             return digest(options)
+        if options.command == "tokens":
+            from oarlock.cli.tokens import tokens
+
+            return tokens(options)
         if options.command == "warmup":
             from oarlock.cli.warmup import warmup
 

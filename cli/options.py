@@ -13,6 +13,7 @@ from oarlock.cli.restore_options import add_accept_signature, add_restore, add_w
 from oarlock.cli.rows_options import add_rows
 from oarlock.cli.scale_options import add_copies, add_scale, unscaled
 from oarlock.client.job import MODES
+from oarlock.client.security import add_security
 from oarlock.telemetry.prometheus import read_port
 
 _EXAMPLES = """\
@@ -118,6 +119,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         help="how often a killed process is started again, all in all (default 1000; 0: never)",
     )
     add_copies(command)
+    add_security(command)
     command.add_argument(
         "--set",
         action="append",
@@ -265,6 +267,17 @@ def build_parser() -> Parser:
         help="of a running job: of all that its shards hold at one moment, as a checkpoint would have it; nothing is written",
     )
     digest.add_argument("--json", action="store_true", help="print one JSON object")
+
+    for each in (status, stop, rollback, digest):
+        add_security(each, listens=False)
+
+    tokens = commands.add_parser(
+        "tokens",
+        help="make a file of new tokens, for a job that others than this machine can reach",
+        description="Write FILE, which only its owner may read, with a new token for each role: read, train and admin.\n"
+        "Give it to the job's processes with --token-file; docs/security.md.",
+    )
+    tokens.add_argument("file", metavar="FILE", help="what to write; a file that is there stays as it is")
 
     commands.add_parser(
         "warmup",

@@ -5,12 +5,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.place import place_of
-from oarlock.cli.jobs import ask, live
+from oarlock.cli.jobs import ask, asking, live
 from oarlock.client.job import OVER
 from oarlock.launch.folder import is_running, locate, read_spec
 from oarlock.launch.origin import find_origin
@@ -23,16 +24,19 @@ LOOK_SECONDS = 0.1
 def rollback(options: argparse.Namespace) -> int:
     """Ask a running job to let a table go back, and wait for it."""
     folder, address = locate(options.job)
-    found = live(folder, address)
+    security = asking(options, folder)
+    found = live(folder, address, security)
     if found is None or found["phase"] in OVER or address is None:
         if folder is not None and is_running(folder):
             raise Unavailable(f"job {options.job} runs in one process: it has no address to be asked at")
         raise Unavailable(f"job {options.job} is not running: go back with the whole job, --resume --restore @CUT")
     place = place_of(read_spec(folder)) if folder is not None else None
     path = find_origin(options.restore, place).path if options.restore else _own(options.cut, folder, found)
-    reply: RollbackReply = ask(address, "Coordinator.Rollback", RollbackRequest(table=options.table, path=path))
+    reply: RollbackReply = ask(
+        address, "Coordinator.Rollback", RollbackRequest(table=options.table, path=path), security
+    )
     print(f"job {found['name']} was asked to let {options.table} go back to {path}", file=sys.stderr, flush=True)
-    event = _wait(options.job, reply.number, folder, address)
+    event = _wait(options.job, reply.number, lambda: live(folder, address, security))
     print(
         json.dumps(event)
         if options.json
@@ -51,10 +55,10 @@ def _own(cut: int, folder: Path | None, status: dict[str, Any]) -> str:
     return paths[cut]
 
 
-def _wait(job: str, number: int, folder: Path | None, address: str) -> dict[str, Any]:
+def _wait(job: str, number: int, look: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """Return the event of roll back ``number``; Unavailable if it came to nothing."""
     while True:
-        found = live(folder, address)
+        found = look()
         if found is None:
             raise Unavailable(f"job {job} does not answer any more; `oarlock status` tells whether the table went back")
         done = [e for e in found["events"] if e.get("event") == "rollback" and e.get("number") == number]

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from oarlock import __version__
+from oarlock.cli.jobs import asking
 from oarlock.cli.rows_file import RowsFile
 from oarlock.cli.rows_options import read_key
 from oarlock.cli.show import result_console
@@ -64,7 +65,7 @@ async def _with_client(
     if address is None:
         assert folder is not None
         raise _away(options.job, folder)
-    transport = GrpcTransport()
+    transport = GrpcTransport(security=asking(options, folder))
     try:
         job = b"" if folder is None else read_spec(folder).job_bytes
         client = RowsClient(transport, address, rng=random.SystemRandom(), job=job)

@@ -5,6 +5,8 @@ import argparse
 import re
 from typing import Any
 
+from oarlock.client.security import add_security
+
 _KEY = re.compile(r"0[xX][0-9a-fA-F]{1,32}|[0-9]{1,32}")
 
 
@@ -69,6 +71,7 @@ def add_rows(commands: Any) -> None:
                 "keys", metavar="KEY", nargs=count, type=_key, help="decimal or 0x...; -: read keys from standard input"
             )
         verb.add_argument("--json", action="store_true", help="print one JSON object")
+        add_security(verb, listens=False)
     export.add_argument("--all", action="store_true", help="all rows of the table")
     export.add_argument("--out", required=True, metavar="FILE", help="what to write: *.parquet or *.arrow")
     export.add_argument("--force", action="store_true", help="replace FILE if it is there")

@@ -26,7 +26,7 @@ SAY_SECONDS = 2.0
 
 def scale(options: argparse.Namespace) -> int:
     """Ask a running job for other numbers."""
-    folder, address, found = running(options.job)
+    folder, address, security, found = running(options)
     if "scale" not in found:
         raise Unavailable(
             f"job {found['name']} is run by Oarlock {found.get('version', 'of an older version')}, which cannot scale it: "
@@ -36,12 +36,12 @@ def scale(options: argparse.Namespace) -> int:
         return _dry_run(found, options.json)
     begun = time.monotonic()
     request = ScaleRequest(servers=options.servers or 0, workers=options.workers or 0)
-    reply: ScaleReply = ask(address, "Coordinator.Scale", request)
+    reply: ScaleReply = ask(address, "Coordinator.Scale", request, security)
     result = {"servers": reply.servers, "workers": reply.workers, "said": reply.said}
     text = f"job {found['name']}: {reply.servers} servers, {reply.workers} workers: {reply.said}"
     if options.wait:
         print(text, file=sys.stderr, flush=True)
-        _wait(options.job, lambda: live(folder, address), (reply.servers, reply.workers))
+        _wait(options.job, lambda: live(folder, address, security), (reply.servers, reply.workers))
         result["seconds"] = round(time.monotonic() - begun, 3)
         text = f"job {found['name']} has {reply.servers} servers and {reply.workers} workers after {result['seconds']:.1f} s"
     print(json.dumps(result) if options.json else text)

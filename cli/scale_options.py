@@ -5,6 +5,7 @@ import argparse
 from typing import Any
 
 from oarlock.client.job import MAX_REPLICAS, RELOAD, ROLLBACK
+from oarlock.client.security import add_security
 
 
 def add_copies(command: argparse.ArgumentParser) -> None:
@@ -43,6 +44,7 @@ def add_scale(commands: Any) -> None:
     )
     scale.add_argument("--wait", action="store_true", help="until all are there, and no block moves any more")
     scale.add_argument("--json", action="store_true", help="print one JSON object")
+    add_security(scale, listens=False)
 
 
 def _number(text: str) -> int:

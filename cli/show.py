@@ -30,7 +30,9 @@ def result_console() -> Console:
 class RunView:
     """Shows the statuses of a running job. Everything goes to standard error, so that standard output is the result."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: str = "http") -> None:
+        """``scheme``: of the pages of metrics."""
+        self._scheme = scheme
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -83,7 +85,7 @@ class RunView:
         self._phase = status["phase"]
         if status.get("metrics", self._metrics) not in ("", self._metrics):
             self._metrics = status["metrics"]
-            self.say(f"metrics at http://{self._metrics}/metrics")
+            self.say(f"metrics at {self._scheme}://{self._metrics}/metrics")
         restored = restored_epochs(status)
         for result in status["history"][self._epochs :]:
             where = "  (from the checkpoint)" if result["epoch"] < restored else ""

@@ -20,6 +20,7 @@ from oarlock.cli.show import RunView, metric
 from oarlock.client.autoscale import read_autoscale
 from oarlock.client.job import DONE, JobSpec
 from oarlock.client.processors import forced_kernels, loaded_blas
+from oarlock.client.security import security_values
 from oarlock.client.trace import trace_target
 from oarlock.data.planted import generate_ncf
 from oarlock.launch.config import assign, load_toml, run_config
@@ -31,6 +32,7 @@ from oarlock.launch.processes import LocalProcesses
 from oarlock.launch.processors import processors_of
 from oarlock.launch.trace import traced_job
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, Unavailable
+from oarlock.proto.security import Security
 from oarlock.telemetry.log import to_file
 
 _OPTIONS = (
@@ -63,6 +65,8 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     for setting in options.set:
         assign(values, setting)
     values.update({n: getattr(options, n) for n in _OPTIONS if getattr(options, n, None) is not None})
+    if security := security_values(options):
+        values["security"] = {**values.get("security", {}), **security}
     return values
 
 
@@ -156,7 +160,8 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
     begun = time.monotonic()
     settled = read_run(folder)
     processors = processors_of(settled)
-    with RunView() as view, _interrupts() as interrupts:
+    security = Security(settled.security_spec(), own=True).open()
+    with RunView("https" if security.serves_tls else "http") as view, _interrupts() as interrupts:
         view.say(f"job {spec.name} in {folder}: {_described(spec, options.in_process)}")
         view.say(processors.described(spec, loaded_blas()))
         for words in (*forced_kernels(os.environ), *processors.warnings(spec)):
@@ -183,6 +188,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     metrics_port=options.metrics_port,
                     processors=processors,
                     trace=parts.next("job", 0) if parts is not None else None,
+                    security=security,
                 )
             else:
                 to_file(folder / "logs" / "launcher.log", options.log_level)
@@ -196,6 +202,7 @@ def run(spec: JobSpec, folder: Path, restore: str, options: argparse.Namespace) 
                     metrics_port=options.metrics_port,
                     processors=processors,
                     trace=parts,
+                    security=security,
                 )
                 status = asyncio.run(launched.run(watch))
         view.show(status)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from oarlock.client.processors import allowed_cores, pin, usable_cores
+from oarlock.client.security import add_security
 from oarlock.proto.errors import InvalidArgument, LeaseLost, NotFound, PSError, WrongRun
 from oarlock.telemetry.log import to_stream
 from oarlock.telemetry.prometheus import LOOPBACK, read_port
@@ -52,6 +53,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         "--until-stdin-closes", action="store_true", help="end when standard input does (set by a parent)"
     )
     made.add_argument("--pin-cores", default="", metavar="LIST", help="run on these cores alone, like 0-3,8")
+    add_security(made)
     return made
 
 

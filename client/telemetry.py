@@ -19,6 +19,7 @@ from oarlock.client.trace import traced
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.security import Security
 from oarlock.telemetry.exposition import exposition
 from oarlock.telemetry.prometheus import LOOPBACK, MetricsServer
 from oarlock.telemetry.registry import Registry, Source
@@ -58,34 +59,50 @@ class Telemetry:
             yield
 
 
-def observed_as(role: str, options: argparse.Namespace) -> AbstractContextManager[Telemetry]:
+def observed_as(
+    role: str, options: argparse.Namespace, security: Security | None = None
+) -> AbstractContextManager[Telemetry]:
     """Serve the metrics of a process of its own, and record it, by the options of ``entry.parser``."""
     needed = not options.metrics_if_free
-    return observed(role, options.metrics_port, options.metrics_host, needed=needed, trace=options.trace)
+    port, host = options.metrics_port, options.metrics_host
+    return observed(role, port, host, needed=needed, trace=options.trace, security=security)
 
 
 @contextmanager
 def observed(
-    role: str, port: int | None, host: str = LOOPBACK, *, needed: bool = True, trace: str | Path | None = None
+    role: str,
+    port: int | None,
+    host: str = LOOPBACK,
+    *,
+    needed: bool = True,
+    trace: str | Path | None = None,
+    security: Security | None = None,
 ) -> Iterator[Telemetry]:
     """Serve the metrics of this process while the body runs, and record it into ``trace`` (None: it does not).
 
     ``port`` None: nowhere; not ``needed``: if it is free.
     """
-    with traced(role, trace) as track, _served(role, port, host, needed) as telemetry:
+    with traced(role, trace) as track, _served(role, port, host, needed, security or Security()) as telemetry:
         telemetry.track = track
         yield telemetry
 
 
 @contextmanager
-def _served(role: str, port: int | None, host: str, needed: bool) -> Iterator[Telemetry]:
+def _served(role: str, port: int | None, host: str, needed: bool, security: Security) -> Iterator[Telemetry]:
     telemetry = Telemetry()
     telemetry.registry.add(lambda: {"oarlock_process_info": 1}, role=role, version=__version__)
     telemetry.registry.add(system_source())
     if port is None:
         yield telemetry
         return
-    server = MetricsServer(lambda: exposition(telemetry.registry.collect()), host=host, port=port)
+    security.check_listen(host, "--metrics-host")
+    server = MetricsServer(
+        lambda: exposition(telemetry.registry.collect()),
+        host=host,
+        port=port,
+        allowed=security.may_read,
+        context=security.http_context,
+    )
     try:
         telemetry.address = server.start()
     except OSError as error:
@@ -95,7 +112,8 @@ def _served(role: str, port: int | None, host: str, needed: bool) -> Iterator[Te
         logger.warning("event=no_metrics error=%s", words)
         yield telemetry
         return
-    logger.info("event=metrics address=http://%s/metrics", telemetry.address)
+    scheme = "https" if security.serves_tls else "http"
+    logger.info("event=metrics address=%s://%s/metrics", scheme, telemetry.address)
     try:
         yield telemetry
     finally:
@@ -110,6 +128,7 @@ def server_source(server: GrpcServer) -> Source:
             **_calls("server", server),
             "oarlock_rpc_server_open_calls": server.open_calls(),
             "oarlock_rpc_server_refused_total": server.memory.refused,
+            "oarlock_rpc_server_denied_total": server.denied,
             "oarlock_rpc_server_memory_bytes": server.memory.nbytes,
             "oarlock_rpc_server_waiting_requests": server.memory.received.waiting,
         }

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 from oarlock.checkpoint.place import place_of
+from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.entry import ADDRESS_FILE, parser, run, write_address
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import announce
+from oarlock.client.security import security_of
 from oarlock.client.telemetry import Telemetry, client_source, observed_as, server_source
 from oarlock.client.trace import trace_requests
 from oarlock.cluster.beginning import begin
@@ -22,7 +24,7 @@ from oarlock.cluster.process import run_coordinator
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.cluster.telemetry import coordinator_source
-from oarlock.proto.errors import InvalidArgument, NotFound
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,14 @@ def main() -> int:
     )
     given = options.parse_args()
     folder: Path = given.dir.absolute()
+    try:
+        security = security_of(given, own=True)
+        security.check_listen(given.listen, "--listen")
+    except PSError as error:
+        options.error(str(error))
 
     async def body() -> None:
-        with observed_as("coordinator", given) as telemetry:
+        with observed_as("coordinator", given, security) as telemetry:
             announce("coordinator", pinned=bool(given.pin_cores))
             await coordinate(telemetry)
 
@@ -58,15 +65,19 @@ def main() -> int:
                 f"{folder / 'job.json'} cannot be read ({error.strerror}); make it with `oarlock prepare`"
             ) from None
         store = Store(folder / "state.sqlite").open()
-        transport = GrpcTransport()
+        transport = GrpcTransport(security=security)
         server: GrpcServer | None = None
         try:
             coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom())
             coordinator.open()
+            if security.identifies or security.spec.roots:
+                coordinator.roots = Roots((*roots_of(spec, folder), *security.spec.roots))
             checkpoints = place_of(spec).open(folder)
             begin(coordinator, given.restore, checkpoints, accept_signature=given.accept_signature)
             orders = Orders(coordinator, transport, folder / "checkpoints")
-            server = GrpcServer(CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16)
+            server = GrpcServer(
+                CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16, security=security
+            )
             coordinator.metrics_address = telemetry.address
             telemetry.registry.add(coordinator_source(coordinator, orders))
             telemetry.registry.add(server_source(server))

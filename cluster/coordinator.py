@@ -12,6 +12,7 @@ from threading import RLock
 from typing import Any
 
 from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.roots import Roots
 from oarlock.client.job import DONE, FAILED, GATHERING, OVER, STOPPED, STOPPING, TRAINING, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import ShardAddress
@@ -49,6 +50,8 @@ class Coordinator:
     def __init__(self, store: Store, spec: JobSpec, *, clock: Callable[[], float], rng: random.Random) -> None:
         self.store = store
         self.spec = spec
+        # Where somebody may name checkpoints.
+        self.roots = Roots()
         # As every member gets it.
         self.spec_json = spec.to_json()
         self.layout = Layout(spec.tables, spec.dense)

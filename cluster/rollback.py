@@ -88,6 +88,7 @@ class Rollbacks:
             raise InvalidArgument(
                 f"checkpoint {path[:80]}: say which cut, as PATH@CUT: the newest may be another one soon"
             )
+        c.roots.check(path)
         with c.lock:
             if c.phase not in (TRAINING, WRITING):
                 raise InvalidArgument(f"job {c.spec.name} is {c.phase}: a table goes back while a job trains")

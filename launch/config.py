@@ -20,9 +20,11 @@ from oarlock.client.autoscale import check_autoscale, read_autoscale
 from oarlock.client.compression import read_compression
 from oarlock.client.job import MAX_THREADS, MODES, ROLLBACK, check_copies, check_ranks
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, parse_cores
+from oarlock.client.security import settled
 from oarlock.client.warm import read_warm_start
 from oarlock.launch.every import read_every
 from oarlock.proto.errors import InvalidArgument, NotFound
+from oarlock.proto.security import SecuritySpec
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.worker.recipe import Recipe
 
@@ -43,6 +45,7 @@ class RunConfig:
     ``compression``: how values travel, by table (``[compression.TABLE]``), of the dense parameters as ``[compression.dense]``.
     ``warm_start``: fields of a WarmStart (``[warm_start]``), for a new job whose rows begin with those of a checkpoint.
     ``autoscale``: fields of an Autoscale (``[autoscale]``), by which servers and workers come and go while the job trains.
+    ``security``: fields of a SecuritySpec (``[security]``): paths of secrets, never secrets.
     ``cache``: fields of a CacheSpec by table (TOML tables ``[cache.NAME]``), for rows that workers keep.
     """
 
@@ -87,6 +90,7 @@ class RunConfig:
     compression: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     warm_start: dict[str, Any] = field(default_factory=dict)
+    security: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,6 +156,13 @@ class RunConfig:
         read_compression(self.compression, "job file")
         read_warm_start(self.warm_start, "job file")
         check_autoscale(read_autoscale(self.autoscale, "job file"), self.replicas)
+        object.__setattr__(self, "security", settled(self.security))
+        self.security_spec()
+
+    def security_spec(self) -> SecuritySpec:
+        """Return what the processes of the job go by towards others."""
+        built: SecuritySpec = build(SecuritySpec, self.security, "job file: security")
+        return built
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from oarlock.launch.folder import stored_run
 from oarlock.launch.processors import Processors
 from oarlock.launch.trace import TraceParts
 from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.security import SecuritySpec
 
 # Time for a coordinator that is started again to get the address back that it had.
 LISTEN_SECONDS = 30.0
@@ -44,7 +45,9 @@ class Family:
         processors: Processors,
         trace: TraceParts | None,
         push_notes: Path | None,
+        security: SecuritySpec,
     ) -> None:
+        self._security = security
         self._spec = spec
         self._folder = folder
         self._restore = restore
@@ -93,6 +96,7 @@ class Family:
                 arguments += ["--spill-folder", str(self._folder)]
                 arguments += ["--request-memory-bytes", str(self._processors.request_memory_bytes)]
                 arguments += ["--network-threads", str(self._processors.network_threads)]
+        arguments += self._security.arguments()
         arguments += self._metrics(role, number)
         arguments += self._trace.options(role, number) if self._trace is not None else []
         if cores := self._processors.of(role, number):

@@ -143,6 +143,14 @@ def read_run(folder: Path) -> RunConfig:
     return run_config(load_toml(folder / "job.toml"))
 
 
+def stored_security(folder: Path | None) -> dict[str, Any]:
+    """Return what a folder's job goes by towards others, as fields of a SecuritySpec; empty if no folder is known."""
+    if folder is None or not (folder / "job.toml").exists():
+        return {}
+    values = load_toml(folder / "job.toml").get("security", {})
+    return values if isinstance(values, dict) else {}
+
+
 def stored_run(folder: Path) -> int:
     """Return the run that a folder's state is in, 0 if it has none yet; Unavailable while a coordinator holds it."""
     store = Store(folder / STATE_FILE).open()

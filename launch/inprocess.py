@@ -33,6 +33,7 @@ from oarlock.launch.folder import STATE_FILE
 from oarlock.launch.kernels import compile_or_load
 from oarlock.launch.processors import Processors
 from oarlock.proto.errors import InvalidArgument, PSError
+from oarlock.proto.security import Security
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
@@ -66,6 +67,7 @@ def run_in_process(
     metrics_port: int | None = None,
     processors: Processors | None = None,
     trace: Path | None = None,
+    security: Security | None = None,
 ) -> dict[str, Any]:
     """Run the job to its end; return the coordinator's last status.
 
@@ -86,7 +88,7 @@ def run_in_process(
         begin(coordinator, restore, place_of(spec).open(folder), accept_signature=accept_signature)
         with (
             ThreadPoolExecutor(min(spec.servers, MOST_WRITERS), thread_name_prefix="oarlock-blocks") as executor,
-            observed("job", metrics_port, trace=trace) as telemetry,
+            observed("job", metrics_port, trace=trace, security=security) as telemetry,
             limit_blas(spec.blas_threads),
         ):
             transport = InProcess(executor)

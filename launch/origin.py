@@ -30,7 +30,7 @@ from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable
 
 RUNS = Path("runs")
 # Of a job file, what belongs to one job alone, or says with what it began.
-_OWN = ("restore", "warm_start", "checkpoint_path", "checkpoint_options")
+_OWN = ("security", "restore", "warm_start", "checkpoint_path", "checkpoint_options")
 # What a manifest's plan says in the words of a job file.
 _RUN = ("mode", "staleness", "ranks", "accumulate", "blas_threads", "epochs")
 

@@ -11,9 +11,11 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oarlock.checkpoint.roots import roots_of
 from oarlock.client.entry import ADDRESS_FILE, read_address
 from oarlock.client.job import FAILED, OVER, STOPPED, JobSpec
 from oarlock.launch.child import Child
@@ -26,7 +28,9 @@ from oarlock.launch.restarts import Notices, Restarts
 from oarlock.launch.trace import TraceParts
 from oarlock.proto.coordinator_pb2 import StatusReply, StatusRequest, StopRequest
 from oarlock.proto.errors import NotFound, PSError, Unavailable
+from oarlock.proto.roles import ROLES
 from oarlock.proto.rpc import GrpcTransport
+from oarlock.proto.security import Security, SecuritySpec
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ class LocalProcesses:
     ``metrics_port``: the coordinator's, then come the shards' and the workers'; 0: any; None: no metrics. ``processors``: what
     each one runs on; None: wherever the system puts it.
     ``trace``: gives each process the file that it records itself into. ``push_notes``: the folder in which workers note when each
-    push was acknowledged.
+    push was acknowledged. ``security``: what they, and the launcher, go by.
     """
 
     def __init__(
@@ -60,10 +64,14 @@ class LocalProcesses:
         processors: Processors | None = None,
         trace: TraceParts | None = None,
         push_notes: Path | None = None,
+        security: Security | None = None,
     ) -> None:
+        security = security or Security()
+        # Processes of all roles are started, asked and told here.
+        security.needs(ROLES)
         self._spec = spec
         self._folder = folder
-        self._transport = GrpcTransport()
+        self._transport = GrpcTransport(security=security)
         self._notices = Notices()
         self._restarts = Restarts(restarts, self._notices)
         self._family = Family(
@@ -76,6 +84,7 @@ class LocalProcesses:
             processors=processors or Processors(),
             trace=trace,
             push_notes=push_notes,
+            security=_bounded(security, spec, folder),
         )
         self._ends = Ends(spec, self._family, self._restarts, self._notices, self.call)
 
@@ -242,3 +251,10 @@ class LocalProcesses:
             logger.info("event=stop_unheard error=%s", error)
             return False
         return True
+
+
+def _bounded(security: Security, spec: JobSpec, folder: Path) -> SecuritySpec:
+    """Return what the processes are told: where callers are told apart, also where they may name checkpoints."""
+    if not (security.identifies or security.spec.roots):
+        return security.spec
+    return replace(security.spec, roots=(*roots_of(spec, folder), *security.spec.roots))

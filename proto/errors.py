@@ -18,6 +18,8 @@
     +-- OutOfMemory          a limit of memory or message size would be exceeded
     +-- CorruptCheckpoint    a file of a checkpoint is missing, truncated or altered
     +-- Internal             a defect in Oarlock
+    +-- Unauthenticated      the caller did not say who it is, or nobody knows it
+    +-- PermissionDenied     the caller is known, and may not do this
 
 Invariant: ``CODES`` never changes the meaning of a number; tests pin it.
 """
@@ -137,6 +139,18 @@ class Internal(PSError):
     """A defect in Oarlock; please report it with the message."""
 
     code = 17
+
+
+class Unauthenticated(PSError):
+    """The caller did not say who it is, or nobody knows it; give a token of the job."""
+
+    code = 18
+
+
+class PermissionDenied(PSError):
+    """The caller is known, and may not do this; give a token of a role that may."""
+
+    code = 19
 
 
 def _tree(kind: type[PSError]) -> list[type[PSError]]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method of the wire: its name, and the messages that go in and come out.
+"""Every method of the wire: its name, the messages that go in and come out, and who may call it.
 
 Invariant: this table is the only list of methods; transports and servers are driven by it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -13,6 +15,7 @@ from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
 from oarlock.proto import shard_pb2 as shard
 from oarlock.proto.frames import PULL, PUSH, REPLICATE
+from oarlock.proto.roles import ADMINS, EVERYBODY, LOOKERS, MEMBERS
 
 # Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
 PROTOCOL = 1
@@ -25,11 +28,15 @@ class Method:
     name: str
     request: type[Message]
     reply: type[Message]
+    # Whose callers may call it (proto/roles.py).
+    roles: frozenset[str]
     # Travels as frames on sockets where both sides can (proto/frames.py), as this kind of frame; else on a long-lived stream of
     # its own. The reply has a field `failure`. 0: call by call.
     frame: int = 0
     # Takes as long as a disk does.
     slow: bool = False
+    # Tells of a request that it changes something, where others of the method only look: then it takes the role admin.
+    changes: Callable[[Any], bool] | None = None
 
     @property
     def streamed(self) -> bool:
@@ -46,46 +53,50 @@ class Method:
         return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
 
 
+def _undoes(request: shard.RowsRequest) -> bool:
+    return bool(request.verb == shard.UNDO)
+
+
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         # Answered by the server of any service that has bulk methods.
-        Method("Wire.Sockets", common.SocketsRequest, common.SocketsReply),
-        Method("Shard.Hello", common.HelloRequest, common.HelloReply),
-        Method("Shard.Pull", shard.PullRequest, shard.PullReply, frame=PULL),
-        Method("Shard.Push", shard.PushRequest, shard.PushReply, frame=PUSH),
-        Method("Shard.Marks", shard.MarksRequest, shard.MarksReply),
-        Method("Shard.Ranks", shard.RanksRequest, shard.RanksReply),
-        Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply, slow=True),
-        Method("Shard.Close", shard.CloseRequest, common.Empty),
-        Method("Shard.Cut", shard.CutRequest, common.Empty),
-        Method("Shard.Abort", shard.AbortRequest, common.Empty),
-        Method("Shard.Write", shard.WriteRequest, shard.WriteReply, slow=True),
-        Method("Shard.Replace", shard.ReplaceRequest, shard.ReplaceReply, slow=True),
-        Method("Shard.Digest", shard.DigestRequest, shard.DigestReply, slow=True),
-        Method("Shard.Replicate", shard.ReplicateRequest, shard.ReplicateReply, frame=REPLICATE),
-        Method("Shard.Copy", shard.CopyRequest, common.Empty),
-        Method("Shard.HandOver", shard.HandOverRequest, common.Empty),
-        Method("Shard.Reopen", shard.ReopenRequest, common.Empty),
-        Method("Shard.Held", shard.HeldRequest, shard.HeldReply),
-        Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply),
-        Method("Shard.Rows", shard.RowsRequest, shard.RowsReply),
-        Method("Coordinator.Hello", common.HelloRequest, common.HelloReply),
-        Method("Coordinator.Join", coordinator.JoinRequest, coordinator.JoinReply),
-        Method("Coordinator.Heartbeat", coordinator.HeartbeatRequest, coordinator.HeartbeatReply),
-        Method("Coordinator.Placement", coordinator.PlacementRequest, common.Placement),
-        Method("Coordinator.Lease", coordinator.LeaseRequest, coordinator.LeaseReply),
-        Method("Coordinator.Gate", coordinator.GateRequest, coordinator.GateReply),
-        Method("Coordinator.CloseSplit", coordinator.CloseSplitRequest, common.Empty),
-        Method("Coordinator.Release", coordinator.ReleaseRequest, common.Empty),
-        Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty),
-        Method("Coordinator.Report", coordinator.ReportRequest, coordinator.ReportReply),
-        Method("Coordinator.Scale", coordinator.ScaleRequest, coordinator.ScaleReply),
-        Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply),
-        Method("Coordinator.Checkpoint", coordinator.CheckpointRequest, coordinator.CheckpointReply),
-        Method("Coordinator.Rollback", coordinator.RollbackRequest, coordinator.RollbackReply),
-        Method("Coordinator.LiveDigest", coordinator.LiveDigestRequest, coordinator.LiveDigestReply),
-        Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply),
-        Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
+        Method("Wire.Sockets", common.SocketsRequest, common.SocketsReply, MEMBERS),
+        Method("Shard.Hello", common.HelloRequest, common.HelloReply, EVERYBODY),
+        Method("Shard.Pull", shard.PullRequest, shard.PullReply, MEMBERS, frame=PULL),
+        Method("Shard.Push", shard.PushRequest, shard.PushReply, MEMBERS, frame=PUSH),
+        Method("Shard.Marks", shard.MarksRequest, shard.MarksReply, MEMBERS),
+        Method("Shard.Ranks", shard.RanksRequest, shard.RanksReply, MEMBERS),
+        Method("Shard.Adopt", shard.AdoptRequest, shard.AdoptReply, MEMBERS, slow=True),
+        Method("Shard.Close", shard.CloseRequest, common.Empty, MEMBERS),
+        Method("Shard.Cut", shard.CutRequest, common.Empty, MEMBERS),
+        Method("Shard.Abort", shard.AbortRequest, common.Empty, MEMBERS),
+        Method("Shard.Write", shard.WriteRequest, shard.WriteReply, MEMBERS, slow=True),
+        Method("Shard.Replace", shard.ReplaceRequest, shard.ReplaceReply, MEMBERS, slow=True),
+        Method("Shard.Digest", shard.DigestRequest, shard.DigestReply, MEMBERS, slow=True),
+        Method("Shard.Replicate", shard.ReplicateRequest, shard.ReplicateReply, MEMBERS, frame=REPLICATE),
+        Method("Shard.Copy", shard.CopyRequest, common.Empty, MEMBERS),
+        Method("Shard.HandOver", shard.HandOverRequest, common.Empty, MEMBERS),
+        Method("Shard.Reopen", shard.ReopenRequest, common.Empty, MEMBERS),
+        Method("Shard.Held", shard.HeldRequest, shard.HeldReply, MEMBERS),
+        Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply, LOOKERS),
+        Method("Shard.Rows", shard.RowsRequest, shard.RowsReply, LOOKERS, changes=_undoes),
+        Method("Coordinator.Hello", common.HelloRequest, common.HelloReply, EVERYBODY),
+        Method("Coordinator.Join", coordinator.JoinRequest, coordinator.JoinReply, MEMBERS),
+        Method("Coordinator.Heartbeat", coordinator.HeartbeatRequest, coordinator.HeartbeatReply, MEMBERS),
+        Method("Coordinator.Placement", coordinator.PlacementRequest, common.Placement, MEMBERS),
+        Method("Coordinator.Lease", coordinator.LeaseRequest, coordinator.LeaseReply, MEMBERS),
+        Method("Coordinator.Gate", coordinator.GateRequest, coordinator.GateReply, MEMBERS),
+        Method("Coordinator.CloseSplit", coordinator.CloseSplitRequest, common.Empty, MEMBERS),
+        Method("Coordinator.Release", coordinator.ReleaseRequest, common.Empty, MEMBERS),
+        Method("Coordinator.Leave", coordinator.LeaveRequest, common.Empty, MEMBERS),
+        Method("Coordinator.Report", coordinator.ReportRequest, coordinator.ReportReply, MEMBERS),
+        Method("Coordinator.Scale", coordinator.ScaleRequest, coordinator.ScaleReply, ADMINS),
+        Method("Coordinator.Status", coordinator.StatusRequest, coordinator.StatusReply, LOOKERS),
+        Method("Coordinator.Checkpoint", coordinator.CheckpointRequest, coordinator.CheckpointReply, ADMINS),
+        Method("Coordinator.Rollback", coordinator.RollbackRequest, coordinator.RollbackReply, ADMINS),
+        Method("Coordinator.LiveDigest", coordinator.LiveDigestRequest, coordinator.LiveDigestReply, LOOKERS),
+        Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply, LOOKERS),
+        Method("Coordinator.Stop", coordinator.StopRequest, common.Empty, ADMINS),
     )
 }

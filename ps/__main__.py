@@ -8,8 +8,10 @@ from pathlib import Path
 
 from oarlock.client.entry import keep_what_is_loaded, parser, run
 from oarlock.client.processors import NETWORK_THREADS, NETWORK_THREADS_RANGE, announce
+from oarlock.client.security import security_of
 from oarlock.client.telemetry import client_source, observed_as, server_source
 from oarlock.client.trace import trace_requests
+from oarlock.proto.errors import PSError
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.rpc.frame_client import CONNECTIONS
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
@@ -55,20 +57,27 @@ def main() -> int:
         options.error(
             f"--request-memory-bytes {given.request_memory_bytes}: give an integer from {fewest} to {largest}"
         )
-    transport = GrpcTransport()
-    service = ShardService(spill_folder=given.spill_folder)
+    try:
+        security = security_of(given, own=True)
+        security.check_listen(given.listen, "--listen")
+    except PSError as error:
+        options.error(str(error))
+    bounded = security.identifies or security.spec.roots
+    transport = GrpcTransport(security=security)
+    service = ShardService(spill_folder=given.spill_folder, roots=security.spec.roots if bounded else None)
     server = GrpcServer(
         service,
         "Shard",
         listen=given.listen,
         threads=given.network_threads,
         request_memory_bytes=given.request_memory_bytes,
+        security=security,
     )
 
     sys.setswitchinterval(SWITCH_SECONDS)
 
     async def body() -> None:
-        with observed_as("shard", given) as telemetry:
+        with observed_as("shard", given, security) as telemetry:
             announce("shard", pinned=bool(given.pin_cores), network_threads=given.network_threads)
             telemetry.registry.add(server_source(server))
             trace_requests(server.counts, telemetry.track)

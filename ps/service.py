@@ -7,7 +7,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from oarlock import __version__
 from oarlock.checkpoint.chain import MAX_LINKS
 from oarlock.checkpoint.place import Place, place_of
+from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_changes
@@ -83,10 +84,19 @@ MAX_SPLITS = 1024
 class ShardService:
     """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder.
 
-    ``compact_links``: from which length on a chain of files is compacted.
+    ``compact_links``: from which length on a chain of files is compacted. ``roots``: where requests may name checkpoints; none:
+    where the job says that its own are; None: anywhere.
     """
 
-    def __init__(self, *, spill_folder: Path | None = None, compact_links: int = MAX_LINKS) -> None:
+    def __init__(
+        self,
+        *,
+        spill_folder: Path | None = None,
+        compact_links: int = MAX_LINKS,
+        roots: Sequence[str] | None = None,
+    ) -> None:
+        self._given_roots = roots
+        self._roots = Roots(roots)
         self._spill_folder = spill_folder
         self._joined: tuple[Identity, Shard] | None = None
         self._rows: Rows | None = None
@@ -117,6 +127,8 @@ class ShardService:
         self._tells_load = bool(spec.autoscale)
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
+        if self._given_roots is not None:
+            self._roots = Roots(self._given_roots or roots_of(spec))
         self._views = Views(shard, self.compacting, self._place)
         self._replacing = Replacing(shard)
         self._following, self._copying = Following(shard), Copying(shard)
@@ -156,6 +168,11 @@ class ShardService:
         with self._ordering:
             found = self._order(header)
             self._term = header.term
+        return found
+
+    def _path(self, path: str, what: str) -> str:
+        found = read_path(path, what)
+        self._roots.check(found)
         return found
 
     def hello(self, request: HelloRequest) -> HelloReply:
@@ -207,7 +224,7 @@ class ShardService:
         identity, shard = self._order(request.header)
         told = unpack_changes(shard.layout, request.placement)
         closed = ClosedSet.unpack(request.closed, shard.closed_window)
-        restore = request.restore and read_path(request.restore, "the checkpoint to restore")
+        restore = request.restore and self._path(request.restore, "the checkpoint to restore")
         create = read_blocks(shard.layout, request.create) if request.HasField("create") else None
         self._take(request.header)
         options = self._place.options_for(restore)
@@ -277,7 +294,7 @@ class ShardService:
 
     def write(self, request: WriteRequest) -> WriteReply:
         self._order(request.header)
-        root = read_path(request.root, "the folder of checkpoints")
+        root = self._path(request.root, "the folder of checkpoints")
         _, shard = self._take(request.header)
         with shard.push_lock:
             view = self._views.of(request.cut)
@@ -329,7 +346,7 @@ class ShardService:
 
     def replace(self, request: ReplaceRequest) -> ReplaceReply:
         self._order(request.header)
-        path = read_path(request.path, "the checkpoint to go back to")
+        path = self._path(request.path, "the checkpoint to go back to")
         shard = self._take(request.header)[1]
         if not request.number:
             return ReplaceReply(rows=self._replacing.read(request.table, path))

@@ -187,6 +187,11 @@ _SERVER = _rpc(
         "Calls and connections that hold a thread; a worker has up to four connections of frames to each shard, or two streams.",
     ),
     (
+        "denied_total why",
+        "counter",
+        "Calls that were not let in: without a token of the job, of a role that may not, or one too many a second.",
+    ),
+    (
         "refused_total why",
         "counter",
         "Requests refused for want of memory, or because nobody waited for them any more.",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a process's metrics over HTTP: GET /metrics, anything else is 404 or refused.
+"""The page of a process's metrics over HTTP or HTTPS: GET /metrics, and /healthz for who asks whether it lives; else 404.
+
+Whoever ``allowed`` does not let in gets 401, whatever is asked for, but for /healthz.
 
 Invariant: one thread serves everybody and waits for nobody: a connection has ``seconds`` for all that it wants, holds at most
 ``HEAD_BYTES`` of what its peer says, and when there are ``MAX_CONNECTIONS`` the oldest one goes. So half a request, a peer that
@@ -11,6 +13,7 @@ import contextlib
 import logging
 import selectors
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -23,6 +26,7 @@ from oarlock.telemetry.exposition import CONTENT_TYPE
 logger = logging.getLogger(__name__)
 
 PATH = "/metrics"
+HEALTH = "/healthz"
 LOOPBACK = "127.0.0.1"
 HEAD_BYTES = 16 << 10
 MAX_CONNECTIONS = 32
@@ -49,12 +53,13 @@ class _Request(BaseHTTPRequestHandler):
     error_message_format = "%(code)d %(message)s\n"
     error_content_type = "text/plain; charset=utf-8"
 
-    def __init__(self, head: bytes, page: Callable[[], str]) -> None:
+    def __init__(self, head: bytes, page: Callable[[], str], allowed: Callable[[str], bool]) -> None:
         # The base class would take a socket, and wait on it.
         self.rfile = BytesIO(head)
         self.wfile = self._out = BytesIO()
         self.client_address = ("", 0)
         self._page = page
+        self._allowed = allowed
 
     def answer(self) -> bytes:
         """Return all that the peer is to get."""
@@ -71,11 +76,22 @@ class _Request(BaseHTTPRequestHandler):
         return self._out.getvalue()
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] != PATH:
+        path = self.path.partition("?")[0]
+        if path == HEALTH:
+            self._send(b"ok\n")
+            return
+        given = self.headers.get_all("Authorization", [])
+        # Two of them are one too many: somebody else may go by the other one.
+        if not self._allowed(given[0] if len(given) == 1 else ""):
+            self.send_error(HTTPStatus.UNAUTHORIZED, "give a token of role read or admin: docs/security.md")
+            return
+        if path != PATH:
             self.send_error(HTTPStatus.NOT_FOUND, f"the metrics are at {PATH}")
             return
         # A label may hold what UTF-8 has no form for.
-        body = self._page().encode(errors="replace")
+        self._send(self._page().encode(errors="replace"))
+
+    def _send(self, body: bytes) -> None:
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", CONTENT_TYPE)
         self.send_header("Content-Length", str(len(body)))
@@ -85,6 +101,11 @@ class _Request(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_HEAD = do_GET
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        super().send_response(code, message)
+        if code == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Bearer")
 
     def version_string(self) -> str:
         return "oarlock"
@@ -96,18 +117,39 @@ class _Request(BaseHTTPRequestHandler):
 class _Connection:
     """A peer: what it said so far, what it is still to be sent, and until when it may stay."""
 
-    def __init__(self, peer: socket.socket, end: float) -> None:
+    def __init__(self, peer: socket.socket, end: float, answers: Callable[[bytes], bytes]) -> None:
         self.peer = peer
         self.end = end
+        self._answers = answers
+        self._shaken = not isinstance(peer, ssl.SSLSocket)
+        # What TLS waits for, where that is not what is to be done.
+        self._wants = 0
         self.head = bytearray()
         self.answer: memoryview | None = None
         self.leftover = 0
 
     def wants(self) -> int:
-        return selectors.EVENT_WRITE if self.answer else selectors.EVENT_READ
+        return self._wants or (selectors.EVENT_WRITE if self.answer else selectors.EVENT_READ)
 
-    def move(self, page: Callable[[], str]) -> bool:
+    def move(self) -> bool:
         """Read or write what can be without waiting; return False once it is over."""
+        self._wants = 0
+        try:
+            if isinstance(self.peer, ssl.SSLSocket) and not self._shaken:
+                self.peer.do_handshake()
+                self._shaken = True
+            goes_on = self._some()
+            # What TLS has read already wakes nobody.
+            while goes_on and not self.answer and isinstance(self.peer, ssl.SSLSocket) and self.peer.pending():
+                goes_on = self._some()
+            return goes_on
+        except ssl.SSLWantReadError:
+            self._wants = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            self._wants = selectors.EVENT_WRITE
+        return True
+
+    def _some(self) -> bool:
         if self.answer:
             self.answer = self.answer[self.peer.send(self.answer) :]
             if not self.answer:
@@ -123,7 +165,7 @@ class _Connection:
         if len(self.head) > HEAD_BYTES:
             self.answer = memoryview(_TOO_LARGE)
         elif b"\r\n\r\n" in self.head or b"\n\n" in self.head:
-            self.answer = memoryview(_Request(bytes(self.head), page).answer())
+            self.answer = memoryview(self._answers(bytes(self.head)))
         # To an empty line nothing is answered.
         return self.answer is None or len(self.answer) > 0
 
@@ -132,12 +174,25 @@ _TOO_LARGE = b"HTTP/1.0 431 Request Header Fields Too Large\r\nConnection: close
 
 
 class MetricsServer:
-    """Serves ``page()`` at ``host``:``port`` (0: any free port), from ``start()`` to ``stop()``."""
+    """Serves ``page()`` at ``host``:``port`` (0: any free port), from ``start()`` to ``stop()``.
+
+    ``allowed`` tells of an Authorization header's value (empty: there is none) whether it opens the page; ``context()``: by
+    what TLS goes for a newcomer, None: there is none.
+    """
 
     def __init__(
-        self, page: Callable[[], str], *, host: str = LOOPBACK, port: int = 0, seconds: float = SECONDS
+        self,
+        page: Callable[[], str],
+        *,
+        host: str = LOOPBACK,
+        port: int = 0,
+        seconds: float = SECONDS,
+        allowed: Callable[[str], bool] = lambda header: True,
+        context: Callable[[], ssl.SSLContext | None] = lambda: None,
     ) -> None:
         self._page = page
+        self._allowed = allowed
+        self._context = context
         self._host = host
         self._port = port
         self._seconds = seconds
@@ -219,13 +274,18 @@ class MetricsServer:
         if len(self._connections) >= MAX_CONNECTIONS:
             self._drop(next(iter(self._connections.values())))
         peer.setblocking(False)
-        connection = self._connections[peer] = _Connection(peer, time.monotonic() + self._seconds)
+        if (context := self._context()) is not None:
+            peer = context.wrap_socket(peer, server_side=True, do_handshake_on_connect=False)
+        connection = self._connections[peer] = _Connection(peer, time.monotonic() + self._seconds, self._answered)
         self._selector.register(peer, connection.wants(), connection)
+
+    def _answered(self, head: bytes) -> bytes:
+        return _Request(head, self._page, self._allowed).answer()
 
     def _move(self, connection: _Connection) -> None:
         before = connection.wants()
         try:
-            goes_on = connection.move(self._page)
+            goes_on = connection.move()
         except BlockingIOError:
             return
         except Exception as error:

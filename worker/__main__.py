@@ -11,8 +11,10 @@ from pathlib import Path
 from oarlock.client.entry import keep_what_is_loaded, parser, run
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import announce, limit_blas, step_back
+from oarlock.client.security import security_of
 from oarlock.client.telemetry import client_source, observed_as
 from oarlock.data.reader import KINDS, open_reader
+from oarlock.proto.errors import PSError
 from oarlock.proto.rpc import GrpcTransport
 from oarlock.worker.process import run_worker
 from oarlock.worker.warmup import warm_up
@@ -29,7 +31,11 @@ def main() -> int:
     options.add_argument("--reader", default="auto", choices=KINDS)
     options.add_argument("--push-notes", type=Path, metavar="DIR", help="note there when each push was acknowledged")
     given = options.parse_args()
-    transport = GrpcTransport()
+    try:
+        security = security_of(given, own=True)
+    except PSError as error:
+        options.error(str(error))
+    transport = GrpcTransport(security=security)
 
     def prepare(spec: JobSpec) -> None:
         # The job's, not the process's: threads of a product decide in which order its sums are made.
@@ -43,7 +49,7 @@ def main() -> int:
         leaving = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
         with (
-            observed_as("worker", given) as telemetry,
+            observed_as("worker", given, security) as telemetry,
             ThreadPoolExecutor(1, thread_name_prefix="oarlock-read") as executor,
         ):
             telemetry.registry.add(client_source(transport))

@@ -21,14 +21,20 @@ from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.frames import BESIDE, encode
 from oarlock.proto.methods import METHODS, PROTOCOL, Method
+from oarlock.proto.roles import ADMINS
 from oarlock.proto.rpc.counts import Counts
+from oarlock.proto.rpc.credentials import open_channel
 from oarlock.proto.rpc.frame_client import FramePeer
+from oarlock.proto.rpc.guard import AUTHORIZATION
 from oarlock.proto.rpc.lane import Lane
-from oarlock.proto.rpc.options import CLIENT_OPTIONS
+from oarlock.proto.rpc.sockets import ABSTRACT
 from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
+from oarlock.proto.security import Security
 
 # What grpc.aio says, in place of the status that came, of a write to a stream that the other side had ended just before.
 WRITE_FAILED = "Internal error from Core"
+# Calls that are under way when a channel with newer certificates takes the place of theirs.
+RETIRE_SECONDS = 60.0
 # How long a process may take to say on which sockets it takes frames.
 OFFER_SECONDS = 5.0
 
@@ -42,12 +48,18 @@ class Moved:
 
 
 class GrpcTransport:
-    """Calls processes by address: ``host:port`` or ``unix:PATH``. ``frames`` = False: by gRPC alone."""
+    """Calls processes by address: ``host:port`` or ``unix:PATH``. ``frames`` = False: by gRPC alone.
 
-    def __init__(self, *, frames: bool = True) -> None:
+    ``security``: the token that each call gives, and how the other side has to show who it is.
+    """
+
+    def __init__(self, *, frames: bool = True, security: Security | None = None) -> None:
         self._frames = frames
+        self._security = security or Security()
         self._peers: dict[str, FramePeer] = {}
-        self._channels: dict[str, aio.Channel] = {}
+        # Each with the version of the certificates that it was made with.
+        self._channels: dict[str, tuple[int, aio.Channel]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
         self._calls: dict[tuple[str, str], Any] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._closed = False
@@ -61,10 +73,35 @@ class GrpcTransport:
     def _channel(self, address: str) -> aio.Channel:
         if self._closed:
             raise Unavailable(f"the connection to {address} is closed", address=address)
+        version = self._security.pem_version
         found = self._channels.get(address)
+        if found is not None and found[0] != version:
+            self._retire(address, found[1])
+            found = None
         if found is None:
-            found = self._channels[address] = aio.insecure_channel(address, options=CLIENT_OPTIONS)
-        return found
+            found = self._channels[address] = (version, open_channel(address, self._security))
+        return found[1]
+
+    def _retire(self, address: str, channel: aio.Channel) -> None:
+        """Let the calls of a channel end, and make no more on it."""
+        of_it = [key for key in (*self._calls, *self._lanes) if key[0] == address]
+        lanes = [lane for key in of_it if (lane := self._lanes.pop(key, None)) is not None]
+        for key in of_it:
+            self._calls.pop(key, None)
+
+        async def end() -> None:
+            for lane in lanes:
+                await lane.close()
+            await channel.close(RETIRE_SECONDS)
+
+        task = asyncio.ensure_future(end())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _metadata(self, address: str, method: Method, request: Any) -> tuple[tuple[str, str], ...]:
+        changes = method.changes is not None and method.changes(request)
+        header = self._security.authorization(ADMINS if changes else method.roles, address, method.name)
+        return () if header is None else ((AUTHORIZATION, header),)
 
     async def call(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> Any:
         """Return the reply, or raise the error that the other side raised; DeadlineExceeded after the timeout.
@@ -97,7 +134,8 @@ class GrpcTransport:
         if method.streamed:
             reply = await self._lane(address, method).call(data, timeout_seconds)
         else:
-            reply = await self._single(address, method, data, timeout_seconds)
+            metadata = self._metadata(address, method, request)
+            reply = await self._single(address, method, data, metadata, timeout_seconds)
         moved.received = len(reply)
         message = _Reader(address, method).read(reply)
         return Bulk(message, ()) if isinstance(request, Bulk) else message
@@ -131,19 +169,25 @@ class GrpcTransport:
             try:
                 request = SocketsRequest(protocol=PROTOCOL)
                 answer: SocketsReply = await self.call(address, "Wire.Sockets", request, timeout_seconds=OFFER_SECONDS)
+                if self._security.calls_tls:
+                    # Frames have none: only those that cannot leave this machine.
+                    there = [each for each in answer.addresses if each.startswith(ABSTRACT)]
+                    return SocketsReply(addresses=there, token=answer.token) if there else None
                 return answer
             except (NotFound, VersionMismatch, Malformed):
                 return None
 
         return FramePeer(address, offer)
 
-    async def _single(self, address: str, method: Method, data: bytes, timeout_seconds: float) -> bytes:
+    async def _single(
+        self, address: str, method: Method, data: bytes, metadata: tuple[tuple[str, str], ...], timeout_seconds: float
+    ) -> bytes:
         channel = self._channel(address)
         call = self._calls.get((address, method.name))
         if call is None:
             call = self._calls[address, method.name] = channel.unary_unary(method.path)
         try:
-            reply: bytes = await call(data, timeout=timeout_seconds)
+            reply: bytes = await call(data, timeout=timeout_seconds, metadata=metadata)
             return reply
         except aio.AioRpcError as error:
             raise error_of(error, address, method.name) from None
@@ -157,9 +201,11 @@ class GrpcTransport:
             raise
 
     def _lane(self, address: str, method: Method) -> Lane:
+        channel = self._channel(address)
         lane = self._lanes.get((address, method.name))
         if lane is None or lane.broken:
-            lane = self._lanes[address, method.name] = Lane(self._channel(address), address, method, error_of)
+            metadata = self._metadata(address, method, None)
+            lane = self._lanes[address, method.name] = Lane(channel, address, method, error_of, metadata)
         return lane
 
     async def close(self) -> None:
@@ -168,8 +214,11 @@ class GrpcTransport:
         await asyncio.gather(*(peer.close() for peer in self._peers.values()))
         for lane in self._lanes.values():
             await lane.close()
-        for channel in self._channels.values():
+        for _, channel in self._channels.values():
             await channel.close()
+        for task in tuple(self._retiring):
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
         self._peers.clear()
         self._lanes.clear()
         self._channels.clear()

@@ -21,14 +21,21 @@ ErrorOf = Callable[[aio.AioRpcError, str, str], PSError]
 class Lane:
     """Sends requests and hands out their answers."""
 
-    def __init__(self, channel: aio.Channel, address: str, method: Method, error_of: ErrorOf) -> None:
+    def __init__(
+        self,
+        channel: aio.Channel,
+        address: str,
+        method: Method,
+        error_of: ErrorOf,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self.broken = False
         self._address = address
         self._method = method
         self._error_of = error_of
         self._waiting: deque[asyncio.Future[bytes]] = deque()
         self._writing = asyncio.Lock()
-        self._stream = channel.stream_stream(method.path + "Stream")()
+        self._stream = channel.stream_stream(method.path + "Stream")(metadata=metadata)
         self._reader = asyncio.ensure_future(self._read())
 
     async def call(self, request: bytes, timeout_seconds: float) -> bytes:

@@ -9,6 +9,7 @@ gRPC, which receives them by itself, before they are worked on.
 """
 
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +27,13 @@ from oarlock.proto.frames import BESIDE, REPLY, Frame, encode
 from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.pending import Pending, Waits
 from oarlock.proto.rpc.counts import Counts
+from oarlock.proto.rpc.credentials import server_credentials
 from oarlock.proto.rpc.frame_server import FrameServer
+from oarlock.proto.rpc.guard import Guard, Open, check_changes, refuse
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
-from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
+from oarlock.proto.rpc.status import failure_of
+from oarlock.proto.security import Security
 from oarlock.proto.transport import dispatch
 from oarlock.proto.version import check_protocol
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, Memory, Work
@@ -43,6 +47,8 @@ WIRE = "Wire"
 MIN_THREADS = 16
 # Of a message over gRPC there are, at a time, its bytes, the parsed message and its arrays.
 COPIES = 3
+# Connections of gRPC at once; a member has one to each process that it calls.
+MAX_CONNECTIONS = 8192
 
 
 class GrpcServer:
@@ -58,7 +64,9 @@ class GrpcServer:
         stall_seconds: float = STALL_SECONDS,
         frames: bool = True,
         request_memory_bytes: int = REQUEST_MEMORY_BYTES,
+        security: Security | None = None,
     ) -> None:
+        self._security = security or Security()
         self.memory = Memory(request_memory_bytes, stall_seconds=stall_seconds)
         self._handler = handler
         self._service = service
@@ -71,7 +79,8 @@ class GrpcServer:
         self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
         # A connection of frames has a thread of its own; nobody has both such connections and streams.
         bulk = {m.frame: m for m in self._methods() if m.frame} if frames else {}
-        host = "" if listen.startswith("unix:") else listen.rpartition(":")[0]
+        # Frames have no TLS: where there is some, they stay on this machine, and bulk data from others comes over gRPC.
+        host = "" if listen.startswith("unix:") or self._security.serves_tls else listen.rpartition(":")[0]
         self._frames = (
             FrameServer(
                 bulk, self._framed, host=host, connections=streams, memory=self.memory, stall_seconds=stall_seconds
@@ -84,6 +93,12 @@ class GrpcServer:
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
         self.counts = Counts()
+        self._guard = Guard(self._security, self._methods_by_path())
+
+    @property
+    def denied(self) -> dict[str, int]:
+        """How many calls were not let in, by what they lacked."""
+        return dict(self._guard.denied)
 
     def open_calls(self) -> dict[str, int]:
         """Return how many calls hold a thread: streams, and single ones."""
@@ -93,17 +108,17 @@ class GrpcServer:
     def start(self) -> str:
         """Listen; return the address with the port that was given. InvalidArgument if nobody can listen there."""
         check_address(self._listen)
+        self._security.check_listen(self._listen, "--listen")
         # Threads are made as they are needed; each worker's stream holds one.
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
-        server = grpc.server(self._pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
-        server.add_generic_rpc_handlers(
-            tuple(
-                grpc.method_handlers_generic_handler(f"oarlock.{service}", self._handlers(service))
-                for service in (self._service, WIRE)
-            )
-        )
+        options = [*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections())]
+        server = grpc.server(self._pool, options=options, maximum_concurrent_rpcs=MAX_CALLS)
+        server.add_generic_rpc_handlers((self._guard,))
         try:
-            port = server.add_insecure_port(self._listen)
+            if self._security.serves_tls:
+                port = server.add_secure_port(self._listen, server_credentials(self._security))
+            else:
+                port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
             self._pool.shutdown()
             raise InvalidArgument(
@@ -117,20 +132,16 @@ class GrpcServer:
             self.address = f"{self._listen.rsplit(':', 1)[0]}:{port}"
         return self.address
 
-    def _handlers(self, service: str) -> dict[str, grpc.RpcMethodHandler]:
-        methods = {}
+    def _methods_by_path(self) -> dict[str, tuple[Method, Open]]:
+        methods: dict[str, tuple[Method, Open]] = {}
         for method in METHODS.values():
-            of, name = method.name.split(".")
-            if of != service:
-                continue
-            # Single calls are served as streams of one message, which look the same on the wire: for those the thread waits
-            # until the answer has gone out, where gRPC would keep any number of answers that nobody reads.
-            methods[name] = grpc.stream_stream_rpc_method_handler(self._answer(method))
-            if method.streamed:
-                methods[name + "Stream"] = grpc.stream_stream_rpc_method_handler(self._answer_stream(method))
+            if method.name.split(".")[0] in (self._service, WIRE):
+                methods[method.path] = (method, self._answer)
+                if method.streamed:
+                    methods[method.path + "Stream"] = (method, self._answer_stream)
         return methods
 
-    def _begun(self, method: Method, data: bytes, work: Work) -> Callable[[], bytes]:
+    def _begun(self, method: Method, data: bytes, work: Work, role: str = "") -> Callable[[], bytes]:
         """Work on a message; return what returns the answer to it, for which it may have to wait. Both raise PSErrors."""
         begun = time.perf_counter()
         count, received = self.counts.of(method.name), len(data)
@@ -138,7 +149,7 @@ class GrpcServer:
             work.copies = COPIES
             work.receives(COPIES * received)
             work.works()
-            answer = self._answered(method, data, work)
+            answer = self._answered(method, data, work, role)
         except PSError as error:
             count.add(received, 0, time.perf_counter() - begun, error)
             raise
@@ -192,7 +203,7 @@ class GrpcServer:
 
         return rest
 
-    def _answered(self, method: Method, sent: bytes | Frame, work: Work) -> Any:
+    def _answered(self, method: Method, sent: bytes | Frame, work: Work, role: str = "") -> Any:
         """Return the handler's reply, or the Pending that stands for it."""
         work.refuse_late()
         data = sent.message if isinstance(sent, Frame) else sent
@@ -200,6 +211,7 @@ class GrpcServer:
             request = method.request.FromString(data)
         except DecodeError as error:
             raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
+        check_changes(method, role, request)
         if method.name.startswith(WIRE + "."):
             return self._sockets(request)
         if isinstance(sent, Frame):
@@ -227,11 +239,11 @@ class GrpcServer:
     def _methods(self) -> list[Method]:
         return [m for m in METHODS.values() if m.name.split(".")[0] == self._service]
 
-    def _answer(self, method: Method) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+    def _answer(self, method: Method, role: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             place = self._singles.enter(context.cancel, patient=True)
             if place is None:
-                _refuse(context, Unavailable(f"{method.name}: this process is ending"))
+                refuse(context, Unavailable(f"{method.name}: this process is ending"))
                 return
             try:
                 data = next(requests, None)
@@ -239,32 +251,32 @@ class GrpcServer:
                 if data is None:
                     raise Malformed(f"{method.name}: the call came without a message")
                 with self._work(method, context, context.time_remaining()) as work:
-                    rest = self._begun(method, data, work)
+                    rest = self._begun(method, data, work, role)
                     del data
                     reply = rest()
                     place.waits()
                     yield reply
             except PSError as error:
                 _log_defect(method, error)
-                _refuse(context, error)
+                refuse(context, error)
             finally:
                 self._singles.leave(place)
 
         return answer
 
-    def _answer_stream(self, method: Method) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+    def _answer_stream(self, method: Method, role: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             place = self._streams.enter(context.cancel, patient=False)
             if place is None:
                 taken = f"{method.name}: all {len(self._streams)} streams of this process are taken"
-                _refuse(context, Unavailable(f"{taken}; a process of more threads has more"))
+                refuse(context, Unavailable(f"{taken}; a process of more threads has more"))
                 return
             try:
                 for data in requests:
                     place.works()
                     with self._work(method, context, None) as work:
                         try:
-                            rest = self._begun(method, data, work)
+                            rest = self._begun(method, data, work, role)
                             data = b""
                             reply = rest()
                         except PSError as error:
@@ -310,19 +322,18 @@ def check_address(listen: str) -> None:
         raise InvalidArgument(f"cannot listen on {listen!r}: give HOST:PORT with a port from 0 to 65535, or unix:PATH")
 
 
+def most_connections() -> int:
+    """Return how many connections gRPC may have: the process needs files of its own."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft // 2)
+
+
 def _there(answer: Any, work: Work) -> Any:
     """Return the answer once it is there; what is kept of the request meanwhile is not what it came as."""
     if not isinstance(answer, Pending):
         return answer
     work.received()
     return work.wait(answer)
-
-
-def _refuse(context: grpc.ServicerContext, error: PSError) -> None:
-    code, text, failure = to_status(error)
-    context.set_trailing_metadata(((FAILURE_KEY, failure),))
-    context.set_code(code)
-    context.set_details(text)
 
 
 def _log_defect(method: Method, error: PSError) -> None:

@@ -47,6 +47,8 @@ _STATUS: dict[type[PSError], grpc.StatusCode] = {
     errors.OutOfMemory: _S.RESOURCE_EXHAUSTED,
     errors.CorruptCheckpoint: _S.DATA_LOSS,
     errors.Internal: _S.INTERNAL,
+    errors.Unauthenticated: _S.UNAUTHENTICATED,
+    errors.PermissionDenied: _S.PERMISSION_DENIED,
 }
 # What a bare status means: one that gRPC itself or another program made.
 _ERROR: dict[grpc.StatusCode, type[PSError]] = {
@@ -57,7 +59,7 @@ _ERROR: dict[grpc.StatusCode, type[PSError]] = {
     _S.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     _S.NOT_FOUND: errors.NotFound,
     _S.ALREADY_EXISTS: errors.InvalidArgument,
-    _S.PERMISSION_DENIED: errors.LeaseLost,
+    _S.PERMISSION_DENIED: errors.PermissionDenied,
     _S.RESOURCE_EXHAUSTED: errors.OutOfMemory,
     _S.FAILED_PRECONDITION: errors.InvalidArgument,
     _S.ABORTED: errors.StalePlacement,
@@ -66,7 +68,7 @@ _ERROR: dict[grpc.StatusCode, type[PSError]] = {
     _S.INTERNAL: errors.Internal,
     _S.UNAVAILABLE: errors.Unavailable,
     _S.DATA_LOSS: errors.CorruptCheckpoint,
-    _S.UNAUTHENTICATED: errors.LeaseLost,
+    _S.UNAUTHENTICATED: errors.Unauthenticated,
 }
 
 

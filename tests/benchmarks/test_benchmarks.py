@@ -51,6 +51,15 @@ def test_wire(tmp_path: Path) -> None:
     assert all(result[name] > 0 for name in ("bulk_vs_tcp", "grpc_vs_tcp", "call_us", "tcp_us"))
 
 
+def test_security(tmp_path: Path) -> None:
+    result = run("security", tmp_path)
+    assert set(result["figures"]) == {"call", "pull of 1 MB, stream", "pull of 1 MB, frames"}
+    for by_how in result["figures"].values():
+        assert set(by_how) == {"none", "tokens", "tls"}
+        assert all(figures["us"] > 0 and figures["cpu_us"] > 0 for figures in by_how.values())
+    assert all(result[name].keys() == result["figures"].keys() for name in ("tokens_vs_none", "tls_vs_none"))
+
+
 def test_elasticity(tmp_path: Path) -> None:
     result = run("elasticity", tmp_path)
     decisions = {"place", "nothing_to_do", "one_more", "tenth_more", "drain_one", "death_of_one"}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`oarlock scale`, and what `oarlock status` says of numbers, copies, moves and recoveries. The coordinator is a stub."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from oarlock.cli.copy_lines import MOST, copy_lines
 from oarlock.launch.wanted import settled
 from oarlock.proto.coordinator_pb2 import ScaleReply
 from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.security import Security
 
 Oarlock = Callable[..., Any]
 
@@ -91,15 +93,15 @@ class Job:
         self.asked: list[tuple[int, int]] = []
         self.error: Exception | None = None
 
-    def running(self, job: str) -> tuple[Path | None, str, dict[str, Any]]:
-        return None, "host:1", self.found
+    def running(self, options: argparse.Namespace) -> tuple[Path | None, str, Security, dict[str, Any]]:
+        return None, "host:1", Security(), self.found
 
-    def live(self, folder: Path | None, address: str) -> dict[str, Any] | None:
+    def live(self, folder: Path | None, address: str, security: Security) -> dict[str, Any] | None:
         found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
         assert found is None or isinstance(found, dict)
         return found
 
-    def ask(self, address: str, method: str, request: Any) -> Any:
+    def ask(self, address: str, method: str, request: Any, security: Security) -> Any:
         assert (address, method) == ("host:1", "Coordinator.Scale")
         self.asked.append((request.servers, request.workers))
         if self.error is not None:
@@ -316,4 +318,4 @@ def test_a_job_in_one_process_has_copies(train: Oarlock, oarlock: Oarlock) -> No
     assert train("--name", "a", "--epochs", "1", "--replicas", "1").code == 0
     assert oarlock("status", "a").code == 0
     with pytest.raises(Unavailable, match="is not running"):
-        scale.running("a")
+        scale.running(argparse.Namespace(job="a"))

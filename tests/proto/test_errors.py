@@ -29,6 +29,8 @@ PINNED = {
     15: ("OutOfMemory", False),
     16: ("CorruptCheckpoint", False),
     17: ("Internal", False),
+    18: ("Unauthenticated", False),
+    19: ("PermissionDenied", False),
 }
 
 

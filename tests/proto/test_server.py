@@ -180,7 +180,7 @@ def test_replies_that_are_no_such_message_are_malformed(handler):
     """A newer server, or a broken one, under the right name."""
 
     class Broken(GrpcServer):
-        def _begun(self, method, data, work):
+        def _begun(self, method, data, work, role=""):
             return lambda: b"\xff\xff"
 
     server = Broken(handler, "Shard", listen="127.0.0.1:0")
