@@ -2,8 +2,8 @@
 """`python -m oarlock.benchmarks.kills [--json] [--quick] [--seed N] [--data DIR]`: jobs whose processes are killed and stopped.
 
 A counting job shows that nothing is lost and nothing is done twice; an NCF job that it learns what it learns in peace. Two
-shards, three workers, real processes. Shards are not killed: a job ends when one of them does. Invariant: it writes to a
-temporary folder only, leaves no process, and the last line printed is the result.
+shards, three workers, real processes. Shards are not killed: a job goes back to its last cut when one of them dies. Invariant:
+it writes to a temporary folder only, leaves no process, and the last line printed is the result.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -128,7 +128,7 @@ def measure(
         "stops": harm.stops,
         **asdict(harm),
         **result,
-        "shards_killed": "none: a job ends when a shard dies",
+        "shards_killed": "none: a job goes back to its last cut when one dies",
         "processes_left": processes_left(marker),
         "lease_seconds": LEASE_SECONDS,
         "rhythm": asdict(size.rhythm),

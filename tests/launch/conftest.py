@@ -31,6 +31,8 @@ from tests.conftest import load_shared
 # The readers of metrics and of traces that the tests of telemetry have.
 load_shared("telemetry/scrape.py")
 load_shared("telemetry/trace_check.py")
+# A counting job of real processes.
+load_shared("launch/counting_job.py")
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]
