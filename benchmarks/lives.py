@@ -2,7 +2,8 @@
 """Lives of a job: real processes that are killed and stopped around cuts, or at any moment, and all at once; then it is resumed.
 
     strike     a worker or the coordinator is killed, or stopped for a while
-    end        a shard is killed, and the launcher ends the job; or all processes are killed in the same moment
+    end        a shard is killed that may not be started again, and the launcher ends the job; or all processes are killed in the
+               same moment
     next life  as ``--resume`` does: from the newest cut, on other numbers of shards and workers
 
 Invariant: whom it stopped it lets go on; it touches only processes that the launcher started, and leaves none. Moments are
@@ -175,6 +176,8 @@ class _Life:
     def _die(self) -> None:
         if self._rng.random() < 0.5:
             self._lived.done["shard died"] += 1
+            # It would go back by itself, on as many shards.
+            self._launched.start_nobody_again()
             _signal(self._rng.choice(self._living("shard")), signal.SIGKILL)
             return
         self._lived.done["all died"] += 1

@@ -20,7 +20,7 @@ def add_copies(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--on-loss",
         choices=(ROLLBACK, RELOAD),
-        help="when no copy of a block is left: the job ends and goes on from its last cut, or those blocks alone are "
+        help="when no copy of a block is left: the job goes back to its last cut, or those blocks alone are "
         "loaded from it (default rollback)",
     )
     command.add_argument(

@@ -46,6 +46,7 @@ class RunView:
         self._task: TaskID | None = None
         self._gone = False
         self._epochs = 0
+        self._run = 0
         self._warnings = 0
         # Number of the scaler's last decision that was shown.
         self._decision = 0
@@ -87,6 +88,11 @@ class RunView:
             self._metrics = status["metrics"]
             self.say(f"metrics at {self._scheme}://{self._metrics}/metrics")
         restored = restored_epochs(status)
+        if status.get("run", self._run) != self._run:
+            if self._run:
+                # It went back: what it trains again is shown again.
+                self._epochs = min(self._epochs, len(status["history"]))
+            self._run = status["run"]
         for result in status["history"][self._epochs :]:
             where = "  (from the checkpoint)" if result["epoch"] < restored else ""
             self.say(_line(result, status["epochs"]) + where)
@@ -160,6 +166,8 @@ def _event(event: dict[str, Any], job: object) -> str:
     if what == "restore":
         whose = "" if event.get("of_job") == job else f" of job {event.get('of_job')}"
         what = f"went on from cut {event.get('cut')}{whose}, made in run {event.get('of_run')}"
+        if event.get("cut") == 0:
+            what = "began again from the beginning"
     if what == "rollback":
         what = f"table {event.get('table')} went back to {event.get('path')} at step {event.get('step')}"
     if what == "signature":

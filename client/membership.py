@@ -34,11 +34,14 @@ from oarlock.proto.coordinator_pb2 import (
     PlacementRequest,
     Role,
 )
-from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.errors import PSError, Unavailable, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
 
 logger = logging.getLogger(__name__)
+
+# What a WrongRun of the coordinator says, true, to a process that is to take part in the next run.
+STAYS = "stays"
 
 
 class Membership:
@@ -320,6 +323,15 @@ class Membership:
     def _refreshed(self, task: "asyncio.Task[None]") -> None:
         self._refreshing = None
         _heard(task)
+
+    async def is_in_the_next_run(self, refused: WrongRun) -> bool:
+        """Whether this process is to take part in the run after its own. Only the coordinator knows, and is waited for."""
+        if STAYS not in refused.details:
+            try:
+                await self.call("Coordinator.Placement", PlacementRequest(header=self.header()))
+            except WrongRun as error:
+                refused = error
+        return refused.details.get(STAYS) is True
 
     async def leave(self, error: str = "") -> None:
         """Tell the coordinator that this process goes; not hearing it is no harm, the lease ends by itself."""

@@ -2,11 +2,13 @@
 """`python -m oarlock.cluster`: the coordinator of the job in a folder."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from oarlock.checkpoint.place import place_of
@@ -20,7 +22,7 @@ from oarlock.client.trace import trace_requests
 from oarlock.cluster.beginning import begin
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
-from oarlock.cluster.process import run_coordinator
+from oarlock.cluster.process import run_job
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.cluster.telemetry import coordinator_source
@@ -67,33 +69,40 @@ def main() -> int:
         store = Store(folder / "state.sqlite").open()
         transport = GrpcTransport(security=security)
         server: GrpcServer | None = None
+        coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom(), goes_back=True)
+        service = CoordinatorService(coordinator)
+
+        def stop(name: str) -> None:
+            service.newest.stop(True, name)
+
+        @contextlib.contextmanager
+        def orders_of(c: Coordinator) -> Iterator[Orders]:
+            orders = Orders(c, transport, folder / "checkpoints")
+            with telemetry.registry.added(coordinator_source(c, orders)):
+                yield orders
+
         try:
-            coordinator = Coordinator(store, spec, clock=boot_clock, rng=random.SystemRandom())
             coordinator.open()
             if security.identifies or security.spec.roots:
                 coordinator.roots = Roots((*roots_of(spec, folder), *security.spec.roots))
             checkpoints = place_of(spec).open(folder)
             begin(coordinator, given.restore, checkpoints, accept_signature=given.accept_signature)
-            orders = Orders(coordinator, transport, folder / "checkpoints")
-            server = GrpcServer(
-                CoordinatorService(coordinator), "Coordinator", listen=given.listen, threads=16, security=security
-            )
+            server = GrpcServer(service, "Coordinator", listen=given.listen, threads=16, security=security)
             coordinator.metrics_address = telemetry.address
-            telemetry.registry.add(coordinator_source(coordinator, orders))
             telemetry.registry.add(server_source(server))
             trace_requests(server.counts, telemetry.track)
             telemetry.registry.add(client_source(transport))
             write_address(folder, await started(server, given.listen_seconds))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, coordinator.stop, True, signal.Signals(number).name)
-            await run_coordinator(coordinator, orders, telemetry.track)
+                loop.add_signal_handler(number, stop, signal.Signals(number).name)
+            await run_job(service, orders_of, checkpoints, telemetry.track)
         finally:
             if server is not None:
                 server.stop()
                 (folder / ADDRESS_FILE).unlink(missing_ok=True)
             await transport.close()
-            store.close()
+            service.newest.store.close()
 
     return run(body, given)
 

@@ -23,6 +23,7 @@ from oarlock.cluster.copies import Copies
 from oarlock.cluster.cuts import Cuts
 from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.events import Events
+from oarlock.cluster.going_back import GoingBack, end_run
 from oarlock.cluster.live_digest import LiveDigest
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.ranks import work_of
@@ -45,9 +46,20 @@ MAX_WARNINGS = 1000
 
 
 class Coordinator:
-    """The state of one job. ``clock()`` gives seconds that never go back; they are compared, never stored."""
+    """The state of one job. ``clock()`` gives seconds that never go back; they are compared, never stored.
 
-    def __init__(self, store: Store, spec: JobSpec, *, clock: Callable[[], float], rng: random.Random) -> None:
+    ``goes_back``: whether somebody goes on with ``beginning.next_run`` when blocks are lost for good; else the job fails then.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spec: JobSpec,
+        *,
+        clock: Callable[[], float],
+        rng: random.Random,
+        goes_back: bool = False,
+    ) -> None:
         self.store = store
         self.spec = spec
         # Where somebody may name checkpoints.
@@ -92,6 +104,9 @@ class Coordinator:
         self.scaling = Scaling(spec, self.members, self.records)
         self.autoscaling = Autoscaling(self)
         self.recoveries = Recoveries()
+        self.going_back = GoingBack(able=goes_back)
+        # The file, for the coordinator of the next run: None while this one is in charge.
+        self.handed_on: Store | None = None
         # Called when there may be something to tell shards; from any thread.
         self.wake: Callable[[], None] = lambda: None
 
@@ -113,15 +128,19 @@ class Coordinator:
         with self.lock:
             take_up(self)
             # An earlier life may have recorded that a shard came or went, and not what follows from it.
+            if self.going_back.due:
+                return
             for member in [m for m in self.members.all.values() if m.role == "shard" and m.state != "alive"]:
                 self._shard_gone(member)
+                if self.handed_on is not None:
+                    return
             self._place_if_complete()
             if self.phase not in (GATHERING, *OVER) and not all(map(self.scaling.takes_part, self.scaling.usable())):
                 # One came, and no more than that was recorded.
                 self.copies.shard_came()
 
-    def begin_run(self, manifest: Manifest, path: str, past: Past | None = None) -> None:
-        """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's.
+    def begin_run(self, manifest: Manifest | None, path: str, past: Past | None = None) -> None:
+        """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's; None: first values.
 
         ``past``: what the folder of the job's checkpoints says of it, None: nothing.
         """
@@ -231,6 +250,7 @@ class Coordinator:
                 self.placed = True
             if self.placed and self.phase == GATHERING:
                 self.set_phase(TRAINING)
+                self.scaling.settle(self.store)
 
     def set_phase(self, phase: str, reason: str = "") -> None:
         """Record and enter a phase."""
@@ -318,11 +338,13 @@ class Coordinator:
         else:
             self.copies.shard_gone(member)
 
-    def lost(self, member: Member) -> None:
-        """Blocks of a shard are lost, and the job is to go back to the last cut: the one place for that. Under the lock."""
-        where = f"shard {member.id} ({member.address}, pid {member.pid})"
-        error = f": {member.error}" if member.error else ""
-        self.fail(f"{where} is gone{error}; go on from the last checkpoint with --resume")
+    def lost(self, member: Member | None, blocks: int) -> None:
+        """Blocks of a shard are lost, and the job is to go back to the last cut: the one place for that. Under the lock.
+
+        ``member``: who had them last; None: nobody knows.
+        """
+        if self.handed_on is None:
+            end_run(self, member, blocks)
 
     def count_time(self) -> None:
         """Count the time until now as training, or as evaluation if all is trained. Under the lock."""
@@ -338,6 +360,8 @@ class Coordinator:
     def tick(self) -> None:
         """Judge leases and move on phases that wait for nobody. Call every heartbeat."""
         with self.lock:
+            if self.handed_on is not None:
+                return
             self.store.check()
             now = self.clock()
             if now - self.judged > self.spec.heartbeat_seconds:
@@ -364,6 +388,10 @@ class Coordinator:
         """Ask the job to end: workers finish their groups and leave, then a checkpoint is written (or not)."""
         with self.lock:
             if self.phase in OVER:
+                return
+            if self.handed_on is not None:
+                # The next run hears of it.
+                self.stop_wanted, self.stop_reason = checkpoint, reason
                 return
             with self.store as store:
                 self.stop_wanted, self.stop_reason = checkpoint, reason

@@ -129,7 +129,7 @@ class Copies:
             owned = np.flatnonzero(self.records.owners == member.id)
             alive = np.isin(self.records.members[owned], list(self.records.shards)).any(axis=1)
             if not alive.all():
-                c.lost(member)
+                c.lost(member, int((~alive).sum()))
                 return
         if not self.frozen:
             self._strike_dead()
@@ -280,10 +280,7 @@ class Copies:
         usable = [m.id for m in c.scaling.usable() if m.id in self.records.shards]
         if c.spec.on_loss == ROLLBACK:
             gone = self.records.gone.get(shard)
-            if gone is None:
-                c.fail(f"no shard has {len(blocks)} blocks any more; go on from the last checkpoint with --resume")
-            else:
-                c.lost(c.members.all[gone.incarnation])
+            c.lost(None if gone is None else c.members.all[gone.incarnation], len(blocks))
             return
         if not usable:
             # They wait for a shard that comes.

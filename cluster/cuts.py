@@ -78,13 +78,18 @@ class Cuts:
         done = store.fact("counted", {}).get("steps", 0)
         self._since_steps = store.fact("cut_steps", done if self.last else 0)
 
-    def go_back(self, store: Store, manifest: Manifest, path: str) -> None:
-        """Begin a new run from ``manifest``: no cut of it is there yet."""
-        self.last = self.opened = max(self.last, manifest.cut)
+    def go_back(self, store: Store, manifest: Manifest | None, path: str) -> None:
+        """Begin a new run from ``manifest``, None: from first values. No cut of it is there yet."""
+        if manifest is not None:
+            self.last = max(self.last, manifest.cut)
+        self.opened = self.last
         self.begun = self.committed = self._failures = 0
-        self.best = self._best_after(Restore(manifest.cut, self.last)) if manifest.job == self._c.spec.job else 0
+        if manifest is not None and manifest.job == self._c.spec.job:
+            self.best = self._best_after(Restore(manifest.cut, self.last))
+        else:
+            self.best = 0
         store.set_fact("best_cut", self.best)
-        if path not in [known["path"] for known in self.checkpoints]:
+        if manifest is not None and path not in [known["path"] for known in self.checkpoints]:
             self.checkpoints.append({"cut": manifest.cut, "path": path, "epoch": manifest.epoch})
         # Those of the cut that it comes from, by now.
         self._since_seconds, self._since_steps = self._c.clock(), self._c.work.steps

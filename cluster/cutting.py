@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from oarlock.checkpoint.format import cut_folder
@@ -81,6 +82,8 @@ class Cutting:
         # "committed" and "failed" ones of this process.
         self.counts: Counter[str] = Counter()
         self._looked = False
+        # Held while something is done in a thread.
+        self._busy = Lock()
         # When moves were last not in the way.
         self._held_since = coordinator.clock()
 
@@ -131,7 +134,15 @@ class Cutting:
         return self._place.store(self._root)
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+        def call() -> T:
+            with self._busy:
+                return function(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def close(self) -> None:
+        """Wait until a thread has ended what it does for somebody who was cancelled."""
+        await self._run(lambda: None)
 
     async def _adopt_or_give_up(self) -> None:
         """Deal with the cut that an earlier life of this coordinator had begun."""

@@ -58,9 +58,14 @@ class Members:
         """Return the living member that a repeated Join belongs to."""
         return next((m for m in self.alive(role) if m.nonce == nonce), None)
 
-    def lost(self) -> list[Member]:
-        """Return members that died."""
-        return [m for m in self.all.values() if m.state == "dead"]
+    def lost(self, first_run: int = 1) -> list[Member]:
+        """Return members that died in run ``first_run`` or later, but for processes that came again in a later one."""
+        newest: dict[tuple[str, int, str], int] = {}
+        for m in self.all.values():
+            who = (m.role, m.pid, m.host)
+            newest[who] = max(newest.get(who, 0), m.run)
+        dead = [m for m in self.all.values() if m.state == "dead" and m.run >= first_run]
+        return [m for m in dead if m.run == newest[m.role, m.pid, m.host]]
 
     def next_id(self, role: str) -> int:
         """Return the lowest number of the role that nobody alive has."""

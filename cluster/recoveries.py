@@ -27,6 +27,8 @@ class Open:
     lost: str
     since: float
     over: Callable[[], bool]
+    # To which the job went back; None where it did not.
+    cut: int | None = None
 
 
 class Recoveries:
@@ -41,14 +43,22 @@ class Recoveries:
         self.all = store.fact(FACT, [])
 
     def begin(
-        self, kind: str, shard: int, blocks: int, now: float, over: Callable[[], bool], *, lost: str = ""
+        self,
+        kind: str,
+        shard: int,
+        blocks: int,
+        now: float,
+        over: Callable[[], bool],
+        *,
+        lost: str = "",
+        cut: int | None = None,
     ) -> None:
         """Note a recovery from the death of ``shard``; the same one again is the same one with more blocks."""
         for known in self.open:
             if (known.kind, known.shard) == (kind, shard):
                 known.blocks, known.over = max(known.blocks, blocks), over
                 return
-        self.open.append(Open(kind, shard, blocks, lost, now, over))
+        self.open.append(Open(kind, shard, blocks, lost, now, over, cut))
 
     def look(self, store: Store, run: int, now: float) -> None:
         """Record those that are over by now."""
@@ -57,17 +67,17 @@ class Recoveries:
             return
         self.open = [each for each in self.open if each not in ended]
         for each in ended:
-            self.note(each.kind, each.shard, each.blocks, run, now - each.since, lost=each.lost)
+            self._note(each, run, now - each.since)
         with store:
             store.set_fact(FACT, self.all)
 
-    def note(self, kind: str, shard: int, blocks: int, run: int, seconds: float, *, lost: str = "") -> None:
-        """Append one that is over; whoever calls records it."""
+    def _note(self, each: Open, run: int, seconds: float) -> None:
         entry = {
-            "kind": kind,
-            "shard": shard,
-            "blocks": blocks,
-            "lost": lost,
+            "kind": each.kind,
+            "shard": each.shard,
+            "blocks": each.blocks,
+            "lost": each.lost,
+            **({} if each.cut is None else {"cut": each.cut}),
             "seconds": round(seconds, 3),
             "run": run,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -16,6 +16,7 @@ from oarlock.client.closed import ClosedSet
 from oarlock.client.job import GATHERING
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.evaluation import Found
+from oarlock.cluster.going_back import lost_since
 from oarlock.cluster.members import Member
 from oarlock.cluster.ranks import SIGNATURE, take_over_signature
 from oarlock.cluster.work import EpochResult
@@ -54,6 +55,8 @@ def take_up(c: "Coordinator") -> None:
         c.scaling.take_up(store)
         c.autoscaling.take_up(store)
         c.recoveries.take_up(store)
+        c.going_back.take_up(store, c.run)
+        c.going_back.tell(c)
         c.rollbacks.take_up(store)
         for value in store.members():
             c.members.add(Member(**value), c.clock())
@@ -63,25 +66,29 @@ def take_up(c: "Coordinator") -> None:
     logger.info("event=coordinator_open term=%d run=%d phase=%s", c.term, c.run, c.phase)
 
 
-def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
-    """Go back to a committed checkpoint: a new run, whose closed set and results are the manifest's."""
-    _check_fits(c, manifest, path)
-    saved = _saved(c, manifest, path)
+def go_back(c: "Coordinator", manifest: Manifest | None, path: str) -> None:
+    """Begin a new run from a committed checkpoint, whose closed set and results are the manifest's; None: from first values."""
+    if manifest is not None:
+        _check_fits(c, manifest, path)
+    saved = _saved(c, manifest, path) if manifest is not None else _nothing(c)
+    by_itself, cut, old_run = c.going_back.due, 0 if manifest is None else manifest.cut, c.run
     with c.store as store:
-        c.run = max(c.run, manifest.run) + 1
+        c.run = max(c.run, 0 if manifest is None else manifest.run) + 1
+        c.going_back.begun(store, c.run, path, cut, lost_since(manifest, c.work.steps, saved.counted))
         c.restore, c.has_begun = path, True
-        c.work.closed = ClosedSet(manifest.closed.floor, manifest.closed.above)
+        c.work.closed = ClosedSet() if manifest is None else ClosedSet(manifest.closed.floor, manifest.closed.above)
         c.work.history = saved.history
         c.work.epoch = len(c.work.history)
         c.work.results = saved.evaluations
         for name, value in saved.counted.items():
             setattr(c.work, name, value)
         # Whoever gets them begins with nothing kept of them.
-        c.work.given_back += len(manifest.open_splits)
+        c.work.given_back += 0 if manifest is None else len(manifest.open_splits)
         c.work.all_touched = True
         c.copies.go_back(store)
-        c.scaling.go_back(store)
-        c.autoscaling.go_back(store)
+        c.scaling.go_back(store, stays=by_itself)
+        if not by_itself:
+            c.autoscaling.go_back(store)
         c.placed = False
         c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
         c.work.leases.clear()
@@ -89,7 +96,8 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
         c.work.failures.clear()
         for member in c.members.all.values():
             if member.state == "alive":
-                member.state = "dead"
+                # Of a job that goes back by itself they come again.
+                member.state = "left" if by_itself else "dead"
                 store.set_member(member.incarnation, member.record())
         store.clear_evaluations()
         store.clear_epochs()
@@ -101,19 +109,21 @@ def go_back(c: "Coordinator", manifest: Manifest, path: str) -> None:
             store.set_fact(name, getattr(c, name))
         c.cuts.go_back(store, manifest, path)
         c.rollbacks.go_back(store)
-        take_over_signature(store, manifest.metrics.get(SIGNATURE), accept=c.accept_signature)
+        if manifest is not None:
+            take_over_signature(store, manifest.metrics.get(SIGNATURE), accept=c.accept_signature)
         c.events.add(
             store,
             RESTORE,
             c.run,
-            cut=manifest.cut,
+            cut=cut,
             last=c.cuts.last,
-            of_run=manifest.run,
-            of_job=manifest.job,
+            of_run=old_run if manifest is None else manifest.run,
+            of_job=c.spec.job if manifest is None else manifest.job,
             path=path,
         )
         store.set_fact("stop", None)
         c.record_work(store)
+    c.going_back.tell(c)
     logger.info("event=run_begun run=%d restore=%s", c.run, path)
 
 
@@ -140,6 +150,11 @@ class _Saved:
     history: list[EpochResult]
     evaluations: dict[int, Found]
     counted: dict[str, Any]
+
+
+def _nothing(c: "Coordinator") -> _Saved:
+    """Return the results of a job that has not begun."""
+    return _Saved([], {}, {name: type(value)() for name, value in c.counted().items()})
 
 
 def _saved(c: "Coordinator", manifest: Manifest, path: str) -> _Saved:

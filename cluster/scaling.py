@@ -11,7 +11,7 @@ coordinator's lock covers it.
 
 from typing import Any
 
-from oarlock.client.job import GATHERING, OVER, STOPPING, JobSpec, check_replicas
+from oarlock.client.job import GATHERING, OVER, STOPPING, TRAINING, JobSpec, check_replicas
 from oarlock.cluster.members import Member, Members
 from oarlock.cluster.record import Records
 from oarlock.cluster.store import Store
@@ -36,6 +36,8 @@ class Scaling:
         self._records = records
         self.servers, self.workers = spec.servers, spec.workers
         self.leaves: set[int] = set()
+        # Whether some were to leave in the run before, of which nobody has been told in this one.
+        self._unsettled = False
 
     def take_up(self, store: Store) -> None:
         """Load what was recorded."""
@@ -43,6 +45,7 @@ class Scaling:
         if found is not None:
             self.servers, self.workers = found["servers"], found["workers"]
             self.leaves = set(found["leaves"])
+            self._unsettled = found.get("unsettled", False)
 
     def ask(self, store: Store, servers: int, workers: int, phase: str) -> str:
         """Record within a transaction what is wanted from now on, 0: as it is; return what follows, for people."""
@@ -73,7 +76,8 @@ class Scaling:
             leaves -= {m.incarnation for m in others}
             leaves |= leaving([(m.id, m.incarnation) for m in others], self.leaves, workers)
         self.servers, self.workers, self.leaves = servers, workers, leaves
-        store.set_fact(FACT, {"servers": servers, "workers": workers, "leaves": sorted(leaves)})
+        self._unsettled = False
+        self._record(store)
         return self._said(shards, others)
 
     def _said(self, shards: list[Member], workers: list[Member]) -> str:
@@ -87,11 +91,26 @@ class Scaling:
                 said.append(f"{more} more {name}{'s' if more > 1 else ''} to come")
         return "; ".join(said) or "nothing changes"
 
-    def go_back(self, store: Store) -> None:
-        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as the job says now."""
-        self.servers, self.workers = self._spec.servers, self._spec.workers
+    def go_back(self, store: Store, *, stays: bool) -> None:
+        """A new run begins, and everybody joins anew: nobody leaves, and as many are wanted as the job says now.
+
+        ``stays``: as many as were wanted before; those that were to leave come as well, and are told again (``settle``).
+        """
+        if not stays:
+            self.servers, self.workers = self._spec.servers, self._spec.workers
+        self._unsettled = stays and bool(self.leaves or self._unsettled)
         self.leaves = set()
-        store.set_fact(FACT, {"servers": self.servers, "workers": self.workers, "leaves": []})
+        self._record(store)
+
+    def settle(self, store: Store) -> None:
+        """The job trains: those leave who are too many, if some were to leave in the run before."""
+        if self._unsettled:
+            with store:
+                self.ask(store, self.servers, self.workers, TRAINING)
+
+    def _record(self, store: Store) -> None:
+        told = {"servers": self.servers, "workers": self.workers, "leaves": sorted(self.leaves)}
+        store.set_fact(FACT, {**told, **({"unsettled": True} if self._unsettled else {})})
 
     def takes_part(self, member: Member) -> bool:
         """Whether a shard is one of those that records may name."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from oarlock import __version__
 from oarlock.client.job import OVER, STOPPING, TRAINING, WRITING
+from oarlock.client.membership import STAYS
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
@@ -98,10 +99,22 @@ def read_stats(text: str) -> dict[str, Any]:
 
 
 class CoordinatorService:
-    """Answers the methods of ``Coordinator`` in proto/methods.py."""
+    """Answers the methods of ``Coordinator`` in proto/methods.py, for the ``newest`` of one process's coordinators."""
 
     def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+        self.newest = coordinator
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        """Who is in charge; Unavailable between two runs."""
+        c = self.newest
+        if c.handed_on is not None:
+            raise Unavailable(f"job {c.spec.name} goes back: its next run has not begun yet")
+        return c
+
+    def take_over(self, coordinator: Coordinator) -> None:
+        """Answer for ``coordinator`` from now on."""
+        self.newest = coordinator
 
     def _member(self, header: Header, role: str | None = None) -> Member:
         """Return the sender, its lease renewed; refuse by name whoever does not belong."""
@@ -112,7 +125,9 @@ class CoordinatorService:
                 f"this is the coordinator of job {c.spec.job}, the message is of job {header.job[:16].hex() or 'none'}"
             )
         if header.run != c.run:
-            raise WrongRun(f"the job is in run {c.run}, the message is of run {header.run}: join anew", run=c.run)
+            stays = {STAYS: True} if c.going_back.stays(header.run, c.run) else {}
+            words = f"the job is in run {c.run}, the message is of run {header.run}: join anew"
+            raise WrongRun(words, run=c.run, **stays)
         if header.term > c.term:
             raise Unavailable(f"this coordinator is of term {c.term}, one of term {header.term} has taken its place")
         with c.lock:
@@ -309,7 +324,7 @@ class CoordinatorService:
             return ScaleReply(servers=c.scaling.servers, workers=c.scaling.workers, said=said)
 
     def status(self, request: StatusRequest) -> StatusReply:
-        return StatusReply(status=json.dumps(self._coordinator.status()))
+        return StatusReply(status=json.dumps(self.newest.status()))
 
     def describe(self, request: DescribeRequest) -> DescribeReply:
         c = self._coordinator

@@ -51,7 +51,7 @@ def status_of(c: "Coordinator") -> dict[str, Any]:
         "digest": c.live_digest.found,
         "warnings": c.warnings,
         "members": [{**m.record(), "stats": m.stats} for m in c.members.all.values() if m.state == "alive"],
-        "lost": [m.record() for m in c.members.lost() if m.run == c.run],
+        "lost": [m.record() for m in c.members.lost(c.going_back.first_run)],
         "reader": "+".join(sorted({m.reader for m in c.members.all.values() if m.reader and m.run == c.run})),
         "blocks": {str(s): int((c.records.owners == s).sum()) for s in sorted(c.shards)},
         **copies_of(c),

@@ -99,6 +99,12 @@ class Store:
             self._db.close()
             self._db = None
 
+    def hand_on(self) -> "Store":
+        """Return the same file for another owner; whoever had it until now can neither read nor write it any more."""
+        after = Store(self._path)
+        after._db, self._db = self._db, None
+        return after
+
     def __enter__(self) -> "Store":
         self._execute("BEGIN IMMEDIATE")
         return self

@@ -24,7 +24,7 @@ def coordinator_source(coordinator: Coordinator, orders: Orders) -> Source:
             work = c.work
             progress = work.progress()
             open_splits = [kind for kind, _ in work.leases]
-            lost = [m.role for m in c.members.lost() if m.run == c.run]
+            lost = [m.role for m in c.members.lost(c.going_back.first_run)]
             found: dict[str, Any] = {
                 "oarlock_coordinator_info": {(c.spec.job, c.spec.name, c.spec.recipe, c.spec.mode): 1},
                 "oarlock_coordinator_phase": {phase: int(phase == c.phase) for phase in PHASES},

@@ -93,7 +93,9 @@ def _dealt(mix: Mapping[str, int], rng: random.Random) -> Iterator[str]:
 
 
 def survivable(mix: Mapping[str, int], spec: JobSpec) -> dict[str, int]:
-    """Return the kinds that a job outlives: without copies, and with a roll-back at a loss, it ends when a shard dies."""
+    """Return the kinds after which a job goes on where it was: without copies, and with a roll-back at a loss, it goes back when
+    a shard dies.
+    """
     return {
         kind: often
         for kind, often in mix.items()

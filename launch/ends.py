@@ -2,9 +2,10 @@
 """Ends: what follows when a shard or a worker ends while its job goes on, and how many are started that are missing.
 
     in good order       told to leave: nothing. By itself: nobody comes in its place
-    killed, or away     started again, while so many are wanted and restarts are left. A shard only where the job goes on without
-                        it: there are copies, or on_loss is "reload"; one that hangs and was struck off is killed first
-    its own error       the job fails; but not for a shard that was a member, where the job goes on without it
+    killed, or away     started again, while so many are wanted and restarts are left; a shard that hangs and was struck off is
+                        killed first. The job goes on without a shard: with copies, or without its blocks (on_loss "reload"), or
+                        it goes back with all (on_loss "rollback"), which takes as many shards as are wanted
+    its own error       the job fails; but not for a shard that was a member
 
 Invariant: each end is dealt with once, and told to the coordinator before anything is started in its place: at once, or when
 it hears again. One event loop.
@@ -61,7 +62,7 @@ class Ends:
             if child.process.returncode == 0 and not (child.role == "shard" and status["phase"] == GATHERING):
                 self._left(child)
             elif child.role == "shard" and not self._goes_on_without(child, status):
-                failed = failed or f"{child.complaint()}; the job cannot go on without it"
+                failed = failed or f"{child.complaint()}; the job cannot go on without it{_how_to_go_on(status)}"
             elif child.role == "shard" or child.replaceable:
                 again.append(child)
                 # Of a worker it is no error of its own, so none that the coordinator would hold against its splits.
@@ -70,11 +71,11 @@ class Ends:
                 failed = failed or child.complaint()
             self._unreported.append((child, words))
         await self._report(status)
-        self._end_given_up(status)
+        failed = failed or self._end_given_up(status)
         if wanted and not failed:
             self._start_again(status, again)
             self._start_missing(status)
-        return failed or self._nobody_left(status, ended)
+        return failed or self._nobody_left(status, ended) or self._cannot_gather(status)
 
     def _left(self, child: Child) -> None:
         if self._wanted.went(child.role, child.process.pid):
@@ -84,18 +85,27 @@ class Ends:
 
     def _goes_on_without(self, child: Child, status: dict[str, Any]) -> bool:
         """Whether the death of a shard is one that the job survives; one that cannot even start would die again."""
-        if not self._spec.replicas and self._spec.on_loss != RELOAD:
+        if not self._spec.replicas and self._spec.on_loss != RELOAD and not self._restarts.left:
+            # It goes back, and needs as many as it had.
             return False
         return child.replaceable or _is_one_of([*status["members"], *status.get("lost", ())], child)
 
-    def _end_given_up(self, status: dict[str, Any]) -> None:
-        """Kill shards that hang: they were struck off, would end as soon as they hear of it, and stand in another one's place."""
+    def _end_given_up(self, status: dict[str, Any]) -> str:
+        """Kill shards that hang: they were struck off, would end as soon as they hear of it, and stand in another one's place.
+
+        Return why the job cannot go on without one of them, if it cannot.
+        """
         for child in self._family.of("shard"):
             given_up = _is_one_of(status.get("lost", ()), child) and not _is_one_of(status["members"], child)
-            if given_up and not (child.ended or child.given_up) and self._goes_on_without(child, status):
-                self._notices.say(f"shard {child.number} was away for longer than its lease, and is ended")
-                child.process.kill()
-                child.given_up = True
+            if not given_up or child.ended or child.given_up:
+                continue
+            words = f"shard {child.number} was away for longer than its lease"
+            if not self._goes_on_without(child, status):
+                return f"{words}; the job cannot go on without it{_how_to_go_on(status)}"
+            self._notices.say(f"{words}, and is ended")
+            child.process.kill()
+            child.given_up = True
+        return ""
 
     def _staying(self, role: str, status: dict[str, Any]) -> int:
         """Return how many processes of a role are here and not told to leave."""
@@ -130,6 +140,14 @@ class Ends:
                 return f"no {role} is left; {mine[-1].complaint()}"
         return ""
 
+    def _cannot_gather(self, status: dict[str, Any]) -> str:
+        """Return that a job that goes back has fewer shards than it needs, and none is started; empty if it is not so."""
+        there = self._staying("shard", status) + len(self._others("shard", status))
+        if status["phase"] != GATHERING or not self._wanted.lacks("shard", there):
+            return ""
+        wanted = self._wanted.numbers["shard"]
+        return f"{there} of {wanted} shards are left, and no more are started{_how_to_go_on(status)}"
+
     def _others(self, role: str, status: dict[str, Any]) -> list[dict[str, Any]]:
         """Return members of a role that somebody else started."""
         mine = [*self._family.children, *(child for child, _ in self._unreported)]
@@ -151,6 +169,10 @@ class Ends:
                         if error.retryable:
                             left.append((child, words))
         self._unreported = left
+
+
+def _how_to_go_on(status: dict[str, Any]) -> str:
+    return "; go on from the last checkpoint with --resume" if status["checkpoints"] else ""
 
 
 def _is(member: dict[str, Any], child: Child) -> bool:

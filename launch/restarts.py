@@ -54,9 +54,14 @@ class Restarts:
     notices: Notices
     used: int = 0
 
+    @property
+    def left(self) -> bool:
+        """Whether anybody may be started again."""
+        return self.used < self.most
+
     def take(self, child: Child) -> bool:
         """Count a restart of what was ``child``, and say so; return False if it may not be started again."""
-        if self.used < self.most:
+        if self.left:
             self.used += 1
             self.notices.say(f"{child.what_happened()}; started again ({self.used} of {self.most})")
             return True

@@ -48,6 +48,10 @@ class Wanted:
         """Note that a process is not started again."""
         self._without[role] += 1
 
+    def lacks(self, role: str, there: int) -> bool:
+        """Whether fewer are there than are wanted, and stay so, as some are not replaced."""
+        return self._without[role] > 0 and there < self.numbers[role]
+
     def missing(self, role: str, there: int) -> int:
         """Return how many more are to be started where ``there`` are that stay."""
         return max(0, self.numbers[role] - self._without[role] - there)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a shard process: listen, compile, join, keep the lease, end when the job does.
+"""The life of a shard process: listen, compile, join, keep the lease, join anew if the job goes back, end when it does.
 
 Invariant: it joins only after its kernels are compiled (compiling holds the interpreter lock), and its address answers
 from before the join until after the job is over.
 """
 
 import asyncio
+import gc
 import logging
 import random
 from concurrent.futures import Executor
@@ -14,6 +15,7 @@ from oarlock.client.membership import Membership
 from oarlock.client.telemetry import Telemetry
 from oarlock.embedding.saved import make_some_ready
 from oarlock.proto.coordinator_pb2 import SHARD
+from oarlock.proto.errors import WrongRun
 from oarlock.proto.transport import Transport
 from oarlock.ps.compacting import REST, Compacting
 from oarlock.ps.identity import Identity
@@ -47,16 +49,41 @@ async def run_shard(
 ) -> None:
     """Serve as a member of the coordinator's job until it is over. ``service`` listens at ``address`` already.
 
-    Files are compacted in a thread of ``executor`` (None: of the loop's own).
+    A job that goes back by itself is joined anew, run after run. Files are compacted in a thread of ``executor`` (None: of the
+    loop's own).
     """
-    member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
-    spec = await member.join()
-    identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
-    shard = service.configure(spec, identity, holds_lease=member.holds_lease)
-    telemetry = telemetry or Telemetry()
+    telemetry, before = telemetry or Telemetry(), 0
+    while True:
+        member = Membership(transport, coordinator, SHARD, rng=rng, address=address)
+        spec = await member.join()
+        if member.run <= before:
+            raise WrongRun(f"run {before} is over, and this shard is told to join run {member.run}", run=member.run)
+        shard = service.configure(
+            spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation), holds_lease=member.holds_lease
+        )
+        before = member.run
+        try:
+            await _serve(member, service, shard, telemetry, executor)
+        except WrongRun as refused:
+            service.let_go()
+            if not await member.is_in_the_next_run(refused):
+                raise
+            logger.info("event=run_over id=%d run=%d", member.id, member.run)
+            del member, shard
+            continue
+        logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
+        await member.leave()
+        return
+
+
+async def _serve(
+    member: Membership, service: ShardService, shard: Shard, telemetry: Telemetry, executor: Executor | None
+) -> None:
+    """Serve in one run of the job; WrongRun once that is over and another one has begun."""
     with telemetry.of_member(member, shard_source(service, shard)):
         async with member.kept(telemetry.told(service.told)):
             beside = [
+                asyncio.ensure_future(_collect()),
                 asyncio.ensure_future(_sweep(shard)),
                 asyncio.ensure_future(_compact(member, service.compacting, executor)),
                 asyncio.ensure_future(_make_ready(shard, executor)),
@@ -68,8 +95,14 @@ async def run_shard(
                 service.compacting.stop()
                 for task in beside:
                     task.cancel()
-    logger.info("event=shard_over id=%d phase=%s", member.id, member.phase)
-    await member.leave()
+
+
+async def _collect() -> None:
+    """Give back what is left of the run before: it is in cycles, and its memory is needed."""
+    # First the shard, once nobody is about it any more; then its tables, which are kept until they are closed.
+    for _ in range(2):
+        await asyncio.sleep(IDLE_SECONDS)
+        gc.collect()
 
 
 async def _sweep(shard: Shard) -> None:

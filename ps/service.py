@@ -7,7 +7,8 @@ workers: the rows would be old, and somebody else may own them. Called from many
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_changes
+from oarlock.embedding.make import AnyTable
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
@@ -105,6 +107,7 @@ class ShardService:
         self._ordering = Lock()
         self._views: Views
         self._place = Place()
+        self._compact_links = compact_links
         self.compacting = Compacting(links=compact_links)
         self._replacing: Replacing
         self._following: Following
@@ -134,6 +137,19 @@ class ShardService:
         self._following, self._copying = Following(shard), Copying(shard)
         self._joined = (identity, shard)
         return shard
+
+    def let_go(self) -> None:
+        """Answer nothing any more of the run that is over, until the next one is configured.
+
+        What threads are still about they bring to its end; tables go with the last of them, once another shard is configured.
+        """
+        self.compacting.stop()
+        self.compacting = Compacting(links=self._compact_links)
+        if self._joined is not None:
+            (_, shard), self._joined = self._joined, None
+            with shard.push_lock:
+                self._views.let_go()
+            weakref.finalize(shard, _close_all, shard.tables)
 
     def end(self) -> None:
         """Give back what the shard has besides memory, after the last call."""
@@ -377,3 +393,8 @@ class ShardService:
         self._leased(request.header)
         assert self._rows is not None, "made before the shard answers anything"
         return self._rows.answer(request)
+
+
+def _close_all(tables: Iterable[AnyTable]) -> None:
+    for table in tables:
+        table.close()

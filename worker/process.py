@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a worker process: join, load the recipe, compile, train until there is no more, leave.
 
+A job that goes back by itself is joined anew.
+
 Invariant: it leaves in good order only after every push was acknowledged and unfinished splits were given back; asked to leave
 while the coordinator or a shard is silent, it waits for them no longer than ``LEAVE_SECONDS``, which does no more harm than
 being killed.
@@ -26,7 +28,7 @@ from oarlock.data.files import check_files, files_from_json
 from oarlock.data.reader import Reader
 from oarlock.proto.common_pb2 import HelloRequest
 from oarlock.proto.coordinator_pb2 import WORKER
-from oarlock.proto.errors import PSError
+from oarlock.proto.errors import PSError, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.transport import Transport
 from oarlock.worker.rank_trainer import RankTrainer
@@ -58,26 +60,58 @@ async def run_worker(
     """Take part in the coordinator's job until it needs no more work; return the trainer, if it came to that.
 
     Once ``leaving`` is set it takes no new split, pushes what it has pulled, gives back what is unfinished, and leaves.
-    ``prepare`` is called once, with the job that was joined, before anything is computed. Without ``compute_in_threads`` one
-    batch at a time is computed, on the event loop: nothing then depends on which of two threads is faster. ``computing`` computes
-    instead of threads of the worker's own. ``push_notes``: the folder where acknowledged pushes are noted.
+    ``prepare`` is called with the job that was joined, before anything is computed; a job that goes back by itself is joined
+    anew, run after run. Without ``compute_in_threads`` one batch at a time is computed, on the event loop: nothing then depends
+    on which of two threads is faster. ``computing`` computes instead of threads of the worker's own. ``push_notes``: the folder
+    where acknowledged pushes are noted.
     """
-    leaving, telemetry = leaving or asyncio.Event(), telemetry or Telemetry()
-    signature = compute_signature()
-    member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name, signature=signature)
-    # A Join that is under way is heard out, or the coordinator would count on a member that went.
-    if not await _done_before(leaving, JOIN_SECONDS, member.join()):
-        logger.info("event=worker_over joined=false")
-        return None
-    if leaving.is_set():
-        await member.leave()
-        return None
-    spec = member.spec
-    if prepare is not None:
-        prepare(spec)
-    if push_notes is not None:
-        member.push_notes = PushNotes(push_notes, member.layout.blocks, member.incarnation).open()
-    client = Client(member)
+    leaving, telemetry, signature, before = leaving or asyncio.Event(), telemetry or Telemetry(), compute_signature(), 0
+    while True:
+        member = Membership(transport, coordinator, WORKER, rng=rng, reader=reader.name, signature=signature)
+        # A Join that is under way is heard out, or the coordinator would count on a member that went.
+        if not await _done_before(leaving, JOIN_SECONDS, member.join()):
+            logger.info("event=worker_over joined=false")
+            return None
+        if leaving.is_set():
+            await member.leave()
+            return None
+        if member.run <= before:
+            raise WrongRun(f"run {before} is over, and this worker is told to join run {member.run}", run=member.run)
+        before = member.run
+        if prepare is not None:
+            prepare(member.spec)
+        if push_notes is not None:
+            member.push_notes = PushNotes(push_notes, member.layout.blocks, member.incarnation).open()
+        try:
+            return await _take_part(
+                member,
+                reader,
+                executor,
+                leaving,
+                telemetry,
+                compute_in_threads=compute_in_threads,
+                computing=computing,
+            )
+        except WrongRun as refused:
+            if leaving.is_set():
+                return None
+            if not await member.is_in_the_next_run(refused):
+                raise
+            logger.info("event=run_over id=%d run=%d", member.id, member.run)
+
+
+async def _take_part(
+    member: Membership,
+    reader: Reader,
+    executor: Executor,
+    leaving: asyncio.Event,
+    telemetry: Telemetry,
+    *,
+    compute_in_threads: bool,
+    computing: Executor | None,
+) -> Trainer | None:
+    """Take part in one run of the job, until it needs no more work; WrongRun once it is over and another one has begun."""
+    spec, client = member.spec, Client(member)
     client.stages.track = telemetry.track
     trainer: Trainer | None = None
     compute_threads = spec.compute_threads if compute_in_threads or computing is not None else 1
@@ -102,8 +136,9 @@ async def run_worker(
                 logger.warning("event=worker_left_early waited_seconds=%g", LEAVE_SECONDS)
     except Exception as error:
         cause = _first(error)
-        # Whatever it is: the coordinator counts who failed on a split, and does not wait for a lease to end.
-        await member.leave(str(cause) if isinstance(cause, PSError) else f"{type(cause).__name__}: {cause}")
+        if not isinstance(cause, WrongRun):
+            # Whatever it is: the coordinator counts who failed on a split, and does not wait for a lease to end.
+            await member.leave(str(cause) if isinstance(cause, PSError) else f"{type(cause).__name__}: {cause}")
         raise cause from None
     finally:
         stopping.cancel()

@@ -190,3 +190,23 @@ def test_leaving_is_said_once_and_needs_no_answer(coordinator, member):
 
     rig.run(body())
     assert [r.error for r in coordinator.left] == ["disk full", ""]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "stays"),
+    [
+        (WrongRun("from the coordinator", stays=True), [], True),
+        (WrongRun("from a shard"), [Unavailable("between two runs"), WrongRun("yes", stays=True)], True),
+        (WrongRun("from a shard"), [WrongRun("others were started")], False),
+        (WrongRun("from a shard"), [WrongRun("nonsense", stays="true")], False),
+        # The coordinator knows of no other run.
+        (WrongRun("from a shard"), [], False),
+    ],
+)
+def test_only_the_coordinator_says_who_is_in_the_next_run(coordinator, member, asked, told, stays):
+    async def body():
+        await member.join()
+        coordinator.failing = told
+        assert await member.is_in_the_next_run(asked) is stays
+
+    rig.run(body())

@@ -32,6 +32,8 @@ from tests.conftest import load_shared
 load_shared("telemetry/scrape.py")
 load_shared("telemetry/trace_check.py")
 load_shared("proto/security_rig.py")
+# A counting job of real processes.
+load_shared("launch/counting_job.py")
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]

@@ -288,8 +288,8 @@ def test_without_any_worker_the_job_fails(launch: Callable[..., Launched]) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_shard_ends_the_job_with_one_line(launch: Callable[..., Launched]) -> None:
-    job = launch("--epochs", str(ENDLESS))
+def test_a_killed_shard_ends_a_job_without_restarts_with_one_line(launch: Callable[..., Launched]) -> None:
+    job = launch("--epochs", str(ENDLESS), "--restarts", "0")
     job.wait_for("epoch 2/")
     os.kill(job.of("oarlock.ps")[1], signal.SIGKILL)
     assert job.end() == 1

@@ -228,13 +228,29 @@ def test_workers_that_were_asked_to_leave_do_not_end_the_job_while_others_are_th
     assert not stage.left
 
 
-def test_a_killed_shard_ends_the_job(stage: Stage) -> None:
+def test_a_killed_shard_is_started_again_and_the_job_goes_back(stage: Stage) -> None:
+    def script(stage: Stage) -> Script:
+        stage.kill("shard", 0)
+        yield from stage.until(lambda: stage.starts("shard") == 2)
+        stage.phase = "gathering"
+        yield
+        yield
+
+    status = stage.play(script)
+    assert (status["phase"], status["restarts"]) == ("stopped", 1)
+    assert [error for _, error in stage.left] == ["ended by SIGKILL, perhaps for lack of memory"]
+    assert stage.starts("worker") == 2, "workers stay"
+
+
+def test_a_killed_shard_ends_a_job_without_restarts(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.kill("shard", 0)
         yield from stage.until(lambda: False)
 
-    status = stage.play(script)
-    assert "shard 0: ended by SIGKILL" in status["reason"]
+    status = stage.play(script, restarts=0)
+    assert status["reason"] == (
+        "shard 0: ended by SIGKILL, perhaps for lack of memory; the job cannot go on without it"
+    )
     assert stage.starts("shard") == 1
     assert [error for _, error in stage.left] == ["ended by SIGKILL, perhaps for lack of memory"]
 
@@ -250,3 +266,42 @@ def test_signals_have_names(stage: Stage) -> None:
         "worker 0 was ended by SIGSEGV",
         f"worker 1 was ended by signal {signal.SIGRTMIN + 3}",
     ]
+
+
+@pytest.mark.parametrize("settings", [{"servers": 2, "replicas": 1}])
+def test_a_job_that_goes_back_without_enough_shards_fails(stage: Stage) -> None:
+    def script(stage: Stage) -> Script:
+        stage.kill("shard", 1)
+        # The others go on without it, until all copies of a block are lost.
+        yield from stage.until(lambda: stage.child("shard", 1).noticed)
+        yield
+        stage.phase = "gathering"
+        yield from stage.until(lambda: False)
+
+    status = stage.play(script, restarts=0)
+    assert status["phase"] == "failed"
+    assert status["reason"] == "1 of 2 shards are left, and no more are started"
+
+
+@pytest.mark.parametrize("settings", [{"servers": 2}])
+def test_a_shard_that_hangs_is_killed_and_replaced(stage: Stage) -> None:
+    def script(stage: Stage) -> Script:
+        hangs = stage.child("shard", 1)
+        stage.gone.add(hangs.process.pid)
+        stage.struck.add(hangs.process.pid)
+        yield from stage.until(lambda: stage.starts("shard") == 3)
+        assert hangs.killed
+
+    assert stage.play(script)["restarts"] == 1
+
+
+@pytest.mark.parametrize("settings", [{"servers": 2}])
+def test_a_shard_that_hangs_ends_a_job_without_restarts(stage: Stage) -> None:
+    def script(stage: Stage) -> Script:
+        hangs = stage.child("shard", 1)
+        stage.gone.add(hangs.process.pid)
+        stage.struck.add(hangs.process.pid)
+        yield from stage.until(lambda: False)
+
+    status = stage.play(script, restarts=0)
+    assert status["reason"] == "shard 1 was away for longer than its lease; the job cannot go on without it"

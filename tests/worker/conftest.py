@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import JobSpec
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.orders import Orders
-from oarlock.cluster.process import run_coordinator
+from oarlock.cluster.process import run_job
 from oarlock.cluster.service import CoordinatorService
 from oarlock.cluster.store import Store
 from oarlock.data.files import files_to_json, list_files
@@ -139,7 +140,7 @@ class Job:
         self.services = [ShardService() for _ in range(self.spec.servers)]
         self.workers: list[asyncio.Task[Trainer | None]] = []
         self.background: list[asyncio.Task[Any]] = []
-        self.coordinator: Coordinator
+        self.service: CoordinatorService
         self.reader: Any = open_reader("arrow")
         # Reads and encodes, beside compute threads; None: all is done on the loop.
         self.threads: Executor | None = None
@@ -182,13 +183,13 @@ class Job:
         async def play() -> float:
             loop = asyncio.get_running_loop()
             store = Store(self.folder / "state.sqlite").open()
+            checkpoints = LocalStore(self.folder / "checkpoints")
+            first = Coordinator(store, self.spec, clock=loop.time, rng=random.Random(3), goes_back=True)
+            self.service = CoordinatorService(first)
             try:
-                self.coordinator = Coordinator(store, self.spec, clock=loop.time, rng=random.Random(3))
-                self.coordinator.open()
-                self.wire.inner.serve(CoordinatorService(self.coordinator), COORDINATOR)
-                executor = Inline() if self.threads is None else None
-                orders = Orders(self.coordinator, self.wire.inner, self.folder / "checkpoints", executor=executor)
-                self.background = [asyncio.ensure_future(run_coordinator(self.coordinator, orders))]
+                first.open()
+                self.wire.inner.serve(self.service, COORDINATOR)
+                self.background = [asyncio.ensure_future(run_job(self.service, self._orders_of, checkpoints))]
                 begun = loop.time()
                 await scene(self)
                 took = loop.time() - begun
@@ -200,17 +201,31 @@ class Job:
                 left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task() and t not in self.wire.later]
                 assert not left, left
             finally:
-                store.close()
+                self.coordinator.store.close()
             return took
 
         with asyncio.Runner(loop_factory=None if self.threads is not None else VirtualLoop) as runner:
             return runner.run(play())
 
+    @property
+    def coordinator(self) -> Coordinator:
+        """The coordinator of the newest run."""
+        return self.service.newest
+
+    @contextlib.contextmanager
+    def _orders_of(self, coordinator: Coordinator) -> Iterator[Orders]:
+        executor = Inline() if self.threads is None else None
+        yield Orders(coordinator, self.wire.inner, self.folder / "checkpoints", executor=executor)
+
     def start_shards(self) -> None:
-        for number, service in enumerate(self.services):
-            address = self.wire.inner.serve(service, f"in-process:shard-{number}")
-            shard = run_shard(self.wire.inner, COORDINATOR, service, address, rng=random.Random(number))
-            self.background.append(asyncio.ensure_future(shard))
+        for number in range(len(self.services)):
+            self.start_shard(number)
+
+    def start_shard(self, number: int) -> asyncio.Task[None]:
+        address = self.wire.inner.serve(self.services[number], f"in-process:shard-{number}")
+        shard = run_shard(self.wire.inner, COORDINATOR, self.services[number], address, rng=random.Random(number))
+        self.background.append(asyncio.ensure_future(shard))
+        return self.background[-1]
 
     def start_worker(self) -> asyncio.Task[Trainer | None]:
         worker = run_worker(
