@@ -8,7 +8,7 @@ came of it is reported, not answered. A block is locked for no longer than a cop
 from oarlock.proto.errors import Unavailable
 from oarlock.ps.holdings import Numbers, Order
 from oarlock.ps.images import image_of
-from oarlock.ps.operations import Operation, sequences_of
+from oarlock.ps.operations import Operation, nbytes, sequences_of
 from oarlock.ps.reports import Generations
 from oarlock.ps.shard import Shard
 
@@ -30,6 +30,7 @@ class Copying:
                 owned = holdings.owned[one[0]] and holdings.generations[one[0]] == generations[at]
                 if owned and not leading.tells(to, int(one[0])):
                     image = Operation(one, sequences_of(shard, one), image_of(shard, int(one[0])))
+                    shard.counters["copied_bytes"] += nbytes(image)
                     shard.tell()
                     leading.add(holdings.shards[to], image)
 
