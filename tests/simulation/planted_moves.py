@@ -116,7 +116,7 @@ def whoever_is_alive_is_promoted(patch: Patch) -> None:
 
 def _taken(patch: Patch, change: Callable[[Any], Any]) -> None:
     for module in (following, operations):
-        patch.setattr(module, "take", lambda shard, image: take(shard, change(image)))
+        patch.setattr(module, "take", lambda shard, image, ready=None: take(shard, change(image), ready))
 
 
 def the_closed_set_does_not_travel(patch: Patch) -> None:
