@@ -344,18 +344,11 @@ class ExpandingTable:
 
         A content without counters, which an ordinary table may have written, is one of expanded rows.
         """
-        first, others = cut(
-            content,
-            f"table {self.spec.name}, block {block}",
-            width=self.width,
-            dim=self.spec.dim,
-            columns=self.narrow.state_columns,
-            all_columns=self.state_columns,
-            counters=self.counters,
-        )
-        with self._changing:
-            narrow = self.narrow._filled(block, first, version)
-            self._place(block, self._with_wide(narrow, lambda: self.wide._filled(block, others, version)))
+        where, columns = f"table {self.spec.name}, block {block}", self.narrow.state_columns
+        sizes = {"columns": columns, "all_columns": self.state_columns, "counters": self.counters}
+        first, others = cut(content, where, width=self.width, dim=self.spec.dim, **sizes)
+        narrow = self.narrow._filled(block, first, version)
+        self.place_live(block, self._with_wide(narrow, lambda: self.wide._filled(block, others, version)))
 
     def export_live(self, block: int) -> LiveBlock:
         """Return a copy of all that operations on a stored block depend on, as ``Table.export_live``."""
@@ -370,14 +363,12 @@ class ExpandingTable:
         """Return contents made of an image, in no place yet, as ``Table.fill_live``."""
         others = LiveBlock(live.others, version=live.version)
         narrow = self.narrow._filled_live(block, live._replace(others=NO_RECORDS), version)
-        return self._with_wide(narrow, lambda: self._filled_wide(block, live, others, version))
-
-    def _filled_wide(self, block: int, live: LiveBlock, others: LiveBlock, version: int | None) -> Block:
-        wide = self.wide._filled_live(block, others, version)
-        if not np.isin(keys_of(others.records), keys_of(live.records)).all():
-            wide.free()
+        filled = self._with_wide(narrow, lambda: self.wide._filled_live(block, others, version))
+        if not np.isin(keys_of(live.others), keys_of(live.records)).all():
+            for content in filled:
+                content.free()
             raise Malformed(f"table {self.spec.name}, block {block}: a row has other parts, but no first one")
-        return wide
+        return filled
 
     def _with_wide(self, narrow: Block, make_wide: Callable[[], Block]) -> Filled:
         """Return new contents of both tables; the second one may still turn out to be Malformed."""
@@ -390,12 +381,9 @@ class ExpandingTable:
     def place_live(self, block: int, filled: Filled) -> None:
         """Put new contents of both tables in their places."""
         with self._changing:
-            self._place(block, filled)
-
-    def _place(self, block: int, filled: Filled) -> None:
-        for table, fresh in zip((self.narrow, self.wide), filled, strict=True):
-            with table._lock:
-                table._place(block, fresh)
+            for table, fresh in zip((self.narrow, self.wide), filled, strict=True):
+                with table._lock:
+                    table._place(block, fresh)
 
     def _fit(self, n: int) -> None:
         """Have scratch memory for a push of ``n`` keys; under the lock of changes."""
