@@ -25,6 +25,7 @@ MODULES = (
     "chaos",
     "checkpoint",
     "elasticity",
+    "scaling",
 )
 
 

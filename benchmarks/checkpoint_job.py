@@ -7,33 +7,22 @@ One event loop.
 
 import asyncio
 import os
-import tempfile
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from oarlock.benchmarks.checkpoint_gaps import NOTES, Spans, groups
-from oarlock.benchmarks.checkpoint_peer import MODULE
-from oarlock.benchmarks.checkpoint_recipe import RECIPE
-from oarlock.benchmarks.end_to_end_job import GatedJob
+from oarlock.benchmarks.checkpoint_gaps import Spans
+from oarlock.benchmarks.noted_job import NotedJob
 from oarlock.checkpoint.format import cut_folder
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.router import Routes, unpack_placement
 from oarlock.proto.errors import Unavailable
 
-SHARD = "shard"
-MEMORY = Path("/dev/shm")
-# Of what a person would set: heartbeats of a second announce gates in good time.
-LEASE_SECONDS, HEARTBEAT_SECONDS = 60.0, 0.5
 LOOK_SECONDS = 0.004
 CUT_SECONDS = 300.0
 RESIDENT_SECONDS = 0.01
-MANY_SPLITS = 1 << 40
 
 
 @dataclass
@@ -52,62 +41,23 @@ class Cut:
     files: list[Path] = field(default_factory=list)
 
 
-class CheckpointJob(GatedJob):
-    """``start()``, then workers by ``add_workers``, ``train()``, cuts, ``rest()``, ``close()``."""
+class CheckpointJob(NotedJob):
+    """``begin()``, ``train()``, cuts, ``rest()``, ``close()``."""
 
     def __init__(self, data: Path, folder: Path, options: dict[str, object], workers: int) -> None:
-        super().__init__("checkpoint", data, folder, options)
-        self._run = replace(
-            self._run, recipe=RECIPE, lease_seconds=LEASE_SECONDS, heartbeat_seconds=HEARTBEAT_SECONDS, workers=workers
-        )
-        self._names = [f"worker{n}" for n in range(workers)]
-        # In memory: on the disk that a cut is written to each of their lines would wait for it, and count as a pause of training.
-        self._noted = tempfile.TemporaryDirectory(prefix="oarlock-", dir=MEMORY if MEMORY.is_dir() else folder.parent)
+        super().__init__("checkpoint", data, folder, options, workers)
 
     @property
     def checkpoints(self) -> Path:
         return self._folder / "checkpoints"
 
-    async def begin(self) -> None:
-        """Start all processes, and wait until they are ready to train."""
-        await self.start()
-        self.add(SHARD, MODULE, "shard", "--data", str(self._data))
-        for name in self._names:
-            self.add(name, MODULE, "worker", "--pushes", str(self._pushes(name)))
-        await self.ready(dict.fromkeys(self._names, 1))
-
-    def _pushes(self, name: str) -> Path:
-        return Path(self._noted.name) / f"{name}.pushes"
-
-    def notes(self) -> list[NDArray[np.void]]:
-        """Return what each worker noted so far, a line for a group."""
-        return [groups(np.fromfile(self._pushes(name), NOTES)) for name in self._names]
-
-    async def close(self) -> None:
-        await super().close()
-        self._noted.cleanup()
-
     def routes(self) -> Routes:
         return unpack_placement(self._coordinator.layout, self._coordinator.placement())
-
-    async def train(self) -> None:
-        """Let all workers train until ``rest``."""
-        self._window = self.gate.open(MANY_SPLITS)
-
-    async def pause(self, seconds: float) -> None:
-        """Let the job go on for a while; a process that ended is an error."""
-        await asyncio.sleep(seconds)
-        self._check()
-
-    async def rest(self) -> None:
-        """Wait until nobody trains: no more splits are handed out, and those that are under way have ended."""
-        self.gate.rest()
-        await self.wait(self._window)
 
     async def cut(self, *, whole: bool, training: bool = True) -> Cut:
         """Make a cut; ``whole``: as the first one of a run, which follows on none."""
         cuts = self._coordinator.cuts
-        watched = Resident(self.pids([SHARD])[0])
+        watched = Resident(self.pids(["shard0"])[0])
         try:
             with self._coordinator.lock:
                 if whole:

@@ -20,11 +20,13 @@ RECIPE = "oarlock.benchmarks.checkpoint_recipe:recipe"
 TABLE = "fields"
 
 
-def table_spec(dim: int) -> TableSpec:
+def table_spec(dim: int, blocks: int = EndToEndConfig.blocks) -> TableSpec:
     """Return the table: a weight of the wide part and a vector of ``dim`` for each key."""
     adagrad = OptimizerSpec("adagrad")
     first = Initializer("normal", scale=0.05)
-    return TableSpec(TABLE, 1 + dim, parts=(Part(1, adagrad, Initializer("zeros")), Part(dim, adagrad, first)))
+    return TableSpec(
+        TABLE, 1 + dim, parts=(Part(1, adagrad, Initializer("zeros")), Part(dim, adagrad, first)), blocks=blocks
+    )
 
 
 def prolong(folder: Path, samples: int, epoch: int) -> None:
@@ -41,7 +43,7 @@ class CheckpointRecipe(EndToEndRecipe):
     """Plans jobs on a folder that ``end_to_end_data`` wrote."""
 
     def plan(self, config: EndToEndConfig, data: Path, *, epochs: int) -> Plan:
-        return replace(super().plan(config, data, epochs=epochs), tables=(table_spec(config.dim),))
+        return replace(super().plan(config, data, epochs=epochs), tables=(table_spec(config.dim, config.blocks),))
 
 
 recipe = CheckpointRecipe()

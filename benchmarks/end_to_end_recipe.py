@@ -34,7 +34,10 @@ NCF_DIM = 40
 
 @dataclass(frozen=True)
 class EndToEndConfig:
-    """What a job trains: one of MODELS, vectors of ``dim``, batches of ``batch_samples``, matrix products in ``dense_dtype``."""
+    """What a job trains: one of MODELS, vectors of ``dim``, batches of ``batch_samples``, matrix products in ``dense_dtype``.
+
+    ``blocks``: of the table of the click models.
+    """
 
     model: str = "wdl"
     dim: int = 16
@@ -43,6 +46,7 @@ class EndToEndConfig:
     row_rate: float = 0.02
     dense_rate: float = 0.001
     dense_dtype: str = "float32"
+    blocks: int = 64
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -75,10 +79,10 @@ def build(config: EndToEndConfig) -> tuple[Model, tuple[TableSpec, ...]]:
         return ncf.model(ncf.NcfConfig()), tables
     if config.model == "dlrm":
         graph = dlrm.model(dlrm.DlrmConfig(dim=config.dim, dense_dtype=config.dense_dtype), _fitted())
-        return graph, (TableSpec("fields", config.dim, adagrad, first),)
+        return graph, (TableSpec("fields", config.dim, adagrad, first, blocks=config.blocks),)
     deep = wide_deep.WideDeepConfig(dim=config.dim, layers=DEEP[config.model], dense_dtype=config.dense_dtype)
     parts = (Part(1, adagrad, Initializer("zeros")), Part(config.dim, adagrad, first))
-    return wide_deep.model(deep, _fitted()), (TableSpec("fields", 1 + config.dim, parts=parts),)
+    return wide_deep.model(deep, _fitted()), (TableSpec("fields", 1 + config.dim, parts=parts, blocks=config.blocks),)
 
 
 def _fitted() -> Fitted:

@@ -107,13 +107,14 @@ class Copies:
     # What happens
 
     def shard_came(self) -> None:
-        """A shard joined a job that trains, or others are wanted: moves may be possible that were not."""
+        """A shard joined a job that trains: moves may be possible that were not."""
+        whole = complete(self.records, self.records.replicas).all()
         with self._c.store as store:
-            self.look(store)
+            self.look(store, self._c.scaling.patience if whole else 0.0)
 
-    def look(self, store: Store) -> None:
+    def look(self, store: Store, wait: float = 0.0) -> None:
         """Have moves looked for that are wanted; those that have not begun are looked for anew with the others."""
-        self._look_at, self._anew = self._c.clock(), True
+        self._look_at, self._anew = self._c.clock() + wait, True
         self.moving.want(())
         store.set_fact(BALANCING, True)
 
@@ -159,8 +160,7 @@ class Copies:
 
     def record(self, store: Store, changes: Iterable[Change]) -> None:
         """Make records, in one generation."""
-        made = list(changes)
-        if not made:
+        if not (made := list(changes)):
             return
         blocks = np.array([change.block for change in made], np.int32)
         owners = np.array([change.owner for change in made], np.int32)

@@ -19,6 +19,8 @@ from oarlock.proto.errors import InvalidArgument
 
 FACT = "scale"
 MOST = 4096
+# How long a shard that came has no blocks while others that are wanted, too, are not there yet.
+GATHER_SECONDS = 5.0
 
 
 def leaving(alive: list[tuple[int, int]], already: set[int], wanted: int) -> set[int]:
@@ -121,6 +123,11 @@ class Scaling:
         """Return the shards that may have blocks: as many as are wanted, those first that take part already."""
         stay = [m for m in self._members.alive("shard") if m.incarnation not in self.leaves]
         return sorted(stay, key=lambda m: (not self.takes_part(m), m.id))[: self.servers]
+
+    @property
+    def patience(self) -> float:
+        """Return for how many seconds those that are there wait for others: what they got they would have to give to these."""
+        return GATHER_SECONDS if len(self.usable()) < self.servers else 0.0
 
     def drained(self) -> list[int]:
         """Return the ids of shards that leave, take part still, and have nothing."""

@@ -27,7 +27,7 @@ from oarlock.embedding.expanding_content import cut, joined
 from oarlock.embedding.expanding_kernels import join, judge, leave_too, pack
 from oarlock.embedding.expanding_parts import Narrow, Wide
 from oarlock.embedding.expanding_view import ExpandingView
-from oarlock.embedding.live import NO_RECORDS, LiveBlock, keys_of
+from oarlock.embedding.live import NO_RECORDS, Filled, LiveBlock, keys_of
 from oarlock.embedding.newer import Newer
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.spec import TableSpec
@@ -344,18 +344,11 @@ class ExpandingTable:
 
         A content without counters, which an ordinary table may have written, is one of expanded rows.
         """
-        first, others = cut(
-            content,
-            f"table {self.spec.name}, block {block}",
-            width=self.width,
-            dim=self.spec.dim,
-            columns=self.narrow.state_columns,
-            all_columns=self.state_columns,
-            counters=self.counters,
-        )
-        with self._changing:
-            narrow = self.narrow._filled(block, first, version)
-            self._place(block, narrow, lambda: self.wide._filled(block, others, version))
+        where, columns = f"table {self.spec.name}, block {block}", self.narrow.state_columns
+        sizes = {"columns": columns, "all_columns": self.state_columns, "counters": self.counters}
+        first, others = cut(content, where, width=self.width, dim=self.spec.dim, **sizes)
+        narrow = self.narrow._filled(block, first, version)
+        self.place_live(block, self._with_wide(narrow, lambda: self.wide._filled(block, others, version)))
 
     def export_live(self, block: int) -> LiveBlock:
         """Return a copy of all that operations on a stored block depend on, as ``Table.export_live``."""
@@ -364,28 +357,33 @@ class ExpandingTable:
 
     def import_live(self, block: int, live: LiveBlock, *, version: int | None = None) -> None:
         """Store a block that is the one that ``live`` was made of, as ``Table.import_live``."""
+        self.place_live(block, self.fill_live(block, live, version=version))
+
+    def fill_live(self, block: int, live: LiveBlock, *, version: int | None = None) -> Filled:
+        """Return contents made of an image, in no place yet, as ``Table.fill_live``."""
         others = LiveBlock(live.others, version=live.version)
-        with self._changing:
-            narrow = self.narrow._filled_live(block, live._replace(others=NO_RECORDS), version)
-            self._place(block, narrow, lambda: self._filled_wide(block, live, others, version))
-
-    def _filled_wide(self, block: int, live: LiveBlock, others: LiveBlock, version: int | None) -> Block:
-        wide = self.wide._filled_live(block, others, version)
-        if not np.isin(keys_of(others.records), keys_of(live.records)).all():
-            wide.free()
+        narrow = self.narrow._filled_live(block, live._replace(others=NO_RECORDS), version)
+        filled = self._with_wide(narrow, lambda: self.wide._filled_live(block, others, version))
+        if not np.isin(keys_of(live.others), keys_of(live.records)).all():
+            for content in filled:
+                content.free()
             raise Malformed(f"table {self.spec.name}, block {block}: a row has other parts, but no first one")
-        return wide
+        return filled
 
-    def _place(self, block: int, narrow: Block, make_wide: Callable[[], Block]) -> None:
-        """Put new contents of both tables in their places; the second one may still turn out to be Malformed."""
+    def _with_wide(self, narrow: Block, make_wide: Callable[[], Block]) -> Filled:
+        """Return new contents of both tables; the second one may still turn out to be Malformed."""
         try:
-            wide = make_wide()
+            return narrow, make_wide()
         except BaseException:
             narrow.free()
             raise
-        for table, fresh in ((self.narrow, narrow), (self.wide, wide)):
-            with table._lock:
-                table._place(block, fresh)
+
+    def place_live(self, block: int, filled: Filled) -> None:
+        """Put new contents of both tables in their places."""
+        with self._changing:
+            for table, fresh in zip((self.narrow, self.wide), filled, strict=True):
+                with table._lock:
+                    table._place(block, fresh)
 
     def _fit(self, n: int) -> None:
         """Have scratch memory for a push of ``n`` keys; under the lock of changes."""

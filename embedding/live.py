@@ -54,6 +54,9 @@ from oarlock.proto.errors import Malformed
 
 Records = NDArray[np.uint8]
 
+# Contents of one block that are in no place yet, one for each table below: each is placed, or freed.
+Filled = tuple[Block, ...]
+
 NO_RECORDS: Records = np.zeros((0, 0), np.uint8)
 
 
@@ -172,13 +175,19 @@ class Live(Viewed):
 
         ``version``: its version from now on, that of ``live`` unless given.
         """
-        fresh = self._filled_live(block, live, version)
+        self.place_live(block, self.fill_live(block, live, version=version))
+
+    def place_live(self, block: int, filled: Filled) -> None:
+        """Store what ``fill_live`` has made, replacing what was there."""
         with self._lock:
-            self._place(block, fresh)
+            self._place(block, filled[0])
         self._keep_budget(block)
 
+    def fill_live(self, block: int, live: LiveBlock, *, version: int | None = None) -> Filled:
+        """Return a block made of an image, in no place yet: for ``place_live``, or to be freed. Nothing stored is changed."""
+        return (self._filled_live(block, live, version),)
+
     def _filled_live(self, block: int, live: LiveBlock, version: int | None) -> Block:
-        """Return a block made of an image, which is in no place yet."""
         self._in_range(block)
         where = f"table {self.spec.name}, block {block}"
         records = kernel_array("records", live.records, np.uint8, 2)

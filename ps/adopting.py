@@ -71,6 +71,7 @@ def adopt(
         here = here | made
         _lead(shard, me, newer.only(mine & here))
         _leave(shard, numbers[~mine], numbers[~wanted & here])
+        shard.hush()
         lacking = numbers[wanted & ~here]
         shard.reports.add(LACKING, lacking, holdings.generations[lacking])
         if complete and told.since <= shard.generation:

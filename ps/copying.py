@@ -5,6 +5,8 @@ Invariant: an order that names another record than the one known here is left un
 came of it is reported, not answered. A block is locked for no longer than a copy of it takes. Called from many threads.
 """
 
+import numpy as np
+
 from oarlock.proto.errors import Unavailable
 from oarlock.ps.holdings import Numbers, Order
 from oarlock.ps.images import image_of
@@ -20,18 +22,14 @@ class Copying:
         self._shard = shard
 
     def give(self, numbers: Numbers, generations: Generations, to: int) -> None:
-        """Begin to give another shard copies of blocks."""
-        shard, holdings, leading = self._shard, self._shard.holdings, self._shard.leading
-        for at in range(len(numbers)):
-            one = numbers[at : at + 1]
-            with shard.push_lock:
-                if to not in holdings.shards:
-                    raise Unavailable(f"shard {to} is not known here yet", shard=to)
-                owned = holdings.owned[one[0]] and holdings.generations[one[0]] == generations[at]
-                if owned and not leading.tells(to, int(one[0])):
-                    image = Operation(one, sequences_of(shard, one), image_of(shard, int(one[0])))
-                    shard.tell()
-                    leading.add(holdings.shards[to], image)
+        """Have another shard be given copies of blocks, one after the other."""
+        holdings = self._shard.holdings
+        with self._shard.push_lock:
+            if to not in holdings.shards:
+                raise Unavailable(f"shard {to} is not known here yet", shard=to)
+            fits = holdings.owned[numbers] & (holdings.generations[numbers] == generations)
+            for number in numbers[fits].tolist():
+                self._shard.leading.want(holdings.shards[to], number)
 
     def hand_over(self, numbers: Numbers, generations: Generations, to: int, order: Order) -> None:
         """Close blocks, and report once all members have all of them."""
@@ -48,3 +46,14 @@ class Copying:
         with shard.push_lock:
             named = numbers[shard.holdings.generations[numbers] == generations]
             shard.leading.reopened(shard.holdings.reopen(named.tolist(), order))
+
+
+def take_turn(shard: Shard, to: int) -> None:
+    """Take the image of the block whose turn it is to be copied to another shard, unless one is under way."""
+    with shard.push_lock:
+        while (number := shard.leading.turn(to)) is not None:
+            # What is closed by now is copied once it is wanted again.
+            if shard.holdings.owned[number]:
+                one = np.array([number], np.int32)
+                shard.tell()
+                shard.leading.add(to, Operation(one, sequences_of(shard, one), image_of(shard, number)))

@@ -7,11 +7,13 @@
     a full copy     takes the place of nothing, or of a copy of a lower (generation, seq)
 
 Invariant: a copy is at some operation of its owner, whole, and never goes back; one on which an operation fails is let go. What
-is refused stays refused until a full copy or a record comes. The shard's push lock is held throughout.
+is refused stays refused until a full copy or a record comes. The shard's push lock is held for all that changes a copy; rows of
+an image are made ready for their place before.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,25 +22,27 @@ from oarlock.proto.arrays import Part, pack
 from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.blocks import drop
-from oarlock.ps.images import take
-from oarlock.ps.operations import Image, Operation, apply, decode, lead_of, sequences_of
+from oarlock.ps.images import Ready, fill, take
+from oarlock.ps.operations import Image, Operation, apply, decode, lead_of, nbytes, sequences_of
 from oarlock.ps.shard import Shard
 
 logger = logging.getLogger(__name__)
 
 # Senders whose streams are known; one that was forgotten begins another one.
 MOST_STREAMS = 4096
+# What becomes of an image.
+TAKE, HAVE, REFUSE, LATER = "take", "have", "refuse", "later"
 
 
 class Following:
-    """The streams that come to ``shard``, by the incarnation of their sender."""
+    """The streams that come to ``shard``: two of each sender, of operations and of images."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
-        # Number of the stream, and of the next operation.
-        self._streams: dict[int, tuple[int, int]] = {}
-        # By sender, which blocks refused and at which operation: told until the sender has heard it, and goes on behind that.
-        self._refused: dict[int, dict[int, int]] = {}
+        # By sender and number of the stream, that of the next operation.
+        self._streams: dict[tuple[int, int], int] = {}
+        # As well, which blocks refused and at which operation: told until the sender has heard it, and goes on behind that.
+        self._refused: dict[tuple[int, int], dict[int, int]] = {}
 
     def take(self, request: ReplicateRequest, parts: Sequence[Part]) -> ReplicateReply:
         """Do what is told and was not done before; answer how far that came."""
@@ -46,51 +50,74 @@ class Following:
         operations = [
             decode(shard.layout, message, parts, window=shard.closed_window) for message in request.operations
         ]
-        with shard.push_lock:
-            sender = shard.holdings.id_of(request.header.sender)
-            if sender < 0:
-                raise Unavailable(f"the shard of incarnation {request.header.sender} is not known here yet")
+        with self._made_ready(request, operations) as ready, shard.push_lock:
+            sender = self._sender(request)
             at = self._at(request)
-            known = self._refused.get(request.header.sender, {})
+            stream = (request.header.sender, request.stream)
+            known = self._refused.get(stream, {})
             refused = {n: position for n, position in known.items() if position >= request.first}
-            self._refused[request.header.sender] = refused
+            self._refused[stream] = refused
+            shard.counters["copied_bytes"] += sum(nbytes(o) for o, _ in operations if isinstance(o.does, Image))
             for position, (operation, generations) in enumerate(operations, request.first):
                 if position < at:
                     continue
                 if position > at:
                     break
-                found = self._step(sender, operation, generations)
+                found = self._step(sender, operation, generations, ready)
                 if found is None:
                     break
-                if isinstance(operation.does, Image):
-                    # Whatever it lacked before, it has now.
-                    refused.pop(int(operation.numbers[0]), None)
                 refused.update(dict.fromkeys(found, position))
                 at += 1
-                self._streams[request.header.sender] = (request.stream, at)
+                self._streams[stream] = at
             numbers = np.array(sorted(refused), np.int32)
             here = np.where(shard.holdings.here[numbers], shard.holdings.generations[numbers], 0)
         return ReplicateReply(next=at, refused=pack(numbers), generations=pack(here.astype(np.uint64)))
 
+    @contextmanager
+    def _made_ready(
+        self, request: ReplicateRequest, operations: list[tuple[Operation, NDArray[np.int64]]]
+    ) -> Iterator[Ready]:
+        """Have the first operation's rows ready for their place, if it is an image that is to be taken: nobody waits for that."""
+        ready: Ready = {}
+        operation, generations = operations[0] if operations else (None, None)
+        if operation is not None and generations is not None and isinstance(operation.does, Image):
+            with self._shard.push_lock:
+                self._sender(request)
+                stands = self._at(request) == request.first and self._stands(operation, int(generations[0])) == TAKE
+            filled = fill(self._shard, operation.does) if stands else None
+            if filled is not None:
+                ready[operation.does.number] = filled
+        try:
+            yield ready
+        finally:
+            for contents in ready.values():
+                for content in contents:
+                    content.free()
+
+    def _sender(self, request: ReplicateRequest) -> int:
+        """Return which shard sent a request."""
+        sender = self._shard.holdings.id_of(request.header.sender)
+        if sender < 0:
+            raise Unavailable(f"the shard of incarnation {request.header.sender} is not known here yet")
+        return sender
+
     def _at(self, request: ReplicateRequest) -> int:
         """Return the number of the next operation of a stream."""
-        sender = request.header.sender
-        number, at = self._streams.get(sender, (0, 0))
-        if number != request.stream:
-            # All before has been answered for; and what comes late of an older stream is nothing new to the copies.
-            at = request.first
-            self._refused.pop(sender, None)
-        if len(self._streams) >= MOST_STREAMS:
+        stream = (request.header.sender, request.stream)
+        # Of one that is not known all before has been answered for.
+        at = self._streams.setdefault(stream, request.first)
+        if len(self._streams) > MOST_STREAMS:
             forgotten = next(iter(self._streams))
             del self._streams[forgotten]
             self._refused.pop(forgotten, None)
-        self._streams[sender] = (request.stream, at)
         return at
 
-    def _step(self, sender: int, operation: Operation, generations: NDArray[np.int64]) -> list[int] | None:
+    def _step(
+        self, sender: int, operation: Operation, generations: NDArray[np.int64], ready: Ready
+    ) -> list[int] | None:
         """Do an operation; return the blocks that refuse it, None if it has to wait for a record."""
         if isinstance(operation.does, Image):
-            return self._image(sender, operation, int(generations[0]))
+            return self._image(sender, operation, operation.does, int(generations[0]), ready)
         holdings, numbers = self._shard.holdings, operation.numbers
         known = holdings.generations[numbers]
         copies, mine = holdings.is_copy(numbers), holdings.owners[numbers] == sender
@@ -115,23 +142,31 @@ class Following:
                 drop(self._shard, number)
             self._shard.holdings.here[operation.numbers] = False
 
-    def _image(self, sender: int, operation: Operation, generation: int) -> list[int] | None:
+    def _stands(self, operation: Operation, generation: int) -> str:
+        """Return what becomes of an image."""
         holdings, number = self._shard.holdings, int(operation.numbers[0])
         known, here = int(holdings.generations[number]), bool(holdings.here[number])
         if here and not holdings.is_copy(operation.numbers)[0]:
             # The record here says that this shard owns it: a newer one is on its way, or the sender hears that it is not.
-            return None if generation > known else [number]
+            return LATER if generation > known else REFUSE
         if generation < known:
-            return [number]
-        if (
-            here
-            and generation == known
-            and int(sequences_of(self._shard, operation.numbers)[0]) >= operation.sequences[0]
-        ):
-            return []
-        assert isinstance(operation.does, Image), "looked at before"
-        take(self._shard, operation.does)
+            return REFUSE
+        sequence = int(sequences_of(self._shard, operation.numbers)[0]) if here and generation == known else -1
+        return HAVE if sequence >= operation.sequences[0] else TAKE
+
+    def _image(
+        self, sender: int, operation: Operation, image: Image, generation: int, ready: Ready
+    ) -> list[int] | None:
+        holdings, number = self._shard.holdings, int(operation.numbers[0])
+        stands = self._stands(operation, generation)
+        if stands != TAKE:
+            return {LATER: None, REFUSE: [number], HAVE: []}[stands]
+        take(self._shard, image, ready)
         holdings.here[number] = True
         holdings.generations[number] = generation
         holdings.owners[number] = sender
+        # Whatever it lacked before of this owner, it has now; that tells of it only once it has heard that it came.
+        for (incarnation, _), refused in self._refused.items():
+            if incarnation == holdings.shards[sender].incarnation:
+                refused.pop(number, None)
         return []

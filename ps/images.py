@@ -8,14 +8,14 @@
     step      the highest step of an update on its owner, by which rows age
 
 Invariant: a block made of an image, and the one that it was made of, are equal after each operation that both have taken. An
-image that is refused changes nothing. The shard's push lock is held.
+image that is refused changes nothing. The shard's push lock is held, but where rows are made ready for their place (``fill``).
 """
 
 from typing import TYPE_CHECKING
 
 from oarlock.client.closed import ClosedSet
 from oarlock.embedding.dense_block import DenseBlock
-from oarlock.embedding.live import LiveBlock
+from oarlock.embedding.live import Filled, LiveBlock
 from oarlock.proto.errors import Internal, Malformed
 from oarlock.ps.does import Image
 from oarlock.ps.rank_marks import STEP_MARK
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from oarlock.ps.shard import Shard
 
 GROUP_LIMIT = 1 << 31
+# By block, what ``fill`` made.
+Ready = dict[int, Filled]
 
 
 def image_of(shard: "Shard", number: int) -> Image:
@@ -48,8 +50,19 @@ def image_of(shard: "Shard", number: int) -> Image:
     )
 
 
-def take(shard: "Shard", image: Image) -> None:
+def fill(shard: "Shard", image: Image) -> Filled | None:
+    """Return the rows of an image as they are stored, in no place yet; None if it has none. Without the push lock."""
+    number = image.number
+    if number >= shard.layout.dense_base or not isinstance(image.content, LiveBlock):
+        return None
+    name, block = shard.layout.name(number)
+    return shard.tables[shard.layout.table_index[name]].fill_live(block, image.content, version=image.sequence)
+
+
+def take(shard: "Shard", image: Image, ready: Ready | None = None) -> None:
     """Store a block that is the one that the image was made of, in place of the copy that is here, if there is one.
+
+    Rows that are ``ready`` for their place leave that list as they get there.
 
     Internal if the block is owned here; Malformed if it is none of this job's.
     """
@@ -72,7 +85,9 @@ def take(shard: "Shard", image: Image) -> None:
         name, block = layout.name(number)
         if not isinstance(image.content, LiveBlock):
             raise Malformed(f"block {number} is of table {name}, but its image is dense")
-        shard.tables[layout.table_index[name]].import_live(block, image.content, version=image.sequence)
+        table = shard.tables[layout.table_index[name]]
+        filled = ready.pop(number, None) if ready is not None else None
+        table.place_live(block, filled or table.fill_live(block, image.content, version=image.sequence))
     shard.closed.merge(image.closed)
     shard.marks.drop_block(number)
     shard.marks.restore(number, marks)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leading: what an owner owes the copies of its blocks, and what waits for them (SEMANTICS section 6).
 
-    sends       the other shard is told of every operation on the block
-    requires    and nothing is acknowledged before it has it
+    copying     the block travels to the other shard (ps/image_stream.py)
+    requires    the other shard has it, is told of every operation on it, and nothing is acknowledged before it has that
 
 Invariant: whoever is required has the whole block and every operation since, or an answer that waits for it is not given (R1). A
 shard is required before the coordinator hears of it, and until the coordinator's record says that it has left (R2). ``lock``
@@ -26,12 +26,11 @@ from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, SLOW
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PushReply
 from oarlock.ps.holdings import NO_ORDER, Holdings, Numbers, Order
+from oarlock.ps.image_stream import ImageStream
 from oarlock.ps.operations import Operation
 from oarlock.ps.reports import Generations, Reports
 from oarlock.ps.stream import Stream
 
-# Of operations that a shard which is not required yet may be behind: beyond it the copy is given up.
-TAIL_BYTES = 256 << 20
 # Blocks, ascending, and the generations of their records.
 Known = tuple[Numbers, Generations]
 
@@ -46,8 +45,6 @@ class _Until:
     # Only of an answer to a client, which is given for blocks that went elsewhere, too: they have to be sent again.
     reply: PushReply | None = None
     pending: Pending | None = None
-    # Whether it waits for those that are required, and so no more for one that is not.
-    required: bool = True
     moved: list[Numbers] = field(default_factory=list)
 
 
@@ -58,11 +55,11 @@ class Leading:
         self.lock = Lock()
         self.wake: Callable[[], object] = lambda: None
         self.streams: dict[int, Stream] = {}
+        self.images: dict[int, ImageStream] = {}
         self._holdings = holdings
         self._blocks = len(holdings.owned)
         self._reports = reports
         self._draw = SystemRandom()
-        self._sends: dict[int, NDArray[np.bool_]] = {}
         self._requires: dict[int, NDArray[np.bool_]] = {}
         # Blocks whose copy refuses: it stays required until it has left the set.
         self._broken: dict[int, NDArray[np.bool_]] = {}
@@ -73,11 +70,12 @@ class Leading:
     def did(self, operation: Operation) -> None:
         """Keep an operation for all who are told of it. The push lock is held."""
         with self.lock:
-            for shard, mask in self._sends.items():
+            for shard, mask in self._requires.items():
                 mine = operation.only(mask[operation.numbers])
                 if mine is not None:
                     self.streams[shard].append(mine)
-                    self._cut_tail(shard)
+            for images in self.images.values():
+                images.hold(operation)
         self.wake()
 
     def answer(self, reply: PushReply, numbers: Numbers) -> "PushReply | Pending":
@@ -108,21 +106,23 @@ class Leading:
     def answered(self, shard: int, number: int, upto: int, refused: Numbers) -> None:
         """A shard has all operations of stream ``number`` below ``upto``, but for the blocks that it refused."""
         with self.lock:
-            stream = self.streams.get(shard)
-            if stream is None or stream.number != number:
+            known = (self.streams.get(shard), self.images.get(shard))
+            stream = next((s for s in known if s is not None and s.number == number), None)
+            if stream is None:
                 return
             if len(refused):
                 self._refused(shard, refused)
             stream.answered(upto)
+            if isinstance(stream, ImageStream):
+                self._arrived(shard, stream)
             done = self._settled()
         _give(done)
 
     def _refused(self, shard: int, numbers: Numbers) -> None:
+        if shard in self.images:
+            self.images[shard].give_up(numbers)
         requires = self._requires.get(shard)
         required = numbers[requires[numbers]] if requires is not None else numbers[:0]
-        others = np.setdiff1d(numbers, required)
-        if len(others):
-            self._stop(shard, others)
         if len(required):
             self._broken.setdefault(shard, np.zeros(self._blocks, np.bool_))[required] = True
             self._report(SLOW, required, self._known(required), shard)
@@ -138,49 +138,54 @@ class Leading:
             self._report(SLOW, numbers, self._known(numbers), shard)
         self.wake()
 
-    def _cut_tail(self, shard: int) -> None:
-        """Give up copies to a shard that does not keep up, as far as nothing waits for it."""
-        if self.streams[shard].nbytes > TAIL_BYTES:
-            behind = self._sends[shard] & ~self._requires.get(shard, np.zeros(self._blocks, np.bool_))
-            self._stop(shard, np.flatnonzero(behind).astype(np.int32))
-
-    def _stop(self, shard: int, numbers: Numbers) -> None:
-        """Tell a shard that is not required no more of blocks; whoever wants it to have them has to say so again."""
-        if shard in self._sends:
-            self._sends[shard][numbers] = False
-        for each in self._waiting:
-            if not each.required and shard in each.at:
-                each.numbers = np.setdiff1d(each.numbers, numbers)
-
     # Members
 
-    def add(self, to: ShardAddress, image: Operation) -> None:
-        """Begin a copy: ``image`` is the block as it is. The push lock is held."""
+    def want(self, to: ShardAddress, number: int) -> None:
+        """Have a block copied to a shard once its turn comes, unless that has it or it is under way. The push lock is held."""
         with self.lock:
-            sends = self._sends.get(to.id)
-            if sends is not None and to.id in self.streams and sends[image.numbers].all():
+            requires = self._requires.get(to.id)
+            if requires is not None and requires[number]:
                 return
-            stream = self._stream(to)
-            self._sends.setdefault(to.id, np.zeros(self._blocks, np.bool_))[image.numbers] = True
-            stream.append(image)
-            then = self._require(to.id, self._known(image.numbers))
-            self._waiting.append(_Until(image.numbers, {to.id: stream.next}, then, required=False))
+            images = self.images.get(to.id)
+            if images is None or images.to.incarnation != to.incarnation:
+                images = self.images[to.id] = ImageStream(to, self._draw.getrandbits(63))
+            if not images.has(number):
+                images.wanted[number] = None
         self.wake()
 
-    def tells(self, shard: int, number: int) -> bool:
-        """Whether a shard is told of operations on a block."""
+    def turn(self, shard: int) -> int | None:
+        """Return the block that is to be copied to a shard now, None if there is none. The push lock is held."""
         with self.lock:
-            return shard in self._sends and bool(self._sends[shard][number])
+            return self.images[shard].turn() if shard in self.images else None
 
-    def _require(self, shard: int, known: Known) -> Callable[[Numbers], None]:
-        """Return what follows once the shard has a copy: from then on it is waited for, and what it lacks until then, too."""
+    def add(self, shard: int, image: Operation) -> None:
+        """Begin a copy: ``image`` is the block as it is. The push lock is held."""
+        with self.lock:
+            self.images[shard].begin(image, self._known(image.numbers))
+        self.wake()
 
-        def then(numbers: Numbers) -> None:
-            self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[numbers] = True
-            at = {shard: self.streams[shard].next}
-            self._waiting.append(_Until(numbers, at, lambda left: self._report(ADDED, left, known, shard)))
+    def _arrived(self, shard: int, images: ImageStream) -> None:
+        """Once a shard has a block, have it told what it lacks of it since; from now on it is waited for."""
+        found = images.arrived()
+        if found is not None:
+            stream = self._stream(images.to)
+            for operation in found.held:
+                stream.append(operation)
+            self._require(shard, found.numbers, found.known)
 
-        return then
+    @property
+    def listens(self) -> bool:
+        """Whether anybody has to hear what is done. The push lock is held."""
+        with self.lock:
+            if any(images.travels for images in self.images.values()):
+                return True
+            return any(mask.any() for mask in self._requires.values())
+
+    def _require(self, shard: int, numbers: Numbers, known: Known) -> None:
+        """Wait for a shard from now on; report it as soon as it has what it lacks until then, too."""
+        self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[numbers] = True
+        at = {shard: self.streams[shard].next}
+        self._waiting.append(_Until(numbers, at, lambda left: self._report(ADDED, left, known, shard)))
 
     def _known(self, numbers: Numbers) -> Known:
         """Return the generations of these blocks' records as they are known now: what is reported later is of them."""
@@ -206,8 +211,7 @@ class Leading:
             self._forget(numbers)
             for shard, (address, mine) in members.items():
                 self._stream(address)
-                for masks in (self._sends, self._requires):
-                    masks.setdefault(shard, np.zeros(self._blocks, np.bool_))[mine] = True
+                self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[mine] = True
             with_copies = [mine for _, mine in members.values()]
             if with_copies:
                 found = np.unique(np.concatenate(with_copies))
@@ -232,9 +236,11 @@ class Leading:
 
     def _forget(self, numbers: Numbers) -> None:
         """A newer record counts: what was under way by the one before has ended, but for answers to clients."""
-        for masks in (self._sends, self._requires, self._broken):
+        for masks in (self._requires, self._broken):
             for mask in masks.values():
                 mask[numbers] = False
+        for images in self.images.values():
+            images.give_up(numbers)
         self._reports.forget(numbers)
         for each in self._waiting:
             if each.reply is None:
@@ -277,9 +283,9 @@ class Leading:
 
     def _lacks(self, each: _Until, shard: int, at: int) -> bool:
         stream = self.streams.get(shard)
-        if stream is None or (each.required and not self._requires[shard][each.numbers].any()):
+        if stream is None or not self._requires[shard][each.numbers].any():
             return False
-        return stream.first < at or (each.required and self._is_broken(shard, each.numbers))
+        return stream.first < at or self._is_broken(shard, each.numbers)
 
     def _is_broken(self, shard: int, numbers: NDArray[np.integer[Any]]) -> bool:
         """Whether a shard refuses one of these blocks, and is required still."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replicating: the streams of an owner on their way to the copies, and its reports on theirs to the coordinator.
+"""Replicating: the streams of an owner on their way to the copies, of operations and of images, and its reports on theirs to the
+coordinator.
 
 Invariant: at most one message of a stream is under way; what was not answered is sent again, whoever is away, until a record says
 that the shard has left. One event loop.
@@ -22,6 +23,8 @@ from oarlock.proto.coordinator_pb2 import ReportReply, ReportRequest
 from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.adopting import adopt
+from oarlock.ps.copying import take_turn
+from oarlock.ps.image_stream import ImageStream
 from oarlock.ps.operations import encode
 from oarlock.ps.shard import Shard
 from oarlock.ps.stream import Stream
@@ -84,10 +87,13 @@ class Replicating:
     def _begin(self) -> None:
         """Begin to send where there is something, and nothing is under way."""
         with self._shard.leading.lock:
-            full = [stream for stream in self._shard.leading.streams.values() if stream.first < stream.next]
+            leading = self._shard.leading
+            full = [stream for stream in leading.streams.values() if stream.first < stream.next]
+            full += [images for images in leading.images.values() if images.busy]
         for stream in full:
             if stream not in self._sending:
-                task = self._sending[stream] = asyncio.ensure_future(self._send(stream))
+                send = self._copy(stream) if isinstance(stream, ImageStream) else self._send(stream)
+                task = self._sending[stream] = asyncio.ensure_future(send)
                 task.add_done_callback(lambda _, s=stream: self._ended(s))  # type: ignore[misc]
         if self._reporting is None and self._shard.reports.waiting():
             self._reporting = asyncio.ensure_future(self._report())
@@ -105,12 +111,19 @@ class Replicating:
             task.result()
             self._changed.set()
 
+    async def _copy(self, images: ImageStream) -> None:
+        """Take and send images, as long as any are wanted. Each is taken in a thread: it waits for those that push."""
+        loop, leading = asyncio.get_running_loop(), self._shard.leading
+        while images.busy and leading.images.get(images.to.id) is images:
+            await loop.run_in_executor(self._executor, take_turn, self._shard, images.to.id)
+            await self._send(images)
+
     async def _send(self, stream: Stream) -> None:
         """Send what a stream has, and what comes meanwhile."""
-        leading, pause = self._shard.leading, FIRST_SECONDS
+        leading, pause, to = self._shard.leading, FIRST_SECONDS, stream.to.id
         clock = asyncio.get_running_loop().time
         answered_at, silent = clock(), False
-        while leading.streams.get(stream.to.id) is stream:
+        while stream in (leading.streams.get(to), leading.images.get(to)):
             message = message_of(self._shard, stream, self._member.header(stream.to.incarnation))
             if message is None:
                 return

@@ -130,6 +130,11 @@ class Shard:
         """Tell copies from now on what is done. The push lock is held."""
         self.told = self._tell
 
+    def hush(self) -> None:
+        """Tell nobody any more, if nobody has a copy, or is to get one. The push lock is held."""
+        if not self.leading.listens:
+            self.told = None
+
     def did(self, numbers: NDArray[np.int32], does: Does) -> None:
         """Tell what was just done to blocks that are owned here. The push lock is held."""
         if self.told is not None:

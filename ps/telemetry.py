@@ -43,6 +43,7 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
             "oarlock_shard_refused_dense_gradients_total": counters["dense_refused"],
             "oarlock_shard_not_admitted_gradients_total": counters["rows_not_admitted"],
             "oarlock_shard_undone_rows_total": counters["rows_undone"],
+            "oarlock_shard_copied_bytes_total": counters["copied_bytes"],
             "oarlock_shard_sweep_slices_total": shard.sweeper.slices,
             "oarlock_shard_cut_bytes": {
                 state: writing.get(name, 0) for state, name in (("written", "written_bytes"), ("in_all", "bytes"))

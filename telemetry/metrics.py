@@ -94,6 +94,7 @@ _SHARD = _metrics(
     ("refused_dense_gradients_total", "counter", "Gradients of dense blocks refused, not finite or too large."),
     ("not_admitted_gradients_total", "counter", "Gradients of keys that a table's admission did not let in yet."),
     ("undone_rows_total", "counter", "Rows whose last updates were taken back on request."),
+    ("copied_bytes_total", "counter", "Bytes of whole blocks that came from other shards."),
     ("sweep_slices_total", "counter", "Slices of blocks that were looked through for rows to evict."),
     (
         "cut_bytes state",

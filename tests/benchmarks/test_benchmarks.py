@@ -81,6 +81,16 @@ def test_overload(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    result = run("scaling", tmp_path)
+    assert [each["servers"] for each in result["scales"]] == ["2 to 4", "4 to 2"]
+    assert {"pause_ms", "pause_quiet_ms", "throughput", "replicas_1_over_0"} < set(result)
+    for each in result["scales"]:
+        assert each["copied_mb"] > 0.9 * each["least_mb"] > 0
+        assert each["seconds"] >= each["seconds_of_moves"] > 0
+
+
+@pytest.mark.slow
 def test_checkpoint(tmp_path: Path) -> None:
     result = run("checkpoint", tmp_path)
     assert {"pause_ms", "cut_ms", "cow_peak_over_model"} < set(result)

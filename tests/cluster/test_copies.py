@@ -2,6 +2,7 @@
 """Copies, as members see them: joins while a job trains, scaling, reports and their answers, deaths, and a coordinator's own."""
 
 import json
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from oarlock.client.job import JobSpec
 from oarlock.cluster.moving import COPY, HAND
+from oarlock.cluster.scaling import GATHER_SECONDS
 from oarlock.proto import coordinator_pb2 as pb
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import InvalidArgument, Unavailable
@@ -59,6 +61,37 @@ def test_a_shard_that_comes_late_has_no_blocks_until_it_is_wanted(pair: Any) -> 
     pair.adopt()
     assert c.copies.step(), "copies are ordered"
     assert {f.move.to for f in c.copies.moving.flights.values()} == {2}
+
+
+def test_a_shard_that_comes_waits_a_little_for_the_others_that_are_wanted(pair: Any) -> None:
+    c = pair.coordinator
+    pair.service.scale(pb.ScaleRequest(servers=4))
+    come(pair, "a:9")
+    assert c.copies.step() == []
+    assert c.copies.looks
+    come(pair, "a:10")
+    c.copies.step()
+    # Each is to have a quarter: nobody gets what the other one would have to be given.
+    moves = [*(f.move for f in c.copies.moving.flights.values()), *chain(*c.copies.moving._waiting.values())]
+    sizes = np.bincount([move.to for move in moves], minlength=4)
+    assert sizes[2] > 0
+    assert abs(int(sizes[2]) - int(sizes[3])) <= 1
+
+
+def test_a_shard_that_comes_does_not_wait_for_ever(pair: Any) -> None:
+    pair.service.scale(pb.ScaleRequest(servers=4))
+    come(pair, "a:9")
+    assert pair.coordinator.copies.step() == []
+    pair.clock.now += GATHER_SECONDS
+    assert pair.coordinator.copies.step(), "copies are ordered"
+
+
+def test_where_copies_lack_a_shard_that_comes_does_not_wait(pair: Any) -> None:
+    pair.service.scale(pb.ScaleRequest(servers=4))
+    pair.coordinator.member_gone(pair.coordinator.members.all[pair.coordinator.shards[0].incarnation], "dead")
+    joined = pair.join("shard", "a:9")
+    assert joined.id == 2
+    assert pair.coordinator.copies._look_at == pair.clock.now
 
 
 def test_a_move_by_its_reports(pair: Any) -> None:

@@ -117,6 +117,18 @@ def test_an_image_that_is_none_is_refused_and_changes_nothing():
         table.export_live(0)
 
 
+@pytest.mark.parametrize("spec", [ONE, replace(EXPANDING, name="m", blocks=1)], ids=["ordinary", "expanding"])
+def test_what_is_made_ready_changes_nothing_until_it_is_placed(spec):
+    owner, copy = filled(spec, steps=4), filled(spec, steps=1)
+    before = image(copy, 0)
+    for content in copy.fill_live(0, owner.export_live(0)):
+        content.free()
+    ready = copy.fill_live(0, owner.export_live(0))
+    assert image(copy, 0) == before != image(owner, 0)
+    copy.place_live(0, ready)
+    assert image(copy, 0) == image(owner, 0)
+
+
 def test_a_block_without_rows_has_an_image_too():
     table = filled(ONE, steps=0)
     live = table.export_live(0)

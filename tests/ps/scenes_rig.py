@@ -15,8 +15,11 @@ from oarlock.proto.errors import PSError
 from oarlock.proto.methods import METHODS
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import AdoptRequest, CopyRequest, HandOverRequest, HeldRequest, ReopenRequest
+from oarlock.ps.copying import take_turn
 from oarlock.ps.replicating import message_of, take_answer
 from oarlock.ps.view import image_of
+
+IMAGES, OPERATIONS = "images", "operations"
 
 
 def travelled(name, message):
@@ -103,13 +106,15 @@ class Copies(Job):
             "generations": pack(self.of[numbers].astype(np.uint64)),
         }
 
-    def pump(self, source=None, to=None, *, times=1, lose_answer=False):
+    def pump(self, source=None, to=None, *, times=1, lose_answer=False, kinds=(IMAGES, OPERATIONS)):
         """Send what shards have for each other, once or more often; return how many messages arrived."""
         arrived = 0
         for s, shard in self.shards.items():
             if s not in self.alive or source not in (None, s):
                 continue
-            for stream in list(shard.leading.streams.values()):
+            for other in list(shard.leading.images) if IMAGES in kinds else ():
+                take_turn(shard, other)
+            for stream in _streams(shard, kinds):
                 if stream.to.id not in self.alive or to not in (None, stream.to.id):
                     continue
                 header = self.header(stream.to.id, sender=self.addresses[s].incarnation)
@@ -129,10 +134,10 @@ class Copies(Job):
     def settle(self):
         """Pump until nobody has anything to send, or gets anywhere."""
         for _ in range(100):
-            before = [s.first for shard in self.shards.values() for s in shard.leading.streams.values()]
+            before = [s.first for shard in self.shards.values() for s in _streams(shard)]
             if not self.pump():
                 return
-            if before == [s.first for shard in self.shards.values() for s in shard.leading.streams.values()]:
+            if before == [s.first for shard in self.shards.values() for s in _streams(shard)]:
                 return
 
     def reports(self, shard):
@@ -172,6 +177,11 @@ class Copies(Job):
 
     def kill(self, shard):
         self.alive.discard(shard)
+
+
+def _streams(shard, kinds=(IMAGES, OPERATIONS)):
+    found = {IMAGES: shard.leading.images, OPERATIONS: shard.leading.streams}
+    return [stream for kind in kinds for stream in found[kind].values()]
 
 
 def done(answer):

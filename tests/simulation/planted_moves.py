@@ -63,9 +63,9 @@ def added_before_it_is_confirmed(patch: Patch) -> None:
     """A copy is reported when it begins to travel."""
     original = Leading.add
 
-    def add(self: Leading, to: Any, image: Any) -> None:
-        original(self, to, image)
-        self._report(ADDED, image.numbers, self._generations(), to.id)
+    def add(self: Leading, shard: int, image: Any) -> None:
+        original(self, shard, image)
+        self._report(ADDED, image.numbers, self._known(image.numbers), shard)
 
     patch.setattr(Leading, "add", add)
 
@@ -73,8 +73,8 @@ def added_before_it_is_confirmed(patch: Patch) -> None:
 def added_before_it_is_required(patch: Patch) -> None:
     """A copy is reported when it has come, and waited for once the record names it."""
 
-    def require(self: Leading, shard: int, generations: Any) -> Callable[[Numbers], None]:
-        return lambda numbers: self._report(ADDED, numbers, generations, shard)
+    def require(self: Leading, shard: int, numbers: Numbers, known: Any) -> None:
+        self._report(ADDED, numbers, known, shard)
 
     patch.setattr(Leading, "_require", require)
 
@@ -84,7 +84,7 @@ def handed_over_before_all_have_all(patch: Patch) -> None:
 
     def hand_over(self: Leading, numbers: Numbers, to: int, order: Any) -> None:
         with self.lock:
-            self._report(HANDED, numbers, self._generations(), to, order)
+            self._report(HANDED, numbers, self._known(numbers), to, order)
         self.wake()
 
     patch.setattr(Leading, "hand_over", hand_over)
@@ -195,7 +195,7 @@ def whoever_is_alive_is_promoted(patch: Patch) -> None:
 
 def _taken(patch: Patch, change: Callable[[Any], Any]) -> None:
     for module in (following, operations):
-        patch.setattr(module, "take", lambda shard, image: take(shard, change(image)))
+        patch.setattr(module, "take", lambda shard, image, ready=None: take(shard, change(image), ready))
 
 
 def the_closed_set_does_not_travel(patch: Patch) -> None:
