@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.end_to_end_job import SHARD
 from oarlock.benchmarks.noted_job import HEARTBEAT_SECONDS, NotedJob
-from oarlock.cli.scale import settled
 from oarlock.client.layout import Layout
 from oarlock.embedding.make import make_table
+from oarlock.launch.wanted import settled
 from oarlock.proto.coordinator_pb2 import ScaleRequest
 from oarlock.proto.errors import Unavailable
 

@@ -21,6 +21,7 @@ from oarlock.client.job import GATHERING, OVER, TRAINING
 from oarlock.cluster.holders import complete
 from oarlock.cluster.measuring import Measuring
 from oarlock.cluster.scaler import Decision, Look, State, decide
+from oarlock.cluster.scaling import rescale
 from oarlock.cluster.store import Store
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Autoscaling:
         with c.store as store:
             store.set_fact(FACT, decisions)
             if not self.policy.dry_run:
-                c.rescale(store, *(now if now != was else 0 for was, now in zip(decision.before, after, strict=True)))
+                rescale(c, store, *(now if now != was else 0 for was, now in zip(decision.before, after, strict=True)))
         self.decisions = decisions
         c.wake()
         for role, was, now in zip(("shard", "worker"), decision.before, after, strict=True):

@@ -150,22 +150,6 @@ class Coordinator:
             self.events.adopt(past.events)
             go_back(self, manifest, path)
 
-    def scale(self, servers: int, workers: int) -> str:
-        """Want another number of shards or workers, 0: as it is; return what follows, for people."""
-        with self.lock:
-            with self.store as store:
-                said = self.rescale(store, servers, workers)
-            self.autoscaling.asked()
-            self.wake()
-            return said
-
-    def rescale(self, store: Store, servers: int, workers: int) -> str:
-        """Want another number of shards or workers, 0: as it is, within a transaction; return what follows, for people."""
-        said = self.scaling.ask(store, servers, workers, self.phase)
-        self.copies.look(store)
-        logger.info("event=scale servers=%d workers=%d", self.scaling.servers, self.scaling.workers)
-        return said
-
     # What members are told
 
     def join(self, role: str, address: str, nonce: int, pid: int, host: str, reader: str) -> Member:

@@ -9,13 +9,19 @@ Invariant: what is wanted, and who leaves, is on disk before anybody is told; wh
 coordinator's lock covers it.
 """
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 from oarlock.client.job import GATHERING, OVER, STOPPING, TRAINING, JobSpec, check_replicas
 from oarlock.cluster.members import Member, Members
 from oarlock.cluster.record import Records
 from oarlock.cluster.store import Store
 from oarlock.proto.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from oarlock.cluster.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
 
 FACT = "scale"
 MOST = 4096
@@ -145,3 +151,21 @@ class Scaling:
             for role in ("shard", "worker")
         }
         return {"servers": self.servers, "workers": self.workers, "leaving": go}
+
+
+def scale(c: "Coordinator", servers: int, workers: int) -> str:
+    """Want another number of shards or workers, as somebody asks, 0: as it is; return what follows, for people."""
+    with c.lock:
+        with c.store as store:
+            said = rescale(c, store, servers, workers)
+        c.autoscaling.asked()
+        c.wake()
+        return said
+
+
+def rescale(c: "Coordinator", store: Store, servers: int, workers: int) -> str:
+    """Want another number of shards or workers, 0: as it is, within a transaction; return what follows, for people."""
+    said = c.scaling.ask(store, servers, workers, c.phase)
+    c.copies.look(store)
+    logger.info("event=scale servers=%d workers=%d", c.scaling.servers, c.scaling.workers)
+    return said

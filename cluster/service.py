@@ -14,6 +14,7 @@ from oarlock.cluster.evaluation import check
 from oarlock.cluster.members import Member
 from oarlock.cluster.ranks import check_signature, read_ranks
 from oarlock.cluster.reports import report
+from oarlock.cluster.scaling import scale
 from oarlock.cluster.splits import close_split, evaluated, release
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest, Placement
 from oarlock.proto.coordinator_pb2 import (
@@ -320,7 +321,7 @@ class CoordinatorService:
     def scale(self, request: ScaleRequest) -> ScaleReply:
         c = self._coordinator
         with c.lock:
-            said = c.scale(request.servers, request.workers)
+            said = scale(c, request.servers, request.workers)
             return ScaleReply(servers=c.scaling.servers, workers=c.scaling.workers, said=said)
 
     def status(self, request: StatusRequest) -> StatusReply:

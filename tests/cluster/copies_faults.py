@@ -9,6 +9,7 @@ from copies_model import Model
 from copies_shard import OPEN, Shard
 
 from oarlock.client.job import OVER
+from oarlock.cluster.scaling import scale
 from oarlock.proto import coordinator_pb2 as pb
 
 
@@ -24,7 +25,7 @@ def strike(model: Model) -> None:
     elif what == "tear":
         model.store.tear = rng.randrange(30)
     elif what == "scale":
-        model.doing(lambda: c.scale(rng.randrange(model.spec.replicas + 1, 5), 0))
+        model.doing(lambda: scale(c, rng.randrange(model.spec.replicas + 1, 5), 0))
     elif what == "join" and len(alive) < c.scaling.servers:
         model.join()
     elif what == "cut" and c.cuts.gate is None:
