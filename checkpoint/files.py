@@ -9,6 +9,7 @@ below the root and never lead out of it. Stateless: any number of threads and pr
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Files(Protocol):
     def commit_file(self, path: str, data: Any) -> None: ...
 
     def read_file(self, path: str) -> Any: ...
+
+    def map_file(self, path: str) -> Any | None: ...
 
     def size(self, path: str) -> int: ...
 
@@ -159,6 +162,18 @@ class LocalFiles:
                 return read_direct(self._calls, descriptor, size)
             with os.fdopen(descriptor, "rb", closefd=False) as opened:
                 return opened.read(size)
+        finally:
+            os.close(descriptor)
+
+    def map_file(self, path: str) -> Any | None:
+        """Return a read-only view of the file where it lies, whose pages are the system's and come when they are first read.
+
+        None for an empty file. It stays good after the file is deleted; who cuts it short ends a process that then reads it.
+        """
+        descriptor = self._open(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)) if size else None
         finally:
             os.close(descriptor)
 

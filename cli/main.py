@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.scale import scale
 
             return scale(options)
+        if options.command == "serve":
+            from oarlock.cli.serve import serve
+
+            return serve(options)
         if options.command == "digest":
             from oarlock.cli.digest import digest
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.frozen_kernels import (
+    BLOCK_BITS,
     BLOCK_WORDS,
     BLOCKS,
     CODE,
     CONSTANTS,
-    COUNT,
     DIM,
     ENDS,
     ENTRIES,
@@ -35,7 +35,6 @@ from oarlock.embedding.frozen_kernels import (
     store_rows,
     touch,
 )
-from oarlock.embedding.frozen_kernels import BITS as BITS_WORD
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.initial import constants, origin
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
@@ -52,8 +51,8 @@ MAX_ROWS = 1 << 31
 class FrozenBlock:
     """One block's rows: keys: uint64[n], distinct, and weights: float32[n, dim], which must not change any more.
 
-    ``state``: float32[n, s], the optimizer's; of an int8 table its last column is the scale. Rows of a table that stores less than
-    float32 are kept as the table stores them, which is exact; others stay where they are.
+    ``state``: float32[n, s], the optimizer's; of an int8 table its last column is the scale. Rows of a table that stores less
+    than float32 are kept as the table stores them, which is exact; others stay where they are.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class FrozenBlock:
         self.descriptor[KEYS] = address_of(keys)
         self.descriptor[ROWS] = address_of(self._rows)
         self.descriptor[ROW_BITS] = bits
-        self.descriptor[COUNT] = n
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +113,7 @@ class FrozenTable:
         code = stored_code(spec)
         words: NDArray[np.int64] = np.zeros(TABLE_WORDS, np.int64)
         words[BLOCKS] = address_of(self._descriptors)
-        words[BITS_WORD] = spec.blocks.bit_length() - 1
+        words[BLOCK_BITS] = spec.blocks.bit_length() - 1
         words.view(np.uint64)[SALT] = table_salt(spec.name)
         words[DIM] = spec.dim
         words[CODE] = code
@@ -135,7 +133,9 @@ class FrozenTable:
         keys = kernel_array("keys", keys, np.uint64)
         n = len(keys)
         if out.dtype != np.float32 or out.shape != (n, self.spec.dim):
-            raise Malformed(f"table {self.spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {self.spec.dim}")
+            raise Malformed(
+                f"table {self.spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {self.spec.dim}"
+            )
         check_output(f"table {self.spec.name}: out", out)
         scratch = np.empty(SCRATCH_WORDS, np.int64)
         return int(look_up(self._address, address_of(keys), n, address_of(out), address_of(scratch)))
@@ -147,14 +147,12 @@ class FrozenTable:
 
 
 def stored_code(spec: TableSpec) -> int:
-    """Return the precision in which a frozen table keeps its rows: the table's own, where its scales can be told from its state."""
+    """Return the precision in which a frozen table keeps its rows: its own, where scales can be told from its state."""
     code = precision_code(spec.dtype)
     return FLOAT32 if code == INT8 and spec.expand_score else code
 
 
-def _stored(
-    spec: TableSpec, code: int, weights: NDArray[np.float32], state: NDArray[np.float32]
-) -> NDArray[np.uint8]:
+def _stored(spec: TableSpec, code: int, weights: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the rows as the table stores them: uint8[n, bytes of a row]."""
     if code == INT8 and not state.shape[1]:
         raise Malformed(f"table {spec.name}: rows of int8 without a scale")

@@ -36,11 +36,11 @@ from oarlock.embedding.pull import copy_rows
 from oarlock.embedding.slab import First, draw_weights, layout, prefetch_bytes
 
 # Words of a block's descriptor, a cache line.
-ENTRIES, PLACES, KEYS, ROWS, ROW_BITS, COUNT = range(6)
+ENTRIES, PLACES, KEYS, ROWS, ROW_BITS = range(5)
 BLOCK_WORDS = 8
-# Words of a table's: its blocks' descriptors, log2 of how many; then its rows, and what an absent key reads as: ``parts`` parts of
-# first values, zeros behind them.
-BLOCKS, BITS, SALT, DIM, CODE, ROW_BYTES, ORIGIN, PARTS, ENDS, CONSTANTS = range(10)
+# Words of a table's: its blocks' descriptors, log2 of how many; then its rows, and what an absent key reads as: so many parts
+# of first values, zeros behind them.
+BLOCKS, BLOCK_BITS, SALT, DIM, CODE, ROW_BYTES, ORIGIN, PARTS, ENDS, CONSTANTS = range(10)
 TABLE_WORDS = 10
 
 LAP = 32
@@ -104,7 +104,7 @@ def find_from(descriptor: Int, mix: np.uint64, at: Int) -> tuple[Int, Int]:
 def aim_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int) -> None:
     """Work out where the entries of keys begin to end - 1 are to be looked for, and ask for them."""
     salt = load_u64(table, SALT)
-    bits: Int = load_i64(table, BITS)
+    bits: Int = load_i64(table, BLOCK_BITS)
     blocks: Int = load_i64(table, BLOCKS)
     for i in range(begin, end):
         mix = key_mix(salt, load_u64(keys, i))
@@ -196,7 +196,7 @@ def first_weights(table: Int, key: np.uint64, out: Int) -> None:
     drawn = np.int64(0)
     if parts > 0:
         drawn = load_i64(ends, parts - 1)
-        first = First(load_u64(table, ORIGIN), parts, ends, load_i64(table, CONSTANTS), np.int64(0), np.int64(0))
+        first = First(load_u64(table, ORIGIN), parts, ends, load_i64(table, CONSTANTS), 0, 0)
         draw_weights(key, _SHAPE, first, out)
     for column in range(drawn, load_i64(table, DIM)):
         store_f32(out, column, np.float32(0))

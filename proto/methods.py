@@ -11,8 +11,9 @@ from google.protobuf.message import Message
 
 from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
+from oarlock.proto import serving_pb2 as serving
 from oarlock.proto import shard_pb2 as shard
-from oarlock.proto.frames import PULL, PUSH, REPLICATE
+from oarlock.proto.frames import LOOKUP, PULL, PUSH, REPLICATE
 
 # Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
 PROTOCOL = 1
@@ -87,5 +88,8 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.LiveDigest", coordinator.LiveDigestRequest, coordinator.LiveDigestReply),
         Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply),
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty),
+        Method("Serving.Lookup", serving.LookupRequest, serving.LookupReply, frame=LOOKUP),
+        Method("Serving.Describe", serving.ModelRequest, serving.ModelReply),
+        Method("Serving.Rollback", serving.ServeCutRequest, serving.ModelReply, slow=True),
     )
 }

@@ -27,8 +27,10 @@ from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.pending import Pending, Waits
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.frame_server import FrameServer
+from oarlock.proto.rpc.health import Health
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
+from oarlock.proto.rpc.reflection import reflect
 from oarlock.proto.rpc.status import FAILURE_KEY, failure_of, to_status
 from oarlock.proto.transport import dispatch
 from oarlock.proto.version import check_protocol
@@ -46,7 +48,10 @@ COPIES = 3
 
 
 class GrpcServer:
-    """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``."""
+    """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``.
+
+    ``serving``: what gRPC's health service is to say, which is there beside it then, and reflection, if that is installed.
+    """
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class GrpcServer:
         stall_seconds: float = STALL_SECONDS,
         frames: bool = True,
         request_memory_bytes: int = REQUEST_MEMORY_BYTES,
+        serving: Callable[[], bool] | None = None,
     ) -> None:
         self.memory = Memory(request_memory_bytes, stall_seconds=stall_seconds)
         self._handler = handler
@@ -79,6 +85,7 @@ class GrpcServer:
             if bulk
             else None
         )
+        self._health = None if serving is None else Health((f"oarlock.{service}",), serving)
         self._waits = Waits()
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -102,6 +109,9 @@ class GrpcServer:
                 for service in (self._service, WIRE)
             )
         )
+        if self._health is not None:
+            server.add_generic_rpc_handlers((self._health.handler(),))
+            reflect(server, f"oarlock.{self._service}")
         try:
             port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
@@ -281,6 +291,8 @@ class GrpcServer:
 
     def stop(self, grace_seconds: float = 0.5) -> None:
         """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
+        if self._health is not None:
+            self._health.stop()
         if self._frames is not None:
             self._frames.stop(grace_seconds)
         if self._server is not None and self._pool is not None:
