@@ -23,6 +23,7 @@ MODULES = (
     "kills",
     "checkpoint",
     "elasticity",
+    "serving",
 )
 
 

@@ -9,12 +9,13 @@ below the root and never lead out of it. Stateless: any number of threads and pr
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+import pyarrow as pa
 
 from oarlock.checkpoint.direct import LEAST_BYTES, read_direct, write_direct
 from oarlock.proto.errors import InvalidArgument
@@ -168,12 +169,17 @@ class LocalFiles:
     def map_file(self, path: str) -> Any | None:
         """Return a read-only view of the file where it lies, whose pages are the system's and come when they are first read.
 
-        None for an empty file. It stays good after the file is deleted; who cuts it short ends a process that then reads it.
+        None for an empty file, and where the system maps none. It stays good after the file is deleted; who cuts it short ends a process that then reads it.
         """
         descriptor = self._open(path)
         try:
-            size = os.fstat(descriptor).st_size
-            return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)) if size else None
+            if not os.fstat(descriptor).st_size:
+                return None
+            # Python's own mmap would keep a file open for each view. The name leads to what is open.
+            with pa.memory_map(f"/proc/self/fd/{descriptor}") as mapped:
+                return mapped.read_buffer()
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 

@@ -91,16 +91,18 @@ class Client:
     def rollback(self, cut: int = 0, *, newest: bool = False, timeout_seconds: float = LOAD_SECONDS) -> ModelReply:
         """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
-        reply: ModelReply = self._call("Serving.Rollback", request, timeout_seconds)
+        reply: ModelReply = self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
 
-    def _call(self, method: str, request: Any, timeout_seconds: float | None) -> Any:
+    def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         until, pause = time.monotonic() + seconds, PAUSE_SECONDS
         while True:
             try:
                 return self._transport.call(self.address, method, request, timeout_seconds=seconds)
             except Unavailable as error:
+                if not again:
+                    raise
                 seconds = until - time.monotonic() - pause
                 if seconds <= 0:
                     raise _over(error) from None
@@ -141,16 +143,18 @@ class AsyncClient:
     ) -> ModelReply:
         """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
-        reply: ModelReply = await self._call("Serving.Rollback", request, timeout_seconds)
+        reply: ModelReply = await self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
 
-    async def _call(self, method: str, request: Any, timeout_seconds: float | None) -> Any:
+    async def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         until, pause = time.monotonic() + seconds, PAUSE_SECONDS
         while True:
             try:
                 return await self._transport.call(self.address, method, request, timeout_seconds=seconds)
             except Unavailable as error:
+                if not again:
+                    raise
                 seconds = until - time.monotonic() - pause
                 if seconds <= 0:
                     raise _over(error) from None
