@@ -169,7 +169,8 @@ class LocalFiles:
     def map_file(self, path: str) -> Any | None:
         """Return a read-only view of the file where it lies, whose pages are the system's and come when they are first read.
 
-        None for an empty file, and where the system maps none. It stays good after the file is deleted; who cuts it short ends a process that then reads it.
+        None for an empty file, and where the system maps none. It stays good after the file is deleted; a file that is cut
+        short ends a process that then reads behind its end.
         """
         descriptor = self._open(path)
         try:

@@ -3,13 +3,11 @@
 
 import gc
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import serving_rig
 
-from oarlock.checkpoint.store import LocalStore
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import CorruptCheckpoint, UnknownTable
 from oarlock.serving.snapshot import Version, open_snapshot
@@ -94,7 +92,7 @@ def test_damage_is_refused_by_name_before_anything_is_served(model):
     entry = next(e for e in manifest.blocks if e.name == "item")
     path = model.folder / "cut-000001" / entry.file
     data = bytearray(path.read_bytes())
-    at = bytes(data).index(serving_rig.value_of(1, model.keys[-1:]).tobytes()) if entry.rows else len(data) // 2
+    at = len(data) // 2  # amid the weights
     data[at] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptCheckpoint, match=entry.file):
@@ -114,5 +112,3 @@ def test_an_unknown_table_is_named_with_those_there_are(model):
 def test_age_is_never_below_zero():
     assert Version(0, 1, 100.0).age(90.0) == 0.0
     assert Version(0, 1, 100.0).age(107.5) == 7.5
-    assert isinstance(LocalStore("x"), LocalStore)
-    assert replace(Version(0, 1, 1.0), cut=2).cut == 2
