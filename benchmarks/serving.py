@@ -50,7 +50,7 @@ class Size:
 SIZES = {
     "full": Size(10_000_000, turns=11, turn_seconds=1.0, rate_turns=7, rate_seconds=5.0),
     "quick": Size(1_000_000, turns=5, turn_seconds=0.25, rate_turns=3, rate_seconds=0.8),
-    "tiny": Size(5_000, turns=1, turn_seconds=0.02, rate_turns=1, rate_seconds=0.05),
+    "tiny": Size(5_000, turns=1, turn_seconds=0.02, rate_turns=1, rate_seconds=0.05, dims=(HEADLINE,)),
 }
 
 

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from oarlock.checkpoint.store import locate
 from oarlock.launch.kernels import are_compiled
-from oarlock.proto.errors import NotFound
 from oarlock.proto.rpc.server import check_address
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
@@ -49,8 +48,8 @@ def _run(options: argparse.Namespace) -> int:
         path = str(Path(path) / CHECKPOINTS)
     store, cut = locate(path)
     check_address(options.listen)
-    if not store.cuts():
-        raise NotFound(f"no checkpoint in {store.files.root}")
+    # Before anybody is told of an address: whether there is such a cut.
+    store.load_manifest(cut)
     to_stream(options.log_level)
     if not are_compiled():
         print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ event loop.
 """
 
 import asyncio
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -184,18 +185,20 @@ def lookup_request(tables: Mapping[str, Keys]) -> Bulk:
 
 
 def _keys(name: str, keys: Keys) -> NDArray[np.uint64]:
-    if isinstance(keys, np.ndarray) and keys.dtype == np.uint64 and keys.ndim == 1:
-        return keys
-    try:
-        found = np.asarray(keys if isinstance(keys, np.ndarray) else list(keys))
-        if not found.size:
-            found = found.astype(np.uint64)
-        if found.dtype == object:
-            # Numbers on both sides of 2^63 have no other type in common.
-            found = np.array(list(keys), np.uint64)
-    except (TypeError, ValueError, OverflowError):
-        found = np.empty(0)
-    if found.ndim != 1 or found.dtype.kind not in "iu" or (found.dtype.kind == "i" and found.min() < 0):
+    if isinstance(keys, np.ndarray):
+        if keys.dtype == np.uint64 and keys.ndim == 1:
+            return keys
+        right = keys.ndim == 1 and keys.dtype.kind in "iu" and not (keys.size and keys.min() < 0)
+        found = keys
+    else:
+        try:
+            # Not numpy's own way, by which integers on both sides of 2^63 become floating-point numbers.
+            values = [operator.index(key) for key in keys]
+        except TypeError:
+            values = [-1]
+        right = not values or (min(values) >= 0 and max(values) < 1 << 64)
+        found = np.array(values if right else [], np.uint64)
+    if not right:
         raise InvalidArgument(f"keys of {name}: give integers from 0 to 2^64 - 1, in one dimension")
     return found.astype(np.uint64)
 

@@ -27,7 +27,7 @@ from oarlock.proto.methods import METHODS, Method
 from oarlock.proto.pending import Pending, Waits
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.frame_server import FrameServer
-from oarlock.proto.rpc.health import Health
+from oarlock.proto.rpc.health import MAX_WATCHES, Health
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
 from oarlock.proto.rpc.reflection import reflect
@@ -101,7 +101,8 @@ class GrpcServer:
         """Listen; return the address with the port that was given. InvalidArgument if nobody can listen there."""
         check_address(self._listen)
         # Threads are made as they are needed; each worker's stream holds one.
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
+        watches = MAX_WATCHES if self._health is not None else 0
+        self._pool = ThreadPoolExecutor(self._threads + watches, thread_name_prefix="oarlock-rpc")
         server = grpc.server(self._pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
         server.add_generic_rpc_handlers(
             tuple(

