@@ -45,11 +45,12 @@ class Size:
     rate_turns: int
     rate_seconds: float
     dims: tuple[int, ...] = DIMS
+    rate_dims: tuple[int, ...] = DIMS
 
 
 SIZES = {
     "full": Size(10_000_000, turns=11, turn_seconds=1.0, rate_turns=7, rate_seconds=5.0),
-    "quick": Size(1_000_000, turns=5, turn_seconds=0.25, rate_turns=3, rate_seconds=0.8),
+    "quick": Size(1_000_000, turns=5, turn_seconds=0.1, rate_turns=3, rate_seconds=0.5, rate_dims=(HEADLINE,)),
     "tiny": Size(5_000, turns=1, turn_seconds=0.02, rate_turns=1, rate_seconds=0.05, dims=(HEADLINE,)),
 }
 
@@ -155,6 +156,7 @@ def _measure_dim(
                 seconds=size.rate_seconds,
             )
             for n, r in requests.items()
+            if dim in size.rate_dims
         }
         per_row = {name: round(value, 1) for name, value in per_row.items()}
         return {

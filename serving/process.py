@@ -3,7 +3,7 @@
 
 Invariant: it listens from before the model is open, and answers what it can: its health is NOT_SERVING, a look-up Unavailable.
 Kernels are compiled before it is ready. At SIGTERM or SIGINT health says NOT_SERVING, what is under way is answered, and the
-process ends with 0; a second signal ends it at once. The main thread, since signals come there.
+process ends with 0, also while it opens the model; a second signal ends it at once. The main thread, since signals come there.
 """
 
 import contextlib
@@ -76,15 +76,19 @@ def run(
         request_memory_bytes=settings.request_memory_bytes,
         serving=lambda: serving.ready and not over.is_set(),
     )
-    with _signals(over), observed("serving", settings.metrics_port) as telemetry:
+
+    def unless_over(done: int, total: int) -> None:
+        if over.is_set():
+            raise _Over
+        progress(done, total)
+
+    with _signals(over), contextlib.suppress(_Over), observed("serving", settings.metrics_port) as telemetry:
         telemetry.registry.add(server_source(server))
         telemetry.registry.add(serving_source(service))
         try:
             listening(server.start(), telemetry.address)
             warm_up()
-            if over.is_set():
-                return
-            serving.load(settings.cut, progress=progress)
+            serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
             keep_what_is_loaded()
             if settings.follow_cuts:
@@ -97,6 +101,10 @@ def run(
         finally:
             server.stop(GRACE_SECONDS)
             serving.close()
+
+
+class _Over(Exception):
+    """A signal came while the model was being opened."""
 
 
 @contextlib.contextmanager
