@@ -25,8 +25,8 @@ def add_serve(commands: Any) -> None:
     run = verbs.add_parser(
         "run",
         help="what is done without a verb",
-        description="Serve the rows of a checkpoint until SIGTERM or Ctrl-C. The address is printed once it listens, and a line "
-        "when it is ready.",
+        description="Serve the rows of a checkpoint until SIGTERM or Ctrl-C. The address is printed once it listens, and a line when it\n"
+        "is ready.",
     )
     run.add_argument(
         "checkpoint",
@@ -72,7 +72,12 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         help="serve metrics for Prometheus at this port (0: any free one)",
     )
-    run.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    run.add_argument(
+        "--log-level",
+        default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="of the lines on standard error (default warning)",
+    )
     status = verbs.add_parser(
         "status",
         help="show what a server serves",
@@ -81,7 +86,7 @@ def add_serve(commands: Any) -> None:
     rollback = verbs.add_parser(
         "rollback",
         help="have a server serve an older cut",
-        description="Have a server serve an older cut, and keep to it: newer ones are not taken until --newest says so. It ends "
+        description="Have a server serve an older cut, and keep to it: newer ones are not taken until --newest says so. It\nends "
         "once that cut is served.",
     )
     which = rollback.add_mutually_exclusive_group()

@@ -241,6 +241,15 @@ def test_reflection_tells_of_the_service_where_it_is_installed(address):
         assert "oarlock.Serving" in reflection.ProtoReflectionDescriptorDatabase(channel).get_services()
 
 
+@pytest.mark.parametrize("method", ["Lookup", "Describe", "Rollback"])
+def test_bytes_that_are_no_message_are_refused_by_every_method(address, method):
+    with grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(f"/oarlock.Serving/{method}")(b"\xff" * 20, timeout=30)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert f"Serving.{method}: 20 bytes that are no such message" in refused.value.details()
+
+
 @pytest.mark.parametrize("frames", [True, False], ids=["frames", "grpc"])
 def test_what_is_no_message_harms_nobody(address, frames):
     transport = BlockingTransport(frames=frames)
