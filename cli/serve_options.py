@@ -25,8 +25,8 @@ def add_serve(commands: Any) -> None:
     run = verbs.add_parser(
         "run",
         help="what is done without a verb",
-        description="Serve the rows of a checkpoint until SIGTERM or Ctrl-C. The address is printed once it listens, and a line when it\n"
-        "is ready.",
+        description="Serve the rows of a checkpoint until SIGTERM or Ctrl-C. The address is printed once it listens, and a line "
+        "when it\nis ready.",
     )
     run.add_argument(
         "checkpoint",
