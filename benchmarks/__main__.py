@@ -26,6 +26,7 @@ MODULES = (
     "checkpoint",
     "elasticity",
     "scaling",
+    "serving",
 )
 
 

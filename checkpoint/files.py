@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from oarlock.checkpoint.direct import LEAST_BYTES, read_direct, write_direct
 from oarlock.proto.errors import InvalidArgument
 
@@ -30,6 +32,8 @@ class Files(Protocol):
     def commit_file(self, path: str, data: Any) -> None: ...
 
     def read_file(self, path: str) -> Any: ...
+
+    def map_file(self, path: str) -> Any | None: ...
 
     def size(self, path: str) -> int: ...
 
@@ -159,6 +163,24 @@ class LocalFiles:
                 return read_direct(self._calls, descriptor, size)
             with os.fdopen(descriptor, "rb", closefd=False) as opened:
                 return opened.read(size)
+        finally:
+            os.close(descriptor)
+
+    def map_file(self, path: str) -> Any | None:
+        """Return a read-only view of the file where it lies, whose pages are the system's and come when they are first read.
+
+        None for an empty file, and where the system maps none. It stays good after the file is deleted; a file that is cut
+        short ends a process that then reads behind its end.
+        """
+        descriptor = self._open(path)
+        try:
+            if not os.fstat(descriptor).st_size:
+                return None
+            # Python's own mmap would keep a file open for each view. The name leads to what is open.
+            with pa.memory_map(f"/proc/self/fd/{descriptor}") as mapped:
+                return mapped.read_buffer()
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 

@@ -75,6 +75,9 @@ class FsspecFiles:
             data: bytes = self._fs.cat_file(target)
             return data
 
+    def map_file(self, path: str) -> None:
+        """Return None: what is elsewhere can only be read."""
+
     def size(self, path: str) -> int:
         """Return the file's length in bytes."""
         target = self._path(path)

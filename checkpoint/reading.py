@@ -37,6 +37,27 @@ class Reading(Cuts):
         """
         return self._load(manifest, entry, lambda file: self._read(manifest.cut, entry, file, checked))
 
+    def map_block(self, manifest: Manifest, entry: BlockEntry, *, checked: bool = False) -> BlockImage | None:
+        """Return one block as views of its file where that lies; ``checked`` skips the checksum.
+
+        No weight is looked at, so only the checksum finds values that are not finite. None if it cannot be: the chain has
+        increments, or the file is compressed, or not of this machine.
+        """
+        links = self._links(manifest, entry)
+        file = next(file for file in links[-1].files if file.kind in KINDS)
+        if len(links) > 1:
+            return None
+        data = self._opened(manifest.cut, entry, file, self.files.map_file)
+        if data is None:
+            return None
+        self._compare_size(manifest.cut, entry, file, len(data))
+        if not checked:
+            # In a view of its own: the pages of what is not served go with it.
+            self._compare_sum(manifest.cut, entry, file, self._opened(manifest.cut, entry, file, self.files.map_file))
+        image = self._link_image(manifest, entry, links[-1], None, data, check_finite=False)
+        inside = np.frombuffer(data, np.uint8)
+        return image if not image.rows or np.may_share_memory(image.weights, inside) else None
+
     def _load(self, manifest: Manifest, entry: BlockEntry, read: Callable[[FileOf], Any]) -> BlockImage:
         links = self._links(manifest, entry)
         befores = [None, *(link.seq for link in links[:-1])]
@@ -120,8 +141,32 @@ class Reading(Cuts):
         cut = manifest.cut
         files = {file.kind: file for file in link.files}
         file = files.pop(entry.kind, link.files[0])
-        data = read(file)
-        image = self._decoded(cut, entry, file, lambda path: decode(data, file=path, after=after))
+        image = rows = self._link_image(manifest, entry, link, after, read(file))
+        gone = _NOTHING
+        if (file := files.get(GONE, file)).kind == GONE:
+            left = read(file)
+            gone = self._decoded(cut, entry, file, lambda path: decode_gone(left, rows, file=path, after=after))
+        if (file := files.get(WAITING, file)).kind == WAITING:
+            beside = read(file)
+            image = self._decoded(cut, entry, file, lambda path: decode_waiting(beside, rows, file=path, after=after))
+        return Increment(image, gone)
+
+    def _link_image(
+        self,
+        manifest: Manifest,
+        entry: BlockEntry,
+        link: Link,
+        after: int | None,
+        data: Any,
+        *,
+        check_finite: bool = True,
+    ) -> BlockImage:
+        """Return what the rows' file of a link holds, which is what the manifest says of it."""
+        cut = manifest.cut
+        file = next(file for file in link.files if file.kind in KINDS)
+        image = self._decoded(
+            cut, entry, file, lambda path: decode(data, file=path, after=after, check_finite=check_finite)
+        )
         have = (image.kind, image.name, image.block, image.seq, image.rows)
         if have != (entry.kind, entry.name, entry.block, link.seq, link.rows):
             told = f"it holds {image.where} with seq {image.seq} and {image.rows} rows"
@@ -132,14 +177,7 @@ class Reading(Cuts):
             raise self._corrupt(
                 cut, entry, file.path, f"its rows have {image.weights.shape[1]} weights, unlike the spec"
             )
-        gone, rows = _NOTHING, image
-        if (file := files.get(GONE, file)).kind == GONE:
-            left = read(file)
-            gone = self._decoded(cut, entry, file, lambda path: decode_gone(left, rows, file=path, after=after))
-        if (file := files.get(WAITING, file)).kind == WAITING:
-            beside = read(file)
-            image = self._decoded(cut, entry, file, lambda path: decode_waiting(beside, rows, file=path, after=after))
-        return Increment(image, gone)
+        return image
 
     def _decoded(self, cut: int, entry: BlockEntry, file: FileOf, make: Callable[[str], Result]) -> Result:
         try:
@@ -149,20 +187,27 @@ class Reading(Cuts):
 
     def _read(self, cut: int, entry: BlockEntry, file: FileOf, checked: bool = False) -> Any:
         """Return a file's bytes, which must have the checksum of the manifest, unless that is known already."""
+        data = self._opened(cut, entry, file, self.files.read_file)
+        self._compare_size(cut, entry, file, len(data))
+        if not checked:
+            self._compare_sum(cut, entry, file, data)
+        return data
+
+    def _compare_sum(self, cut: int, entry: BlockEntry, file: FileOf, data: Any) -> None:
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            columns = damaged_columns(data)
+            where = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}: " if columns else ""
+            raise self._corrupt(cut, entry, file.path, f"altered: {where}its checksum does not fit", columns=columns)
+
+    def _opened(self, cut: int, entry: BlockEntry, file: FileOf, read: Callable[[str], Any]) -> Any:
         try:
-            data = self.files.read_file(file.path)
+            return read(file.path)
         except FileNotFoundError:
             raise self._corrupt(cut, entry, file.path, "missing") from None
         except OSError as error:
             if error.errno not in NO_FILE:
                 raise
             raise self._corrupt(cut, entry, file.path, f"cannot be read: {error.strerror}") from None
-        self._compare_size(cut, entry, file, len(data))
-        if not checked and hashlib.sha256(data).hexdigest() != file.sha256:
-            columns = damaged_columns(data)
-            where = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}: " if columns else ""
-            raise self._corrupt(cut, entry, file.path, f"altered: {where}its checksum does not fit", columns=columns)
-        return data
 
     def check_sizes(self, manifest: Manifest, entries: Iterable[BlockEntry]) -> None:
         """Raise CorruptCheckpoint for the first file of ``entries`` that is missing or has another length; none is read."""

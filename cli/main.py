@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from oarlock.cli.chaos import chaos
 
             return chaos(options)
+        if options.command == "serve":
+            from oarlock.cli.serve import serve
+
+            return serve(options)
         if options.command == "digest":
             from oarlock.cli.digest import digest
 

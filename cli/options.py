@@ -12,6 +12,7 @@ from oarlock.cli.checkpoint_options import add_checkpoint
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.cli.scale_options import add_copies, add_scale, unscaled
+from oarlock.cli.serve_options import add_serve
 from oarlock.client.job import MODES
 from oarlock.client.security import add_security
 from oarlock.telemetry.prometheus import read_port
@@ -27,6 +28,7 @@ examples:
   oarlock scale first --servers 4                      more shards while it trains
   oarlock rows explain first user 42                   all that is known of a key while it trains
   oarlock chaos --demo                                 kill its processes, to see that nothing is lost
+  oarlock serve runs/first/checkpoints --follow-cuts   rows by key for other programs, newer cuts as they come
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """
@@ -44,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.bare and args and not args[0].startswith("-"):
+        if self.bare and args and args[0] not in ("-h", "--help"):
             verbs = next(a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
             args = args if args[0] in verbs else [self.bare, *args]
         return super().parse_known_args(args, namespace)
@@ -251,6 +253,7 @@ def build_parser() -> Parser:
     )
     rollback.add_argument("--json", action="store_true", help="print one JSON object")
     add_rows(commands)
+    add_serve(commands)
 
     digest = commands.add_parser(
         "digest",

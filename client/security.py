@@ -29,7 +29,7 @@ _HELP = {
     "plaintext_tokens": (None, "tokens may go to other machines without TLS"),
     "read_requests_per_second": (
         "N",
-        f"of all callers of role read together, for each process (default {READ_REQUESTS_PER_SECOND:g}; 0: any number)",
+        f"of all callers of role read for each process, but look-ups (default {READ_REQUESTS_PER_SECOND:g}; 0: any number)",
     ),
     "roots": ("PATH", "where a request may name checkpoints, beside the job's own; may be repeated"),
 }

@@ -6,6 +6,7 @@ Compiling takes the interpreter lock for seconds; four processes that each compi
 
 from collections.abc import Callable
 
+from oarlock.embedding.frozen import warm_up as warm_up_serving
 from oarlock.embedding.jit import kernel_folder
 from oarlock.embedding.warmup import warm_up as warm_up_shard
 from oarlock.worker.warmup import warm_up as warm_up_worker
@@ -22,6 +23,7 @@ def compile_or_load() -> None:
     """Compile all kernels, or load them from the cache into this process."""
     warm_up_shard()
     warm_up_worker()
+    warm_up_serving()
     (kernel_folder() / _READY).touch()
 
 

@@ -23,7 +23,7 @@ from oarlock.proto.errors import Malformed, OutOfMemory
 
 VERSION = 1
 # Kinds of frames. What a reply answers is the frame before it on the same connection.
-HELLO, REPLY, PULL, PUSH, REPLICATE = 0, 1, 2, 3, 4
+HELLO, REPLY, PULL, PUSH, REPLICATE, LOOKUP = range(6)
 # Added to the kind of a request whose answer may have parts.
 BESIDE = 0x80
 
@@ -281,10 +281,12 @@ def _behind(views: list[memoryview], count: int) -> list[memoryview]:
 class Receiver:
     """The receiving end of one connection: frames come into buffers that are used again once nobody looks at them."""
 
-    def __init__(self, connection: socket.socket, buffers: Buffers | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, buffers: Buffers | None = None, *, first_bytes: int = FIRST_BYTES
+    ) -> None:
         self._connection = connection
         self._buffers = Buffers(MOST_KEPT) if buffers is None else buffers
-        self._first = memoryview(bytearray(FIRST_BYTES))
+        self._first = memoryview(bytearray(first_bytes))
         self._at = 0
 
     def receive(self, most: int | None = None) -> Frame:

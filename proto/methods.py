@@ -5,7 +5,7 @@ Invariant: this table is the only list of methods; transports and servers are dr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,15 @@ from google.protobuf.message import Message
 
 from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
+from oarlock.proto import serving_pb2 as serving
 from oarlock.proto import shard_pb2 as shard
-from oarlock.proto.frames import PULL, PUSH, REPLICATE
+from oarlock.proto.frames import LOOKUP, PULL, PUSH, REPLICATE
 from oarlock.proto.roles import ADMINS, EVERYBODY, LOOKERS, MEMBERS
 
 # Version of the messages. Two sides with different numbers refuse each other (VersionMismatch).
 PROTOCOL = 1
+# Where frames travel, and with which token, which the server of any service tells.
+SOCKETS = "Wire.Sockets"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Method:
         return bool(self.frame)
 
     @property
+    def service(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
     def path(self) -> str:
         service, method = self.name.split(".")
         return f"/oarlock.{service}/{method}"
@@ -60,8 +67,8 @@ def _undoes(request: shard.RowsRequest) -> bool:
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        # Answered by the server of any service that has bulk methods.
-        Method("Wire.Sockets", common.SocketsRequest, common.SocketsReply, MEMBERS),
+        # Answered by the server of any service, to whom methods_of says.
+        Method(SOCKETS, common.SocketsRequest, common.SocketsReply, EVERYBODY),
         Method("Shard.Hello", common.HelloRequest, common.HelloReply, EVERYBODY),
         Method("Shard.Pull", shard.PullRequest, shard.PullReply, MEMBERS, frame=PULL),
         Method("Shard.Push", shard.PushRequest, shard.PushReply, MEMBERS, frame=PUSH),
@@ -98,5 +105,19 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.LiveDigest", coordinator.LiveDigestRequest, coordinator.LiveDigestReply, LOOKERS),
         Method("Coordinator.Describe", coordinator.DescribeRequest, coordinator.DescribeReply, LOOKERS),
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty, ADMINS),
+        Method("Serving.Lookup", serving.LookupRequest, serving.LookupReply, EVERYBODY, frame=LOOKUP),
+        Method("Serving.Describe", serving.ModelRequest, serving.ModelReply, EVERYBODY),
+        Method("Serving.Rollback", serving.ServeCutRequest, serving.ModelReply, ADMINS, slow=True),
     )
 }
+
+
+def methods_of(service: str) -> list[Method]:
+    """Return what a server of ``service`` answers.
+
+    The sockets of frames are for those who may call every method of the service that travels on them, and for nobody else: who
+    is let in there may send frames of all their kinds.
+    """
+    own = [method for method in METHODS.values() if method.service == service]
+    sockets = METHODS[SOCKETS]
+    return [*own, replace(sockets, roles=sockets.roles.intersection(*(m.roles for m in own if m.frame)))]

@@ -170,6 +170,26 @@ _MEMBER = _metrics(
     ("run", "gauge", "The run of the job that the member is in."),
 )
 
+_SERVING = _metrics(
+    "serving process",
+    "oarlock_serving_",
+    (),
+    ("ready", "gauge", "1 if a model is served."),
+    ("run", "gauge", "Run of the job that the served state is of."),
+    ("cut", "gauge", "Number of the checkpoint that is served."),
+    ("age_seconds", "gauge", "How old the state that is served is."),
+    ("pinned", "gauge", "1 if newer checkpoints are not taken."),
+    ("problem", "gauge", "1 if a newer checkpoint could not be taken; `oarlock serve status` says why."),
+    ("swaps_total", "counter", "How often another checkpoint took the place of the one that was served."),
+    ("failed_loads_total", "counter", "Checkpoints that could not be opened."),
+    ("load_seconds", "gauge", "How long the last one took to be opened."),
+    ("lookup_seconds", "histogram", "Time of a look-up in the tables, without network and message."),
+    ("rows table", "gauge", "Rows that are served."),
+    ("table_bytes table", "gauge", "Bytes of keys, rows and index, those of mapped files included."),
+    ("asked_keys_total table", "counter", "Keys that were looked up."),
+    ("missing_keys_total table", "counter", "Keys that were looked up and have no row."),
+)
+
 
 def _rpc(side: str, *rows: tuple[str, Kind, str]) -> tuple[Metric, ...]:
     return _metrics(f"every process, as {side}", f"oarlock_rpc_{side}_", (), *rows)
@@ -229,5 +249,5 @@ _PROCESS = (
     Metric("every process", "process_threads", "gauge", (), "Threads of the process."),
 )
 
-METRICS = (*_COORDINATOR, *_SHARD, *_TABLE, *_WORKER, *_CACHE, *_MEMBER, *_SERVER, *_CLIENT, *_PROCESS)
+METRICS = (*_COORDINATOR, *_SHARD, *_TABLE, *_WORKER, *_CACHE, *_SERVING, *_MEMBER, *_SERVER, *_CLIENT, *_PROCESS)
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -20,7 +20,7 @@ from oarlock.proto.bulk import Bulk, Landing, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.frames import BESIDE, encode
-from oarlock.proto.methods import METHODS, PROTOCOL, Method
+from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, Method, methods_of
 from oarlock.proto.roles import ADMINS
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.credentials import open_channel
@@ -57,6 +57,8 @@ class GrpcTransport:
         self._frames = frames
         self._security = security or Security()
         self._peers: dict[str, FramePeer] = {}
+        # Whose sockets of frames are at an address depends on the service that is there.
+        self._sockets_roles: dict[str, frozenset[str]] = {}
         # Each with the version of the certificates that it was made with.
         self._channels: dict[str, tuple[int, aio.Channel]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
@@ -100,7 +102,10 @@ class GrpcTransport:
 
     def _metadata(self, address: str, method: Method, request: Any) -> tuple[tuple[str, str], ...]:
         changes = method.changes is not None and method.changes(request)
-        header = self._security.authorization(ADMINS if changes else method.roles, address, method.name)
+        roles = ADMINS if changes else method.roles
+        if method.name == SOCKETS:
+            roles = self._sockets_roles.get(address, roles)
+        header = self._security.authorization(roles, address, method.name)
         return () if header is None else ((AUTHORIZATION, header),)
 
     async def call(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> Any:
@@ -146,6 +151,7 @@ class GrpcTransport:
         """Return the answer, or None if the other side has no sockets for frames."""
         peer = self._peers.get(address)
         if peer is None:
+            self._sockets_roles[address] = roles_of_sockets(method)
             peer = self._peers[address] = self._peer(address)
         if peer.absent:
             return None
@@ -168,12 +174,8 @@ class GrpcTransport:
         async def offer() -> SocketsReply | None:
             try:
                 request = SocketsRequest(protocol=PROTOCOL)
-                answer: SocketsReply = await self.call(address, "Wire.Sockets", request, timeout_seconds=OFFER_SECONDS)
-                if self._security.calls_tls:
-                    # Frames have none: only those that cannot leave this machine.
-                    there = [each for each in answer.addresses if each.startswith(ABSTRACT)]
-                    return SocketsReply(addresses=there, token=answer.token) if there else None
-                return answer
+                answer: SocketsReply = await self.call(address, SOCKETS, request, timeout_seconds=OFFER_SECONDS)
+                return reachable(answer, self._security)
             except (NotFound, VersionMismatch, Malformed):
                 return None
 
@@ -223,6 +225,20 @@ class GrpcTransport:
         self._lanes.clear()
         self._channels.clear()
         self._calls.clear()
+
+
+def roles_of_sockets(method: Method) -> frozenset[str]:
+    """Return who is told of the sockets on which ``method`` travels."""
+    return next(each.roles for each in methods_of(method.service) if each.name == SOCKETS)
+
+
+def reachable(offer: SocketsReply, security: Security) -> SocketsReply | None:
+    """Return what of an offer of sockets may be used, None if nothing of it: frames have no TLS, so where calls do, only those
+    that cannot leave this machine."""
+    if not security.calls_tls:
+        return offer
+    there = [each for each in offer.addresses if each.startswith(ABSTRACT)]
+    return SocketsReply(addresses=there, token=offer.token) if there else None
 
 
 class _Reader:

@@ -40,15 +40,32 @@ def server_credentials(security: Security) -> grpc.ServerCredentials:
 
 
 def open_channel(address: str, security: Security) -> aio.Channel:
-    """Return a channel to a process, which has to show its certificate if there is TLS."""
+    """Return a channel of an event loop to a process, which has to show its certificate if there is TLS."""
+    credentials, options = _client_credentials(security)
+    if credentials is None:
+        return aio.insecure_channel(address, options=options)
+    return aio.secure_channel(address, credentials, options=options)
+
+
+def open_blocking_channel(address: str, security: Security) -> grpc.Channel:
+    """Return the same for threads."""
+    credentials, options = _client_credentials(security)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def _client_credentials(security: Security) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]]]:
+    """Return what a client goes by (None: no TLS), and the options of its channels."""
     pem = security.pem
+    options: list[tuple[str, Any]] = list(CLIENT_OPTIONS)
     if pem is None or not security.calls_tls:
-        return aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return None, options
+    if security.spec.tls_name:
+        options.append(("grpc.ssl_target_name_override", security.spec.tls_name))
     credentials = grpc.ssl_channel_credentials(
         root_certificates=pem.authorities or None,
         private_key=pem.key or None,
         certificate_chain=pem.certificate or None,
     )
-    name = security.spec.tls_name
-    options = [*CLIENT_OPTIONS, *([("grpc.ssl_target_name_override", name)] if name else [])]
-    return aio.secure_channel(address, credentials, options=options)
+    return credentials, options

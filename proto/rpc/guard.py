@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard of a gRPC server: who calls, and whether they may, before anything of the call is read and before it takes a place.
 
-Invariant: without a token of a role that may, a call is answered by a refusal and nothing else, whatever it names; only the
-health check is open. Which part of a token was wrong is told to nobody. Called by gRPC's own thread for each call, and once for
+Invariant: without a token of a role that may, a call is answered by a refusal and nothing else, whatever it names; only health
+(health.py) is open. Which part of a token was wrong is told to nobody. Called by gRPC's own thread for each call, and once for
 each stream, so the requests of a stream cost nothing.
 """
 
@@ -15,32 +15,42 @@ from typing import Any
 import grpc
 
 from oarlock.proto.errors import PermissionDenied, PSError, Unauthenticated, Unavailable
-from oarlock.proto.methods import Method
+from oarlock.proto.methods import SOCKETS, Method
 from oarlock.proto.rate import RateLimit
 from oarlock.proto.roles import ADMIN, READ, ROLES
+from oarlock.proto.rpc.health import Behaviour
 from oarlock.proto.rpc.status import FAILURE_KEY, to_status
 from oarlock.proto.security import Security, presented_in
 
 logger = logging.getLogger(__name__)
 
 AUTHORIZATION = "authorization"
-# The health check of gRPC (grpc.health.v1), which orchestrators know: SERVING, as bytes.
-HEALTH = "/grpc.health.v1.Health/Check"
-_SERVING = b"\x08\x01"
 # Lines in the log about callers that were turned away.
 _LINES_PER_SECOND = 1.0
 UNKNOWN = "this process answers those who give a token of its job: give --token-file FILE, the job's (docs/security.md)"
 
 # (method, role): what works on a call whose caller has that role; empty: nobody is asked for one.
-Open = Callable[[Method, str], Callable[[Iterator[bytes], Any], Iterator[bytes]]]
+Open = Callable[[Method, str], Behaviour]
 
 
 class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Lets calls of ``methods`` (by path) in, each with what ``open_`` returns for it, and counts those that it does not."""
+    """Lets calls of ``methods`` (by path) in, each with what ``open_`` returns for it, and counts those that it does not.
 
-    def __init__(self, security: Security, methods: Mapping[str, tuple[Method, Open]]) -> None:
+    ``health``: works on the calls that are open to everybody, by path; ``reflection``: on those of whoever has some role.
+    """
+
+    def __init__(
+        self,
+        security: Security,
+        methods: Mapping[str, tuple[Method, Open]],
+        *,
+        health: Mapping[str, Behaviour],
+        reflection: grpc.GenericRpcHandler,
+    ) -> None:
         self._security = security
         self._methods = methods
+        self._reflection = reflection
+        self._health = {path: _handler(each) for path, each in health.items()}
         # Without tokens every call of a method is worked on by the same.
         self._free = {path: _handler(open_(method, "")) for path, (method, open_) in methods.items()}
         self._limit = RateLimit(security.spec.read_requests_per_second)
@@ -50,15 +60,15 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, call: Any) -> Any:
         """Return what works on a call; None for a method that there is not."""
-        if call.method == HEALTH:
-            return _HEALTHY
+        if call.method in self._health:
+            return self._health[call.method]
         if self._security.tokens is None:
-            return self._free.get(call.method)
+            return self._free.get(call.method) or self._reflection.service(call)
         found = self._methods.get(call.method)
         try:
             role = self._role(call.invocation_metadata)
             if found is None:
-                return None
+                return self._reflection.service(call)
             method, open_ = found
             self._let_in(role, method)
         except PSError as error:
@@ -78,7 +88,9 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
     def _let_in(self, role: str, method: Method) -> None:
         if role not in method.roles:
             raise denied(role, method, method.roles)
-        if role == READ and not self._limit.enter():
+        # What a process is there for, its places and its memory bound.
+        looks = not method.frame and method.name != SOCKETS
+        if role == READ and looks and not self._limit.enter():
             raise Unavailable(
                 f"callers of role {READ} ask this process for more than "
                 f"{self._security.spec.read_requests_per_second:g} things a second: ask again in a moment"
@@ -109,7 +121,7 @@ def denied(role: str, method: Method, roles: frozenset[str]) -> PermissionDenied
     )
 
 
-def _handler(behaviour: Callable[[Iterator[bytes], Any], Iterator[bytes]]) -> grpc.RpcMethodHandler:
+def _handler(behaviour: Behaviour) -> grpc.RpcMethodHandler:
     # Single calls are served as streams of one message, which look the same on the wire: for those the thread waits until the
     # answer has gone out, where gRPC would keep any number of answers that nobody reads.
     return grpc.stream_stream_rpc_method_handler(behaviour)
@@ -129,7 +141,3 @@ def refuse(context: grpc.ServicerContext, error: PSError) -> None:
     context.set_trailing_metadata(((FAILURE_KEY, failure),))
     context.set_code(code)
     context.set_details(text)
-
-
-# Nothing of the question is read: nobody holds a thread with half of one.
-_HEALTHY = _handler(lambda requests, context: iter((_SERVING,)))

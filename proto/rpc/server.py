@@ -24,14 +24,17 @@ from oarlock.proto.bulk import Bulk, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.frames import BESIDE, REPLY, Frame, encode
-from oarlock.proto.methods import METHODS, Method
+from oarlock.proto.methods import SOCKETS, Method, methods_of
 from oarlock.proto.pending import Pending, Waits
 from oarlock.proto.rpc.counts import Counts
 from oarlock.proto.rpc.credentials import server_credentials
 from oarlock.proto.rpc.frame_server import FrameServer
 from oarlock.proto.rpc.guard import Guard, Open, check_changes, refuse
+from oarlock.proto.rpc.health import MAX_CALLS as MAX_HEALTH
+from oarlock.proto.rpc.health import Health
 from oarlock.proto.rpc.options import MAX_CALLS, SERVER_OPTIONS
 from oarlock.proto.rpc.places import STALL_SECONDS, Places
+from oarlock.proto.rpc.reflection import MAX_STREAMS, Reflection
 from oarlock.proto.rpc.status import failure_of
 from oarlock.proto.security import Security
 from oarlock.proto.transport import dispatch
@@ -39,9 +42,6 @@ from oarlock.proto.version import check_protocol
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, Memory, Work
 
 logger = logging.getLogger(__name__)
-
-# The service that every server answers by itself.
-WIRE = "Wire"
 
 # Fewer could not be shared out.
 MIN_THREADS = 16
@@ -52,7 +52,10 @@ MAX_CONNECTIONS = 8192
 
 
 class GrpcServer:
-    """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``."""
+    """Serves ``handler`` as ``service`` at ``listen``: ``host:port`` (port 0: any free one) or ``unix:PATH``.
+
+    ``serving``: what gRPC's health service, which is beside it, is to say.
+    """
 
     def __init__(
         self,
@@ -65,20 +68,22 @@ class GrpcServer:
         frames: bool = True,
         request_memory_bytes: int = REQUEST_MEMORY_BYTES,
         security: Security | None = None,
+        serving: Callable[[], bool] = lambda: True,
     ) -> None:
         self._security = security or Security()
         self.memory = Memory(request_memory_bytes, stall_seconds=stall_seconds)
         self._handler = handler
         self._service = service
+        self._methods = methods_of(service)
         self._listen = listen
         self._threads = max(threads, MIN_THREADS)
         # A newcomer needs a thread in which to be let in or sent away: some are nobody's place.
         spare = max(2, self._threads // 16)
-        streams = self._threads * 3 // 4 if any(m.streamed for m in self._methods()) else 0
+        streams = self._threads * 3 // 4 if any(m.streamed for m in self._methods) else 0
         self._streams = Places(streams, stall_seconds=stall_seconds)
         self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
         # A connection of frames has a thread of its own; nobody has both such connections and streams.
-        bulk = {m.frame: m for m in self._methods() if m.frame} if frames else {}
+        bulk = {m.frame: m for m in self._methods if m.frame} if frames else {}
         # Frames have no TLS: where there is some, they stay on this machine, and bulk data from others comes over gRPC.
         host = "" if listen.startswith("unix:") or self._security.serves_tls else listen.rpartition(":")[0]
         self._frames = (
@@ -88,12 +93,18 @@ class GrpcServer:
             if bulk
             else None
         )
+        self._health = Health(f"oarlock.{service}", serving, stall_seconds=stall_seconds)
         self._waits = Waits()
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.address = listen
         self.counts = Counts()
-        self._guard = Guard(self._security, self._methods_by_path())
+        self._guard = Guard(
+            self._security,
+            self._methods_by_path(),
+            health=self._health.behaviours(),
+            reflection=Reflection(f"oarlock.{service}", stall_seconds=stall_seconds),
+        )
 
     @property
     def denied(self) -> dict[str, int]:
@@ -110,7 +121,7 @@ class GrpcServer:
         check_address(self._listen)
         self._security.check_listen(self._listen, "--listen")
         # Threads are made as they are needed; each worker's stream holds one.
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="oarlock-rpc")
+        self._pool = ThreadPoolExecutor(self._threads + MAX_HEALTH + MAX_STREAMS, thread_name_prefix="oarlock-rpc")
         options = [*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections())]
         server = grpc.server(self._pool, options=options, maximum_concurrent_rpcs=MAX_CALLS)
         server.add_generic_rpc_handlers((self._guard,))
@@ -134,11 +145,10 @@ class GrpcServer:
 
     def _methods_by_path(self) -> dict[str, tuple[Method, Open]]:
         methods: dict[str, tuple[Method, Open]] = {}
-        for method in METHODS.values():
-            if method.name.split(".")[0] in (self._service, WIRE):
-                methods[method.path] = (method, self._answer)
-                if method.streamed:
-                    methods[method.path + "Stream"] = (method, self._answer_stream)
+        for method in self._methods:
+            methods[method.path] = (method, self._answer)
+            if method.streamed:
+                methods[method.path + "Stream"] = (method, self._answer_stream)
         return methods
 
     def _begun(self, method: Method, data: bytes, work: Work, role: str = "") -> Callable[[], bytes]:
@@ -212,7 +222,7 @@ class GrpcServer:
         except DecodeError as error:
             raise Malformed(f"{method.name}: {len(data)} bytes that are no such message") from error
         check_changes(method, role, request)
-        if method.name.startswith(WIRE + "."):
+        if method.name == SOCKETS:
             return self._sockets(request)
         if isinstance(sent, Frame):
             whole = Bulk(request, Parts(sent.parts))
@@ -235,9 +245,6 @@ class GrpcServer:
         if self._frames is None:
             return SocketsReply()
         return SocketsReply(addresses=self._frames.addresses, token=self._frames.token)
-
-    def _methods(self) -> list[Method]:
-        return [m for m in METHODS.values() if m.name.split(".")[0] == self._service]
 
     def _answer(self, method: Method, role: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -293,6 +300,7 @@ class GrpcServer:
 
     def stop(self, grace_seconds: float = 0.5) -> None:
         """Stop listening, give calls in flight the grace, and wait for it; idempotent."""
+        self._health.stop()
         if self._frames is not None:
             self._frames.stop(grace_seconds)
         if self._server is not None and self._pool is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oarlock.proto.methods import METHODS
+from oarlock.proto.methods import METHODS, methods_of
 from oarlock.proto.roles import ADMIN, READ, ROLES, TRAIN
 from oarlock.proto.rpc import server
 from oarlock.proto.security import READ_REQUESTS_PER_SECOND, SecuritySpec, option_of
@@ -41,11 +41,14 @@ def test_the_roles_are_those_of_the_methods() -> None:
     assert tuple(rows) == ROLES
     of = {role: {m.name for m in METHODS.values() if role in m.roles} for role in ROLES}
     assert set(re.findall(r"`(\w+\.\w+)`", rows[READ])) == of[READ]
+    assert {service for service in ("Shard", "Serving") if READ in methods_of(service)[-1].roles} == {"Serving"}
     shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows"}
     named = {f"Coordinator.{n}" for n in re.findall(r"`(?:Coordinator\.)?([A-Z]\w+)`", rows[TRAIN])}
-    assert of[TRAIN] == shard | {"Wire.Sockets"} | named - {"Coordinator.Stats", "Coordinator.Rows"}
-    more = {f"Coordinator.{n}" for n in ("Scale", "Checkpoint", "Rollback", "Stop")}
+    lookups = set(re.findall(r"`(Serving\.\w+)`", rows[TRAIN]))
+    assert of[TRAIN] == shard | {"Wire.Sockets"} | lookups | named - {"Coordinator.Stats", "Coordinator.Rows"}
+    more = {f"Coordinator.{n}" for n in ("Scale", "Checkpoint", "Rollback", "Stop")} | {"Serving.Rollback"}
     assert all(n.split(".")[1] in rows[ADMIN] for n in more)
+    assert "`Serving.Rollback`" in rows[ADMIN]
     assert of[ADMIN] == of[READ] | more
 
 
@@ -59,7 +62,7 @@ def test_the_options_are_those_of_the_spec() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in table("what")}
     assert limits["keys in one `Rows`"] == str(MAX_KEYS)
-    assert limits["requests a second of role `read`"] == f"{READ_REQUESTS_PER_SECOND:g}"
+    assert limits["requests a second of role `read`"] == f"{READ_REQUESTS_PER_SECOND:g} (look-ups not counted)"
     assert limits["connections of gRPC"].endswith(str(server.MAX_CONNECTIONS))
     http = f"{prometheus.MAX_CONNECTIONS}; {prometheus.HEAD_BYTES}; {prometheus.SECONDS:g}"
     assert limits["HTTP connections; bytes of a request; seconds of a connection"] == http

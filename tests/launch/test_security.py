@@ -22,7 +22,7 @@ from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.coordinator_pb2 import RollbackRequest
 from oarlock.proto.errors import InvalidArgument, PermissionDenied
 from oarlock.proto.rpc import GrpcTransport
-from oarlock.proto.rpc.guard import HEALTH
+from oarlock.proto.rpc.health import CHECK
 from oarlock.proto.security import Security, SecuritySpec
 
 UNKNOWN = grpc.StatusCode.UNAUTHENTICATED
@@ -124,7 +124,7 @@ class Intruder:
         for service, all_of_it in addresses.items():
             for address in all_of_it:
                 with grpc.secure_channel(address, with_certificate) as channel:
-                    assert raw(channel, HEALTH)[0] is grpc.StatusCode.OK
+                    assert raw(channel, CHECK)[0] is grpc.StatusCode.OK
                     for _, path in paths_of(service):
                         for metadata in ((), bearer("x" * 43)):
                             found = raw(channel, path, metadata)
@@ -135,7 +135,7 @@ class Intruder:
                 )):  # fmt: skip
                     with insecure as channel:
                         # Who shows no certificate does not get as far as a question.
-                        assert raw(channel, HEALTH)[0] is grpc.StatusCode.UNAVAILABLE
+                        assert raw(channel, CHECK)[0] is grpc.StatusCode.UNAVAILABLE
         context = ssl.create_default_context(cafile=self.fields["tls_ca"])
         told = [status["metrics"], *(m["stats"]["metrics"] for m in members if m["stats"].get("metrics"))]
         for address in told:

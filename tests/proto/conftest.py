@@ -14,7 +14,7 @@ from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.transport import InProcess
 from tests.conftest import load_shared
 
-for _name in ("client_rig", "frame_rig", "golden_rig", "scripted_rig", "security_rig"):
+for _name in ("client_rig", "frame_rig", "golden_rig", "golden_serving", "scripted_rig", "security_rig"):
     load_shared(f"proto/{_name}.py")
 
 Body = Callable[[Any, str], Awaitable[Any]]

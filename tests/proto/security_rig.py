@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from oarlock.proto.methods import METHODS
+from oarlock.proto.methods import METHODS, methods_of
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security, SecuritySpec
 from oarlock.proto.tokens import new_tokens, read_tokens
@@ -121,7 +121,7 @@ class Recorder:
 
 def paths_of(service):
     """Return (method, path) of all that a server of ``service`` answers, streams included."""
-    found = [m for m in METHODS.values() if m.name.split(".")[0] in (service, "Wire")]
+    found = methods_of(service)
     return [(m, m.path) for m in found] + [(m, m.path + "Stream") for m in found if m.streamed]
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_rig import EARLIER, GRADIENTS, KEYS, MESSAGES, OPERATIONS
+from golden_rig import EARLIER, GRADIENTS, KEYS, OPERATIONS
+from golden_rig import MESSAGES as OF_JOBS
+from golden_serving import SERVING
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from oarlock.proto import common_pb2, coordinator_pb2, shard_pb2
+from oarlock.proto import common_pb2, coordinator_pb2, health_pb2, serving_pb2, shard_pb2
 from oarlock.proto.arrays import unpack
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import (
@@ -23,6 +25,7 @@ from oarlock.proto.shard_pb2 import (
 )
 
 GOLDEN = Path(__file__).with_name("golden")
+MESSAGES = {**OF_JOBS, **SERVING}
 
 
 def golden(name: str) -> bytes:
@@ -62,7 +65,9 @@ def nested(found: Descriptor) -> Iterator[str]:
 
 def test_every_message_has_a_golden_file() -> None:
     used = {name for m in METHODS.values() for kind in (m.request, m.reply) for name in nested(kind.DESCRIPTOR)}
-    files = (common_pb2, coordinator_pb2, shard_pb2)
+    # What gRPC's own health service carries (proto/rpc/health.py).
+    used |= set(health_pb2.DESCRIPTOR.message_types_by_name)
+    files = (common_pb2, coordinator_pb2, health_pb2, serving_pb2, shard_pb2)
     declared = {name for file in files for name in file.DESCRIPTOR.message_types_by_name}
     assert {path.stem for path in GOLDEN.iterdir()} == used | set(EARLIER) | set(OPERATIONS)
     # A message that no method carries would be dead.
@@ -98,7 +103,7 @@ def test_everything_that_an_operation_may_have_done_has_a_golden_file() -> None:
 
 
 def test_numbers_of_enums_never_change_meaning() -> None:
-    files = (common_pb2, coordinator_pb2, shard_pb2)
+    files = (common_pb2, coordinator_pb2, health_pb2, serving_pb2, shard_pb2)
     enums = [e for file in files for e in file.DESCRIPTOR.enum_types_by_name.values()]
     assert {e.name: {v.name: v.number for v in e.values} for e in enums} == {
         "DType": {"DTYPE_UNSPECIFIED": 0, "UINT64": 1, "INT32": 2, "FLOAT32": 3, "UINT32": 4, "UINT8": 5},
@@ -107,6 +112,9 @@ def test_numbers_of_enums_never_change_meaning() -> None:
         "Work": {"WORK_UNSPECIFIED": 0, "TRAIN": 1, "EVALUATE": 2, "WAIT": 3, "FINISHED": 4},
         "RowsVerb": {"ROWS_UNSPECIFIED": 0, "GET": 1, "EXPLAIN": 2, "EXPORT": 3, "UNDO": 4, "QUARANTINE": 5},
     }
+    # Those of grpc.health.v1.
+    status = {"UNKNOWN": 0, "SERVING": 1, "NOT_SERVING": 2, "SERVICE_UNKNOWN": 3}
+    assert dict(health_pb2.HealthCheckResponse.ServingStatus.items()) == status
 
 
 def test_paths_and_attributes_of_methods() -> None:
@@ -117,6 +125,7 @@ def test_paths_and_attributes_of_methods() -> None:
         "Shard.Pull",
         "Shard.Push",
         "Shard.Replicate",
+        "Serving.Lookup",
     }
     for name, method in METHODS.items():
         assert method.name == name

@@ -5,6 +5,7 @@ import asyncio
 import random
 import socket
 import time
+from threading import Event
 
 import grpc
 import pytest
@@ -14,14 +15,17 @@ from oarlock.proto import frames
 from oarlock.proto.common_pb2 import HelloReply, HelloRequest, SocketsReply, SocketsRequest
 from oarlock.proto.coordinator_pb2 import StatusRequest
 from oarlock.proto.errors import PermissionDenied, Unauthenticated, Unavailable
-from oarlock.proto.methods import METHODS, PROTOCOL
+from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, methods_of
 from oarlock.proto.roles import ROLES
 from oarlock.proto.rpc import GrpcTransport
-from oarlock.proto.rpc.guard import HEALTH
+from oarlock.proto.rpc.health import CHECK, WATCH
 from oarlock.proto.rpc.sockets import connect
 from oarlock.proto.shard_pb2 import GET, UNDO, PullReply, PullRequest, RowsRequest
 
-SERVICES = ("Shard", "Coordinator")
+SERVICES = ("Shard", "Coordinator", "Serving")
+# A service of gRPC that is beside ours where grpcio-reflection is installed.
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+SERVES = b"\x08\x01"
 DENIED, UNKNOWN = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -39,7 +43,7 @@ def guarded(request, tmp_path):
 def test_the_list_of_ways_is_complete():
     ways = {path for service in SERVICES for _, path in paths_of(service)}
     assert {m.path for m in METHODS.values()} <= ways
-    assert sum(path.endswith("Stream") for path in ways) == sum(m.streamed for m in METHODS.values()) == 3
+    assert sum(path.endswith("Stream") for path in ways) == sum(m.streamed for m in METHODS.values()) == 4
 
 
 def test_nothing_but_health_answers_without_a_token(guarded):
@@ -55,7 +59,7 @@ def test_nothing_but_health_answers_without_a_token(guarded):
         (*bearer(texts["admin"]), *bearer(texts["admin"])),
         (*bearer("x" * 43), *bearer(texts["admin"])),
     )
-    called = [*paths_of(service), (None, "/oarlock.Nobody/Nothing"), (None, "/")]
+    called = [*paths_of(service), (None, "/oarlock.Nobody/Nothing"), (None, REFLECTION), (None, "/")]
     words = set()
     for number, (_, path) in enumerate(called):
         # All of them for some methods, one each for the others.
@@ -70,7 +74,10 @@ def test_nothing_but_health_answers_without_a_token(guarded):
     assert len(words) == 1, "which part was wrong is nobody's business"
     assert handler.asked == []
     assert set(server.denied) == {"token"}
-    assert raw(channel, HEALTH) == (grpc.StatusCode.OK, [b"\x08\x01"])
+    assert raw(channel, CHECK) == (grpc.StatusCode.OK, [SERVES])
+    watching = channel.stream_stream(WATCH)(iter([b""]), timeout=20)
+    assert next(watching) == SERVES
+    watching.cancel()
 
 
 def test_each_role_does_what_it_may_and_nothing_else(guarded):
@@ -100,7 +107,7 @@ def test_a_listener_that_is_nobodys_is_open_as_before():
 def test_hostile_metadata_is_refused_and_harms_nobody(guarded, seed):
     service, _, handler, channel, texts = guarded
     rng = random.Random(seed)
-    path = METHODS[f"{service}.Hello"].path
+    path = METHODS["Serving.Describe" if service == "Serving" else f"{service}.Hello"].path
     hostile = [
         (("authorization", "Bearer " + "x" * 7000),),
         (("authorization", "x" * 100_000),),
@@ -149,6 +156,59 @@ def test_frames_open_to_none_who_was_not_told_their_token(tmp_path):
             assert frames.Receiver(connection).receive().kind == frames.REPLY
     server.stop(0)
     assert handler.asked == []
+
+
+def test_sockets_of_frames_are_for_who_may_send_all_that_travels_on_them(tmp_path):
+    path = write_tokens(tmp_path / "tokens")
+    allowed = {"Shard": {"train"}, "Serving": set(ROLES)}
+    for service, roles in allowed.items():
+        server = serve(Recorder(), service, token_file=path)
+        data = SocketsRequest(protocol=PROTOCOL).SerializeToString()
+        offers = {}
+        with grpc.insecure_channel(server.address) as channel:
+            for role in ROLES:
+                status, answers = raw(channel, METHODS[SOCKETS].path, bearer(texts_of(path)[role]), data)
+                assert status is (grpc.StatusCode.OK if role in roles else DENIED), (service, role)
+                offers[role] = SocketsReply.FromString(answers[0]) if answers else None
+        for role in roles:
+            kinds = {m.frame for m in METHODS.values() if m.frame and m.service == service and role in m.roles}
+            for kind in (frames.PULL, frames.PUSH, frames.REPLICATE, frames.LOOKUP):
+                with connect(offers[role].addresses[0], server.address) as connection:
+                    frames.send(connection, frames.encode(frames.HELLO, offers[role].token))
+                    receiver = frames.Receiver(connection)
+                    receiver.receive()
+                    frames.send(connection, frames.stamped(frames.encode(kind, b""), 10.0))
+                    if kind in kinds:
+                        assert receiver.receive().kind == frames.REPLY
+                    else:
+                        with pytest.raises((frames.Closed, ConnectionError)):
+                            receiver.receive()
+        server.stop(0)
+
+
+def test_a_service_of_several_roles_tells_its_sockets_to_none_of_less():
+    """Whoever is let in there may send frames of every kind."""
+    assert {service: methods_of(service)[-1].roles for service in SERVICES} == {
+        "Shard": frozenset({"train"}),
+        "Coordinator": frozenset(ROLES),  # it has none, and says so
+        "Serving": frozenset(ROLES),
+    }
+    for service in SERVICES:
+        bulk = [m.roles for m in methods_of(service) if m.frame]
+        assert all(methods_of(service)[-1].roles <= roles for roles in bulk)
+
+
+def test_look_ups_are_what_role_read_is_for_and_not_counted(tmp_path):
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), "Serving", token_file=path, read_requests_per_second=0.001)
+    with grpc.insecure_channel(server.address) as channel:
+
+        def codes(method):
+            return [raw(channel, METHODS[method].path, bearer(texts_of(path)["read"]))[0].name for _ in range(5)]
+
+        assert codes("Serving.Lookup") == ["OK"] * 5
+        assert codes("Serving.Describe") == ["OK"] + ["UNAVAILABLE"] * 4
+    server.stop(0)
 
 
 @pytest.mark.parametrize("by_frames", [True, False])
@@ -292,19 +352,23 @@ def test_a_token_is_replaced_without_a_pause(tmp_path):
 
 def test_half_a_question_about_health_holds_nobody(tmp_path):
     """More of them than there are threads, none of which ever says what it asks."""
-    server = serve(Recorder(), token_file=write_tokens(tmp_path / "tokens"))
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), token_file=path)
+    over = Event()
+
+    def never():
+        over.wait()
+        yield from ()
+
     with grpc.insecure_channel(server.address) as channel:
-        # Answered before anything was asked, so each ends by itself.
-        calls = [channel.stream_stream(HEALTH)(_never()) for _ in range(40)]
-        assert all(next(call) == b"\x08\x01" for call in calls)
-        assert raw(channel, HEALTH)[0] is grpc.StatusCode.OK
+        grpc.channel_ready_future(channel).result(20)
+        calls = [channel.stream_stream(way)(never(), timeout=60) for way in (WATCH, CHECK) for _ in range(40)]
+        assert raw(channel, CHECK) == (grpc.StatusCode.OK, [SERVES])
+        assert raw(channel, METHODS["Shard.Hello"].path, bearer(texts_of(path)["train"]))[0] is grpc.StatusCode.OK
         for call in calls:
             call.cancel()
+        over.set()
     server.stop(0)
-
-
-def _never():
-    return iter(())
 
 
 def test_a_server_takes_no_more_connections_than_it_has_files_for(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def test_with_tls_frames_are_offered_and_taken_within_this_machine_alone(tmp_pat
     offers = []
 
     async def body(address, **given):
-        transport = GrpcTransport(security=opened(**given))
+        transport = GrpcTransport(security=opened(own=True, **given))
         try:
             offers.append(
                 await transport.call(address, "Wire.Sockets", SocketsRequest(protocol=PROTOCOL), timeout_seconds=5)

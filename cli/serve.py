@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock serve`: rows of a checkpoint for other programs; and what a server that runs is asked by people.
+
+Invariant: addresses and the line that says it is ready go to standard output, flushed; progress goes to standard error, as one
+moving line on a terminal and as lines now and then elsewhere.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from oarlock.checkpoint.store import locate
+from oarlock.client.security import security_of
+from oarlock.launch.folder import stored_security
+from oarlock.launch.kernels import are_compiled
+from oarlock.proto.rpc.server import check_address
+from oarlock.proto.serving_pb2 import ModelReply
+from oarlock.serving.client import Client
+from oarlock.serving.process import Settings, run
+from oarlock.serving.snapshot import Progress as Told
+from oarlock.serving.swap import Serving
+from oarlock.telemetry.log import to_stream
+
+# Where there is no terminal, how far it is is told in lines, so often.
+SAY_SECONDS = 2.0
+CHECKPOINTS = "checkpoints"
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run a server, or ask one."""
+    if options.verb == "run":
+        return _run(options)
+    with Client(options.address, security=security_of(options)) as client:
+        found = client.rollback(options.cut, newest=options.newest) if options.verb == "rollback" else client.describe()
+    print(json.dumps(_facts(found)) if options.json else _text(found))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    path, job = options.checkpoint, None
+    if "://" not in path and (Path(path) / CHECKPOINTS).is_dir():
+        path, job = str(Path(path) / CHECKPOINTS), Path(path)
+    security = security_of(options, stored_security(job))
+    check_address(options.listen)
+    security.check_listen(options.listen, "--listen")
+    store, cut = locate(path)
+    # Before anybody is told of an address: whether there is such a cut.
+    store.load_manifest(cut)
+    to_stream(options.log_level)
+    if not are_compiled():
+        print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)
+    begun = time.monotonic()
+    settings = Settings(
+        listen=options.listen,
+        cut=cut,
+        follow_cuts=options.follow_cuts,
+        trust=options.trust,
+        drain_seconds=options.drain_seconds,
+        max_keys=options.max_keys,
+        metrics_port=options.metrics_port,
+        metrics_host=options.metrics_host,
+        threads=options.threads,
+        request_memory_bytes=options.request_memory_bytes,
+    )
+    where: dict[str, str] = {}
+
+    def listening(address: str, metrics: str) -> None:
+        where.update(address=address, metrics=metrics)
+        if not options.json:
+            scheme = "https" if security.serves_tls else "http"
+            page = f", metrics at {scheme}://{metrics}/metrics" if metrics else ""
+            print(f"listening at {address}{page}", flush=True)
+
+    def ready(serving: Serving) -> None:
+        snapshot, seconds = serving.current, time.monotonic() - begun
+        facts = {**where, "run": snapshot.version.run, "cut": snapshot.version.cut, "rows": snapshot.rows}
+        facts |= {"bytes": snapshot.nbytes, "seconds": round(seconds, 3)}
+        text = (
+            f"ready: cut {snapshot.version.cut} of run {snapshot.version.run}, {len(snapshot.tables)} tables, "
+            f"{snapshot.rows:,} rows, {snapshot.nbytes / 1e6:,.0f} MB, after {seconds:.1f} s"
+        )
+        print(json.dumps(facts) if options.json else text, flush=True)
+
+    with _progress() as progress:
+        run(store, settings, security=security, listening=listening, progress=progress, ready=ready)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Told]:
+    """Yield what is told how many bytes of the model are open, and shows it."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= SAY_SECONDS and done < total:
+                told = time.monotonic()
+                print(f"opening: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = TextColumn("opening the model"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    shown = Progress(*columns, console=console, transient=True)
+    task = shown.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        if not shown.live.is_started and done < total:
+            shown.start()
+        shown.update(task, completed=done, total=total)
+        if done >= total:
+            shown.stop()
+
+    try:
+        yield show
+    finally:
+        shown.stop()
+
+
+def _facts(found: ModelReply) -> dict[str, object]:
+    """Return what a server says, ready for JSON."""
+    version = found.version
+    return {
+        "job": found.job,
+        "run": version.run,
+        "cut": version.cut,
+        "seconds_since": round(version.seconds_since, 3),
+        "pinned": found.pinned,
+        "cuts": list(found.cuts),
+        "problem": found.problem,
+        "tables": [
+            {"name": t.name, "dim": t.dim, "rows": t.rows, "dtype": t.dtype, "bytes": t.bytes, "absent": t.absent}
+            for t in found.tables
+        ],
+    }
+
+
+def _text(found: ModelReply) -> str:
+    version = found.version
+    lines = [
+        f"cut {version.cut} of run {version.run}, {version.seconds_since:,.0f} s old"
+        + (", pinned: newer ones are not taken" if found.pinned else "")
+    ]
+    lines += [
+        f"  {t.name}: {t.rows:,} rows of {t.dim} {t.dtype}, {t.bytes / 1e6:,.1f} MB; a key without a row reads as "
+        + ("zeros" if t.absent == "zeros" else "its first value")
+        for t in found.tables
+    ]
+    if found.problem:
+        lines.append(f"  problem: {found.problem}")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `oarlock serve`."""
+
+import argparse
+from typing import Any
+
+from oarlock.client.security import add_security
+from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
+from oarlock.telemetry.prometheus import LOOPBACK, read_port
+
+_THREADS, _THREADS_RANGE = 256, (16, 65536)
+_MAX_KEYS = 1 << 20
+
+
+def add_serve(commands: Any) -> None:
+    """Add `oarlock serve` and its verbs; a first word that is none of them is a checkpoint."""
+    serve = commands.add_parser(
+        "serve",
+        help="serve the rows of a checkpoint by key",
+        description="Serve the rows of a checkpoint, read-only, for other programs to look up by key (docs/serving.md).",
+        epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it",
+    )
+    # What is meant if the first word is no verb.
+    serve.bare = "run"
+    verbs = serve.add_subparsers(dest="verb", required=True, metavar="VERB")
+    run = verbs.add_parser(
+        "run",
+        help="what is done without a verb",
+        description="Serve the rows of a checkpoint until SIGTERM or Ctrl-C. The address is printed once it listens, and a line "
+        "when it\nis ready.",
+    )
+    run.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's folder",
+    )
+    run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
+    run.add_argument(
+        "--follow-cuts",
+        action="store_true",
+        help="take newer cuts of the folder as they are committed, without a pause",
+    )
+    run.add_argument(
+        "--trust",
+        action="store_true",
+        help="do not compute the files' checksums, which is most of the time to be ready",
+    )
+    run.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="answer so long after SIGTERM, while health says NOT_SERVING (default 0)",
+    )
+    run.add_argument(
+        "--threads", type=_between(*_THREADS_RANGE), default=_THREADS, metavar="N",
+        help=f"connections and calls at once (default {_THREADS})",
+    )  # fmt: skip
+    run.add_argument(
+        "--max-keys", type=_between(1, 1 << 31), default=_MAX_KEYS, metavar="N",
+        help=f"keys of one request (default {_MAX_KEYS})",
+    )  # fmt: skip
+    run.add_argument(
+        "--request-memory-bytes",
+        type=_between(*REQUEST_MEMORY_RANGE),
+        default=REQUEST_MEMORY_BYTES,
+        metavar="N",
+        help=f"memory of all requests in work, beside the tables (default {REQUEST_MEMORY_BYTES})",
+    )
+    run.add_argument(
+        "--metrics-port",
+        type=read_port,
+        metavar="N",
+        help="serve metrics for Prometheus at this port (0: any free one)",
+    )
+    run.add_argument(
+        "--metrics-host", default=LOOPBACK, metavar="HOST", help="where to serve them (default: this host alone)"
+    )
+    run.add_argument(
+        "--log-level",
+        default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="of the lines on standard error (default warning)",
+    )
+    status = verbs.add_parser(
+        "status",
+        help="show what a server serves",
+        description="Show what a server serves: cut, age, tables, and what is wrong.",
+    )
+    rollback = verbs.add_parser(
+        "rollback",
+        help="have a server serve an older cut",
+        description="Have a server serve an older cut, and keep to it: newer ones are not taken until --newest says so. It\nends "
+        "once that cut is served.",
+    )
+    which = rollback.add_mutually_exclusive_group()
+    which.add_argument("--cut", type=_between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
+    which.add_argument("--newest", action="store_true", help="the newest, and newer ones again as they come")
+    for verb in (status, rollback):
+        verb.add_argument("address", metavar="HOST:PORT", help="where the server listens")
+    for verb in (run, status, rollback):
+        verb.add_argument("--json", action="store_true", help="print one JSON object")
+        add_security(verb, listens=verb is run)
+
+
+def _between(least: int, most: int) -> Any:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 86400:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give seconds, from 0 to 86400")
+    return found

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen table: the rows of a cut, to be looked up and never changed.
+
+Invariant: nothing changes after it was made, so any thread may look up, any number at once. A key that has no row reads as it
+does in training: its first value, or zeros, by the table's spec and the job's seed. What a block's rows lie in (a file that is
+mapped, or memory of its own) is kept as long as the block; a block may be in several tables, as one that two cuts share is.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.frozen_kernels import (
+    BLOCK_BITS,
+    BLOCK_WORDS,
+    BLOCKS,
+    CODE,
+    CONSTANTS,
+    DIM,
+    ENDS,
+    ENTRIES,
+    KEYS,
+    ORIGIN,
+    PARTS,
+    PLACES,
+    ROW_BITS,
+    ROW_BYTES,
+    ROWS,
+    SALT,
+    SCRATCH_WORDS,
+    TABLE_WORDS,
+    fill_index,
+    look_up,
+    store_rows,
+    touch,
+)
+from oarlock.embedding.hashing import table_salt
+from oarlock.embedding.initial import constants, origin
+from oarlock.embedding.pointer import address_of, check_output, kernel_array
+from oarlock.embedding.precision import FLOAT32, INT8, precision_code, weight_bytes
+from oarlock.embedding.spec import TableSpec
+from oarlock.proto.errors import InvalidArgument, Malformed
+
+# Of 100 places of an index so many are taken.
+LOAD = 70
+# A place is found by 32 bits of a key's mix.
+MAX_ROWS = 1 << 31
+
+
+class FrozenBlock:
+    """One block's rows: keys: uint64[n], distinct, and weights: float32[n, dim], which must not change any more.
+
+    ``state``: float32[n, s], the optimizer's; of an int8 table its last column is the scale. Rows of a table that stores less
+    than float32 are kept as the table stores them, which is exact; others stay where they are.
+    """
+
+    def __init__(
+        self, spec: TableSpec, keys: NDArray[np.uint64], weights: NDArray[np.float32], state: NDArray[np.float32]
+    ) -> None:
+        keys = kernel_array("keys", keys, np.uint64)
+        weights = kernel_array("weights", weights, np.float32, 2)
+        n = len(keys)
+        if weights.shape != (n, spec.dim) or len(state) != n:
+            raise Malformed(f"table {spec.name}: {n} keys, weights of {list(weights.shape)} and {len(state)} states")
+        if n >= MAX_ROWS:
+            raise InvalidArgument(f"table {spec.name}: {n} rows in one block: give it more blocks")
+        self.code = stored_code(spec)
+        self._keys = keys
+        self._rows = weights if self.code == FLOAT32 else _stored(spec, self.code, weights, state)
+        places = n + 1 if n < 4 else n * 100 // LOAD + 1
+        self._entries: NDArray[np.uint32] = np.zeros(places, np.uint32)
+        self.rows = n
+        bits = n.bit_length()
+        fill_index(address_of(keys), n, table_salt(spec.name), address_of(self._entries), places, bits)
+        self.descriptor: NDArray[np.int64] = np.zeros(BLOCK_WORDS, np.int64)
+        self.descriptor[ENTRIES] = address_of(self._entries)
+        self.descriptor[PLACES] = places
+        self.descriptor[KEYS] = address_of(keys)
+        self.descriptor[ROWS] = address_of(self._rows)
+        self.descriptor[ROW_BITS] = bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, rows and index."""
+        return self._keys.nbytes + self._rows.nbytes + self._entries.nbytes
+
+    def touch(self) -> None:
+        """Have all of it in memory: pages of a file that is mapped come when they are first read."""
+        for array in (self._keys, self._rows):
+            touch(address_of(array), array.nbytes)
+
+
+class FrozenTable:
+    """A table of ``spec`` whose blocks, all of them in order, are ``blocks``. ``seed``: the job's."""
+
+    def __init__(self, spec: TableSpec, blocks: Sequence[FrozenBlock], *, seed: int) -> None:
+        if len(blocks) != spec.blocks:
+            raise InvalidArgument(f"table {spec.name} has {spec.blocks} blocks, {len(blocks)} were given")
+        self.spec = spec
+        self.blocks = tuple(blocks)
+        self.rows = sum(block.rows for block in blocks)
+        self.nbytes = sum(block.nbytes for block in blocks)
+        parts = spec.all_parts
+        if spec.absent == "zeros":
+            parts = ()
+        elif spec.expand_score:
+            # A row without all its parts reads as zeros behind the first one.
+            parts = parts[:1]
+        self._descriptors = np.stack([block.descriptor for block in blocks])
+        self._ends = np.cumsum([part.width for part in parts], dtype=np.int64)
+        self._constants = np.array([constants(part.initializer) for part in parts], np.float64).reshape(-1, 3)
+        code = stored_code(spec)
+        words: NDArray[np.int64] = np.zeros(TABLE_WORDS, np.int64)
+        words[BLOCKS] = address_of(self._descriptors)
+        words[BLOCK_BITS] = spec.blocks.bit_length() - 1
+        words.view(np.uint64)[SALT] = table_salt(spec.name)
+        words[DIM] = spec.dim
+        words[CODE] = code
+        words[ROW_BYTES] = weight_bytes(code, spec.dim)
+        words.view(np.uint64)[ORIGIN] = origin(seed, spec.name)
+        words[PARTS] = len(parts)
+        words[ENDS] = address_of(self._ends)
+        words[CONSTANTS] = address_of(self._constants)
+        self._words = words
+        self._address = address_of(words)
+
+    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n], in any order and repeated at will, to out: float32[n, dim].
+
+        Return how many of them have no row.
+        """
+        keys = kernel_array("keys", keys, np.uint64)
+        n = len(keys)
+        if out.dtype != np.float32 or out.shape != (n, self.spec.dim):
+            raise Malformed(
+                f"table {self.spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {self.spec.dim}"
+            )
+        check_output(f"table {self.spec.name}: out", out)
+        scratch = np.empty(SCRATCH_WORDS, np.int64)
+        return int(look_up(self._address, address_of(keys), n, address_of(out), address_of(scratch)))
+
+    def touch(self) -> None:
+        """Have all of it in memory."""
+        for block in self.blocks:
+            block.touch()
+
+
+def stored_code(spec: TableSpec) -> int:
+    """Return the precision in which a frozen table keeps its rows: its own, where scales can be told from its state."""
+    code = precision_code(spec.dtype)
+    return FLOAT32 if code == INT8 and spec.expand_score else code
+
+
+def _stored(spec: TableSpec, code: int, weights: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the rows as the table stores them: uint8[n, bytes of a row]."""
+    if code == INT8 and not state.shape[1]:
+        raise Malformed(f"table {spec.name}: rows of int8 without a scale")
+    scales = np.ascontiguousarray(state[:, -1]) if code == INT8 else np.empty(0, np.float32)
+    size = weight_bytes(code, spec.dim)
+    out = np.empty((len(weights), size), np.uint8)
+    store_rows(address_of(weights), address_of(scales), len(weights), spec.dim, code, size, address_of(out))
+    return out
+
+
+def warm_up() -> None:
+    """Compile, or load from the cache, the kernels of frozen tables."""
+    for dtype in ("float32", "bfloat16"):
+        spec = TableSpec("warm_up", 2, blocks=1, dtype=dtype)
+        keys = np.arange(3, dtype=np.uint64)
+        block = FrozenBlock(spec, keys, np.ones((3, 2), np.float32), np.empty((3, 0), np.float32))
+        block.touch()
+        FrozenTable(spec, [block], seed=0).lookup(np.arange(5, dtype=np.uint64), np.empty((5, 2), np.float32))

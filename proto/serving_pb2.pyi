@@ -1,0 +1,100 @@
+from oarlock.proto import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ModelVersion(_message.Message):
+    __slots__ = ("run", "cut", "seconds_since")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    run: int
+    cut: int
+    seconds_since: float
+    def __init__(self, run: _Optional[int] = ..., cut: _Optional[int] = ..., seconds_since: _Optional[float] = ...) -> None: ...
+
+class TableLookup(_message.Message):
+    __slots__ = ("table", "keys")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    keys: _common_pb2.Array
+    def __init__(self, table: _Optional[str] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("protocol", "tables")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableLookup]
+    def __init__(self, protocol: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableLookup, _Mapping]]] = ...) -> None: ...
+
+class TableFound(_message.Message):
+    __slots__ = ("rows", "missing")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    rows: _common_pb2.Array
+    missing: int
+    def __init__(self, rows: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., missing: _Optional[int] = ...) -> None: ...
+
+class LookupReply(_message.Message):
+    __slots__ = ("version", "tables", "failure")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    version: ModelVersion
+    tables: _containers.RepeatedCompositeFieldContainer[TableFound]
+    failure: _common_pb2.Failure
+    def __init__(self, version: _Optional[_Union[ModelVersion, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableFound, _Mapping]]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
+
+class ModelRequest(_message.Message):
+    __slots__ = ("protocol",)
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    def __init__(self, protocol: _Optional[int] = ...) -> None: ...
+
+class ServedTable(_message.Message):
+    __slots__ = ("name", "dim", "rows", "dtype", "bytes", "absent")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dim: int
+    rows: int
+    dtype: str
+    bytes: int
+    absent: str
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., rows: _Optional[int] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., absent: _Optional[str] = ...) -> None: ...
+
+class ModelReply(_message.Message):
+    __slots__ = ("job", "version", "tables", "pinned", "cuts", "problem")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    version: ModelVersion
+    tables: _containers.RepeatedCompositeFieldContainer[ServedTable]
+    pinned: bool
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    problem: str
+    def __init__(self, job: _Optional[str] = ..., version: _Optional[_Union[ModelVersion, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[ServedTable, _Mapping]]] = ..., pinned: bool = ..., cuts: _Optional[_Iterable[int]] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class ServeCutRequest(_message.Message):
+    __slots__ = ("protocol", "cut", "newest")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    cut: int
+    newest: bool
+    def __init__(self, protocol: _Optional[int] = ..., cut: _Optional[int] = ..., newest: bool = ...) -> None: ...

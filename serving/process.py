@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a serving process: listen, open the model, say that it is ready, serve until a signal, drain.
+
+Invariant: it listens from before the model is open, and answers what it can: its health is NOT_SERVING, a look-up Unavailable.
+Kernels are compiled before it is ready. At SIGTERM or SIGINT health says NOT_SERVING, what is under way is answered, and the
+process ends with 0, also while it opens the model; a second signal ends it at once. The main thread, since signals come there.
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Event
+from types import FrameType
+
+from oarlock.checkpoint.reading import Reading
+from oarlock.client.entry import keep_what_is_loaded
+from oarlock.client.telemetry import observed, server_source
+from oarlock.embedding.frozen import warm_up
+from oarlock.proto.rpc import GrpcServer
+from oarlock.proto.security import Security
+from oarlock.proto.work import REQUEST_MEMORY_BYTES
+from oarlock.serving.service import MAX_KEYS, ServingService
+from oarlock.serving.snapshot import Progress
+from oarlock.serving.swap import Serving
+from oarlock.serving.telemetry import serving_source
+from oarlock.telemetry.prometheus import LOOPBACK
+
+logger = logging.getLogger(__name__)
+
+THREADS = 256
+# How long one thread may keep the interpreter from another that waits for it; see ps/process.py.
+SWITCH_SECONDS = 0.0002
+# How long calls under way may take once the process is to end.
+GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a serving process is told.
+
+    Behaviour: ``cut`` (None: the newest), ``follow_cuts``: take newer ones as they come; ``trust``: compute no checksums;
+    ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
+    Performance: ``threads``: calls and connections at once.
+    """
+
+    listen: str = "127.0.0.1:0"
+    cut: int | None = None
+    follow_cuts: bool = False
+    trust: bool = False
+    drain_seconds: float = 0.0
+    max_keys: int = MAX_KEYS
+    metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
+    threads: int = THREADS
+    request_memory_bytes: int = REQUEST_MEMORY_BYTES
+
+
+def run(
+    store: Reading,
+    settings: Settings,
+    *,
+    security: Security | None = None,
+    listening: Callable[[str, str], object] = lambda address, metrics: None,
+    progress: Progress = lambda done, total: None,
+    ready: Callable[[Serving], object] = lambda serving: None,
+) -> None:
+    """Serve until a signal. ``listening`` hears of the addresses of the service and of its metrics, ``ready`` of the model.
+
+    ``security``: who may talk to it, opened; InvalidArgument where others than this machine could, and nothing tells them apart.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    over = Event()
+    serving = Serving(store, trust=settings.trust)
+    service = ServingService(serving, max_keys=settings.max_keys)
+    server = GrpcServer(
+        service,
+        "Serving",
+        listen=settings.listen,
+        threads=settings.threads,
+        request_memory_bytes=settings.request_memory_bytes,
+        security=security,
+        serving=lambda: serving.ready and not over.is_set(),
+    )
+
+    def unless_over(done: int, total: int) -> None:
+        if over.is_set():
+            raise _Over
+        progress(done, total)
+
+    with (
+        _signals(over),
+        contextlib.suppress(_Over),
+        observed("serving", settings.metrics_port, settings.metrics_host, security=security) as telemetry,
+    ):
+        telemetry.registry.add(server_source(server))
+        telemetry.registry.add(serving_source(service))
+        try:
+            listening(server.start(), telemetry.address)
+            warm_up()
+            serving.load(settings.cut, progress=unless_over)
+            serving.pinned = settings.cut is not None and not settings.follow_cuts
+            keep_what_is_loaded()
+            if settings.follow_cuts:
+                serving.follow()
+            ready(serving)
+            over.wait()
+            logger.info("event=draining seconds=%g", settings.drain_seconds)
+            # In a wait of its own, which a second signal ends.
+            Event().wait(settings.drain_seconds)
+        finally:
+            server.stop(GRACE_SECONDS)
+            serving.close()
+
+
+class _Over(Exception):
+    """A signal came while the model was being opened."""
+
+
+@contextlib.contextmanager
+def _signals(over: Event) -> Iterator[None]:
+    """Have SIGTERM and SIGINT set ``over`` within the body; a second one ends the process as it always would."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def came(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        over.set()
+
+    for number in before:
+        signal.signal(number, came)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service of a serving process: messages in, messages out.
+
+Invariant: an answer is of one snapshot, whose version it carries; a request that is wrong in one place is refused whole. What is
+asked for is counted and checked before any memory is taken for it. Called from many threads at once.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack, unpack
+from oarlock.proto.buffers import Buffers
+from oarlock.proto.bulk import Bulk, opened
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, Unavailable
+from oarlock.proto.serving_pb2 import (
+    LookupReply,
+    LookupRequest,
+    ModelReply,
+    ModelRequest,
+    ModelVersion,
+    ServeCutRequest,
+    ServedTable,
+    TableFound,
+)
+from oarlock.proto.version import check_protocol
+from oarlock.proto.work import expects
+from oarlock.serving.snapshot import Snapshot, Version
+from oarlock.serving.swap import Serving
+from oarlock.telemetry.histogram import Histogram
+
+# Of one request, all tables together; a table may be named more than once.
+MAX_KEYS = 1 << 20
+MAX_TABLES = 1024
+# Answers' buffers that are kept for the next ones.
+_KEPT = 16
+
+
+class ServingService:
+    """Answers look-ups from what ``serving`` serves."""
+
+    def __init__(self, serving: Serving, *, max_keys: int = MAX_KEYS) -> None:
+        self.serving = serving
+        self._max_keys = max_keys
+        self._buffers = Buffers(_KEPT)
+        self._lock = Lock()
+        self.lookup_seconds = Histogram()
+        # By table: keys that were asked for, and those without a row.
+        self.asked: dict[str, int] = {}
+        self.missing: dict[str, int] = {}
+
+    def lookup(self, request: LookupRequest | Bulk) -> LookupReply | Bulk:
+        """Return the rows of keys, of one snapshot."""
+        message, parts = opened(request)
+        _check_version(message.protocol)
+        snapshot = self.serving.current
+        wanted = self._wanted(snapshot, message, parts)
+        beside: list[Part] | None = [] if isinstance(request, Bulk) else None
+        reply = LookupReply(version=_version(snapshot.version))
+        begun = time.perf_counter()
+        counts = []
+        for name, keys in wanted:
+            table = snapshot.tables[name]
+            rows = self._buffers.array((len(keys), table.spec.dim), np.float32)
+            missing = table.lookup(keys, rows)
+            reply.tables.append(TableFound(rows=pack(rows, beside), missing=missing))
+            counts.append((name, len(keys), missing))
+        self._count(counts, time.perf_counter() - begun)
+        return reply if beside is None else Bulk(reply, beside)
+
+    def _wanted(self, snapshot: Snapshot, message: Any, parts: Sequence[Part]) -> list[tuple[str, NDArray[np.uint64]]]:
+        """Return (table, keys: uint64[n]) for each table of a request, whose answer there is memory for."""
+        if len(message.tables) > MAX_TABLES:
+            raise Malformed(f"a request names {len(message.tables)} tables; the limit is {MAX_TABLES}")
+        wanted, keys, size = [], 0, 0
+        for each in message.tables:
+            table = snapshot.table(each.table)
+            found = unpack(each.keys, np.uint64, f"keys of {each.table}", parts=parts)
+            keys += len(found)
+            size += 4 * len(found) * table.spec.dim
+            wanted.append((each.table, found))
+        if keys > self._max_keys:
+            raise InvalidArgument(
+                f"a request asks for {keys} keys; the limit is {self._max_keys}: ask for them in parts"
+            )
+        if size > MAX_MESSAGE_BYTES:
+            raise OutOfMemory(
+                f"the rows of {keys} keys take {size} bytes; an answer may have {MAX_MESSAGE_BYTES}: ask for them in parts"
+            )
+        expects(size)
+        return wanted
+
+    def _count(self, counts: list[tuple[str, int, int]], seconds: float) -> None:
+        with self._lock:
+            self.lookup_seconds.observe(seconds)
+            for name, asked, missing in counts:
+                self.asked[name] = self.asked.get(name, 0) + asked
+                self.missing[name] = self.missing.get(name, 0) + missing
+
+    def describe(self, request: ModelRequest) -> ModelReply:
+        """Say what is served."""
+        _check_version(request.protocol)
+        return self._model(self.serving.current)
+
+    def rollback(self, request: ServeCutRequest) -> ModelReply:
+        """Serve another cut; once it is answered, it is served."""
+        _check_version(request.protocol)
+        if request.newest and request.cut:
+            raise InvalidArgument(f"the newest cut is asked for, and cut {request.cut}: ask for one of them")
+        serving = self.serving
+        try:
+            return self._model(serving.release() if request.newest else serving.roll_back(request.cut))
+        except OSError as error:
+            raise Unavailable(f"the folder of cuts cannot be read: {error}") from None
+
+    def _model(self, snapshot: Snapshot) -> ModelReply:
+        serving = self.serving
+        cuts: list[int] = []
+        # The folder may be out of reach for the moment; what is served is not.
+        with contextlib.suppress(OSError):
+            cuts = serving.store.cuts()
+        return ModelReply(
+            job=snapshot.job,
+            version=_version(snapshot.version),
+            tables=[
+                ServedTable(
+                    name=name,
+                    dim=table.spec.dim,
+                    rows=table.rows,
+                    dtype=table.spec.dtype,
+                    bytes=table.nbytes,
+                    absent=table.spec.absent,
+                )
+                for name, table in snapshot.tables.items()
+            ],
+            pinned=serving.pinned,
+            cuts=cuts,
+            problem=serving.problem,
+        )
+
+
+def _check_version(protocol: int) -> None:
+    """Refuse another version of the messages; who does not say which is taken at its word, as a client of other make may."""
+    if protocol:
+        check_protocol(protocol)
+
+
+def _version(version: Version) -> ModelVersion:
+    return ModelVersion(run=version.run, cut=version.cut, seconds_since=version.age())

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot: the tables of one cut, opened to be looked up, and the version that every answer from them carries.
+
+Invariant: it is whole and never changes: all rows of it are of one cut. Every file that it lies in had the manifest's checksum
+before it was made, unless it was told to trust the files. A block whose files are those of the snapshot before is shared with it.
+What it lies in goes when nobody refers to it any more, so a request keeps the snapshot that it began with. Any thread.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+from oarlock.checkpoint.entry import BlockEntry
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.reading import Reading
+from oarlock.embedding.frozen import FrozenBlock, FrozenTable, stored_code
+from oarlock.embedding.precision import FLOAT32
+from oarlock.embedding.spec import TableSpec
+from oarlock.proto.errors import UnknownTable
+
+# Told of bytes that are opened, and of all.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Version:
+    """Which state of the model it is. ``created``: seconds since the epoch of Unix."""
+
+    run: int
+    cut: int
+    created: float
+
+    def age(self, now: float | None = None) -> float:
+        """Return how many seconds old it is; a clock that is behind makes it 0."""
+        return max(0.0, (time.time() if now is None else now) - self.created)
+
+
+class Snapshot:
+    """The tables of a cut; ``open_snapshot`` makes one."""
+
+    def __init__(
+        self, manifest: Manifest, tables: Mapping[str, FrozenTable], blocks: Mapping[tuple[str, ...], FrozenBlock]
+    ) -> None:
+        self.job = manifest.job
+        self.version = Version(manifest.run, manifest.cut, datetime.fromisoformat(manifest.created).timestamp())
+        self.tables = dict(tables)
+        # By what tells their content: whoever has the same files has the same block.
+        self.blocks = dict(blocks)
+        self.rows = sum(table.rows for table in self.tables.values())
+        self.nbytes = sum(table.nbytes for table in self.tables.values())
+
+    def table(self, name: str) -> FrozenTable:
+        """Return a table; UnknownTable says which there are."""
+        found = self.tables.get(name)
+        if found is None:
+            have = ", ".join(self.tables) or "none"
+            raise UnknownTable(
+                f"this model has no table {name[:200]!r}; its tables are: {have}"[:1000], table=name[:200]
+            )
+        return found
+
+
+def open_snapshot(
+    store: Reading,
+    manifest: Manifest,
+    *,
+    before: Snapshot | None = None,
+    trust: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Snapshot:
+    """Return the tables of a cut, all of them in memory; CorruptCheckpoint names a file that is not as it was written.
+
+    ``before``: of the same job, lends the blocks whose files are the same. ``trust``: do not compute checksums.
+    """
+    specs = manifest.table_specs()
+    entries = [entry for entry in manifest.blocks if entry.kind == "rows"]
+    store.check_sizes(manifest, entries)
+    known = {} if before is None or before.job != manifest.job else before.blocks
+    done, total = 0, sum(entry.total_bytes for entry in entries)
+    blocks: dict[tuple[str, ...], FrozenBlock] = {}
+    by_table: dict[str, list[FrozenBlock]] = {name: [] for name in specs}
+    for entry in entries:
+        spec = specs[entry.name]
+        identity = _identity(spec, entry)
+        found = known.get(identity)
+        if found is None:
+            found = _open_block(store, manifest, entry, spec, trust)
+            found.touch()
+        blocks[identity] = found
+        by_table[entry.name].append(found)  # entries of a table ascend by block
+        done += entry.total_bytes
+        progress(done, total)
+    tables = {name: FrozenTable(specs[name], by_table[name], seed=manifest.seed) for name in specs}
+    return Snapshot(manifest, tables, blocks)
+
+
+def _identity(spec: TableSpec, entry: BlockEntry) -> tuple[str, ...]:
+    """Return what tells a block's content and form: two blocks with the same one can stand for each other."""
+    files = (file.sha256 for link in entry.links for file in link.files)
+    return (entry.name, str(entry.block), str(spec.dim), str(stored_code(spec)), *files)
+
+
+def _open_block(store: Reading, manifest: Manifest, entry: BlockEntry, spec: TableSpec, trust: bool) -> FrozenBlock:
+    if stored_code(spec) == FLOAT32:
+        mapped = store.map_block(manifest, entry, checked=trust)
+        if mapped is not None:
+            return FrozenBlock(spec, mapped.keys, mapped.weights, mapped.state)
+    image = store.load_block(manifest, entry, checked=trust)
+    keys, weights = image.keys, image.weights
+    if not entry.base:
+        # Views of a file that was read, which has the state as well; what a chain was merged into stands alone.
+        keys = keys.copy()
+        weights = weights.copy() if stored_code(spec) == FLOAT32 else weights
+    return FrozenBlock(spec, np.asarray(keys), weights, image.state)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which snapshot is served, and how another one takes its place: opened beside it, then exchanged in one assignment.
+
+Invariant: from the first load on there is always a snapshot, whole, and ``current`` is never one that is still being opened. A
+cut that cannot be opened changes nothing: what was served goes on to be served, and ``problem`` says why. Once a cut was asked
+for by name, newer ones are not taken (``pinned``). ``current`` may be read by any thread, without a lock; loads take turns.
+"""
+
+import contextlib
+import logging
+import time
+from threading import Event, Lock, Thread
+
+from oarlock.checkpoint.reading import Reading
+from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
+from oarlock.serving.snapshot import Progress, Snapshot, open_snapshot
+
+logger = logging.getLogger(__name__)
+
+# Between two looks at the folder.
+LOOK_SECONDS = 1.0
+
+
+class Serving:
+    """The snapshot that is served of the cuts of ``store``. ``trust``: as ``open_snapshot`` has it."""
+
+    def __init__(self, store: Reading, *, trust: bool = False, look_seconds: float = LOOK_SECONDS) -> None:
+        self.store = store
+        self.pinned = False
+        # Why a newer cut is not served; empty: nothing is wrong.
+        self.problem = ""
+        self.swaps = 0
+        self.failures = 0
+        self.load_seconds = 0.0
+        self._trust = trust
+        self._look_seconds = look_seconds
+        self._snapshot: Snapshot | None = None
+        self._loading = Lock()
+        # Cuts that cannot be opened, and that it makes no sense to try again.
+        self._refused: set[int] = set()
+        self._over = Event()
+        self._thread: Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._snapshot is not None
+
+    @property
+    def current(self) -> Snapshot:
+        """The snapshot that is served now; who answers from it keeps it for the whole answer."""
+        found = self._snapshot
+        if found is None:
+            raise Unavailable("this process is still opening its model: ask again")
+        return found
+
+    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Snapshot:
+        """Open ``cut`` (None: the newest) and serve it; whatever goes wrong leaves what is served as it was."""
+        with self._loading:
+            return self._load(cut, progress)
+
+    def _load(self, cut: int | None, progress: Progress = lambda done, total: None) -> Snapshot:
+        begun = time.monotonic()
+        before = self._snapshot
+        manifest = self.store.load_manifest(cut)
+        if before is not None and (before.job, before.version.run, before.version.cut) == (
+            manifest.job,
+            manifest.run,
+            manifest.cut,
+        ):
+            return before
+        if before is not None and before.job != manifest.job:
+            raise WrongJob(
+                f"cut {manifest.cut} is of job {manifest.job}, what is served of job {before.job}: another model needs a "
+                "server of its own"
+            )
+        try:
+            made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=progress)
+        except (PSError, OSError, MemoryError):
+            self.failures += 1
+            raise
+        self._snapshot = made
+        self.swaps += before is not None
+        self.load_seconds = time.monotonic() - begun
+        logger.info(
+            "event=serving run=%d cut=%d rows=%d bytes=%d shared_blocks=%d seconds=%.2f",
+            made.version.run,
+            made.version.cut,
+            made.rows,
+            made.nbytes,
+            0 if before is None else len(made.blocks.keys() & before.blocks.keys()),
+            self.load_seconds,
+        )
+        return made
+
+    def roll_back(self, cut: int = 0) -> Snapshot:
+        """Serve ``cut``, 0: the next older one than that which is served, and take no newer one from then on."""
+        with self._loading:
+            served = self.current.version.cut
+            if not cut:
+                older = [other for other in self.store.cuts() if other < served]
+                if not older:
+                    raise NotFound(f"there is no cut older than {served}, which is served", cut=served)
+                cut = older[-1]
+            made = self._load(cut)
+            self.pinned, self.problem = True, ""
+            return made
+
+    def release(self) -> Snapshot:
+        """Serve the newest cut, and take newer ones again, if the folder is followed."""
+        with self._loading:
+            made = self._load(None)
+            self.pinned, self.problem = False, ""
+            self._refused.clear()
+            return made
+
+    # Following a folder
+
+    def follow(self) -> None:
+        """Look for newer cuts in a thread, until ``close``."""
+        self._thread = Thread(target=self._follow, name="oarlock-cuts", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._over.wait(self._look_seconds):
+            # Whatever happens to a folder, what is served goes on.
+            with contextlib.suppress(PSError):
+                self.look()
+
+    def look(self) -> bool:
+        """Serve the newest cut if it is newer than what is served; return whether there was one. A failure is in ``problem``."""
+        with self._loading:
+            if self.pinned:
+                return False
+            served = self.current.version.cut
+            try:
+                newer = [cut for cut in self.store.cuts() if cut > served and cut not in self._refused]
+                # The newest that can be opened.
+                for cut in reversed(newer):
+                    if self._take(cut):
+                        return True
+            except OSError as error:
+                # The disk, most likely, or a folder that is elsewhere: next time.
+                self._complain(f"the folder of cuts cannot be read: {error}")
+            return False
+
+    def _take(self, cut: int) -> bool:
+        try:
+            self._load(cut)
+        except (CorruptCheckpoint, VersionMismatch, NotFound, WrongJob) as error:
+            self._refused.add(cut)
+            self._complain(f"cut {cut}: {error}")
+            return False
+        except (PSError, MemoryError) as error:
+            self._complain(f"cut {cut}: {error or 'out of memory'}")
+            return False
+        self.problem = ""
+        return True
+
+    def _complain(self, problem: str) -> None:
+        if problem != self.problem:
+            logger.error("event=cut_not_served problem=%r", problem)
+        self.problem = problem
+
+    def close(self) -> None:
+        """Look for no newer cuts any more; idempotent."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a serving process lets be observed, read off its own counters at a scrape. Called from the thread of the page."""
+
+from typing import Any
+
+from oarlock.serving.service import ServingService
+from oarlock.telemetry.registry import Source
+
+
+def serving_source(service: ServingService) -> Source:
+    """Return the source of the metrics of ``service``."""
+
+    def source() -> dict[str, Any]:
+        serving = service.serving
+        found: dict[str, Any] = {
+            "oarlock_serving_ready": int(serving.ready),
+            "oarlock_serving_pinned": int(serving.pinned),
+            "oarlock_serving_problem": int(bool(serving.problem)),
+            "oarlock_serving_swaps_total": serving.swaps,
+            "oarlock_serving_failed_loads_total": serving.failures,
+            "oarlock_serving_load_seconds": serving.load_seconds,
+            "oarlock_serving_lookup_seconds": service.lookup_seconds,
+            "oarlock_serving_asked_keys_total": service.asked.copy(),
+            "oarlock_serving_missing_keys_total": service.missing.copy(),
+        }
+        if serving.ready:
+            snapshot = serving.current
+            found |= {
+                "oarlock_serving_run": snapshot.version.run,
+                "oarlock_serving_cut": snapshot.version.cut,
+                "oarlock_serving_age_seconds": snapshot.version.age(),
+                "oarlock_serving_rows": {name: table.rows for name, table in snapshot.tables.items()},
+                "oarlock_serving_table_bytes": {name: table.nbytes for name, table in snapshot.tables.items()},
+            }
+        return found
+
+    return source

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of serving comes to its end, with Redis and without, leaves nothing behind, and finds wrong answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oarlock.benchmarks import serving
+from oarlock.benchmarks.serving_measures import at_rate, draw, take_turn
+from oarlock.benchmarks.serving_model import row_values
+from oarlock.benchmarks.serving_sides import missing_of_redis
+
+RATIOS = {"lookup_vs_redis", "lookup_1000_vs_redis", "lookup_100_vs_redis", "p99_vs_redis", "bytes_vs_redis"}
+
+
+@pytest.mark.slow
+def test_it_comes_to_its_end(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "oarlock.benchmarks.serving", "--tiny", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert list(tmp_path.iterdir()) == [], "something was left behind"
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["failed"] == 0
+    assert set(result) >= RATIOS
+    why = missing_of_redis()
+    assert (result["why"]["redis"] or "") == why
+    assert all((result[name] is None) == bool(why) for name in RATIOS)
+    assert ("NO COMPARISON WITH REDIS" in ended.stderr) == bool(why)
+    found = result["by_dim"]["16"]
+    assert set(found["lookup"]) == set(found["latency"]) == {"100", "1000", "10000"}
+    for each in found["latency"].values():
+        assert set(each["ms"]["oarlock"]) == {"p50", "p99", "p99.9"}
+
+
+def test_wrong_rows_are_found() -> None:
+    keys = np.arange(10, dtype=np.uint64)
+    right = row_values(keys, 16)
+    assert serving._wrong(right, keys, 16) == 0
+    right[3, 2] += 1
+    assert serving._wrong(right, keys, 16) == 1
+
+
+def test_turns_count_what_was_asked_and_rates_are_kept() -> None:
+    keys = np.arange(100, dtype=np.uint64)
+    asked = []
+    requests = draw(keys, 7, np.random.default_rng(0))
+
+    def lookup(wanted: np.ndarray) -> np.ndarray:
+        asked.append(len(wanted))
+        return row_values(wanted, 4)
+
+    turn = take_turn(lookup, os.getpid(), requests, 0.01)
+    assert turn.requests == len(asked)
+    assert turn.rows == 7 * len(asked)
+    assert turn.client_seconds > 0
+    late = at_rate(lookup, requests, rate=1000.0, seconds=0.05)
+    assert len(late) == 50
+    assert late.min() >= 0

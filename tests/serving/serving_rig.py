@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose every row says of which cut it is. Loaded by conftest under the name ``serving_rig``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.entry import BlockEntry
+from oarlock.checkpoint.manifest import ClosedSet, Manifest
+from oarlock.checkpoint.store import open_store
+from oarlock.embedding.hashing import blocks_of, table_salt
+from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec, to_json
+
+JOB = "0123456789abcdef0123456789abcdef"
+SEED = 42
+SPECS = (
+    TableSpec("user", 4, OptimizerSpec("adagrad"), Initializer("normal", 0.0, 0.1), blocks=4),
+    TableSpec("item", 16, blocks=2, absent="zeros"),
+)
+ROWS = 200
+CREATED = "2026-01-31T12:00:00Z"
+
+
+def value_of(cut: int, keys: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """What the first weight of each key is at a cut."""
+    return (1000 * cut + (keys % np.uint64(1000))).astype(np.float32)
+
+
+class Model:
+    """Cuts of one job in ``folder``."""
+
+    def __init__(
+        self, folder: Path | str, *, specs: tuple[TableSpec, ...] = SPECS, job: str = JOB, **options: Any
+    ) -> None:
+        self.folder = folder
+        self.specs = specs
+        self.job = job
+        self.store = open_store(folder, **options)
+        self.keys = np.arange(7, 7 + ROWS, dtype=np.uint64)
+
+    def cut(self, number: int, *, run: int = 0, same: Manifest | None = None) -> Manifest:
+        """Commit a cut; ``same``: the user table's blocks are those of that cut, unchanged."""
+        entries = []
+        for spec in self.specs:
+            if same is not None and spec.name == "user":
+                entries += [entry for entry in same.blocks if entry.name == "user"]
+            else:
+                entries += [self.store.write_block(number, image) for image in self.images(spec, number)]
+        zero = np.zeros((1, 2), np.float32)
+        none = np.empty((1, 0), np.float32)
+        bias = BlockImage("dense", "bias", 0, number, {}, np.empty(0, np.uint64), zero, none)
+        entries.append(self.store.write_block(number, bias))
+        return self.commit(number, entries, run)
+
+    def images(self, spec: TableSpec, cut: int) -> list[BlockImage]:
+        number = np.empty(len(self.keys), np.int32)
+        blocks_of(self.keys, table_salt(spec.name), spec.blocks.bit_length() - 1, number)
+        out = []
+        for block in range(spec.blocks):
+            keys = self.keys[number == block]
+            weights = np.repeat(value_of(cut, keys)[:, None], spec.dim, axis=1)
+            out.append(
+                BlockImage("rows", spec.name, block, cut, {}, keys, weights, np.zeros((len(keys), 4), np.float32))
+            )
+        return out
+
+    def commit(self, number: int, entries: list[BlockEntry], run: int = 0) -> Manifest:
+        manifest = Manifest(
+            job=self.job,
+            run=run,
+            cut=number,
+            created=CREATED,
+            seed=SEED,
+            tables=tuple(to_json(spec) for spec in self.specs),
+            dense=(to_json(DenseSpec("bias", (2,), OptimizerSpec("sgd"))),),
+            recipe="none:none",
+            config={},
+            files=(),
+            closed=ClosedSet(),
+            open_splits=(),
+            epoch=0,
+            step=number,
+            metrics={},
+            best={},
+            blocks=tuple(entries),
+        )
+        self.store.commit(manifest)
+        return manifest
