@@ -25,7 +25,7 @@ SOON = {"grpc.keepalive_time_ms": 200, "grpc.keepalive_timeout_ms": 500, "grpc.h
 def hasty(monkeypatch):
     changed = [(name, SOON.get(name, value)) for name, value in options.CLIENT_OPTIONS]
     assert changed != options.CLIENT_OPTIONS
-    monkeypatch.setattr("oarlock.proto.rpc.client.CLIENT_OPTIONS", changed)
+    monkeypatch.setattr("oarlock.proto.rpc.credentials.CLIENT_OPTIONS", changed)
 
 
 class Forwarder:
