@@ -169,6 +169,18 @@ def test_the_command_refuses_before_it_opens_anything(model, capsys, monkeypatch
     assert "cannot listen on 0.0.0.0:0 (--listen): other machines can reach it" in capsys.readouterr().err
 
 
+def test_a_jobs_folder_is_served_behind_the_tokens_of_the_job(model, tokens, monkeypatch, tmp_path):
+    path, of = tokens
+    told = []
+    monkeypatch.delenv("OARLOCK_TOKEN_FILE", raising=False)
+    monkeypatch.setattr("oarlock.cli.serve.run", lambda *_, security, **__: told.append(security.spec.token_file))
+    (tmp_path / "job.toml").write_text(f'[security]\ntoken_file = "{path}"\n')
+    assert model.folder == tmp_path / "checkpoints"
+    for words in ([tmp_path], [tmp_path, "--token-file", of["read"]], [model.folder]):
+        assert main(["serve", *map(str, words)]) == 0
+    assert told == [str(path), str(of["read"]), ""]
+
+
 def page(address, path, context, text=""):
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPSConnection(host, int(port), timeout=SECONDS, context=context)
