@@ -103,7 +103,7 @@ class Coordinator:
         self.copies = Copies(self)
         self.scaling = Scaling(spec, self.members, self.records)
         self.autoscaling = Autoscaling(self)
-        self.recoveries = Recoveries()
+        self.recoveries = Recoveries(self.copies.recovered)
         self.going_back = GoingBack(able=goes_back)
         # The file, for the coordinator of the next run: None while this one is in charge.
         self.handed_on: Store | None = None

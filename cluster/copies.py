@@ -11,7 +11,7 @@ coordinator's lock covers it.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -228,10 +228,8 @@ class Copies:
             # What was begun before the last record of an earlier life is not known.
             owned = np.isin(self.records.owners, list(self.records.shards))
             blocks |= set(np.flatnonzero(owned & (self.records.generations <= self.moving.opened)).tolist())
-        changes = []
-        for block in sorted(blocks):
-            owner, members, _ = self.records.of(block)
-            changes.append(Change(block, owner, tuple(members)))
+        told = ((block, *self.records.of(block)) for block in sorted(blocks))
+        changes = [Change(block, owner, tuple(members)) for block, owner, members, _ in told]
         with self._c.store as store:
             self.record(store, changes)
 
@@ -244,13 +242,18 @@ class Copies:
         kept = sum(bool(self.records.living(b)) for b in blocks)
         if kept:
             logger.info("event=owner_lost shard=%d blocks=%d", shard, kept)
-            c.recoveries.begin(PROMOTION, shard, kept, now, self._all_told)
+            c.recoveries.begin(PROMOTION, shard, kept, now)
             self._begin_replication(shard, kept)
         c.wake()
 
     def _begin_replication(self, shard: int, blocks: int) -> None:
         if self._c.spec.replicas:
-            self._c.recoveries.begin(REPLICATION, shard, blocks, self._c.clock(), self._all_complete)
+            self._c.recoveries.begin(REPLICATION, shard, blocks, self._c.clock())
+
+    @property
+    def recovered(self) -> dict[str, Callable[[], bool]]:
+        """By kind of recovery, what says that it is over."""
+        return {PROMOTION: self._all_told, RELOAD: self._all_told, REPLICATION: self._all_complete}
 
     def _all_told(self) -> bool:
         return not self.promotion.blocks and not any(map(self.adoption.owed, self.records.shards))
@@ -304,7 +307,7 @@ class Copies:
                 self.promotion.blocks.pop(block, None)
             self.look(store)
         c.warn(f"shard {shard} is gone, and no copy of {len(blocks)} blocks is left: they go back; lost: {lost}")
-        c.recoveries.begin(RELOAD, shard, len(blocks), c.clock(), self._all_told, lost=lost)
+        c.recoveries.begin(RELOAD, shard, len(blocks), c.clock(), lost=lost)
         self._begin_replication(shard, len(blocks))
 
     def _enlist(self) -> None:

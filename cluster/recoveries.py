@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recoveries: what was done about shards that died, how long it took, and what was lost. People read it in status.
 
-Invariant: one that is over is on disk, in the order of their ends, the newest ``MOST``; one that goes on is known to this life
-of the coordinator alone. The coordinator's lock covers it.
+Invariant: those that are over are on disk, in the order of their ends, the newest ``MOST``; those that go on, too, so that the
+next life of the coordinator ends them; it takes up a roll-back of the job by itself (going_back.py). The coordinator's lock
+covers it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from oarlock.cluster.store import Store
 
-FACT = "recoveries"
+FACT, OPEN = "recoveries", "recoveries_open"
 MOST = 1000
 PROMOTION, RELOAD, ROLLBACK, REPLICATION = "promotion", "reload", "rollback", "re-replication"
 
@@ -29,18 +30,26 @@ class Open:
     over: Callable[[], bool]
     # To which the job went back; None where it did not.
     cut: int | None = None
+    # By the calendar, for a life that knows nothing of this one's clock.
+    began: float = field(default_factory=lambda: datetime.now(UTC).timestamp())
 
 
 class Recoveries:
-    """``all``: those that are over, oldest first."""
+    """``all``: those that are over, oldest first. ``over``: by kind, what says that one is."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: Mapping[str, Callable[[], bool]]) -> None:
+        self._over = over
         self.all: list[dict[str, Any]] = []
         self.open: list[Open] = []
+        self._changed = False
 
-    def take_up(self, store: Store) -> None:
-        """Load what was recorded."""
+    def take_up(self, store: Store, run: int, now: float) -> None:
+        """Load what was recorded; of those that go on those of ``run``."""
         self.all = store.fact(FACT, [])
+        for told in store.fact(OPEN, []):
+            if told.pop("run") == run:
+                passed = max(0.0, datetime.now(UTC).timestamp() - told["began"])
+                self.open.append(Open(**told, since=now - passed, over=self._over[told["kind"]]))
 
     def begin(
         self,
@@ -48,12 +57,14 @@ class Recoveries:
         shard: int,
         blocks: int,
         now: float,
-        over: Callable[[], bool],
+        over: Callable[[], bool] | None = None,
         *,
         lost: str = "",
         cut: int | None = None,
     ) -> None:
         """Note a recovery from the death of ``shard``; the same one again is the same one with more blocks."""
+        over = over or self._over[kind]
+        self._changed = True
         for known in self.open:
             if (known.kind, known.shard) == (kind, shard):
                 known.blocks, known.over = max(known.blocks, blocks), over
@@ -61,15 +72,19 @@ class Recoveries:
         self.open.append(Open(kind, shard, blocks, lost, now, over, cut))
 
     def look(self, store: Store, run: int, now: float) -> None:
-        """Record those that are over by now."""
+        """Record those that are over by now, and those that are new."""
         ended = [each for each in self.open if each.over()]
-        if not ended:
+        if not ended and not self._changed:
             return
         self.open = [each for each in self.open if each not in ended]
         for each in ended:
             self._note(each, run, now - each.since)
+        names = ("kind", "shard", "blocks", "lost", "began")
+        kept = [each for each in self.open if each.kind != ROLLBACK]
         with store:
             store.set_fact(FACT, self.all)
+            store.set_fact(OPEN, [{name: getattr(each, name) for name in names} | {"run": run} for each in kept])
+        self._changed = False
 
     def _note(self, each: Open, run: int, seconds: float) -> None:
         entry = {

@@ -54,7 +54,7 @@ def take_up(c: "Coordinator") -> None:
         c.copies.take_up(store)
         c.scaling.take_up(store)
         c.autoscaling.take_up(store)
-        c.recoveries.take_up(store)
+        c.recoveries.take_up(store, c.run, c.clock())
         c.going_back.take_up(store, c.run)
         c.going_back.tell(c)
         c.rollbacks.take_up(store)

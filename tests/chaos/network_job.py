@@ -25,6 +25,7 @@ from oarlock.launch.config import RunConfig
 from oarlock.launch.folder import create
 from oarlock.launch.kernels import compile_or_load
 from oarlock.proto.errors import NotFound
+from oarlock.proto.tokens import new_tokens
 
 COORDINATOR = "coordinator"
 SHARDS = ("shard-0", "shard-1", "shard-2")
@@ -68,6 +69,13 @@ class NetworkJob:
         )
         self._spec = create(self.folder, "job", run)
         (self.folder / "logs").mkdir(exist_ok=True)
+        # Other hosts can reach the processes, so they need tokens; nobody else is on these links.
+        tokens = folder / "tokens.toml"
+        tokens.touch(mode=0o600)
+        tokens.write_text(new_tokens())
+        one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        secure = {"OARLOCK_TOKEN_FILE": str(tokens), "OARLOCK_PLAINTEXT_TOKENS": "1"}
+        self._environment = {**os.environ, **one_thread, **secure}
         self._running: list[Process] = []
         self._watch: subprocess.Popen[bytes] | None = None
         self._unread = b""
@@ -87,7 +95,10 @@ class NetworkJob:
                 self._begin(host)
             watch = [sys.executable, "-P", str(Path(__file__).with_name("network_watch.py")), self._address]
             self._watch = subprocess.Popen(
-                self.hosts.command(COORDINATOR, watch), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                self.hosts.command(COORDINATOR, watch),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self._environment,
             )
             assert self._watch.stdout is not None
             os.set_blocking(self._watch.stdout.fileno(), False)
@@ -105,13 +116,14 @@ class NetworkJob:
             command = ["oarlock.cluster", "--dir", str(self.folder), "--listen", f"{address}:0"]
         elif host in SHARDS:
             command = ["oarlock.ps", "--coordinator", self._address, "--listen", f"{address}:0"]
+            # Where it may be told to write.
+            command += ["--root", str(self.folder)]
         else:
             command = ["oarlock.worker", "--coordinator", self._address, "--reader", "arrow"]
         whole = [sys.executable, "-P", "-m", *command, "--until-stdin-closes", "--log-level", "debug"]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with (self.folder / "logs" / f"{host}.log").open("ab") as log:
             popen = subprocess.Popen(
-                self.hosts.command(host, whole), stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
+                self.hosts.command(host, whole), stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._environment
             )
         self._running.append(Process(host, popen))
 

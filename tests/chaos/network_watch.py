@@ -2,11 +2,13 @@
 """Print the status of the coordinator at an address, line by line, until standard input closes. A program of its own: it runs on
 the coordinator's host, where no link is between them."""
 
+import argparse
 import asyncio
 import os
 import sys
 import threading
 
+from oarlock.client.security import security_of
 from oarlock.proto.coordinator_pb2 import StatusRequest
 from oarlock.proto.errors import PSError
 from oarlock.proto.rpc import GrpcTransport
@@ -15,7 +17,7 @@ PAUSE_SECONDS = 0.05
 
 
 async def watch(address: str) -> None:
-    transport = GrpcTransport()
+    transport = GrpcTransport(security=security_of(argparse.Namespace()))
     while True:
         try:
             reply = await transport.call(address, "Coordinator.Status", StatusRequest(), timeout_seconds=2.0)

@@ -136,7 +136,7 @@ def test_a_shard_that_the_coordinator_cannot_reach_is_replaced_by_its_copies(sce
         scene.others_train(f"shard and coordinator cut, {way}")
         scene.heal(f"shard and coordinator cut, {way}")
         assert scene.job.begun_again.count(SHARDS[number]) == 1
-    assert {r["kind"] for r in scene.job.status["recoveries"]} == {"promotion", "replication"}
+    assert {r["kind"] for r in scene.job.status["recoveries"]} == {"promotion", "re-replication"}
 
 
 def test_an_owner_that_cannot_reach_a_copy_does_without_it(scene: Scene) -> None:

@@ -166,6 +166,11 @@ def test_an_owner_that_dies_is_followed_by_its_copy(pair: Any) -> None:
     pair.adopt()
     c.copies.step()
     assert pair.status()["recoveries"][0]["kind"] == "promotion"
+    pair.restart()
+    c = pair.coordinator
+    assert [r["kind"] for r in pair.status()["recoveries"]] == ["promotion", "re-replication"], "that one goes on"
+    assert "seconds" not in pair.status()["recoveries"][1]
+    pair.adopt()
     assert pair.join("shard", "a:8").id == 2, "a number that nobody had"
     assert c.phase == "training"
 
