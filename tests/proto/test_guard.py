@@ -5,14 +5,11 @@ import asyncio
 import contextlib
 import random
 import socket
-import sys
 import time
-from threading import Event
-from types import SimpleNamespace
 
 import grpc
 import pytest
-from security_rig import Recorder, bearer, opened, paths_of, raw, serve, texts_of, write_tokens
+from security_rig import REFLECTION, Recorder, bearer, opened, paths_of, raw, serve, texts_of, write_tokens
 
 from oarlock.proto import frames
 from oarlock.proto.common_pb2 import HelloReply, HelloRequest, SocketsReply, SocketsRequest
@@ -20,15 +17,12 @@ from oarlock.proto.coordinator_pb2 import StatusRequest
 from oarlock.proto.errors import PermissionDenied, Unauthenticated, Unavailable
 from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, methods_of
 from oarlock.proto.roles import ROLES
-from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.rpc import GrpcTransport
 from oarlock.proto.rpc.health import CHECK, WATCH
-from oarlock.proto.rpc.reflection import MAX_STREAMS
 from oarlock.proto.rpc.sockets import connect
 from oarlock.proto.shard_pb2 import GET, UNDO, PullReply, PullRequest, RowsRequest
 
 SERVICES = ("Shard", "Coordinator", "Serving")
-# A service of gRPC that is beside ours where grpcio-reflection is installed.
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVES = b"\x08\x01"
 DENIED, UNKNOWN = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED
 
@@ -202,40 +196,6 @@ def test_a_service_of_several_roles_tells_its_sockets_to_none_of_less():
         assert all(methods_of(service)[-1].roles <= roles for roles in bulk)
 
 
-def test_what_reflection_adds_is_behind_the_guard_and_holds_few_threads(tmp_path, monkeypatch):
-    """As the code that gRPC generates has it: methods are added in two ways, one of which goes round every guard."""
-    name, over = REFLECTION.split("/")[1], Event()
-
-    def answer(requests, context):
-        yield next(requests)
-        over.wait(20)
-
-    def enable(names, server):
-        handlers = {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(answer)}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-        server.add_registered_method_handlers(name, handlers)
-
-    found = SimpleNamespace(SERVICE_NAME=name, enable_server_reflection=enable)
-    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha.reflection", found)
-    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha", SimpleNamespace(reflection=found))
-    monkeypatch.setitem(sys.modules, "grpc_reflection", SimpleNamespace(v1alpha=found))
-    path = write_tokens(tmp_path / "tokens")
-    security = opened(token_file=path)
-    server = GrpcServer(Recorder(), "Serving", listen="127.0.0.1:0", threads=16, security=security, stall_seconds=60)
-    server.start()
-    metadata = bearer(texts_of(path)["read"])
-    with grpc.insecure_channel(server.address) as channel:
-        for wrong in ((), bearer("x" * 43)):
-            assert raw(channel, REFLECTION, wrong) == (UNKNOWN, [])
-        calls = [channel.stream_stream(REFLECTION)(iter([b"x"]), metadata=metadata) for _ in range(MAX_STREAMS)]
-        assert [next(call) for call in calls] == [b"x"] * MAX_STREAMS
-        assert raw(channel, REFLECTION, metadata)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        # None of them holds a thread of another call.
-        assert raw(channel, METHODS["Serving.Describe"].path, metadata)[0] is grpc.StatusCode.OK
-        over.set()
-    server.stop(0)
-
-
 def test_look_ups_are_what_role_read_is_for_and_not_counted(tmp_path):
     path = write_tokens(tmp_path / "tokens")
     server = serve(Recorder(), "Serving", token_file=path, read_requests_per_second=0.001)
@@ -392,27 +352,6 @@ def test_a_token_is_replaced_without_a_pause(tmp_path):
         assert let_in() == [True, True]
         write_tokens(path, "".join(f'{r} = "{new[r]}"\n' for r in ROLES))
         assert let_in() == [False, True]
-    server.stop(0)
-
-
-def test_half_a_question_about_health_holds_nobody(tmp_path):
-    """More of them than there are threads, none of which ever says what it asks."""
-    path = write_tokens(tmp_path / "tokens")
-    server = serve(Recorder(), token_file=path)
-    over = Event()
-
-    def never():
-        over.wait()
-        yield from ()
-
-    with grpc.insecure_channel(server.address) as channel:
-        grpc.channel_ready_future(channel).result(20)
-        calls = [channel.stream_stream(way)(never(), timeout=60) for way in (WATCH, CHECK) for _ in range(40)]
-        assert raw(channel, CHECK) == (grpc.StatusCode.OK, [SERVES])
-        assert raw(channel, METHODS["Shard.Hello"].path, bearer(texts_of(path)["train"]))[0] is grpc.StatusCode.OK
-        for call in calls:
-            call.cancel()
-        over.set()
     server.stop(0)
 
 
