@@ -20,6 +20,8 @@ from oarlock.proto.security import Security, SecuritySpec
 from oarlock.proto.tokens import new_tokens, read_tokens
 
 SECONDS = 20
+# A method of gRPC that is beside ours where grpcio-reflection is installed.
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 def write_tokens(path, text=None, mode=0o600):

@@ -4,28 +4,25 @@
 import asyncio
 import contextlib
 import random
-import sys
-from threading import Event
-from types import SimpleNamespace
+import socket
+import time
 
 import grpc
 import pytest
-from security_rig import Recorder, bearer, opened, paths_of, raw, serve, texts_of, write_tokens
+from security_rig import REFLECTION, Recorder, bearer, opened, paths_of, raw, serve, texts_of, write_tokens
 
 from oarlock.proto import frames
 from oarlock.proto.common_pb2 import HelloReply, HelloRequest, SocketsReply, SocketsRequest
+from oarlock.proto.coordinator_pb2 import StatusRequest
 from oarlock.proto.errors import PermissionDenied, Unauthenticated, Unavailable
 from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, methods_of
 from oarlock.proto.roles import ROLES
-from oarlock.proto.rpc import GrpcServer, GrpcTransport
+from oarlock.proto.rpc import GrpcTransport
 from oarlock.proto.rpc.health import CHECK, WATCH
-from oarlock.proto.rpc.reflection import MAX_STREAMS
 from oarlock.proto.rpc.sockets import connect
 from oarlock.proto.shard_pb2 import GET, UNDO, PullReply, PullRequest, RowsRequest
 
 SERVICES = ("Shard", "Coordinator", "Serving")
-# A service of gRPC that is beside ours where grpcio-reflection is installed.
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVES = b"\x08\x01"
 DENIED, UNKNOWN = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED
 
@@ -199,40 +196,6 @@ def test_a_service_of_several_roles_tells_its_sockets_to_none_of_less():
         assert all(methods_of(service)[-1].roles <= roles for roles in bulk)
 
 
-def test_what_reflection_adds_is_behind_the_guard_and_holds_few_threads(tmp_path, monkeypatch):
-    """As the code that gRPC generates has it: methods are added in two ways, one of which goes round every guard."""
-    name, over = REFLECTION.split("/")[1], Event()
-
-    def answer(requests, context):
-        yield next(requests)
-        over.wait(20)
-
-    def enable(names, server):
-        handlers = {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(answer)}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-        server.add_registered_method_handlers(name, handlers)
-
-    found = SimpleNamespace(SERVICE_NAME=name, enable_server_reflection=enable)
-    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha.reflection", found)
-    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha", SimpleNamespace(reflection=found))
-    monkeypatch.setitem(sys.modules, "grpc_reflection", SimpleNamespace(v1alpha=found))
-    path = write_tokens(tmp_path / "tokens")
-    security = opened(token_file=path)
-    server = GrpcServer(Recorder(), "Serving", listen="127.0.0.1:0", threads=16, security=security, stall_seconds=60)
-    server.start()
-    metadata = bearer(texts_of(path)["read"])
-    with grpc.insecure_channel(server.address) as channel:
-        for wrong in ((), bearer("x" * 43)):
-            assert raw(channel, REFLECTION, wrong) == (UNKNOWN, [])
-        calls = [channel.stream_stream(REFLECTION)(iter([b"x"]), metadata=metadata) for _ in range(MAX_STREAMS)]
-        assert [next(call) for call in calls] == [b"x"] * MAX_STREAMS
-        assert raw(channel, REFLECTION, metadata)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        # None of them holds a thread of another call.
-        assert raw(channel, METHODS["Serving.Describe"].path, metadata)[0] is grpc.StatusCode.OK
-        over.set()
-    server.stop(0)
-
-
 def test_look_ups_are_what_role_read_is_for_and_not_counted(tmp_path):
     path = write_tokens(tmp_path / "tokens")
     server = serve(Recorder(), "Serving", token_file=path, read_requests_per_second=0.001)
@@ -303,6 +266,76 @@ def test_rows_are_looked_at_with_role_read_and_changed_with_role_admin(tmp_path)
     server.stop(0)
 
 
+def test_callers_of_role_read_get_so_many_answers_a_second_and_training_all(tmp_path):
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), token_file=path, read_requests_per_second=3.0)
+    texts = texts_of(path)
+    with grpc.insecure_channel(server.address) as channel:
+
+        def codes(role, count):
+            return [raw(channel, METHODS["Shard.Hello"].path, bearer(texts[role]))[0].name for _ in range(count)]
+
+        begun = time.monotonic()
+        of_read, of_train = codes("read", 40), codes("train", 40)
+        most = 3 + 3 * (time.monotonic() - begun) + 1
+    server.stop(0)
+    assert 3 <= of_read.count("OK") <= most
+    assert set(of_read) <= {"OK", "UNAVAILABLE"}
+    assert of_train == ["OK"] * 40
+    assert server.denied["rate"] == of_read.count("UNAVAILABLE")
+
+
+def test_the_refusal_of_one_too_many_is_worth_another_try(tmp_path):
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), token_file=path, read_requests_per_second=0.001)
+
+    async def body():
+        transport = GrpcTransport(security=opened(token_file=path))
+        try:
+            for _ in range(2):
+                await transport.call(server.address, "Shard.Hello", HelloRequest(protocol=PROTOCOL), timeout_seconds=10)
+        finally:
+            await transport.close()
+
+    with pytest.raises(Unavailable, match=r"more than 0\.001 things a second"):
+        asyncio.run(body())
+    server.stop(0)
+
+
+def test_the_jobs_own_processes_do_not_wait_for_who_looks(tmp_path):
+    """Else a tool that asks without end would have the launcher believe that the coordinator is gone."""
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), "Coordinator", token_file=path, read_requests_per_second=0.001)
+
+    async def body():
+        tool, own = (GrpcTransport(security=opened(token_file=path, own=each)) for each in (False, True))
+        await tool.call(server.address, "Coordinator.Status", StatusRequest(), timeout_seconds=10)
+        with pytest.raises(Unavailable, match="role read"):
+            await tool.call(server.address, "Coordinator.Status", StatusRequest(), timeout_seconds=10)
+        for _ in range(3):
+            await own.call(server.address, "Coordinator.Status", StatusRequest(), timeout_seconds=10)
+            await own.call(server.address, "Coordinator.Hello", HelloRequest(protocol=PROTOCOL), timeout_seconds=10)
+        for each in (tool, own):
+            await each.close()
+
+    asyncio.run(body())
+    server.stop(0)
+
+
+def test_many_who_are_turned_away_are_counted_and_fill_no_log(tmp_path, caplog):
+    server = serve(Recorder(), token_file=write_tokens(tmp_path / "tokens"))
+    begun = time.monotonic()
+    with grpc.insecure_channel(server.address) as channel:
+        for i in range(200):
+            raw(channel, METHODS["Shard.Hello"].path, bearer(f"secret-of-somebody-{i}" * 3))
+    seconds = time.monotonic() - begun
+    server.stop(0)
+    lines = [r for r in caplog.records if "call_denied" in r.getMessage()]
+    assert server.denied == {"token": 200}
+    assert 1 <= len(lines) <= 2 + seconds
+    assert "secret-of-somebody" not in caplog.text
+
+
 def test_a_token_is_replaced_without_a_pause(tmp_path):
     path = write_tokens(tmp_path / "tokens")
     old = texts_of(path)
@@ -320,3 +353,26 @@ def test_a_token_is_replaced_without_a_pause(tmp_path):
         write_tokens(path, "".join(f'{r} = "{new[r]}"\n' for r in ROLES))
         assert let_in() == [False, True]
     server.stop(0)
+
+
+def test_a_server_takes_no_more_connections_than_it_has_files_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("oarlock.proto.rpc.server.MAX_CONNECTIONS", 4)
+    server = serve(Recorder(), token_file=write_tokens(tmp_path / "tokens"))
+    host, _, port = server.address.rpartition(":")
+    held = [socket.create_connection((host, int(port)), timeout=10) for _ in range(12)]
+    try:
+        # Who is let in hears the server's settings; the others are closed.
+        heard = [_first(each) for each in held]
+        assert 1 <= sum(heard) <= 4
+    finally:
+        for each in held:
+            each.close()
+        server.stop(0)
+
+
+def _first(connection):
+    connection.settimeout(5)
+    try:
+        return bool(connection.recv(1))
+    except OSError:
+        return False

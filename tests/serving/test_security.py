@@ -14,7 +14,7 @@ import sys
 
 import grpc
 import pytest
-from security_rig import Authority, bearer, opened, paths_of, raw, texts_of, tls_fields, write_tokens
+from security_rig import REFLECTION, Authority, bearer, opened, paths_of, raw, texts_of, tls_fields, write_tokens
 
 from oarlock.cli.main import main
 from oarlock.proto.bulk import Bulk
@@ -26,7 +26,6 @@ from oarlock.serving.process import Settings, run
 from oarlock.serving.swap import Serving
 
 SECONDS = 120.0
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 @pytest.fixture
