@@ -59,7 +59,7 @@ class Size:
 
 
 FULL = Size(1 << 20, 1 << 24, 1_888_000, 256, rounds=3, quiet_seconds=8.0, turns=8, batches=64)
-QUICK = Size(1 << 17, 1 << 22, 124_000, 32, rounds=1, quiet_seconds=3.0, turns=3, batches=32)
+QUICK = Size(1 << 17, 1 << 22, 124_000, 32, rounds=1, quiet_seconds=2.0, turns=2, batches=24)
 TINY = Size(1 << 15, 1 << 20, 2_000, 8, rounds=1, quiet_seconds=0.5, turns=1, batches=16)
 
 
