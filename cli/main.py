@@ -4,6 +4,7 @@
 Invariant: results go to standard output, everything else to standard error; bad input never ends in a traceback.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -18,57 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     options = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.command in ("train", "prepare"):
-            from oarlock.cli.train import prepare, train
-
-            return train(options) if options.command == "train" else prepare(options)
-        if options.command == "demo":
-            from oarlock.cli.train import demo
-
-            return demo(options)
-        if options.command == "data":
-            from oarlock.cli.data import generate, import_
-
-            return import_(options) if options.verb == "import" else generate(options)
-        if options.command == "rows":
-            from oarlock.cli.rows import rows
-
-            return rows(options)
-        if options.command == "checkpoint":
-            from oarlock.cli.checkpoint import checkpoint
-
-            return checkpoint(options)
-        if options.command == "rollback":
-            from oarlock.cli.rollback import rollback
-
-            return rollback(options)
-        if options.command == "scale":
-            from oarlock.cli.scale import scale
-
-            return scale(options)
-        if options.command == "chaos":
-            from oarlock.cli.chaos import chaos
-
-            return chaos(options)
-        if options.command == "serve":
-            from oarlock.cli.serve import serve
-
-            return serve(options)
-        if options.command == "digest":
-            from oarlock.cli.digest import digest
-
-            return digest(options)
-        if options.command == "tokens":
-            from oarlock.cli.tokens import tokens
-
-            return tokens(options)
-        if options.command == "warmup":
-            from oarlock.cli.warmup import warmup
-
-            return warmup()
-        from oarlock.cli.jobs import status, stop
-
-        return status(options) if options.command == "status" else stop(options)
+        code = _command(options)
+        # What is still in the buffer would meet a reader that is gone only when Python exits.
+        sys.stdout.flush()
+        return code
     except PSError as error:
         return _complain(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -80,6 +34,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _command(options: argparse.Namespace) -> int:
+    """Run the command that was asked for; return its exit code."""
+    if options.command in ("train", "prepare"):
+        from oarlock.cli.train import prepare, train
+
+        return train(options) if options.command == "train" else prepare(options)
+    if options.command == "demo":
+        from oarlock.cli.train import demo
+
+        return demo(options)
+    if options.command == "data":
+        from oarlock.cli.data import generate, import_
+
+        return import_(options) if options.verb == "import" else generate(options)
+    if options.command == "rows":
+        from oarlock.cli.rows import rows
+
+        return rows(options)
+    if options.command == "checkpoint":
+        from oarlock.cli.checkpoint import checkpoint
+
+        return checkpoint(options)
+    if options.command == "rollback":
+        from oarlock.cli.rollback import rollback
+
+        return rollback(options)
+    if options.command == "scale":
+        from oarlock.cli.scale import scale
+
+        return scale(options)
+    if options.command == "chaos":
+        from oarlock.cli.chaos import chaos
+
+        return chaos(options)
+    if options.command == "serve":
+        from oarlock.cli.serve import serve
+
+        return serve(options)
+    if options.command == "digest":
+        from oarlock.cli.digest import digest
+
+        return digest(options)
+    if options.command == "tokens":
+        from oarlock.cli.tokens import tokens
+
+        return tokens(options)
+    if options.command == "warmup":
+        from oarlock.cli.warmup import warmup
+
+        return warmup()
+    from oarlock.cli.jobs import status, stop
+
+    return status(options) if options.command == "status" else stop(options)
 
 
 def _complain(text: str) -> int:
