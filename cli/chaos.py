@@ -28,6 +28,7 @@ from oarlock.launch.folder import create
 from oarlock.launch.kernels import make_ready
 from oarlock.launch.processors import processors_of
 from oarlock.proto.errors import InvalidArgument, Unavailable
+from oarlock.proto.security import Security
 
 # More shards and workers than a job begins with may be asked for.
 MORE_SHARDS, MORE_WORKERS = 2, 1
@@ -106,11 +107,16 @@ def plan_of(options: argparse.Namespace, run: RunConfig, spec: JobSpec) -> Plan:
 def _kinds(plan: Plan) -> str:
     left_out = [kind for kind in USUAL if kind not in plan.mix]
     text = ", ".join(plan.mix)
-    return f"{text}; not {', '.join(left_out)}: without copies (replicas) the job would end" if left_out else text
+    return (
+        f"{text}; not {', '.join(left_out)}: without copies (replicas) the job would go back to its last cut"
+        if left_out
+        else text
+    )
 
 
 def _train(spec: JobSpec, folder: Path, run: RunConfig, plan: Plan | None) -> Ended:
-    return run_job(spec, folder, plan, restarts=run.restarts, processors=processors_of(run))
+    security = Security(run.security_spec(), own=True).open()
+    return run_job(spec, folder, plan, restarts=run.restarts, processors=processors_of(run), security=security)
 
 
 def told(ended: Ended, quiet: list[Ended], plan: Plan) -> dict[str, Any]:

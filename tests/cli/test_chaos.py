@@ -4,11 +4,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from oarlock.cli import chaos as command
 from oarlock.cli.chaos import lines_of
+from oarlock.launch.config import run_config
+from oarlock.proto.tokens import new_tokens
 
 Oarlock = Callable[..., Any]
 
@@ -60,6 +64,18 @@ def test_bad_job_files_are_one_line(oarlock: Oarlock, tmp_path: Path, text: str 
     assert ended.code == 1
     assert words in ended.line
     assert ended.out == ""
+
+
+def test_the_security_of_a_job_file_is_that_of_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.touch(mode=0o600)
+    tokens.write_text(new_tokens())
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(command, "run_job", lambda *_, **launching: given.update(launching))
+    run = run_config({"recipe": "ncf", "data": "d", "security": {"token_file": str(tokens)}})
+    command._train(SimpleNamespace(), tmp_path, run, None)  # type: ignore[arg-type]
+    assert given["security"].identifies
+    assert given["security"].spec.token_file == str(tokens)
 
 
 @pytest.mark.slow
