@@ -23,6 +23,7 @@ from oarlock.client.router import Changes
 from oarlock.proto.coordinator_pb2 import LACKING
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.blocks import create_all, drop
+from oarlock.ps.closing import give
 from oarlock.ps.holdings import Numbers
 from oarlock.ps.shard import Shard
 
@@ -79,6 +80,8 @@ def adopt(
         if first:
             shard.unbroken = shard.generation
         owned = int(holdings.owned.sum())
+        kept = shard.closing.ended()
+    give(kept)
     shard.leading.wake()
     logger.info(
         "event=adopted generation=%d told=%d newer=%d made=%d blocks=%d",

@@ -26,6 +26,7 @@ from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.proto.work import refuse_late
+from oarlock.ps.closing import Closing
 from oarlock.ps.cuts import Cuts
 from oarlock.ps.does import Does, Done, Pushed, telling
 from oarlock.ps.holdings import Holdings
@@ -96,6 +97,7 @@ class Shard:
         self.holdings = Holdings(self.layout.blocks)
         self.reports = Reports()
         self.leading = Leading(self.holdings, self.reports)
+        self.closing = Closing(self.holdings)
         # Hears what is done to blocks that are owned here, by their numbers, in its order; None: no block has copies.
         self.told: Callable[[NDArray[np.int32], Does], None] | None = None
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
@@ -156,8 +158,11 @@ class Shard:
         for table in self.tables:
             table.close()
 
-    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
-        """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk."""
+    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk | Pending:
+        """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk.
+
+        StalePlacement, once it is known where they are, for blocks that are elsewhere, or on their way.
+        """
         return self._pulls.answer(sent)
 
     def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
@@ -232,9 +237,8 @@ class Shard:
 
     def answered(self, reply: PushReply, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> PushReply | Pending:
         """Return the answer to a push to blocks, those that are ``here`` bool[m] and others. The push lock is held."""
-        if not here.all():
-            self.holdings.tell_where(numbers[~here], reply.where)
-        return self.leading.answer(reply, numbers[here])
+        answer = self.leading.answer(reply, numbers[here])
+        return answer if here.all() else self.closing.keep(numbers[~here], reply, answer)
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: the blocks that are here and have not got the group."""

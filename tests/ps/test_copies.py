@@ -10,8 +10,9 @@ from scenes_rig import Copies, done, result, same
 
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, LACKING, SLOW
-from oarlock.proto.errors import StalePlacement
+from oarlock.proto.errors import StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullRequest, TableKeys
+from oarlock.ps.closing import MOST_KEPT
 
 
 def moved(answer):
@@ -112,17 +113,67 @@ def test_a_hand_over_closes_waits_reports_and_moves():
     late = job.push(0, 1)[0]
     job.settle()
     assert moved(before) == []
-    assert moved(late) == [number]
     assert (HANDED, 1, [number]) in job.reports(0)
+    pulled = job.services[0].pull(pull_of(job, number))
+    assert not done(late), "where the block goes is not known yet"
+    assert not done(pulled)
+    job.record(number, (1, 0))
+    assert moved(late) == [number]
+    with pytest.raises(StalePlacement):
+        pulled.result()
     with pytest.raises(StalePlacement):
         job.services[0].pull(pull_of(job, number))
-    job.record(number, (1, 0))
     again = result_of(job, job.push(0, 1))
     assert sorted(again) == [0, 1]
     assert again[1].applied == 1
     assert again[0].skipped == job.layout.blocks - 1
     job.settle()
     equal(job)
+
+
+def test_who_is_told_at_the_end_of_a_hand_over_is_told_where():
+    job = pair(3)
+    job.record(5, (0, 2))
+    job.hand_over(5, 2)
+    late = job.push(0, 0)[0]
+    job.settle()
+    job.record(5, (2,))
+    reply = result(late)
+    assert moved(late) == [5]
+    assert unpack(reply.where.blocks, np.int32, "blocks").tolist() == [5]
+    assert unpack(reply.where.owners, np.int32, "owners").tolist() == [2]
+
+
+def test_an_answer_waits_for_the_hand_over_and_for_the_copies_of_other_blocks():
+    job = pair()
+    job.hand_over(5, 1)
+    job.settle()
+    late = job.push(0, 0)[0]
+    job.record(5, (1, 0))
+    assert not done(late), "the other blocks' copies have nothing of it yet"
+    job.settle()
+    assert moved(late) == [5]
+    assert result(late).applied == job.layout.blocks - 1
+
+
+def test_so_many_answers_are_kept_and_who_comes_then_asks_again():
+    job = pair()
+    job.hand_over(5, 1)
+    job.settle()
+    kept = [job.services[0].pull(pull_of(job, 5)) for _ in range(MOST_KEPT)]
+    with pytest.raises(StalePlacement):
+        job.services[0].pull(pull_of(job, 5))
+    assert moved_at_once(job) == [5]
+    assert not any(map(done, kept))
+    job.shards[0].closing.fail(Unavailable("the end"))
+    with pytest.raises(Unavailable):
+        kept[0].result()
+
+
+def moved_at_once(job):
+    answer = job.push(0, 0)[0]
+    job.settle()
+    return moved(answer)
 
 
 def pull_of(job, number):
@@ -162,8 +213,9 @@ def test_a_hand_over_is_undone_by_its_own_order_alone():
     job.reopen(5, order=first)
     answer = job.push(0, 0)[0]
     job.settle()
-    assert moved(answer) == [5]
+    assert not done(answer)
     job.reopen(5)
+    assert moved(answer) == [5], "it may be sent again, to the same shard"
     assert not [r for r in job.reports(0) if r[0] == HANDED]
     answer = job.push(0, 1)[0]
     job.settle()
