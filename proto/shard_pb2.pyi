@@ -426,16 +426,18 @@ class ReplicateReply(_message.Message):
     def __init__(self, next: _Optional[int] = ..., refused: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class CopyRequest(_message.Message):
-    __slots__ = ("header", "blocks", "shard", "generations")
+    __slots__ = ("header", "blocks", "shard", "generations", "leisurely")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    LEISURELY_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     blocks: _common_pb2.Array
     shard: int
     generations: _common_pb2.Array
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    leisurely: bool
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., leisurely: bool = ...) -> None: ...
 
 class HandOverRequest(_message.Message):
     __slots__ = ("header", "blocks", "shard", "generations", "order")

@@ -140,7 +140,7 @@ class Leading:
 
     # Members
 
-    def want(self, to: ShardAddress, number: int) -> None:
+    def want(self, to: ShardAddress, number: int, leisurely: bool = False) -> None:
         """Have a block copied to a shard once its turn comes, unless that has it or it is under way. The push lock is held."""
         with self.lock:
             requires = self._requires.get(to.id)
@@ -150,7 +150,7 @@ class Leading:
             if images is None or images.to.incarnation != to.incarnation:
                 images = self.images[to.id] = ImageStream(to, self._draw.getrandbits(63))
             if not images.has(number):
-                images.wanted[number] = None
+                images.wanted[number] = leisurely
         self.wake()
 
     def turn(self, shard: int) -> int | None:

@@ -194,7 +194,7 @@ class ShardService:
     def hello(self, request: HelloRequest) -> HelloReply:
         return hello(request, "shard", __version__)
 
-    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk:
+    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk | Pending:
         begun = time.perf_counter()
         reply = self._leased(opened(request)[0].header).pull(request)
         self._took(self.pull_seconds, begun)
@@ -256,7 +256,7 @@ class ShardService:
         shard = self._order(request.header)[1]
         numbers, generations = read_generations(shard.layout, request.blocks, request.generations)
         self._take(request.header)
-        self._copying.give(numbers, generations, request.shard)
+        self._copying.give(numbers, generations, request.shard, request.leisurely)
         return Empty()
 
     def hand_over(self, request: HandOverRequest) -> Empty:
