@@ -139,7 +139,7 @@ def test_a_member_that_is_removed_while_the_block_is_closed_begins_it_anew(make_
     (first,), _ = table.moving.step(0.0)
     table.record(1, 0, 0, 3)
     assert table.moving.step(0.1) == ([], [])
-    (second,), _ = table.moving.step(0.1 + BREATH_SECONDS)
+    (second,), _ = table.moving.step(0.2 + BREATH_SECONDS)
     assert (second.kind, second.generation) == (HAND, first.generation + 1)
     assert table.moving.handed(1, TERM, first.order) is None, "of the record before"
     assert table.moving.handed(1, TERM, second.order) == 3

@@ -5,26 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from rig import group_keys, spec_of
-from scenes_rig import Copies, done, result, same
+from rig import spec_of
+from scenes_rig import Copies, done, moved, pair, pull_of, result, same
 
-from oarlock.proto.arrays import pack, unpack
+from oarlock.proto.arrays import unpack
 from oarlock.proto.coordinator_pb2 import ADDED, CONFIRMED, HANDED, LACKING, SLOW
-from oarlock.proto.errors import StalePlacement, Unavailable
-from oarlock.proto.shard_pb2 import PullRequest, TableKeys
-from oarlock.ps.closing import MOST_KEPT
-
-
-def moved(answer):
-    assert done(answer)
-    return unpack(result(answer).moved, np.int32, "moved").tolist()
-
-
-def pair(shards=2, **changes):
-    """All blocks are shard 0's, with a copy on shard 1."""
-    job = Copies(spec_of(**changes), shards)
-    job.begin([(0, 1)] * job.layout.blocks)
-    return job
+from oarlock.proto.errors import StalePlacement
 
 
 def equal(job, one=0, other=1):
@@ -129,62 +115,6 @@ def test_a_hand_over_closes_waits_reports_and_moves():
     assert again[0].skipped == job.layout.blocks - 1
     job.settle()
     equal(job)
-
-
-def test_who_is_told_at_the_end_of_a_hand_over_is_told_where():
-    job = pair(3)
-    job.record(5, (0, 2))
-    job.hand_over(5, 2)
-    late = job.push(0, 0)[0]
-    job.settle()
-    job.record(5, (2,))
-    reply = result(late)
-    assert moved(late) == [5]
-    assert unpack(reply.where.blocks, np.int32, "blocks").tolist() == [5]
-    assert unpack(reply.where.owners, np.int32, "owners").tolist() == [2]
-
-
-def test_an_answer_waits_for_the_hand_over_and_for_the_copies_of_other_blocks():
-    job = pair()
-    job.hand_over(5, 1)
-    job.settle()
-    late = job.push(0, 0)[0]
-    job.record(5, (1, 0))
-    assert not done(late), "the other blocks' copies have nothing of it yet"
-    job.settle()
-    assert moved(late) == [5]
-    assert result(late).applied == job.layout.blocks - 1
-
-
-def test_so_many_answers_are_kept_and_who_comes_then_asks_again():
-    job = pair()
-    job.hand_over(5, 1)
-    job.settle()
-    kept = [job.services[0].pull(pull_of(job, 5)) for _ in range(MOST_KEPT)]
-    with pytest.raises(StalePlacement):
-        job.services[0].pull(pull_of(job, 5))
-    assert moved_at_once(job) == [5]
-    assert not any(map(done, kept))
-    job.shards[0].closing.fail(Unavailable("the end"))
-    with pytest.raises(Unavailable):
-        kept[0].result()
-
-
-def moved_at_once(job):
-    answer = job.push(0, 0)[0]
-    job.settle()
-    return moved(answer)
-
-
-def pull_of(job, number):
-    """Return the pull of a block of users from shard 0."""
-    found = group_keys(job.layout, job.routes(), "user", np.arange(40, dtype=np.uint64))
-    at = found.blocks.tolist().index(number)
-    begin = int(found.counts[:at].sum())
-    keys = found.keys[begin : begin + int(found.counts[at])]
-    one = np.array([number], np.int32)
-    message = TableKeys(table=0, keys=pack(keys), blocks=pack(one), counts=pack(found.counts[at : at + 1]))
-    return PullRequest(header=job.header(0), tables=[message])
 
 
 def result_of(job, answers):
