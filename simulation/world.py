@@ -223,8 +223,8 @@ class World(Resuming):
             if call.method == "Coordinator.Join" and reply is not None and not isinstance(reply, PSError):
                 self._heard[reply.incarnation] = self.loop.now
             if call.method == "Coordinator.Lease" and reply is not None:
-                self.bound.leased(request, reply)
                 self.cuts.leased(request, reply)
+            self.bound.answered(call.method, request, reply)
             if call.method == "Coordinator.Gate":
                 self.cuts.stood(request.header.sender, request.cut)
             self.residuals.answered(call.method, request)

@@ -42,6 +42,11 @@ def test_a_shard_that_is_killed_once_the_job_is_done_takes_nothing_along() -> No
     assert run_seeds(range(3_001_507, 3_001_508)).violations == []
 
 
+def test_a_worker_that_has_closed_all_its_splits_holds_nobody_back() -> None:
+    # It waits at a gate, and asks a coordinator that knows no clocks for no more of them.
+    assert run_seeds(range(3_001_824, 3_001_825)).violations == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_invariant_breaks_in_a_thousand_schedules() -> None:
