@@ -3,7 +3,7 @@
 
 Invariant: who is active since when is read off the coordinator's answers, and what is done off the pushes that a shard has
 handled, not off any clock. A worker that is given splits while it has none begins at the minimum, or where it was, if that
-is further.
+is further; with the last of them closed it has none, whether it asks for more or not.
 """
 
 from typing import Any
@@ -25,11 +25,28 @@ class Bound:
         self._begin: dict[int, int] = {}
         self._done: dict[int, dict[int, set[int]]] = {}
         self._answers: dict[int, tuple[int, list[int], int]] = {}
+        # The splits that each was given and has not closed, and those that were closed: an old answer may come again.
+        self._open: dict[int, set[int]] = {}
+        self._closed: set[int] = set()
 
-    def leased(self, request: Any, reply: Any) -> None:
-        """After the coordinator answered a Lease question."""
+    def answered(self, method: str, request: Any, reply: Any) -> None:
+        """After the coordinator answered a question."""
+        if reply is None or isinstance(reply, PSError):
+            return
+        if method == "Coordinator.Lease":
+            self._leased(request, reply)
+        elif method == "Coordinator.CloseSplit" and request.work == TRAIN:
+            self._closed.add(request.split)
+            left = self._open.get(request.header.sender, set())
+            left.discard(request.split)
+            if not left:
+                self.gone(request.header.sender)
+
+    def _leased(self, request: Any, reply: Any) -> None:
         sender = request.header.sender
-        if isinstance(reply, PSError) or request.clock.active:
+        if request.clock.active:
+            if reply.work == TRAIN:
+                self._open.setdefault(sender, set()).update(set(reply.splits) - self._closed)
             return
         answer = (request.number, list(reply.splits), reply.minimum)
         if self._answers.get(sender) == answer:
@@ -40,11 +57,13 @@ class Bound:
         if reply.work == TRAIN:
             # It counts on from where it was, unless all others are further.
             self._begin[sender], self._done[sender] = max(reply.minimum, request.clock.acknowledged), {}
+            self._open[sender] = set(reply.splits) - self._closed
 
     def gone(self, sender: int) -> None:
         """The worker is no member any more, or has no splits."""
         self._begin.pop(sender, None)
         self._done.pop(sender, None)
+        self._open.pop(sender, None)
 
     def pushed(self, shard: int, request: Any) -> None:
         """After a shard has applied, or skipped, all of a push."""

@@ -156,13 +156,14 @@ class World(Resuming):
             return
         if self.committed.facts["phase"] == FAILED:
             raise Violation(f"L2: the job failed: {self.committed.facts['reason']}")
+        # Who is killed now takes nothing along: all of it is in the last cut.
+        dead = {m.incarnation for m in self.coordinator.members.all.values() if m.state == "dead"}
         # A late message finds the shards as they are, and must find nothing to do.
         await asyncio.sleep(max(0.0, self.wire.last_copy - self.loop.now) + 1.0)
         if not self.violation:
-            members = {m.incarnation for m in self.coordinator.members.all.values() if m.state != "dead"}
             joined = [s._joined for s in self.services_now if s._joined is not None]
             # One that was struck off has what nobody acknowledges any more.
-            found = [(identity.id, shard) for identity, shard in joined if identity.incarnation in members]
+            found = [(identity.id, shard) for identity, shard in joined if identity.incarnation not in dead]
             if self.copies is not None:
                 self.copies.finish()
             owners = self.coordinator.copies.records.owners
@@ -222,8 +223,8 @@ class World(Resuming):
             if call.method == "Coordinator.Join" and reply is not None and not isinstance(reply, PSError):
                 self._heard[reply.incarnation] = self.loop.now
             if call.method == "Coordinator.Lease" and reply is not None:
-                self.bound.leased(request, reply)
                 self.cuts.leased(request, reply)
+            self.bound.answered(call.method, request, reply)
             if call.method == "Coordinator.Gate":
                 self.cuts.stood(request.header.sender, request.cut)
             self.residuals.answered(call.method, request)

@@ -37,6 +37,16 @@ def test_a_fault_may_strike_while_a_job_has_no_shards() -> None:
     assert run_seeds(range(400_173, 400_174)).violations == []
 
 
+def test_a_shard_that_is_killed_once_the_job_is_done_takes_nothing_along() -> None:
+    # Its lease ends while late messages are waited for.
+    assert run_seeds(range(3_001_507, 3_001_508)).violations == []
+
+
+def test_a_worker_that_has_closed_all_its_splits_holds_nobody_back() -> None:
+    # It waits at a gate, and asks a coordinator that knows no clocks for no more of them.
+    assert run_seeds(range(3_001_824, 3_001_825)).violations == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_invariant_breaks_in_a_thousand_schedules() -> None:
