@@ -86,7 +86,7 @@ MAX_SPLITS = 1024
 class ShardService:
     """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder.
 
-    ``compact_links``: from which length on a chain of files is compacted. ``roots``: where requests may name checkpoints; none:
+    ``compact_links``: from which length on a chain of files is compacted. ``roots``: where requests may name checkpoints, beside
     where the job says that its own are; None: anywhere.
     """
 
@@ -121,15 +121,15 @@ class ShardService:
         self._tells_load = False
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
-        """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
+        """Begin to answer as ``identity``, with the job's tables, as yet without blocks; InvalidArgument."""
+        if self._given_roots is not None:
+            self._roots = Roots(_all_roots(self._given_roots, spec))
         shard = Shard(spec, spill_folder=self._spill_folder)
         shard.holdings.me = identity.id
         self._holds_lease = holds_lease
         self._tells_load = bool(spec.autoscale)
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
-        if self._given_roots is not None:
-            self._roots = Roots(self._given_roots or roots_of(spec))
         self._replacing = Replacing(shard)
         self._cutting = Cutting(shard, Views(shard, self.compacting, self._place), self._replacing)
         self._following, self._copying = Following(shard), Copying(shard)
@@ -339,6 +339,15 @@ class ShardService:
         self._leased(request.header)
         assert self._rows is not None, "made before the shard answers anything"
         return self._rows.answer(request)
+
+
+def _all_roots(given: Sequence[str], spec: JobSpec) -> tuple[str, ...]:
+    if not (given or spec.checkpoint_path):
+        raise InvalidArgument(
+            f"job {spec.name} keeps its checkpoints in its own folder, which this shard does not know and so could not write to: "
+            "give it --root FOLDER, the job's folder or its `checkpoints`, or give the job a checkpoint_path (docs/security.md)"
+        )
+    return (*given, *roots_of(spec))
 
 
 def _close_all(tables: Iterable[AnyTable]) -> None:
