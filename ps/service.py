@@ -116,9 +116,8 @@ class ShardService:
         # Of those that were answered. Taken here: an update itself asks for no time.
         self.pull_seconds = Histogram()
         self.push_seconds = Histogram()
-        self._load = Load()
-        # Nobody else asks for it.
-        self._tells_load = False
+        # Only of a job with a scaler: nobody else asks for it, and it costs each push two locks.
+        self._load: Load | None = None
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
         """Begin to answer as ``identity``, with the job's tables, as yet without blocks; InvalidArgument."""
@@ -127,7 +126,8 @@ class ShardService:
         shard = Shard(spec, spill_folder=self._spill_folder)
         shard.holdings.me = identity.id
         self._holds_lease = holds_lease
-        self._tells_load = bool(spec.autoscale)
+        if spec.autoscale and self._load is None:
+            self._load = Load()
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
         self._replacing = Replacing(shard)
@@ -199,10 +199,16 @@ class ShardService:
 
     def push(self, request: PushRequest | Bulk) -> PushReply | Pending:
         begun = time.perf_counter()
-        with self._load:
-            reply = self._leased(opened(request)[0].header).push(request)
+        if self._load is None:
+            reply = self._pushed(request)
+        else:
+            with self._load:
+                reply = self._pushed(request)
         self._took(self.push_seconds, begun)
         return reply
+
+    def _pushed(self, request: PushRequest | Bulk) -> PushReply | Pending:
+        return self._leased(opened(request)[0].header).push(request)
 
     def _took(self, seconds: Histogram, begun: float) -> None:
         with self._timing:
@@ -327,7 +333,7 @@ class ShardService:
             **self._joined[1].stats(),
             **({"compaction": done} if any(done.values()) else {}),
             **({"writing": writing} if writing else {}),
-            **({"load": self._load.told()} if self._tells_load else {}),
+            **({"load": self._load.told()} if self._load is not None else {}),
         }
 
     @property

@@ -199,7 +199,12 @@ def test_stats_say_what_the_shard_holds_and_did(job):
         "marks_bytes": 0,
     }
     assert found["bytes"] > 0
-    assert "load" not in found
+
+
+def test_without_a_scaler_no_push_is_measured_and_nothing_told(job, monkeypatch):
+    monkeypatch.setattr("oarlock.ps.load.Load.__enter__", lambda load: pytest.fail("a push paid for what nobody asks"))
+    job.services[0].push(PushRequest(header=job.header(0)))
+    assert "load" not in json.loads(job.services[0].stats(ShardStatsRequest(header=job.header(0))).stats)
 
 
 def test_for_a_scaler_a_shard_tells_how_busy_it_is():
