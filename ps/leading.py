@@ -218,6 +218,7 @@ class Leading:
                 at = {s: stream.next for s, stream in self.streams.items() if s in members}
                 known = self._known(found)
                 self._waiting.append(_Until(found, at, lambda left: self._report(CONFIRMED, left, known)))
+            self._drop_streams()
             done = self._settled()
         _give(done)
         self.wake()
@@ -231,8 +232,17 @@ class Leading:
                     each.moved.append(each.numbers[lost])
                     each.numbers = each.numbers[~lost]
             self._forget(numbers)
+            self._drop_streams()
             done = self._settled()
         _give(done)
+
+    def _drop_streams(self) -> None:
+        """Keep nothing for a shard that has no copy of what is owned here, and is to get none: it may be gone for good."""
+        for shard in [s for s in self.streams if not self._requires[s].any()]:
+            del self.streams[shard], self._requires[shard]
+            self._broken.pop(shard, None)
+        for shard in [s for s, images in self.images.items() if not (images.wanted or images.travels)]:
+            del self.images[shard]
 
     def _forget(self, numbers: Numbers) -> None:
         """A newer record counts: what was under way by the one before has ended, but for answers to clients."""
