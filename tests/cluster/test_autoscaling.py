@@ -107,6 +107,18 @@ def test_a_cool_down_outlives_the_coordinator(make_cluster: Any) -> None:
     assert job.numbers == (4, 2)
 
 
+def test_what_somebody_asked_for_outlives_the_coordinator_too(make_cluster: Any) -> None:
+    job = Job(make_cluster)
+    job.bytes = 1800
+    job.cluster.service.scale(pb.ScaleRequest(servers=1))
+    job.cluster.restart()
+    job.run(55)
+    assert job.numbers == (1, 2)
+    assert "cool-down" in job.said
+    job.run(40)
+    assert job.numbers == (2, 2)
+
+
 def test_what_somebody_asks_for_is_done_and_begins_the_cool_down(make_cluster: Any) -> None:
     job = Job(make_cluster)
     job.bytes = 1800
