@@ -181,6 +181,20 @@ def test_what_a_member_makes_up_changes_nothing(make_cluster: Any, lie: dict[str
     assert job.numbers[0] <= 2
 
 
+@pytest.mark.parametrize("later", [{"load": 3}, {"load": None}, {"load": {}}])
+def test_a_member_that_was_measured_and_tells_nothing_any_more_harms_nobody(make_cluster: Any, later: Any) -> None:
+    job = Job(make_cluster)
+    job.bytes = 1800
+    shard = job.alive("shard")[0].incarnation
+    for _ in range(20):
+        job.run(3.5)
+        job.lies[shard] = later
+        job.run(3)
+        job.lies.clear()
+    json.dumps(job.cluster.status(), allow_nan=False)
+    assert job.numbers[0] <= 3
+
+
 def test_counts_that_fall_are_no_numbers(make_cluster: Any) -> None:
     job = Job(make_cluster)
     job.busy = 0.95
