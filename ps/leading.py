@@ -208,10 +208,14 @@ class Leading:
         Whoever is not among them is told no more, and not waited for; whoever is new has the content from elsewhere.
         """
         with self.lock:
+            # What a member has refused it lacks under this record, too, until it has left the set.
+            refused = {s: mine[self._broken[s][mine]] for s, (_, mine) in members.items() if s in self._broken}
             self._forget(numbers)
             for shard, (address, mine) in members.items():
                 self._stream(address)
                 self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[mine] = True
+                if shard in refused:
+                    self._refused(shard, refused[shard])
             with_copies = [mine for _, mine in members.values()]
             if with_copies:
                 found = np.unique(np.concatenate(with_copies))
