@@ -242,9 +242,10 @@ class Leading:
 
     def _drop_streams(self) -> None:
         """Keep nothing for a shard that has no copy of what is owned here, and is to get none: it may be gone for good."""
-        for shard in [s for s in self.streams if not self._requires[s].any()]:
-            del self.streams[shard], self._requires[shard]
-            self._broken.pop(shard, None)
+        required = {shard for shard, mask in self._requires.items() if mask.any()}
+        for of_shards in (self.streams, self._requires, self._broken):
+            for shard in of_shards.keys() - required:
+                del of_shards[shard]
         for shard in [s for s, images in self.images.items() if not (images.wanted or images.travels)]:
             del self.images[shard]
 
