@@ -154,11 +154,17 @@ class ShardService:
         if self._joined is not None:
             self._joined[1].close()
 
-    def _shard(self, header: Header) -> tuple[Identity, Shard]:
-        if self._joined is None:
+    def _in_run(self) -> tuple[Identity, Shard]:
+        # Looked at once: a run may end between two looks.
+        joined = self._joined
+        if joined is None:
             raise Unavailable("this shard has not joined its job yet")
-        self._joined[0].check(header)
-        return self._joined
+        return joined
+
+    def _shard(self, header: Header) -> tuple[Identity, Shard]:
+        found = self._in_run()
+        found[0].check(header)
+        return found
 
     def _leased(self, header: Header) -> Shard:
         """As _shard, for workers."""
@@ -327,10 +333,10 @@ class ShardService:
 
     def told(self) -> dict[str, Any]:
         """Return what the shard holds and has done, its chains of files included."""
-        assert self._joined is not None, "asked of a shard that has joined"
+        _, shard = self._in_run()
         done, writing = self.compacting.told(), self.writing
         return {
-            **self._joined[1].stats(),
+            **shard.stats(),
             **({"compaction": done} if any(done.values()) else {}),
             **({"writing": writing} if writing else {}),
             **({"load": self._load.told()} if self._load is not None else {}),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whom a shard listens to, and what it says to the others."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -34,6 +35,7 @@ from oarlock.proto.shard_pb2 import (
     TableKeys,
     WriteRequest,
 )
+from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 
 WITH_HEADER = sorted(n for n, m in METHODS.items() if n.startswith("Shard.") and n != "Shard.Hello")
@@ -184,6 +186,27 @@ def test_an_empty_pull_is_empty(job):
     assert (len(reply.rows), reply.pushes) == (0, 0)
     reply = job.services[0].pull(PullRequest(header=job.header(0), tables=[TableKeys()]))
     assert list(reply.rows[0].shape) == [0, 2]
+
+
+@pytest.mark.parametrize("ask_it", [
+    lambda job: job.services[0].pull(PullRequest(header=job.header(0), tables=[keys_of(job, range(5))])),
+    lambda job: job.services[0].push(PushRequest(header=job.header(0))),
+    lambda job: job.services[0].stats(ShardStatsRequest(header=job.header(0))),
+], ids=["pull", "push", "stats"])  # fmt: skip
+def test_a_run_that_ends_while_a_request_is_looked_at_is_no_defect(job, monkeypatch, ask_it):
+    """Which a worker would take for an error of the job."""
+    check = Identity.check
+
+    def ends(identity, header):
+        check(identity, header)
+        job.services[0].let_go()
+
+    monkeypatch.setattr(Identity, "check", ends)
+    # Answered by the run before, or told to come again.
+    with contextlib.suppress(Unavailable):
+        ask_it(job)
+    with pytest.raises(Unavailable):
+        ask_it(job)
 
 
 def test_stats_say_what_the_shard_holds_and_did(job):
