@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.store import locate
 from oarlock.client.security import security_of
 from oarlock.launch.folder import stored_security
@@ -44,9 +45,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    path, job = options.checkpoint, None
-    if "://" not in path and (Path(path) / CHECKPOINTS).is_dir():
-        path, job = str(Path(path) / CHECKPOINTS), Path(path)
+    path, job = _checkpoints_of(options.checkpoint)
     security = security_of(options, stored_security(job))
     check_address(options.listen)
     security.check_listen(options.listen, "--listen")
@@ -91,6 +90,14 @@ def _run(options: argparse.Namespace) -> int:
     with _progress() as progress:
         run(store, settings, security=security, listening=listening, progress=progress, ready=ready)
     return 0
+
+
+def _checkpoints_of(path: str) -> tuple[str, Path | None]:
+    """Return where the checkpoints are, with the cut that is named, and the folder of their job, if it is that which is named."""
+    for folder, cut in ((path, None), split_cut(path)) if "://" not in path else ():
+        if (Path(folder) / CHECKPOINTS).is_dir():
+            return f"{Path(folder) / CHECKPOINTS}{'' if cut is None else f'@{cut}'}", Path(folder)
+    return path, None
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of `oarlock serve`."""
 
-import argparse
 from typing import Any
 
+from oarlock.cli.numbers import between, seconds_between
 from oarlock.client.security import add_security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.telemetry.prometheus import LOOPBACK, read_port
@@ -47,22 +47,22 @@ def add_serve(commands: Any) -> None:
     )
     run.add_argument(
         "--drain-seconds",
-        type=_seconds,
+        type=seconds_between(0, 86400),
         default=0.0,
         metavar="S",
         help="answer so long after SIGTERM, while health says NOT_SERVING (default 0)",
     )
     run.add_argument(
-        "--threads", type=_between(*_THREADS_RANGE), default=_THREADS, metavar="N",
+        "--threads", type=between(*_THREADS_RANGE), default=_THREADS, metavar="N",
         help=f"connections and calls at once (default {_THREADS})",
     )  # fmt: skip
     run.add_argument(
-        "--max-keys", type=_between(1, 1 << 31), default=_MAX_KEYS, metavar="N",
+        "--max-keys", type=between(1, 1 << 31), default=_MAX_KEYS, metavar="N",
         help=f"keys of one request (default {_MAX_KEYS})",
     )  # fmt: skip
     run.add_argument(
         "--request-memory-bytes",
-        type=_between(*REQUEST_MEMORY_RANGE),
+        type=between(*REQUEST_MEMORY_RANGE),
         default=REQUEST_MEMORY_BYTES,
         metavar="N",
         help=f"memory of all requests in work, beside the tables (default {REQUEST_MEMORY_BYTES})",
@@ -94,29 +94,10 @@ def add_serve(commands: Any) -> None:
         "once that cut is served.",
     )
     which = rollback.add_mutually_exclusive_group()
-    which.add_argument("--cut", type=_between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
+    which.add_argument("--cut", type=between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
     which.add_argument("--newest", action="store_true", help="the newest, and newer ones again as they come")
     for verb in (status, rollback):
         verb.add_argument("address", metavar="HOST:PORT", help="where the server listens")
     for verb in (run, status, rollback):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         add_security(verb, listens=verb is run)
-
-
-def _between(least: int, most: int) -> Any:
-    def read(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from {least} to {most}")
-        return int(text)
-
-    return read
-
-
-def _seconds(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found <= 86400:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give seconds, from 0 to 86400")
-    return found

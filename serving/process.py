@@ -111,8 +111,9 @@ def run(
             # In a wait of its own, which a second signal ends.
             Event().wait(settings.drain_seconds)
         finally:
-            server.stop(GRACE_SECONDS)
+            # First: a cut of many gigabytes may be under way, here or in a call that would be waited for.
             serving.close()
+            server.stop(GRACE_SECONDS)
 
 
 class _Over(Exception):

@@ -200,9 +200,9 @@ def test_a_dead_member_is_waited_for_until_the_record_says_that_it_left():
 
 def test_a_copy_that_cannot_be_reached_is_reported_and_waited_for_until_the_record_says_that_it_left():
     job = pair()
-    leading = job.shards[0].leading
+    leading, stream = job.shards[0].leading, job.shards[0].leading.streams[1]
     answer = job.push(0, 0)[0]
-    leading.silent(leading.streams[1])
+    leading.silent(stream)
     assert (SLOW, 1, list(range(job.layout.blocks))) in job.reports(0)
     for number in range(job.layout.blocks):
         assert not done(answer)
@@ -210,7 +210,7 @@ def test_a_copy_that_cannot_be_reached_is_reported_and_waited_for_until_the_reco
     assert result(answer).applied == job.layout.blocks
     assert job.reports(0) == []
     # Of blocks that nobody waits for there is nothing to say.
-    leading.silent(leading.streams[1])
+    leading.silent(stream)
     assert job.reports(0) == []
 
 
