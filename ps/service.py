@@ -8,7 +8,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,6 @@ from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_changes
-from oarlock.embedding.make import AnyTable
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
@@ -34,6 +33,8 @@ from oarlock.proto.shard_pb2 import (
     AbortRequest,
     AdoptReply,
     AdoptRequest,
+    ChangesReply,
+    ChangesRequest,
     CloseRequest,
     CopyRequest,
     CutRequest,
@@ -75,7 +76,7 @@ from oarlock.ps.replace import Order as ReplaceOrder
 from oarlock.ps.replace import Replacing
 from oarlock.ps.request import read_blocks, read_generations, read_path
 from oarlock.ps.rows import Rows
-from oarlock.ps.shard import Shard
+from oarlock.ps.shard import Shard, close_all
 from oarlock.ps.view import View, Views
 from oarlock.telemetry.histogram import Histogram
 
@@ -149,7 +150,7 @@ class ShardService:
             (_, shard), self._joined = self._joined, None
             with shard.push_lock:
                 self._views.let_go()
-            weakref.finalize(shard, _close_all, shard.tables)
+            weakref.finalize(shard, close_all, shard.tables)
 
     def end(self) -> None:
         """Give back what the shard has besides memory, after the last call."""
@@ -394,7 +395,5 @@ class ShardService:
         assert self._rows is not None, "made before the shard answers anything"
         return self._rows.answer(request)
 
-
-def _close_all(tables: Iterable[AnyTable]) -> None:
-    for table in tables:
-        table.close()
+    def changes(self, request: ChangesRequest) -> ChangesReply:
+        return self._leased(request.header).changes.answer(request)
