@@ -44,6 +44,8 @@ POLL_SECONDS = 0.25
 CALL_SECONDS = 5.0
 # How long a model without a cut may take until all blocks are here, before it is asked whether to go on.
 WAIT_SECONDS = 0.1
+# A live model that is so old may be older than a cut.
+LAST_CUT_SECONDS = 3.0
 _ELSEWHERE = (WrongRun, WrongIncarnation, StalePlacement, WrongJob)
 
 
@@ -195,6 +197,27 @@ class Following(Serving):
         logger.info("event=following run=%d cut=%d rows=%d seconds=%.2f", run, made.cut, made.rows, self.load_seconds)
         return made
 
+    def take_last_cut(self) -> bool:
+        """Take what the newest cut of this run has that is newer than what is served; return whether there is such a cut.
+
+        For when nobody answers any more: what a job trained at its very end may be in its last cut alone.
+        """
+        live = self._live
+        if live is None or live.age < LAST_CUT_SECONDS:
+            return False
+        with self._looking:
+            try:
+                manifest = self.store.load_manifest(None)
+                if manifest.run != live.run or manifest.cut <= live.cut or manifest.job != self._job:
+                    return False
+                self._fill(live, manifest, lambda done, total: None)
+            except (PSError, OSError, MemoryError) as error:
+                self.failures += 1
+                logger.warning("event=last_cut_not_loaded error=%s", error)
+                return False
+        logger.info("event=last_cut run=%d cut=%d rows=%d", live.run, live.cut, live.rows)
+        return True
+
     def _line(self, status: dict[str, Any]) -> list[int]:
         try:
             return line_of(self.store.cuts(), restores_in(status.get("events")))
@@ -203,17 +226,19 @@ class Following(Serving):
             return []
 
     def _fill(self, live: Live, manifest: Manifest, progress: Progress) -> None:
-        """Give a model that nobody sees yet the rows of a cut."""
+        """Give a model the blocks of a cut of its run, or of the one that it began from, that are newer than its own."""
         specs = manifest.table_specs()
+        at = self._clock() - max(0.0, time.time() - created_of(manifest))
         entries = [entry for entry in manifest.blocks if entry.kind == "rows" and entry.name in live.tables]
         done, total = 0, sum(entry.total_bytes for entry in entries)
         for entry in entries:
-            image = self.store.load_block(manifest, entry, checked=self._trust)
-            rows = stored_rows(specs[entry.name], np.asarray(image.weights), np.asarray(image.state))
-            live.tables[entry.name].replace(entry.block, np.asarray(image.keys), rows)
+            if live.lacks(entry.name, entry.block, entry.seq):
+                image = self.store.load_block(manifest, entry, checked=self._trust)
+                rows = stored_rows(specs[entry.name], np.asarray(image.weights), np.asarray(image.state))
+                live.fill(entry.name, entry.block, entry.seq, np.asarray(image.keys), rows, at)
             done += entry.total_bytes
             progress(done, total)
-        live.begins_at(manifest.cut, self._clock() - max(0.0, time.time() - created_of(manifest)))
+        live.cut = max(live.cut, manifest.cut)
 
     # What the shards say
 
@@ -270,6 +295,7 @@ class Following(Serving):
                     self.look()
             self._tend()
             if self._troubles:
+                self.take_last_cut()
                 self._over.wait(self._poll_seconds)
         for thread in self._pollers.values():
             thread.join()

@@ -73,6 +73,7 @@ class Live:
         self.job = job
         self.run = run
         self.layout = layout
+        self.seed = seed
         self.cut = 0
         self.lock = Lock()
         self.counts = counts if counts is not None else Counts()
@@ -82,6 +83,8 @@ class Live:
         blocks = layout.dense_base
         self.sequences: Longs = np.zeros(blocks, np.int64)
         self._takes: Longs = np.zeros(blocks, np.int64)
+        # After how many operations rows are as they are served, whoever told that.
+        self._served: Longs = np.full(blocks, -1, np.int64)
         self._sources: Longs = np.zeros(blocks, np.int64)
         self._confirmed: NDArray[np.float64] = np.full(blocks, now)
         # Of the block that was confirmed longest ago; read without the lock.
@@ -91,10 +94,22 @@ class Live:
         # Whether all blocks have been told by shards.
         self.complete = not blocks
 
-    def begins_at(self, cut: int, at: float) -> None:
-        """Take note that the rows are those of a cut, as things were ``at``; nobody else has seen this yet."""
-        self.cut = cut
-        self._confirmed[:] = self._oldest = at
+    def lacks(self, name: str, block: int, sequence: int) -> bool:
+        """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""
+        return bool(self._served[self.layout.table_base[self.layout.table_index[name]] + block] < sequence)
+
+    def fill(
+        self, name: str, block: int, sequence: int, keys: NDArray[np.uint64], rows: NDArray[np.uint8], at: float
+    ) -> None:
+        """Have a block be as a cut has it, where it was so ``at``, unless it is newer by now; shards tell it whole afterwards."""
+        number = self.layout.table_base[self.layout.table_index[name]] + block
+        with self.lock:
+            if self._served[number] < sequence:
+                self.tables[name].replace(block, keys, rows)
+                self._forget([number])
+                self._served[number] = sequence
+                self._confirmed[number] = at if not self._there[number] else max(at, float(self._confirmed[number]))
+                self._oldest = float(self._confirmed.min())
 
     @property
     def age(self) -> float:
@@ -235,6 +250,7 @@ class Live:
             self._arriving[int(numbers[at])].then.append(change.only(np.arange(len(blocks)) == at))
         direct = change.only(follows & here)
         table.change(direct)
+        self._served[numbers[follows & here]] = after[follows & here]
         self.counts.rows += len(direct.keys)
         self.counts.tombstones += len(direct.gone)
         self.sequences[numbers[follows]] = after[follows] + 1
@@ -260,4 +276,5 @@ class Live:
         except Malformed:
             self._forget([number])
             raise
+        self._served[number] = self.sequences[number] - 1
         self.counts.whole_blocks += 1
