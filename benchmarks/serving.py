@@ -2,8 +2,9 @@
 """`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint looked up by key, beside Redis.
 
 `oarlock serve` and its client against redis-server with MGET of the same keys by redis-py and hiredis, in turns: rows per second
-of processor time of client and server together, latencies at a fixed rate, memory per row. Invariant: it writes to a temporary
-folder only, and the last line printed is the result. What cannot be had is null, and ``why`` says the reason.
+of processor time of client and server together, latencies at a fixed rate, memory per row. And `oarlock serve --follow` beside a
+shard under a load of pushes: the time until a push is served. Invariant: it writes to a temporary folder only, and the last line
+printed is the result. What cannot be had is null, and ``why`` says the reason.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.benchmarks.serving_freshness import measure_freshness
 from oarlock.benchmarks.serving_measures import Lookup, compare, compare_latency, draw
 from oarlock.benchmarks.serving_model import row_values, write_model
 from oarlock.benchmarks.serving_sides import Oarlock, Redis, missing_of_redis, resident_bytes
@@ -44,14 +46,42 @@ class Size:
     turn_seconds: float
     rate_turns: int
     rate_seconds: float
+    followed_rows: int
+    followed_seconds: float
     dims: tuple[int, ...] = DIMS
     rate_dims: tuple[int, ...] = DIMS
 
 
 SIZES = {
-    "full": Size(10_000_000, turns=11, turn_seconds=1.0, rate_turns=7, rate_seconds=5.0),
-    "quick": Size(1_000_000, turns=5, turn_seconds=0.1, rate_turns=3, rate_seconds=0.5, rate_dims=(HEADLINE,)),
-    "tiny": Size(5_000, turns=1, turn_seconds=0.02, rate_turns=1, rate_seconds=0.05, dims=(HEADLINE,)),
+    "full": Size(
+        10_000_000,
+        turns=11,
+        turn_seconds=1.0,
+        rate_turns=7,
+        rate_seconds=5.0,
+        followed_rows=4_000_000,
+        followed_seconds=30,
+    ),
+    "quick": Size(
+        1_000_000,
+        turns=4,
+        turn_seconds=0.1,
+        rate_turns=3,
+        rate_seconds=0.4,
+        followed_rows=200_000,
+        followed_seconds=3.5,
+        rate_dims=(HEADLINE,),
+    ),
+    "tiny": Size(
+        5_000,
+        turns=1,
+        turn_seconds=0.02,
+        rate_turns=1,
+        rate_seconds=0.05,
+        followed_rows=10_000,
+        followed_seconds=2.5,
+        dims=(HEADLINE,),
+    ),
 }
 
 
@@ -92,6 +122,8 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
     for dim in size.dims:
         by_dim[dim] = _measure_dim(size, folder / str(dim), dim, base, say, seed, why)
         say(f"dim {dim}: {by_dim[dim]}")
+    fresh = measure_freshness(folder / "job", rows=size.followed_rows, seconds=size.followed_seconds, seed=seed)
+    say(f"followed: {fresh}")
     headline = by_dim[HEADLINE]
     found: dict[str, Any] = {
         "lookup_vs_redis": _ratio(headline, 10_000),
@@ -104,7 +136,11 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
         **found,
         "p99_vs_redis": None if why else headline["latency"]["1000"]["p99_ratio"],
         "bytes_vs_redis": headline["bytes_vs_redis"],
-        "failed": sum(each["failed"] for each in by_dim.values()),
+        # What was never seen has no time, and neither has the whole.
+        "freshness_p99_s": None if fresh["unseen"] else fresh["freshness_s"]["p99"],
+        "tombstone_p99_s": None if fresh["unseen"] else fresh["tombstone_s"]["p99"],
+        "failed": sum(each["failed"] for each in by_dim.values()) + fresh["failed"],
+        "followed": fresh,
         "rows": size.rows,
         "by_dim": {str(dim): each for dim, each in by_dim.items()},
         "why": {"redis": why or None},

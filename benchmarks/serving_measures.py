@@ -119,7 +119,8 @@ def compare_latency(
     for _ in range(turns):
         for name, (lookup, _) in sides.items():
             found[name].append(at_rate(lookup, requests, rate, seconds))
-    first, *_, last = sides
+    names = list(sides)
+    first, last = names[0], names[-1]
     ratios = [np.quantile(a, 0.99) / np.quantile(b, 0.99) for a, b in zip(found[first], found[last], strict=True)]
     return {
         "rate": round(rate, 1),

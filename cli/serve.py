@@ -17,13 +17,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oarlock.checkpoint.cuts import split_cut
+from oarlock.checkpoint.place import place_of
+from oarlock.checkpoint.reading import Reading
 from oarlock.checkpoint.store import locate
+from oarlock.client.entry import read_address
 from oarlock.client.security import security_of
-from oarlock.launch.folder import stored_security
+from oarlock.launch.folder import locate as find_job
+from oarlock.launch.folder import read_spec, stored_security
 from oarlock.launch.kernels import are_compiled
+from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.rpc import BlockingTransport
 from oarlock.proto.rpc.server import check_address
+from oarlock.proto.security import Security
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
+from oarlock.serving.follow import Following
 from oarlock.serving.process import Settings, run
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
@@ -45,6 +53,8 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.follow:
+        return _follow(options)
     path, job = _checkpoints_of(options.checkpoint)
     security = security_of(options, stored_security(job))
     check_address(options.listen)
@@ -52,6 +62,37 @@ def _run(options: argparse.Namespace) -> int:
     store, cut = locate(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
+    return _serve(options, store, security, cut=cut)
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Serve a job that trains."""
+    folder, _ = find_job(options.follow)
+    if folder is None:
+        raise InvalidArgument(
+            f"--follow {options.follow}: give the job's name or folder, where its checkpoints are found, too"
+        )
+    spec = read_spec(folder)
+    security = security_of(options, stored_security(folder))
+    check_address(options.listen)
+    security.check_listen(options.listen, "--listen")
+    store = place_of(spec).open(folder)
+    transport = BlockingTransport(security=security)
+    try:
+        following = Following(store, transport.call, lambda: read_address(folder), spec.job, trust=options.trust)
+        return _serve(options, store, security, serving=following)
+    finally:
+        transport.close()
+
+
+def _serve(
+    options: argparse.Namespace,
+    store: Reading,
+    security: Security,
+    *,
+    cut: int | None = None,
+    serving: Serving | None = None,
+) -> int:
     to_stream(options.log_level)
     if not are_compiled():
         print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)
@@ -88,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(facts) if options.json else text, flush=True)
 
     with _progress() as progress:
-        run(store, settings, security=security, listening=listening, progress=progress, ready=ready)
+        run(store, settings, security=security, listening=listening, progress=progress, ready=ready, serving=serving)
     return 0
 
 

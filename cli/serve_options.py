@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of `oarlock serve`."""
 
+import argparse
 from typing import Any
 
 from oarlock.cli.numbers import between, seconds_between
@@ -18,7 +19,8 @@ def add_serve(commands: Any) -> None:
         "serve",
         help="serve the rows of a checkpoint by key",
         description="Serve the rows of a checkpoint, read-only, for other programs to look up by key (docs/serving.md).",
-        epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it",
+        epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it\n"
+        "oarlock serve --follow JOB: serve what a job trains, as it changes",
     )
     # What is meant if the first word is no verb.
     serve.bare = "run"
@@ -31,8 +33,14 @@ def add_serve(commands: Any) -> None:
     )
     run.add_argument(
         "checkpoint",
+        nargs="?",
         metavar="CHECKPOINT",
         help="a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's folder",
+    )
+    run.add_argument(
+        "--follow",
+        metavar="JOB",
+        help="in place of CHECKPOINT: a job (its name or folder) whose rows are served as they change while it trains",
     )
     run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
     run.add_argument(
@@ -101,3 +109,16 @@ def add_serve(commands: Any) -> None:
     for verb in (run, status, rollback):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         add_security(verb, listens=verb is run)
+
+
+def unserved(options: argparse.Namespace) -> str:
+    """Return what is wrong with the options of `oarlock serve`, empty if nothing is."""
+    if options.command != "serve" or options.verb != "run":
+        return ""
+    if bool(options.checkpoint) == bool(options.follow):
+        return "give a CHECKPOINT, or --follow JOB"
+    return (
+        "--follow-cuts goes with a CHECKPOINT: a job that is followed is newer"
+        if options.follow and options.follow_cuts
+        else ""
+    )

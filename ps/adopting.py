@@ -96,6 +96,7 @@ def adopt(
 def _lead(shard: Shard, me: int, records: Changes) -> None:
     """Own blocks whose content is here, with the members that their records name."""
     holdings, numbers = shard.holdings, records.blocks
+    shard.feed.opened(numbers[~holdings.leads[numbers]])
     for number in [n for n in numbers.tolist() if n in holdings.closed]:
         del holdings.closed[number]
     if not len(numbers):
@@ -114,6 +115,7 @@ def _leave(shard: Shard, others: Numbers, gone: NDArray[np.int32]) -> None:
     """Own ``others`` no more, and let go the content of ``gone``."""
     holdings = shard.holdings
     if len(others):
+        shard.feed.left(others)
         holdings.owned[others] = False
         for number in [n for n in others.tolist() if n in holdings.closed]:
             del holdings.closed[number]

@@ -8,7 +8,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -23,7 +23,6 @@ from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_changes
-from oarlock.embedding.make import AnyTable
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
@@ -33,6 +32,8 @@ from oarlock.proto.shard_pb2 import (
     AbortRequest,
     AdoptReply,
     AdoptRequest,
+    ChangesReply,
+    ChangesRequest,
     CloseRequest,
     CopyRequest,
     CutRequest,
@@ -75,7 +76,7 @@ from oarlock.ps.replace import Order as ReplaceOrder
 from oarlock.ps.replace import Replacing
 from oarlock.ps.request import read_blocks, read_generations, read_path
 from oarlock.ps.rows import Rows
-from oarlock.ps.shard import Shard
+from oarlock.ps.shard import Shard, close_all
 from oarlock.ps.view import Views
 from oarlock.telemetry.histogram import Histogram
 
@@ -146,7 +147,7 @@ class ShardService:
         if self._joined is not None:
             (_, shard), self._joined = self._joined, None
             self._cutting.let_go()
-            weakref.finalize(shard, _close_all, shard.tables)
+            weakref.finalize(shard, close_all, shard.tables)
 
     def end(self) -> None:
         """Give back what the shard has besides memory, after the last call."""
@@ -352,6 +353,9 @@ class ShardService:
         assert self._rows is not None, "made before the shard answers anything"
         return self._rows.answer(request)
 
+    def changes(self, request: ChangesRequest) -> ChangesReply:
+        return self._leased(request.header).changes.answer(request)
+
 
 def _all_roots(given: Sequence[str], spec: JobSpec) -> tuple[str, ...]:
     if not (given or spec.checkpoint_path):
@@ -360,8 +364,3 @@ def _all_roots(given: Sequence[str], spec: JobSpec) -> tuple[str, ...]:
             "give it --root FOLDER, the job's folder or its `checkpoints`, or give the job a checkpoint_path (docs/security.md)"
         )
     return (*given, *roots_of(spec))
-
-
-def _close_all(tables: Iterable[AnyTable]) -> None:
-    for table in tables:
-        table.close()

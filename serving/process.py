@@ -18,6 +18,7 @@ from types import FrameType
 from oarlock.checkpoint.reading import Reading
 from oarlock.client.entry import keep_what_is_loaded
 from oarlock.client.telemetry import observed, server_source
+from oarlock.embedding.fresh import warm_up as warm_up_fresh
 from oarlock.embedding.frozen import warm_up
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
@@ -66,14 +67,16 @@ def run(
     listening: Callable[[str, str], object] = lambda address, metrics: None,
     progress: Progress = lambda done, total: None,
     ready: Callable[[Serving], object] = lambda serving: None,
+    serving: Serving | None = None,
 ) -> None:
     """Serve until a signal. ``listening`` hears of the addresses of the service and of its metrics, ``ready`` of the model.
 
     ``security``: who may talk to it, opened; InvalidArgument where others than this machine could, and nothing tells them apart.
+    ``serving``: what is served, where that is no cut of ``store``.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     over = Event()
-    serving = Serving(store, trust=settings.trust)
+    serving = serving or Serving(store, trust=settings.trust)
     service = ServingService(serving, max_keys=settings.max_keys)
     server = GrpcServer(
         service,
@@ -100,6 +103,7 @@ def run(
         try:
             listening(server.start(), telemetry.address)
             warm_up()
+            warm_up_fresh()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
             keep_what_is_loaded()

@@ -12,7 +12,7 @@ from threading import Event, Lock, Thread
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
-from oarlock.serving.snapshot import Progress, Snapshot, open_snapshot
+from oarlock.serving.snapshot import Model, Progress, Snapshot, open_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ class Serving:
         return self._snapshot is not None
 
     @property
-    def current(self) -> Snapshot:
+    def current(self) -> Model:
         """The snapshot that is served now; who answers from it keeps it for the whole answer."""
         found = self._snapshot
         if found is None:
             raise Unavailable("this process is still opening its model: ask again")
         return found
 
-    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Snapshot:
+    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Open ``cut`` (None: the newest) and serve it; whatever goes wrong leaves what is served as it was."""
         with self._loading:
             return self._load(cut, progress)
@@ -110,7 +110,7 @@ class Serving:
             self.pinned, self.problem = True, ""
             return made
 
-    def release(self) -> Snapshot:
+    def release(self) -> Model:
         """Serve the newest cut, and take newer ones again, if the folder is followed."""
         with self._loading:
             made = self._load(None)

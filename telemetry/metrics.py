@@ -96,6 +96,12 @@ _SHARD = _metrics(
     ("undone_rows_total", "counter", "Rows whose last updates were taken back on request."),
     ("copied_bytes_total", "counter", "Bytes of whole blocks that came from other shards."),
     ("sweep_slices_total", "counter", "Slices of blocks that were looked through for rows to evict."),
+    ("feed_bytes", "gauge", "Changes of rows that are kept for processes that serve them; 0 while nobody follows."),
+    ("feed_rows_total", "counter", "Rows that were gathered for them because they changed, whoever gets them."),
+    ("feed_tombstones_total", "counter", "Keys that left, as they are told."),
+    ("feed_overflows_total", "counter", "How often more keys changed than are noted between two of their questions."),
+    ("told_bytes_total", "counter", "Bytes of the answers to them, whole blocks included."),
+    ("told_whole_bytes_total", "counter", "Bytes of blocks that they got whole."),
     (
         "cut_bytes state",
         "gauge",
@@ -188,6 +194,15 @@ _SERVING = _metrics(
     ("table_bytes table", "gauge", "Bytes of keys, rows and index, those of mapped files included."),
     ("asked_keys_total table", "counter", "Keys that were looked up."),
     ("missing_keys_total table", "counter", "Keys that were looked up and have no row."),
+    (
+        "freshness_seconds",
+        "histogram",
+        "Of a job that is followed: how old the state of a shard's blocks is as it is put in place.",
+    ),
+    ("followed_rows_total", "counter", "The same: rows that were written because they changed."),
+    ("followed_tombstones_total", "counter", "The same: keys whose rows left."),
+    ("followed_bytes_total", "counter", "The same: bytes of the shards' answers."),
+    ("followed_whole_blocks_total", "counter", "The same: blocks that came whole."),
 )
 
 

@@ -42,10 +42,14 @@ def test_the_roles_are_those_of_the_methods() -> None:
     of = {role: {m.name for m in METHODS.values() if role in m.roles} for role in ROLES}
     assert set(re.findall(r"`(\w+\.\w+)`", rows[READ])) == of[READ]
     assert {service for service in ("Shard", "Serving") if READ in methods_of(service)[-1].roles} == {"Serving"}
-    shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows"}
+    shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows", "Shard.Changes"}
     named = {f"Coordinator.{n}" for n in re.findall(r"`(?:Coordinator\.)?([A-Z]\w+)`", rows[TRAIN])}
     lookups = set(re.findall(r"`(Serving\.\w+)`", rows[TRAIN]))
-    assert of[TRAIN] == shard | {"Wire.Sockets"} | lookups | named - {"Coordinator.Stats", "Coordinator.Rows"}
+    assert of[TRAIN] == shard | {"Wire.Sockets"} | lookups | named - {
+        "Coordinator.Stats",
+        "Coordinator.Rows",
+        "Coordinator.Changes",
+    }
     more = {f"Coordinator.{n}" for n in ("Scale", "Checkpoint", "Rollback", "Stop")} | {"Serving.Rollback"}
     assert all(n.split(".")[1] in rows[ADMIN] for n in more)
     assert "`Serving.Rollback`" in rows[ADMIN]
