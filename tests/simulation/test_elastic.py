@@ -53,6 +53,11 @@ def test_no_invariant_breaks_in_hundreds_of_schedules() -> None:
     assert all(tally.counts[what] > 500 for what in COVERED), {what: tally.counts[what] for what in COVERED}
 
 
+def test_a_shard_that_is_struck_off_before_it_knows_that_it_joined_is_not_looked_at() -> None:
+    # It adopts records that were on their way to it, and has none of what came since.
+    assert run_seeds(range(20_382, 20_383), (ELASTIC,)).violations == []
+
+
 def test_the_campaign_has_a_mode_for_it() -> None:
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "oarlock.benchmarks.simulate", "--tiny", "--json", "--mode", ELASTIC],
