@@ -73,7 +73,7 @@ def an_owner_that_died_is_left_out_of_the_cut(patch: Patch) -> None:
 
 
 class Nothing:
-    torn, entries = False, "[]"
+    torn, entries, trouble = False, "[]", ""
 
 
 PLANTED: tuple[Callable[[Patch], None], ...] = (
