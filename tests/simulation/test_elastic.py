@@ -18,7 +18,7 @@ from oarlock.simulation.restored import run
 
 MOST = 400
 # Where to begin to look for one that is rare.
-FIRST = {planted_moves.operations_of_any_generation: 900, planted_moves.refusals_end_with_their_record: 32_051}
+FIRST = {planted_moves.refusals_end_with_their_record: 32_051}
 # Found within seconds.
 SOON = {
     planted_moves.acknowledged_before_the_copies_have_it,
