@@ -58,6 +58,11 @@ def test_a_shard_that_is_struck_off_before_it_knows_that_it_joined_is_not_looked
     assert run_seeds(range(20_382, 20_383), (ELASTIC,)).violations == []
 
 
+def test_a_block_may_be_handed_over_as_the_job_ends() -> None:
+    # The heir has not heard of it.
+    assert run_seeds(range(50_046, 50_047), (ELASTIC,)).violations == []
+
+
 def test_the_campaign_has_a_mode_for_it() -> None:
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "oarlock.benchmarks.simulate", "--tiny", "--json", "--mode", ELASTIC],
