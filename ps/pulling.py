@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # Rows of answers whose memory is kept for the next ones, of at most 16 MiB each (proto/buffers.py).
 MOST_ANSWERS = 8
 
+# How long the end of an order is waited for that may open blocks.
+ORDER_SECONDS = 0.05
+
 _NONE = np.empty(0, np.int32)
 _NO_VERSIONS = np.empty(0, np.uint32)
 
@@ -138,13 +141,22 @@ class Pulls:
         owned = self._shard.holdings.owned
         if all(owned[keys.numbers].all() for keys in asked) and owned[dense].all():
             return None
-        with self._shard.push_lock:
-            numbers = np.concatenate([dense, *(keys.numbers for keys in asked)])
+        numbers = np.concatenate([dense, *(keys.numbers for keys in asked)])
+        lacking = numbers[~owned[numbers]]
+        if not len(lacking):
+            return None
+        error = _stale(int(lacking[0]))
+        # An order that makes blocks of a checkpoint holds it for seconds: nobody waits for that to hear that they are not here.
+        if not self._shard.push_lock.acquire(timeout=ORDER_SECONDS):
+            raise error
+        try:
             lacking = numbers[~owned[numbers]]
             if not len(lacking):
                 return None
             error = _stale(int(lacking[0]))
             pending = self._shard.closing.refuse(lacking, error)
+        finally:
+            self._shard.push_lock.release()
         if pending is None:
             raise error
         return pending
