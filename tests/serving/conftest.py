@@ -15,6 +15,7 @@ from tests.conftest import load_shared
 
 load_shared("proto/security_rig.py")
 load_shared("serving/serving_rig.py")
+load_shared("serving/predict_rig.py")
 
 import serving_rig  # noqa: E402
 
