@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oarlock serve`: rows of a checkpoint for other programs; and what a server that runs is asked by people.
+"""`oarlock serve`: rows and predictions of a checkpoint for other programs; and what a server that runs is asked by people.
 
 Invariant: addresses and the line that says it is ready go to standard output, flushed; progress goes to standard error, as one
 moving line on a terminal and as lines now and then elsewhere.
@@ -20,11 +20,14 @@ from oarlock.checkpoint.store import locate
 from oarlock.client.security import security_of
 from oarlock.launch.folder import stored_security
 from oarlock.launch.kernels import are_compiled
+from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, scorers
 from oarlock.proto.rpc.server import check_address
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
+from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
 from oarlock.serving.snapshot import Progress as Told
+from oarlock.serving.snapshot import Snapshot
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.log import to_stream
 
@@ -69,7 +72,20 @@ def _run(options: argparse.Namespace) -> int:
         threads=options.threads,
         request_memory_bytes=options.request_memory_bytes,
     )
-    where: dict[str, str] = {}
+    where: dict[str, str | None] = {"prediction": None}
+    folder = Path(options.job) if options.job else job or job_beside(path)
+
+    def predicts(snapshot: Snapshot) -> Predictor | None:
+        if options.recipe == "none":
+            return None
+        threads = options.predict_threads or scorers()
+        try:
+            found = predictor_of(snapshot.manifest, job=folder, recipe=options.recipe, scorers=threads)
+        except NoPrediction as error:
+            print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
+            return None
+        where["prediction"] = found.name
+        return found
 
     def listening(address: str, metrics: str) -> None:
         where.update(address=address, metrics=metrics)
@@ -80,16 +96,30 @@ def _run(options: argparse.Namespace) -> int:
 
     def ready(serving: Serving) -> None:
         snapshot, seconds = serving.current, time.monotonic() - begun
-        facts = {**where, "run": snapshot.version.run, "cut": snapshot.version.cut, "rows": snapshot.rows}
+        facts: dict[str, object] = {
+            **where,
+            "run": snapshot.version.run,
+            "cut": snapshot.version.cut,
+            "rows": snapshot.rows,
+        }
         facts |= {"bytes": snapshot.nbytes, "seconds": round(seconds, 3)}
         text = (
             f"ready: cut {snapshot.version.cut} of run {snapshot.version.run}, {len(snapshot.tables)} tables, "
             f"{snapshot.rows:,} rows, {snapshot.nbytes / 1e6:,.0f} MB, after {seconds:.1f} s"
+            + (f"; predictions of {where['prediction']}" if where["prediction"] else "")
         )
         print(json.dumps(facts) if options.json else text, flush=True)
 
     with _progress() as progress:
-        run(store, settings, security=security, listening=listening, progress=progress, ready=ready)
+        run(
+            store,
+            settings,
+            security=security,
+            predicts=predicts,
+            listening=listening,
+            progress=progress,
+            ready=ready,
+        )
     return 0
 
 

@@ -46,6 +46,22 @@ def add_serve(commands: Any) -> None:
         help="do not compute the files' checksums, which is most of the time to be ready",
     )
     run.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help="the recipe that predicts, if it is none of Oarlock's own, as the job has it (module:attribute); none: rows alone",
+    )
+    run.add_argument(
+        "--job",
+        default="",
+        metavar="FOLDER",
+        help="the job's folder, if the checkpoint is elsewhere: transforms are in it",
+    )
+    run.add_argument(
+        "--predict-threads", type=_between(0, 64), default=0, metavar="N",
+        help="batches that are computed at once (0: one for each processor, 4 at most)",
+    )  # fmt: skip
+    run.add_argument(
         "--drain-seconds",
         type=_seconds,
         default=0.0,

@@ -17,15 +17,20 @@ from types import FrameType
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.client.entry import keep_what_is_loaded
+from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import observed, server_source
 from oarlock.embedding.frozen import warm_up
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES
+from oarlock.serving.handlers import Handlers
+from oarlock.serving.inference import InferenceService
+from oarlock.serving.models import Models
+from oarlock.serving.predictor import Predictor
 from oarlock.serving.service import MAX_KEYS, ServingService
-from oarlock.serving.snapshot import Progress
+from oarlock.serving.snapshot import Progress, Snapshot
 from oarlock.serving.swap import Serving
-from oarlock.serving.telemetry import serving_source
+from oarlock.serving.telemetry import prediction_source, serving_source
 from oarlock.telemetry.prometheus import LOOPBACK
 
 logger = logging.getLogger(__name__)
@@ -63,11 +68,14 @@ def run(
     settings: Settings,
     *,
     security: Security | None = None,
+    predicts: Callable[[Snapshot], Predictor | None] = lambda snapshot: None,
     listening: Callable[[str, str], object] = lambda address, metrics: None,
     progress: Progress = lambda done, total: None,
     ready: Callable[[Serving], object] = lambda serving: None,
 ) -> None:
     """Serve until a signal. ``listening`` hears of the addresses of the service and of its metrics, ``ready`` of the model.
+
+    ``predicts`` makes the predictor of the model that was opened, None: it gives rows alone.
 
     ``security``: who may talk to it, opened; InvalidArgument where others than this machine could, and nothing tells them apart.
     """
@@ -75,14 +83,15 @@ def run(
     over = Event()
     serving = Serving(store, trust=settings.trust)
     service = ServingService(serving, max_keys=settings.max_keys)
+    models = Models(service)
     server = GrpcServer(
-        service,
+        Handlers(service, InferenceService(models)),
         "Serving",
         listen=settings.listen,
         threads=settings.threads,
         request_memory_bytes=settings.request_memory_bytes,
         security=security,
-        serving=lambda: serving.ready and not over.is_set(),
+        serving=lambda: models.ready and not over.is_set(),
     )
 
     def unless_over(done: int, total: int) -> None:
@@ -92,16 +101,20 @@ def run(
 
     with (
         _signals(over),
+        # One product of a small batch is one thread's, and training's numbers are those of one.
+        limit_blas(1),
         contextlib.suppress(_Over),
         observed("serving", settings.metrics_port, settings.metrics_host, security=security) as telemetry,
     ):
         telemetry.registry.add(server_source(server))
         telemetry.registry.add(serving_source(service))
+        telemetry.registry.add(prediction_source(models))
         try:
             listening(server.start(), telemetry.address)
             warm_up()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
+            models.begin(predicts(serving.current))
             keep_what_is_loaded()
             if settings.follow_cuts:
                 serving.follow()

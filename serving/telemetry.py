@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from oarlock.serving.models import Models
 from oarlock.serving.service import ServingService
 from oarlock.telemetry.registry import Source
 
@@ -33,5 +34,24 @@ def serving_source(service: ServingService) -> Source:
                 "oarlock_serving_table_bytes": {name: table.nbytes for name, table in snapshot.tables.items()},
             }
         return found
+
+    return source
+
+
+def prediction_source(models: Models) -> Source:
+    """Return the source of the metrics of predictions, if there are any."""
+
+    def source() -> dict[str, Any]:
+        predictor = models.predictor
+        if predictor is None:
+            return {}
+        batcher = predictor.batcher
+        return {
+            "oarlock_serving_prediction_seconds": predictor.seconds,
+            "oarlock_serving_predicted_samples_total": predictor.samples,
+            "oarlock_serving_batch_samples": batcher.batch_samples,
+            "oarlock_serving_waiting_samples": batcher.waiting,
+            "oarlock_serving_overloaded_total": batcher.overloaded,
+        }
 
     return source

@@ -188,6 +188,11 @@ _SERVING = _metrics(
     ("table_bytes table", "gauge", "Bytes of keys, rows and index, those of mapped files included."),
     ("asked_keys_total table", "counter", "Keys that were looked up."),
     ("missing_keys_total table", "counter", "Keys that were looked up and have no row."),
+    ("prediction_seconds", "histogram", "Time from encoded samples to their scores, the wait for a batch included."),
+    ("predicted_samples_total", "counter", "Samples that were predicted."),
+    ("batch_samples", "histogram", "Samples that were computed at once."),
+    ("waiting_samples", "gauge", "Samples that wait for a batch."),
+    ("overloaded_total", "counter", "Predictions that were refused because too many waited."),
 )
 
 

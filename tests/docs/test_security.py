@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oarlock.proto.methods import METHODS, methods_of
+from oarlock.proto.methods import INFERENCE, METHODS, methods_of
 from oarlock.proto.roles import ADMIN, READ, ROLES, TRAIN
 from oarlock.proto.rpc import server
 from oarlock.proto.security import READ_REQUESTS_PER_SECOND, SecuritySpec, option_of
@@ -42,10 +42,16 @@ def test_the_roles_are_those_of_the_methods() -> None:
     of = {role: {m.name for m in METHODS.values() if role in m.roles} for role in ROLES}
     assert set(re.findall(r"`(\w+\.\w+)`", rows[READ])) == of[READ]
     assert {service for service in ("Shard", "Serving") if READ in methods_of(service)[-1].roles} == {"Serving"}
+    inference = {m for m in METHODS if m.startswith(f"{INFERENCE}.")}
+    assert inference <= of[READ]
+    rows[TRAIN] = rows[TRAIN].replace(f", those of `{INFERENCE}`", "")
     shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows"}
     named = {f"Coordinator.{n}" for n in re.findall(r"`(?:Coordinator\.)?([A-Z]\w+)`", rows[TRAIN])}
     lookups = set(re.findall(r"`(Serving\.\w+)`", rows[TRAIN]))
-    assert of[TRAIN] == shard | {"Wire.Sockets"} | lookups | named - {"Coordinator.Stats", "Coordinator.Rows"}
+    assert of[TRAIN] - inference == shard | {"Wire.Sockets"} | lookups | named - {
+        "Coordinator.Stats",
+        "Coordinator.Rows",
+    }
     more = {f"Coordinator.{n}" for n in ("Scale", "Checkpoint", "Rollback", "Stop")} | {"Serving.Rollback"}
     assert all(n.split(".")[1] in rows[ADMIN] for n in more)
     assert "`Serving.Rollback`" in rows[ADMIN]
