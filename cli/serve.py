@@ -53,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     security = security_of(options, stored_security(job))
     check_address(options.listen)
     security.check_listen(options.listen, "--listen")
+    if options.http:
+        security.check_listen(options.http, "--http")
     store, cut = locate(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
@@ -62,6 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     begun = time.monotonic()
     settings = Settings(
         listen=options.listen,
+        http=options.http,
         cut=cut,
         follow_cuts=options.follow_cuts,
         trust=options.trust,
@@ -87,11 +90,12 @@ def _run(options: argparse.Namespace) -> int:
         where["prediction"] = found.name
         return found
 
-    def listening(address: str, metrics: str) -> None:
-        where.update(address=address, metrics=metrics)
+    def listening(address: str, metrics: str, http: str) -> None:
+        where.update(address=address, metrics=metrics, http=http)
         if not options.json:
             scheme = "https" if security.serves_tls else "http"
             page = f", metrics at {scheme}://{metrics}/metrics" if metrics else ""
+            page += f", HTTP at {scheme}://{http}/v2" if http else ""
             print(f"listening at {address}{page}", flush=True)
 
     def ready(serving: Serving) -> None:

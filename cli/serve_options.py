@@ -36,6 +36,12 @@ def add_serve(commands: Any) -> None:
     )
     run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
     run.add_argument(
+        "--http",
+        default="",
+        metavar="HOST:PORT",
+        help="answer the Open Inference Protocol over HTTP there, too (port 0: any free one)",
+    )
+    run.add_argument(
         "--follow-cuts",
         action="store_true",
         help="take newer cuts of the folder as they are committed, without a pause",

@@ -63,7 +63,10 @@ def predictor_of(manifest: Manifest, *, job: Path | None, recipe: str = "", scor
 
 def _made(manifest: Manifest, job: Path | None, name: str, scorers: int) -> Predictor:
     spec = _spec_of(manifest, job)
-    workload = load_recipe(name).workload(spec)
+    try:
+        workload = load_recipe(name).workload(spec)
+    except TypeError as error:
+        raise SpecMismatch(f"the configuration of recipe {name} is not this release's: {error}") from None
     if not isinstance(workload, Predicts):
         raise NotFound(f"recipe {name} does not say what a prediction is asked with (inputs and unlabelled)")
     columns, model = tuple(workload.inputs), workload.model

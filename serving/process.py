@@ -24,9 +24,12 @@ from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES
 from oarlock.serving.handlers import Handlers
+from oarlock.serving.http_server import HttpServer
 from oarlock.serving.inference import InferenceService
 from oarlock.serving.models import Models
+from oarlock.serving.openapi import description
 from oarlock.serving.predictor import Predictor
+from oarlock.serving.rest import Rest
 from oarlock.serving.service import MAX_KEYS, ServingService
 from oarlock.serving.snapshot import Progress, Snapshot
 from oarlock.serving.swap import Serving
@@ -48,10 +51,12 @@ class Settings:
 
     Behaviour: ``cut`` (None: the newest), ``follow_cuts``: take newer ones as they come; ``trust``: compute no checksums;
     ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
+    ``http``: where the Open Inference Protocol is spoken over HTTP, too; empty: nowhere.
     Performance: ``threads``: calls and connections at once.
     """
 
     listen: str = "127.0.0.1:0"
+    http: str = ""
     cut: int | None = None
     follow_cuts: bool = False
     trust: bool = False
@@ -69,11 +74,11 @@ def run(
     *,
     security: Security | None = None,
     predicts: Callable[[Snapshot], Predictor | None] = lambda snapshot: None,
-    listening: Callable[[str, str], object] = lambda address, metrics: None,
+    listening: Callable[[str, str, str], object] = lambda address, metrics, http: None,
     progress: Progress = lambda done, total: None,
     ready: Callable[[Serving], object] = lambda serving: None,
 ) -> None:
-    """Serve until a signal. ``listening`` hears of the addresses of the service and of its metrics, ``ready`` of the model.
+    """Serve until a signal. ``listening`` hears of the addresses of the service, its metrics and HTTP, ``ready`` of the model.
 
     ``predicts`` makes the predictor of the model that was opened, None: it gives rows alone.
 
@@ -93,6 +98,12 @@ def run(
         security=security,
         serving=lambda: models.ready and not over.is_set(),
     )
+    http = None
+    if settings.http:
+        security = security or Security()
+        security.check_listen(settings.http, "--http")
+        rest = Rest(models, security, server.memory, description=description())
+        http = HttpServer(rest.answer, listen=settings.http, admit=rest.admit, context=security.http_context)
 
     def unless_over(done: int, total: int) -> None:
         if over.is_set():
@@ -110,7 +121,8 @@ def run(
         telemetry.registry.add(serving_source(service))
         telemetry.registry.add(prediction_source(models))
         try:
-            listening(server.start(), telemetry.address)
+            address = server.start()
+            listening(address, telemetry.address, http.start() if http else "")
             warm_up()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
@@ -124,6 +136,8 @@ def run(
             # In a wait of its own, which a second signal ends.
             Event().wait(settings.drain_seconds)
         finally:
+            if http is not None:
+                http.stop(GRACE_SECONDS)
             server.stop(GRACE_SECONDS)
             serving.close()
 

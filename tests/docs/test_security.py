@@ -12,6 +12,7 @@ from oarlock.proto.roles import ADMIN, READ, ROLES, TRAIN
 from oarlock.proto.rpc import server
 from oarlock.proto.security import READ_REQUESTS_PER_SECOND, SecuritySpec, option_of
 from oarlock.ps.rows import MAX_KEYS
+from oarlock.serving import http_server
 from oarlock.telemetry import prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,13 @@ def test_the_options_are_those_of_the_spec() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in table("what")}
     assert limits["keys in one `Rows`"] == str(MAX_KEYS)
-    assert limits["requests a second of role `read`"] == f"{READ_REQUESTS_PER_SECOND:g} (look-ups not counted)"
+    assert (
+        limits["requests a second of role `read`"]
+        == f"{READ_REQUESTS_PER_SECOND:g} (look-ups and inferences not counted)"
+    )
     assert limits["connections of gRPC"].endswith(str(server.MAX_CONNECTIONS))
     http = f"{prometheus.MAX_CONNECTIONS}; {prometheus.HEAD_BYTES}; {prometheus.SECONDS:g}"
     assert limits["HTTP connections; bytes of a request; seconds of a connection"] == http
+    serving = (http_server.MAX_CONNECTIONS, http_server.HEAD_BYTES, http_server.MAX_BODY_BYTES, http_server.SECONDS)
+    found = limits["of `oarlock serve --http`: connections; bytes of a head; of a body; seconds"]
+    assert found == "; ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in serving)

@@ -16,6 +16,7 @@ from tests.conftest import load_shared
 load_shared("proto/security_rig.py")
 load_shared("serving/serving_rig.py")
 load_shared("serving/predict_rig.py")
+load_shared("serving/http_rig.py")
 
 import serving_rig  # noqa: E402
 
