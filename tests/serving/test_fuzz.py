@@ -170,10 +170,12 @@ def http_seeds(http: Any) -> list[bytes]:
     body, header = binary_body(
         [(t.name, t.datatype, t.shape, to_raw(t)) for t in few], parameters={"binary_data_output": True}
     )
+    keys, of_keys = binary_body([("keys", "INT32", (2,), np.arange(2, dtype="<i4").tobytes())])
     seeds = [
         request_of("/v2/models/dlrm/infer", json.dumps({"id": "1", "inputs": inputs}).encode()),
         request_of("/v2/models/dlrm/infer", body, *header.values()),
         request_of("/v2/models/fields/infer", json.dumps(keys_body([1, 2, 3])).encode()),
+        request_of("/v2/models/fields/infer", keys, *of_keys.values()),
     ]
     paths = ["/v2" + "".join(f"/{p}" for p in r.path) for r in ROUTES if r.method == "GET"]
     return seeds + [f"GET {p.replace('NAME', 'dlrm')} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for p in paths]
@@ -192,7 +194,9 @@ def grpc_seeds(http: Any) -> list[tuple[Any, bytes]]:
         )
     keys = infer(model_name="fields")
     keys.inputs.add(name="keys", datatype="UINT64", shape=[2]).contents.uint64_contents.extend([1, 2])
-    seeds = [(named["ModelInfer"], message.SerializeToString()) for message in (raw, contents, keys)]
+    raw_keys = infer(model_name="fields", raw_input_contents=[np.arange(2, dtype="<u8").tobytes()])
+    raw_keys.inputs.add(name="keys", datatype="UINT64", shape=[2])
+    seeds = [(named["ModelInfer"], message.SerializeToString()) for message in (raw, contents, keys, raw_keys)]
     for name in ("ModelMetadata", "ModelReady"):
         seeds.append((named[name], named[name].request(name="dlrm", version="0.1").SerializeToString()))
     return seeds + [(named[n], b"") for n in ("ServerLive", "ServerReady", "ServerMetadata")]
