@@ -21,6 +21,7 @@ from predict_rig import Job
 
 from oarlock.launch.prediction import predictor_of
 from oarlock.proto.errors import Internal, Malformed, PSError
+from oarlock.proto.inference_pb2 import ModelInferRequest
 from oarlock.proto.methods import INFERENCE, METHODS
 from oarlock.proto.rpc import to_status
 from oarlock.proto.transport import dispatch
@@ -229,6 +230,30 @@ def changed(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
     return bytes(out)
 
 
+def shaken(rng: random.Random, data: bytes) -> bytes:
+    """Return the bytes of a request for an inference that is one, and says something else."""
+    message = ModelInferRequest.FromString(data)
+    for _ in range(rng.randint(1, 3)):
+        each = rng.choice(message.inputs) if message.inputs else message.inputs.add()
+        match rng.randrange(7):
+            case 0 if message.raw_input_contents:
+                at = rng.randrange(len(message.raw_input_contents))
+                message.raw_input_contents[at] = changed(rng, message.raw_input_contents[at], [b"\0\0\0\xff"])
+            case 1:
+                each.shape[:] = [rng.choice((0, 1, 2, 3, -1, 1 << 20, 1 << 62)) for _ in range(rng.randrange(4))]
+            case 2:
+                each.datatype = rng.choice([*DATATYPES, "", "BF16"])
+            case 3:
+                each.name = rng.choice(("age", "city", "keys", "", "x" * 300))
+            case 4:
+                message.model_name = rng.choice(("dlrm", "fields", "", "\0"))
+            case 5 if len(message.raw_input_contents) == len(message.inputs) > 1:
+                del message.inputs[-1], message.raw_input_contents[-1]
+            case _:
+                each.contents.fp32_contents.extend([float("nan"), float("inf"), 1.0][: rng.randrange(4)])
+    return bytes(message.SerializeToString())
+
+
 def attack(http: Any, count: int, seed: int) -> dict[str, int]:
     """Give ``count`` changed requests; return how often each thing came of them."""
     rng, found = random.Random(seed), dict[str, int]()
@@ -237,11 +262,12 @@ def attack(http: Any, count: int, seed: int) -> dict[str, int]:
     for number in range(count):
         if number % 2:
             method, data = rng.choice(over_grpc)
-            came = ask_grpc(
-                service,
-                method,
-                changed(rng, data, messages) if rng.random() < 0.9 else rng.randbytes(rng.randint(0, 80)),
-            )
+            which = rng.random()
+            if method.request is ModelInferRequest and which < 0.5:
+                data = shaken(rng, data)
+            else:
+                data = changed(rng, data, messages) if which < 0.95 else rng.randbytes(rng.randint(0, 80))
+            came = ask_grpc(service, method, data)
         else:
             data = rng.choice(over_http)
             head, _, body = data.partition(b"\r\n\r\n")
