@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint looked up by key, beside Redis.
+"""`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint by key, beside Redis; predictions.
 
 `oarlock serve` and its client against redis-server with MGET of the same keys by redis-py and hiredis, in turns: rows per second
-of processor time of client and server together, latencies at a fixed rate, memory per row. Invariant: it writes to a temporary
-folder only, and the last line printed is the result. What cannot be had is null, and ``why`` says the reason.
+of processor time of client and server together, latencies at a fixed rate, memory per row. Predictions: serving_predict.py.
+Invariant: it writes to a temporary folder only, and the last line printed is the result. What cannot be had is null, and ``why``
+says the reason.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.serving_measures import Lookup, compare, compare_latency, draw
 from oarlock.benchmarks.serving_model import row_values, write_model
+from oarlock.benchmarks.serving_predict import measure_predictions
 from oarlock.benchmarks.serving_sides import Oarlock, Redis, missing_of_redis, resident_bytes
 
 STARTED = time.monotonic()
@@ -46,12 +48,35 @@ class Size:
     rate_seconds: float
     dims: tuple[int, ...] = DIMS
     rate_dims: tuple[int, ...] = DIMS
+    predict_rows: int = 1_000_000
+    predict_turns: int = 5
+    predict_seconds: float = 2.0
 
 
 SIZES = {
     "full": Size(10_000_000, turns=11, turn_seconds=1.0, rate_turns=7, rate_seconds=5.0),
-    "quick": Size(1_000_000, turns=5, turn_seconds=0.1, rate_turns=3, rate_seconds=0.5, rate_dims=(HEADLINE,)),
-    "tiny": Size(5_000, turns=1, turn_seconds=0.02, rate_turns=1, rate_seconds=0.05, dims=(HEADLINE,)),
+    "quick": Size(
+        1_000_000,
+        turns=5,
+        turn_seconds=0.1,
+        rate_turns=3,
+        rate_seconds=0.5,
+        rate_dims=(HEADLINE,),
+        predict_rows=100_000,
+        predict_turns=3,
+        predict_seconds=0.1,
+    ),
+    "tiny": Size(
+        5_000,
+        turns=1,
+        turn_seconds=0.02,
+        rate_turns=1,
+        rate_seconds=0.05,
+        dims=(HEADLINE,),
+        predict_rows=2_000,
+        predict_turns=1,
+        predict_seconds=0.02,
+    ),
 }
 
 
@@ -92,6 +117,10 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
     for dim in size.dims:
         by_dim[dim] = _measure_dim(size, folder / str(dim), dim, base, say, seed, why)
         say(f"dim {dim}: {by_dim[dim]}")
+    predictions = measure_predictions(
+        folder / "predict", size.predict_rows, seconds=size.predict_seconds, turns=size.predict_turns, seed=seed
+    )
+    say(f"predictions: {predictions}")
     headline = by_dim[HEADLINE]
     found: dict[str, Any] = {
         "lookup_vs_redis": _ratio(headline, 10_000),
@@ -104,7 +133,8 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
         **found,
         "p99_vs_redis": None if why else headline["latency"]["1000"]["p99_ratio"],
         "bytes_vs_redis": headline["bytes_vs_redis"],
-        "failed": sum(each["failed"] for each in by_dim.values()),
+        **predictions,
+        "failed": sum(each["failed"] for each in by_dim.values()) + predictions["predict"]["failed"],
         "rows": size.rows,
         "by_dim": {str(dim): each for dim, each in by_dim.items()},
         "why": {"redis": why or None},

@@ -16,7 +16,6 @@ from oarlock.checkpoint.manifest import Manifest
 from oarlock.client.job import JobSpec
 from oarlock.launch.folder import read_spec
 from oarlock.proto.errors import InvalidArgument, NotFound, PSError, SpecMismatch
-from oarlock.serving.features import kinds_of
 from oarlock.serving.predictor import Predictor, Recipe
 from oarlock.worker.recipe import Predicts, load_recipe, recipe_name
 
@@ -70,7 +69,6 @@ def _made(manifest: Manifest, job: Path | None, name: str, scorers: int) -> Pred
     if not isinstance(workload, Predicts):
         raise NotFound(f"recipe {name} does not say what a prediction is asked with (inputs and unlabelled)")
     columns, model = tuple(workload.inputs), workload.model
-    kinds_of(columns)
     tables = manifest.table_specs()
     for lookup in model.lookups:
         if lookup.table not in tables or tables[lookup.table].dim != lookup.dim:

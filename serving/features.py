@@ -33,43 +33,56 @@ DATATYPES_OF = {
 _USUAL = {"key": "UINT64", "float": "FP32", "label": "FP32", "number": "FP32", "category": BYTES}
 
 
-def kinds_of(columns: Sequence[ColumnSpec]) -> dict[str, set[str]]:
-    """Return the kinds of each column by name: one may be read as a number and as a category."""
-    kinds: dict[str, set[str]] = {}
-    for column in columns:
-        if column.kind not in DATATYPES_OF:
-            raise InvalidArgument(f"column {column.name!r} is a {column.kind}, which cannot be given for a prediction")
-        kinds.setdefault(column.name, set()).add(column.kind)
-    return kinds
+class RawColumns:
+    """The columns that a model is given: which datatypes each takes, and how tensors of them become arrays."""
 
+    def __init__(self, columns: Sequence[ColumnSpec]) -> None:
+        self._columns = tuple(columns)
+        # By name; one may be read as a number and as a category.
+        self._kinds: dict[str, set[str]] = {}
+        for column in columns:
+            if column.kind not in DATATYPES_OF:
+                raise InvalidArgument(
+                    f"column {column.name!r} is a {column.kind}, which cannot be given for a prediction"
+                )
+            self._kinds.setdefault(column.name, set()).add(column.kind)
+        self._allowed = {
+            name: [each for each in DATATYPES_OF[min(kinds)] if all(each in DATATYPES_OF[kind] for kind in kinds)]
+            for name, kinds in self._kinds.items()
+        }
 
-def usual_datatype(kinds: set[str]) -> str:
-    """Return the datatype that metadata name for a column."""
-    return BYTES if "category" in kinds else _USUAL[min(kinds)]
+    def told(self) -> dict[str, str]:
+        """Return the datatype that metadata name for each column."""
+        return {name: BYTES if "category" in kinds else _USUAL[min(kinds)] for name, kinds in self._kinds.items()}
 
+    def read(self, tensors: Mapping[str, Tensor]) -> tuple[Arrays, int]:
+        """Return the columns' arrays and how many rows they have."""
+        if self._kinds.keys() != tensors.keys():
+            self._differ(tensors)
+        rows, found = -1, {}
+        for name, kinds in self._kinds.items():
+            tensor = tensors[name]
+            if tensor.datatype not in self._allowed[name]:
+                allowed = ", ".join(self._allowed[name])
+                raise InvalidArgument(f"input {name!r}: datatype {tensor.datatype}: give one of {allowed}")
+            if len(tensor.shape) > 1 and tensor.shape[1] != 1:
+                raise Malformed(
+                    f"input {name!r}: shape {list(tensor.shape)}: give one value for each row, [rows] or [rows, 1]"
+                )
+            if rows >= 0 and tensor.shape[0] != rows:
+                raise Malformed(f"input {name!r} has {tensor.shape[0]} rows, another one {rows}")
+            rows = tensor.shape[0]
+            values = arrow_of(tensor)
+            found[name] = _text(name, values) if tensor.datatype == BYTES and "number" in kinds else values
+        return decode("request", 0, pa.table(found), self._columns), rows
 
-def arrays_of(columns: Sequence[ColumnSpec], tensors: Mapping[str, Tensor]) -> tuple[Arrays, int]:
-    """Return the columns' arrays and how many rows they have."""
-    kinds = kinds_of(columns)
-    if missing := [name for name in kinds if name not in tensors]:
-        raise InvalidArgument(f"input {missing[0]!r} is missing; this model needs {', '.join(kinds)}"[:1000])
-    if unknown := [name for name in tensors if name not in kinds]:
-        raise InvalidArgument(f"input {unknown[0]!r} is none of this model's, which are {', '.join(kinds)}"[:1000])
-    rows, found = -1, {}
-    for name, of in kinds.items():
-        tensor = tensors[name]
-        allowed = [each for each in DATATYPES_OF[min(of)] if all(each in DATATYPES_OF[kind] for kind in of)]
-        if tensor.datatype not in allowed:
-            raise InvalidArgument(f"input {name!r}: datatype {tensor.datatype}: give one of {', '.join(allowed)}")
-        if len(tensor.shape) > 1 and tensor.shape[1] != 1:
-            raise Malformed(
-                f"input {name!r}: shape {list(tensor.shape)}: give one value for each row, [rows] or [rows, 1]"
-            )
-        if rows >= 0 and tensor.shape[0] != rows:
-            raise Malformed(f"input {name!r} has {tensor.shape[0]} rows, another one {rows}")
-        rows = tensor.shape[0]
-        found[name] = _text(name, arrow_of(tensor)) if "number" in of and tensor.datatype == BYTES else arrow_of(tensor)
-    return decode("request", 0, pa.table(found), columns), rows
+    def _differ(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise for inputs that are not those of the columns."""
+        known = ", ".join(self._kinds)
+        if missing := [name for name in self._kinds if name not in tensors]:
+            raise InvalidArgument(f"input {missing[0]!r} is missing; this model needs {known}"[:1000])
+        unknown = next(name for name in tensors if name not in self._kinds)
+        raise InvalidArgument(f"input {unknown!r} is none of this model's, which are {known}"[:1000])
 
 
 def _text(name: str, values: Any) -> Any:

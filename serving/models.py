@@ -17,7 +17,6 @@ import pyarrow as pa
 from oarlock import __version__
 from oarlock.data.columns import ColumnSpec, decode
 from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, Unavailable
-from oarlock.serving.features import arrays_of, kinds_of, usual_datatype
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.service import ServingService
 from oarlock.serving.snapshot import Snapshot, Version
@@ -131,7 +130,7 @@ class Models:
         if predictor is None:
             dim = snapshot.tables[name].spec.dim
             return Metadata(name, served, (Described(KEYS, "UINT64", (-1,)),), (Described(ROWS, "FP32", (-1, dim)),))
-        inputs = (Described(each, usual_datatype(of), (-1,)) for each, of in kinds_of(predictor.columns).items())
+        inputs = (Described(each, datatype, (-1,)) for each, datatype in predictor.columns.told().items())
         return Metadata(name, served, tuple(inputs), (Described(SCORE, "FP32", (-1,)),))
 
     def infer(self, name: str, version: str, inputs: Sequence[Tensor], outputs: Sequence[str]) -> Answer:
@@ -148,7 +147,7 @@ class Models:
         if predictor is None:
             output, missing = self._rows(snapshot, name, given)
         else:
-            arrays, rows = arrays_of(predictor.columns, given)
+            arrays, rows = predictor.columns.read(given)
             scores, missing = predictor.predict(snapshot, arrays, rows)
             output = Tensor(SCORE, "FP32", (rows,), scores)
         return Answer(name, snapshot.version, missing, (output,))

@@ -19,7 +19,9 @@ from oarlock.data.columns import Arrays, ColumnSpec, codes_of
 from oarlock.nn import Model
 from oarlock.proto.errors import InvalidArgument
 from oarlock.serving.batcher import Batcher
+from oarlock.serving.features import RawColumns
 from oarlock.serving.scorer import Samples, Scored, Scorer, State
+from oarlock.serving.tensors import BYTES, DATATYPES, Tensor, from_raw
 from oarlock.telemetry.histogram import Histogram
 
 # Samples of callers that are joined, and what memory of graphs is for.
@@ -44,7 +46,8 @@ class Predictor:
 
     def __init__(self, recipe: Recipe, *, scorers: int = 1, max_rows: int = MAX_ROWS) -> None:
         self.name = recipe.name
-        self.columns: Sequence[ColumnSpec] = recipe.columns
+        self.columns = RawColumns(recipe.columns)
+        self._specs = recipe.columns
         self.max_rows = max_rows
         self._encode = recipe.encode
         self._scorers = [Scorer(recipe.model, MAX_BATCH) for _ in range(scorers)]
@@ -56,8 +59,12 @@ class Predictor:
 
     def warm_up(self, state: State) -> None:
         """Have every kernel compiled and every buffer touched, before anybody waits for it."""
+        for number in (False, True):
+            self.columns.read(
+                {name: _value(name, "INT64" if number else told) for name, told in self.columns.told().items()}
+            )
         for size in SIZES:
-            samples = self._encode(_nothing(self.columns, size))
+            samples = self._encode(_nothing(self._specs, size))
             for scorer in self._scorers:
                 scorer.score(state, [samples])
 
@@ -74,6 +81,12 @@ class Predictor:
             self.samples += rows
             self.missing += found.missing
         return found
+
+
+def _value(name: str, datatype: str) -> Tensor:
+    """Return the tensor of one value, made as it is of a request: a 1."""
+    data = b"\1\0\0\0" + b"1" if datatype == BYTES else np.ones(1, DATATYPES[datatype][0]).tobytes()
+    return from_raw(name, datatype, (1,), data)
 
 
 def _nothing(columns: Sequence[ColumnSpec], rows: int) -> Arrays:
