@@ -14,10 +14,11 @@ counted from 0. Pure; any thread.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oarlock.data.columns import Arrays, ColumnSpec, decode
+from oarlock.data.columns import Arrays, ColumnSpec, codes_of, decode
 from oarlock.proto.errors import InvalidArgument, Malformed
 from oarlock.serving.tensors import BYTES, FLOATS, INTEGERS, Tensor, arrow_of
 
@@ -59,12 +60,20 @@ class RawColumns:
         """Return the columns' arrays and how many rows they have."""
         if self._kinds.keys() != tensors.keys():
             self._differ(tensors)
-        rows, found = -1, {}
-        for name, kinds in self._kinds.items():
+        rows = self._rows(tensors)
+        try:
+            return self._together(tensors, rows), rows
+        except InvalidArgument:
+            # Column by column, which tells the column that is at fault, and its row.
+            return self._apart(self._columns, tensors), rows
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return how many rows all tensors have, whose datatypes and shapes can be the columns'."""
+        rows = -1
+        for name, allowed in self._allowed.items():
             tensor = tensors[name]
-            if tensor.datatype not in self._allowed[name]:
-                allowed = ", ".join(self._allowed[name])
-                raise InvalidArgument(f"input {name!r}: datatype {tensor.datatype}: give one of {allowed}")
+            if tensor.datatype not in allowed:
+                raise InvalidArgument(f"input {name!r}: datatype {tensor.datatype}: give one of {', '.join(allowed)}")
             if len(tensor.shape) > 1 and tensor.shape[1] != 1:
                 raise Malformed(
                     f"input {name!r}: shape {list(tensor.shape)}: give one value for each row, [rows] or [rows, 1]"
@@ -72,9 +81,33 @@ class RawColumns:
             if rows >= 0 and tensor.shape[0] != rows:
                 raise Malformed(f"input {name!r} has {tensor.shape[0]} rows, another one {rows}")
             rows = tensor.shape[0]
-            values = arrow_of(tensor)
-            found[name] = _text(name, values) if tensor.datatype == BYTES and "number" in kinds else values
-        return decode("request", 0, pa.table(found), self._columns), rows
+        return rows
+
+    def _apart(self, columns: Sequence[ColumnSpec], tensors: Mapping[str, Tensor]) -> Arrays:
+        found = {}
+        for name in {column.name: None for column in columns}:
+            values = arrow_of(tensors[name])
+            text = tensors[name].datatype == BYTES and "number" in self._kinds[name]
+            found[name] = _text(name, values) if text else values
+        return decode("request", 0, pa.table(found), columns)
+
+    def _together(self, tensors: Mapping[str, Tensor], rows: int) -> Arrays:
+        """Return the same as ``_apart``, with columns of one kind that came as one datatype read as one long one."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        rest: list[ColumnSpec] = []
+        for column in self._columns:
+            tensor = tensors[column.name]
+            if isinstance(tensor.values, np.ndarray):
+                groups.setdefault((column.kind, tensor.datatype), []).append(column.name)
+            else:
+                rest.append(column)
+        out: Arrays = {}
+        for (kind, _), names in groups.items():
+            values = pa.array(np.concatenate([tensors[name].values for name in names]))
+            (whole,) = decode("request", 0, pa.table({"all": values}), [ColumnSpec("all", kind)]).values()
+            for number, name in enumerate(names):
+                out[codes_of(name) if kind == "category" else name] = whole[number * rows : (number + 1) * rows]
+        return out | self._apart(rest, tensors) if rest else out
 
     def _differ(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise for inputs that are not those of the columns."""

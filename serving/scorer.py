@@ -66,8 +66,7 @@ class Scorer:
         if self._dense is not state.dense:
             self._program.flat_parameters[:] = state.dense
             self._dense = state.dense
-        if len(parts) == 1:
-            size = parts[0].samples
+        if len(parts) == 1 and (size := parts[0].samples) > self.max_batch:
             runs = [slice(at, min(at + self.max_batch, size)) for at in range(0, size, self.max_batch)]
             found = [self._scored(state, parts, run) for run in runs]
             scores = [scored.scores for each in found for scored in each]
@@ -87,11 +86,11 @@ class Scorer:
             shape = (at // lookup.fields, lookup.fields) if lookup.fields > 1 else (at,)
             feeds[lookup.name] = (rows[:at], self._positions[:at].reshape(shape))
         sizes = [len(range(*run.indices(part.samples))) for part in parts]
-        scores = self._program.predict(feeds, sum(sizes)).copy()
-        return [
-            Scored(each, lacking)
-            for each, lacking in zip(np.split(scores, np.cumsum(sizes)[:-1]), missing, strict=True)
-        ]
+        scores, at, out = self._program.predict(feeds, sum(sizes)).copy(), 0, []
+        for size, lacking in zip(sizes, missing, strict=True):
+            out.append(Scored(scores[at : at + size], lacking))
+            at += size
+        return out
 
 
 def _joined(arrays: list[Any]) -> Any:

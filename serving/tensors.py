@@ -60,15 +60,14 @@ def count_of(name: str, datatype: str, shape: Iterable[Any]) -> tuple[tuple[int,
     if datatype not in DATATYPES:
         raise InvalidArgument(f"tensor {name!r}: datatype {datatype[:20]!r}: give one of {', '.join(DATATYPES)}")
     dims: list[int] = []
+    total = 1
     for value in shape:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_VALUES:
             raise Malformed(f"tensor {name!r}: a dimension of {str(value)[:40]}: give integers from 0 to {MAX_VALUES}")
         dims.append(value)
+        total *= value
         if len(dims) > MAX_DIMS:
             raise Malformed(f"tensor {name!r} has more than {MAX_DIMS} dimensions")
-    total = 1
-    for value in dims:
-        total *= value
     if not dims or total > MAX_VALUES:
         raise Malformed(
             f"tensor {name!r}: {total} values of shape {dims}: give one dimension or more, and {MAX_VALUES} at most"
@@ -91,7 +90,8 @@ def from_raw(name: str, datatype: str, shape: Iterable[int], data: Any) -> Tenso
         # Any other byte would be no bool of numpy's.
         return Tensor(name, datatype, dims, np.frombuffer(view, np.uint8) != 0)
     # A slice of a larger message may begin anywhere.
-    return Tensor(name, datatype, dims, np.require(np.frombuffer(view, dtype), requirements="A"))
+    values = np.frombuffer(view, dtype)
+    return Tensor(name, datatype, dims, values if values.flags.aligned else values.copy())
 
 
 def from_contents(name: str, datatype: str, shape: Iterable[int], contents: Any) -> Tensor:
