@@ -62,9 +62,9 @@ SIZES = {
         rate_turns=3,
         rate_seconds=0.5,
         rate_dims=(HEADLINE,),
-        predict_rows=100_000,
+        predict_rows=50_000,
         predict_turns=3,
-        predict_seconds=0.1,
+        predict_seconds=0.08,
     ),
     "tiny": Size(
         5_000,

@@ -2,13 +2,16 @@
 """Predictions of a DLRM by `oarlock serve`, of raw rows by the Open Inference Protocol over gRPC and HTTP, part of the benchmark
 `serving`; beside onnxruntime on the exported dense graph alone, where that can be had.
 
-Invariant: what is asked for is raw, so decoding, transforms, look-ups and the wire are in every figure of Oarlock's; the dense
-graph is given rows that were looked up before. Both sides compute in one thread, in turns, and of the turns' ratios the median
-counts. Every answer's first occurrence is compared with the same graph in this process.
+Invariant: what is asked for is raw, so transforms and look-ups are in every figure of Oarlock's, and the wire in those of a
+server; the dense graph is given rows that were looked up before. Compared with it, by requests per second of processor time, is
+first what a process computes that has the rows, as onnxruntime does (``predict_vs_onnx``), then a server and its client. Each
+computes in one thread, in turns, and of the turns' ratios the median counts. Every answer's first occurrence is compared with the
+same graph in this process.
 """
 
 import http.client
 import importlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.serving_measures import at_rate
 from oarlock.benchmarks.serving_predict_model import FIELDS, MODEL, raw_rows, write_job
+from oarlock.benchmarks.serving_sides import processor_seconds
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import limit_blas
@@ -32,6 +36,7 @@ from oarlock.launch.prediction import predictor_of
 from oarlock.proto.inference_pb2 import ModelInferRequest
 from oarlock.proto.rpc import BlockingTransport
 from oarlock.serving.features import RawColumns
+from oarlock.serving.predictor import Predictor
 from oarlock.serving.snapshot import Snapshot, open_snapshot
 from oarlock.serving.tensors import Tensor, to_raw
 from oarlock.worker.recipe import load_recipe
@@ -50,6 +55,7 @@ class Asker:
     def __init__(self, job: Path) -> None:
         command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", str(job), "--http", "127.0.0.1:0", "--json"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
         assert self._process.stdout is not None, "made with a pipe"
         line = self._process.stdout.readline()
         if not line:
@@ -107,7 +113,7 @@ def measure_predictions(folder: Path, rows: int, *, seconds: float, turns: int, 
     snapshot = open_snapshot(store, store.load_manifest(None))
     rng = np.random.default_rng(seed + 1)
     by_batch: dict[str, Any] = {}
-    failed, ratio, why = 0, None, ""
+    failed, ratios, why = 0, dict[str, float](), ""
     with limit_blas(1):
         twin = predictor_of(snapshot.manifest, job=job)
         asker = Asker(job)
@@ -121,12 +127,15 @@ def measure_predictions(folder: Path, rows: int, *, seconds: float, turns: int, 
                     failed += sum(_differs(ask(request), right) for ask in (asker.by_grpc, asker.by_http))
                 by_batch[str(batch)] = _measure_batch(asker, requests, seconds, turns)
                 if batch == HEADLINE:
-                    ratio, why = _against_onnx(asker, requests, drawn, snapshot, spec, seconds, turns)
+                    sides = {"raw": _computing(twin, snapshot, drawn), "http": asker.by_http, "grpc": asker.by_grpc}
+                    ratios, why = _against_onnx(sides, asker.pid, requests, drawn, snapshot, spec, seconds, turns)
         finally:
             asker.close()
     return {
         "predict_p99_ms": by_batch[str(HEADLINE)]["grpc"]["p99_ms"],
-        "predict_vs_onnx": ratio,
+        "predict_vs_onnx": ratios.get("raw"),
+        "predict_http_vs_onnx": ratios.get("http"),
+        "predict_grpc_vs_onnx": ratios.get("grpc"),
         "predict": {"rows": snapshot.rows, "by_batch": by_batch, "failed": failed, "why_no_onnx": why or None},
     }
 
@@ -167,22 +176,33 @@ def _rate_of_many(asker: Asker, requests: list[Any], seconds: float) -> float:
     return sum(rates)
 
 
+def _computing(twin: Predictor, snapshot: Snapshot, drawn: list[list[Tensor]]) -> Callable[[Any], Any]:
+    """Return what predicts in this process, of raw rows as a request has them: given any, it takes the next ones."""
+    named = itertools.cycle([{tensor.name: tensor for tensor in tensors} for tensors in drawn])
+
+    def predict(_: object) -> Any:
+        return twin.predict(snapshot, *twin.columns.read(next(named)))
+
+    return predict
+
+
 def _against_onnx(
-    asker: Asker,
+    sides: dict[str, Callable[[Any], Any]],
+    pid: int,
     requests: list[Any],
     drawn: list[list[Tensor]],
     snapshot: Snapshot,
     spec: JobSpec,
     seconds: float,
     turns: int,
-) -> tuple[float | None, str]:
-    """Return how many requests are served for one of onnxruntime's on the dense graph, and why there is no such figure."""
+) -> tuple[dict[str, float], str]:
+    """Return how many requests each side answers for one of onnxruntime's on the dense graph, and why that is not known."""
     try:
         runtime = importlib.import_module("onnxruntime")
         importlib.import_module("onnx")
         dense_graph = importlib.import_module("oarlock.export.onnx").dense_graph
     except ImportError as error:
-        return None, f"{error}: the dense graph cannot be exported and run"
+        return {}, f"{error}: the dense graph cannot be exported and run"
     model = load_recipe(spec.recipe).workload(spec).model
     fitted = Fitted.from_json(spec.transforms)
     columns = RawColumns(fitted.inputs)
@@ -200,8 +220,20 @@ def _against_onnx(
         rows = np.empty((features.keys.size, lookup.dim), np.float32)
         snapshot.lookup(lookup.table, features.keys.reshape(-1), rows)
         feeds.append({lookup.name: rows.reshape(count, -1), "numbers": features.dense})
-    ratios = []
+    ratios: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
-        ours = _rate(asker.by_grpc, requests, seconds)
-        ratios.append(ours / _rate(lambda feed: session.run(["score"], feed), feeds, seconds))
-    return round(statistics.median(ratios), 3), ""
+        alone = _processor_rate(lambda feed: session.run(["score"], feed), feeds, seconds, pid)
+        for name, ask in sides.items():
+            ratios[name].append(_processor_rate(ask, requests, seconds, pid) / alone)
+    return {name: round(statistics.median(found), 3) for name, found in ratios.items()}, ""
+
+
+def _processor_rate(ask: Callable[[Any], Any], requests: list[Any], seconds: float, pid: int) -> float:
+    """Return requests per second of processor time of this process and the server, which stands still if it is not asked."""
+    for request in requests:
+        ask(request)
+    server, client, begun, done = processor_seconds(pid), time.process_time(), time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds or done < len(requests):
+        ask(requests[done % len(requests)])
+        done += 1
+    return done / (time.process_time() - client + processor_seconds(pid) - server)

@@ -38,6 +38,10 @@ def test_it_comes_to_its_end(tmp_path: Path) -> None:
     assert (result["why"]["redis"] or "") == why
     assert all((result[name] is None) == bool(why) for name in RATIOS)
     assert ("NO COMPARISON WITH REDIS" in ended.stderr) == bool(why)
+    predicted = result["predict"]
+    assert set(predicted["by_batch"]) == {"1", "32", "256"}
+    assert result["predict_p99_ms"] > 0
+    assert (result["predict_vs_onnx"] is None) == (predicted["why_no_onnx"] is not None)
     found = result["by_dim"]["16"]
     assert set(found["lookup"]) == set(found["latency"]) == {"100", "1000", "10000"}
     for each in found["latency"].values():
