@@ -119,8 +119,9 @@ def compare_latency(
     for _ in range(turns):
         for name, (lookup, _) in sides.items():
             found[name].append(at_rate(lookup, requests, rate, seconds))
-    first, *_, last = sides
-    ratios = [np.quantile(a, 0.99) / np.quantile(b, 0.99) for a, b in zip(found[first], found[last], strict=True)]
+    names = list(sides)
+    pairs = zip(found[names[0]], found[names[-1]], strict=True)
+    ratios = [np.quantile(a, 0.99) / np.quantile(b, 0.99) for a, b in pairs]
     return {
         "rate": round(rate, 1),
         "ms": {

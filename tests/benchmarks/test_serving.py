@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oarlock.benchmarks import serving
-from oarlock.benchmarks.serving_measures import at_rate, draw, take_turn
+from oarlock.benchmarks.serving_measures import at_rate, compare_latency, draw, take_turn
 from oarlock.benchmarks.serving_model import row_values
 from oarlock.benchmarks.serving_sides import missing_of_redis
 
@@ -54,6 +54,15 @@ def test_wrong_rows_are_found() -> None:
     assert serving._wrong(right, keys, 16) == 0
     right[3, 2] += 1
     assert serving._wrong(right, keys, 16) == 1
+
+
+def test_one_side_alone_has_latencies_and_no_ratio() -> None:
+    requests = draw(np.arange(10, dtype=np.uint64), 2, np.random.default_rng(0))
+    found = compare_latency(
+        {"oarlock": (lambda keys: row_values(keys, 2), 0)}, requests, rate=1e4, turns=1, seconds=0.001
+    )
+    assert set(found["ms"]) == {"oarlock"}
+    assert found["p99_ratio"] is None
 
 
 def test_turns_count_what_was_asked_and_rates_are_kept() -> None:
