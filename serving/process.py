@@ -33,7 +33,7 @@ from oarlock.serving.rest import Rest
 from oarlock.serving.service import MAX_KEYS, ServingService
 from oarlock.serving.snapshot import Progress, Snapshot
 from oarlock.serving.swap import Serving
-from oarlock.serving.telemetry import prediction_source, serving_source
+from oarlock.serving.telemetry import http_source, prediction_source, serving_source
 from oarlock.telemetry.prometheus import LOOPBACK
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ def run(
         security=security,
         serving=lambda: models.ready and not over.is_set(),
     )
+    security = security or Security()
+    rest = Rest(models, security, server.memory, description=description())
     http = None
     if settings.http:
-        security = security or Security()
         security.check_listen(settings.http, "--http")
-        rest = Rest(models, security, server.memory, description=description())
         http = HttpServer(rest.answer, listen=settings.http, admit=rest.admit, context=security.http_context)
 
     def unless_over(done: int, total: int) -> None:
@@ -121,6 +121,8 @@ def run(
         telemetry.registry.add(serving_source(service))
         telemetry.registry.add(prediction_source(models))
         try:
+            if http is not None:
+                telemetry.registry.add(http_source(http, rest))
             address = server.start()
             listening(address, telemetry.address, http.start() if http else "")
             warm_up()

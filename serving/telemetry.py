@@ -3,7 +3,9 @@
 
 from typing import Any
 
+from oarlock.serving.http_server import HttpServer
 from oarlock.serving.models import Models
+from oarlock.serving.rest import Rest
 from oarlock.serving.service import ServingService
 from oarlock.telemetry.registry import Source
 
@@ -52,6 +54,19 @@ def prediction_source(models: Models) -> Source:
             "oarlock_serving_batch_samples": batcher.batch_samples,
             "oarlock_serving_waiting_samples": batcher.waiting,
             "oarlock_serving_overloaded_total": batcher.overloaded,
+        }
+
+    return source
+
+
+def http_source(server: HttpServer, rest: Rest) -> Source:
+    """Return the source of what was asked over HTTP."""
+
+    def source() -> dict[str, Any]:
+        return {
+            "oarlock_serving_http_responses_total": {str(status): n for status, n in server.answered.copy().items()},
+            "oarlock_serving_http_connections": server.connections,
+            "oarlock_serving_http_denied_total": dict(rest.denied.copy()),
         }
 
     return source

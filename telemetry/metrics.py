@@ -193,6 +193,13 @@ _SERVING = _metrics(
     ("batch_samples", "histogram", "Samples that were computed at once."),
     ("waiting_samples", "gauge", "Samples that wait for a batch."),
     ("overloaded_total", "counter", "Predictions that were refused because too many waited."),
+    ("http_responses_total status", "counter", "Requests over HTTP that were answered, by status."),
+    ("http_connections", "gauge", "Connections of HTTP."),
+    (
+        "http_denied_total why",
+        "counter",
+        "Requests over HTTP that were not let in: no token, or one too many a second.",
+    ),
 )
 
 

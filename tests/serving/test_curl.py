@@ -40,7 +40,18 @@ def asked(words: list[str], address: str) -> Any:
 @pytest.mark.slow
 def test_the_lines_get_what_they_are_for(tmp_path: Path) -> None:
     job = Job("dlrm", tmp_path)
-    command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", str(job.folder), "--http", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "oarlock.cli.main",
+        "serve",
+        str(job.folder),
+        "--http",
+        "127.0.0.1:0",
+        "--metrics-port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -62,6 +73,14 @@ def test_the_lines_get_what_they_are_for(tmp_path: Path) -> None:
             ]
             line = ["curl", "-d", json.dumps({"inputs": inputs}), f"http://{PLACE}/v2/models/dlrm/infer"]
             answer = asked(line, found[1])
+            place = re.search(r"metrics at http://(\S+)/metrics", lines[0])
+            assert place
+            connection = http.client.HTTPConnection(place[1], timeout=SECONDS)
+            connection.request("GET", "/metrics")
+            page = connection.getresponse().read().decode()
+            connection.close()
+            assert 'oarlock_serving_http_responses_total{status="200"} 3' in page
+            assert "oarlock_serving_predicted_samples_total 1" in page
             assert abs(np.float32(answer["outputs"][0]["data"][0]) - job.scores[0]) <= 1e-6
         finally:
             process.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of a checkpoint are the scores of training's own evaluation, for every recipe that there is."""
 
+import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -55,3 +57,28 @@ def test_a_row_has_the_same_score_in_any_company(models: Models, job: Job) -> No
         found = scores(models, job, rows_of(job.inputs, run))
         print(size, (found == job.scores[run]).mean())
         assert np.abs(found - job.scores[run]).max() <= 1e-6
+
+
+def test_each_batch_is_of_one_state_rows_and_dense_parameters(models: Models, job: Job) -> None:
+    assert models.predictor is not None
+    predictor, first = models.predictor, models._service.serving.current
+    arrays, rows = predictor.columns.read({each.name: each for each in rows_of(job.inputs, slice(0, 40))})
+    other = copy.copy(first)
+    other.dense = first.dense * np.float32(0.5)
+    right = {id(state): predictor.predict(state, arrays, rows).scores for state in (first, other)}
+    assert np.abs(right[id(first)] - right[id(other)]).max() > 1e-3
+    wrong: list[float] = []
+
+    def ask(seed: int) -> None:
+        for draw in np.random.default_rng(seed).random(100):
+            state = first if draw < 0.5 else other
+            found = predictor.predict(state, arrays, rows).scores
+            wrong.extend(np.abs(found - right[id(state)])[np.abs(found - right[id(state)]) > 1e-6])
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert predictor.batcher.batches < 6 * 100 + 2, "some were joined"
