@@ -32,6 +32,7 @@ from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import WORKER
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import PROTOCOL
+from oarlock.proto.pending import Pending
 from oarlock.proto.rpc import GrpcServer, GrpcTransport
 from oarlock.proto.shard_pb2 import AdoptRequest, PullReply, PullRequest, PushRequest, TableGradients, TableKeys
 from oarlock.ps.identity import Identity
@@ -58,7 +59,7 @@ class Slowed(ShardService):
 
     seconds = 0.0
 
-    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk:
+    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk | Pending:
         time.sleep(self.seconds)
         return super().pull(request)
 

@@ -2,9 +2,9 @@
 """`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint by key, beside Redis; predictions.
 
 `oarlock serve` and its client against redis-server with MGET of the same keys by redis-py and hiredis, in turns: rows per second
-of processor time of client and server together, latencies at a fixed rate, memory per row. Predictions: serving_predict.py.
-Invariant: it writes to a temporary folder only, and the last line printed is the result. What cannot be had is null, and ``why``
-says the reason.
+of processor time of client and server together, latencies at a fixed rate, memory per row. Predictions: serving_predict.py. And
+`oarlock serve --follow` beside a shard under a load of pushes: the time until a push is served. Invariant: it writes to a
+temporary folder only, and the last line printed is the result. What cannot be had is null, and ``why`` says the reason.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.benchmarks.serving_freshness import measure_freshness
 from oarlock.benchmarks.serving_measures import Lookup, compare, compare_latency, draw
 from oarlock.benchmarks.serving_model import row_values, write_model
 from oarlock.benchmarks.serving_predict import measure_predictions
@@ -46,6 +47,8 @@ class Size:
     turn_seconds: float
     rate_turns: int
     rate_seconds: float
+    followed_rows: int
+    followed_seconds: float
     dims: tuple[int, ...] = DIMS
     rate_dims: tuple[int, ...] = DIMS
     predict_rows: int = 1_000_000
@@ -54,17 +57,27 @@ class Size:
 
 
 SIZES = {
-    "full": Size(10_000_000, turns=11, turn_seconds=1.0, rate_turns=7, rate_seconds=5.0),
+    "full": Size(
+        10_000_000,
+        turns=11,
+        turn_seconds=1.0,
+        rate_turns=7,
+        rate_seconds=5.0,
+        followed_rows=4_000_000,
+        followed_seconds=30,
+    ),
     "quick": Size(
         1_000_000,
-        turns=5,
+        turns=4,
         turn_seconds=0.1,
         rate_turns=3,
-        rate_seconds=0.5,
+        rate_seconds=0.4,
+        followed_rows=200_000,
+        followed_seconds=3.5,
         rate_dims=(HEADLINE,),
         predict_rows=50_000,
         predict_turns=3,
-        predict_seconds=0.08,
+        predict_seconds=0.06,
     ),
     "tiny": Size(
         5_000,
@@ -72,6 +85,8 @@ SIZES = {
         turn_seconds=0.02,
         rate_turns=1,
         rate_seconds=0.05,
+        followed_rows=10_000,
+        followed_seconds=2.5,
         dims=(HEADLINE,),
         predict_rows=2_000,
         predict_turns=1,
@@ -121,6 +136,8 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
         folder / "predict", size.predict_rows, seconds=size.predict_seconds, turns=size.predict_turns, seed=seed
     )
     say(f"predictions: {predictions}")
+    fresh = measure_freshness(folder / "job", rows=size.followed_rows, seconds=size.followed_seconds, seed=seed)
+    say(f"followed: {fresh}")
     headline = by_dim[HEADLINE]
     found: dict[str, Any] = {
         "lookup_vs_redis": _ratio(headline, 10_000),
@@ -134,7 +151,11 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
         "p99_vs_redis": None if why else headline["latency"]["1000"]["p99_ratio"],
         "bytes_vs_redis": headline["bytes_vs_redis"],
         **predictions,
-        "failed": sum(each["failed"] for each in by_dim.values()) + predictions["predict"]["failed"],
+        # What was never seen has no time, and neither has the whole.
+        "freshness_p99_s": None if fresh["unseen"] else fresh["freshness_s"]["p99"],
+        "tombstone_p99_s": None if fresh["unseen"] else fresh["tombstone_s"]["p99"],
+        "failed": sum(each["failed"] for each in by_dim.values()) + fresh["failed"] + predictions["predict"]["failed"],
+        "followed": fresh,
         "rows": size.rows,
         "by_dim": {str(dim): each for dim, each in by_dim.items()},
         "why": {"redis": why or None},

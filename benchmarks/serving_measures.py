@@ -120,8 +120,8 @@ def compare_latency(
         for name, (lookup, _) in sides.items():
             found[name].append(at_rate(lookup, requests, rate, seconds))
     names = list(sides)
-    pairs = zip(found[names[0]], found[names[-1]], strict=True)
-    ratios = [np.quantile(a, 0.99) / np.quantile(b, 0.99) for a, b in pairs]
+    first, last = names[0], names[-1]
+    ratios = [np.quantile(a, 0.99) / np.quantile(b, 0.99) for a, b in zip(found[first], found[last], strict=True)]
     return {
         "rate": round(rate, 1),
         "ms": {

@@ -2,10 +2,10 @@
 """The options of `oarlock chaos`."""
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
+from oarlock.cli.numbers import between, seconds_between
 from oarlock.launch.chaos_events import MOST_EVENTS
 
 EVENTS, GAP_SECONDS, DEMO_EPOCHS = 20, 4.0, 40
@@ -26,20 +26,26 @@ def add_chaos(commands: Any, setting: Callable[[str], str]) -> None:
     chaos.add_argument(
         "--dir", default="", metavar="DIR", help="keep the job in this folder (default: a temporary one)"
     )
-    chaos.add_argument("--events", type=_events, default=EVENTS, metavar="N", help=f"how many (default {EVENTS})")
+    chaos.add_argument(
+        "--events", type=between(1, MOST_EVENTS), default=EVENTS, metavar="N", help=f"how many (default {EVENTS})"
+    )
     chaos.add_argument(
         "--gap",
-        type=_seconds,
+        type=seconds_between(0.05, 3600),
         default=GAP_SECONDS,
         metavar="SECONDS",
         help=f"between two events, on the average (default {GAP_SECONDS:g}); some wait until they may be",
     )
     chaos.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="of what is done when to whom, not of the job (default 0)"
+        "--seed",
+        type=between(0, (1 << 31) - 1),
+        default=0,
+        metavar="N",
+        help="of what is done when to whom, not of the job (default 0)",
     )
     chaos.add_argument(
         "--quiet-runs",
-        type=_quiet,
+        type=between(0, 100),
         default=0,
         metavar="N",
         help="train the job so often in peace, with other seeds, and compare its first metric (default 0)",
@@ -53,34 +59,6 @@ def add_chaos(commands: Any, setting: Callable[[str], str]) -> None:
         help="set any field of the job file; may be repeated",
     )
     chaos.add_argument("--json", action="store_true", help="print one JSON object, the last line")
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 18 or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from {low} to {high}")
-    return int(text)
-
-
-def _events(text: str) -> int:
-    return _whole(text, 1, MOST_EVENTS)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, (1 << 31) - 1)
-
-
-def _quiet(text: str) -> int:
-    return _whole(text, 0, 100)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.05 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give seconds from 0.05 to 3600")
-    return value
 
 
 def aimless(options: argparse.Namespace) -> str:

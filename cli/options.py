@@ -12,7 +12,7 @@ from oarlock.cli.checkpoint_options import add_checkpoint
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.cli.scale_options import add_copies, add_scale, unscaled
-from oarlock.cli.serve_options import add_serve
+from oarlock.cli.serve_options import add_serve, unserved
 from oarlock.client.job import MODES
 from oarlock.client.security import add_security
 from oarlock.telemetry.prometheus import read_port
@@ -29,6 +29,7 @@ examples:
   oarlock rows explain first user 42                   all that is known of a key while it trains
   oarlock chaos --demo                                 kill its processes, to see that nothing is lost
   oarlock serve runs/first/checkpoints --follow-cuts   rows by key for other programs, newer cuts as they come
+  oarlock serve --follow runs/first                    the same while the job trains, as its rows change
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """
@@ -299,7 +300,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         known = [name for action in chosen._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         chosen.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    if wrong := complaint(options) or unscaled(options) or aimless(options):
+    if wrong := complaint(options) or unscaled(options) or unserved(options) or aimless(options):
         chosen.error(wrong)
     if not hasattr(options, "data") and options.command == "demo":
         options.data = None

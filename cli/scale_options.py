@@ -4,6 +4,8 @@
 import argparse
 from typing import Any
 
+from oarlock.cli.numbers import between
+from oarlock.client.autoscale import MOST_MEMBERS
 from oarlock.client.job import MAX_REPLICAS, RELOAD, ROLLBACK
 from oarlock.client.security import add_security
 
@@ -37,20 +39,18 @@ def add_scale(commands: Any) -> None:
         "shards that\nare too many give their blocks away first, workers finish their splits.",
     )
     scale.add_argument("job", metavar="JOB", help="a name, a folder or the coordinator's host:port")
-    scale.add_argument("--servers", type=_number, metavar="N", help="shards (default: as many as before)")
-    scale.add_argument("--workers", type=_number, metavar="M", help="workers (default: as many as before)")
+    scale.add_argument(
+        "--servers", type=between(1, MOST_MEMBERS), metavar="N", help="shards (default: as many as before)"
+    )
+    scale.add_argument(
+        "--workers", type=between(1, MOST_MEMBERS), metavar="M", help="workers (default: as many as before)"
+    )
     scale.add_argument(
         "--dry-run", action="store_true", help="ask for nothing: tell what the job's own scaler would do now, and why"
     )
     scale.add_argument("--wait", action="store_true", help="until all are there, and no block moves any more")
     scale.add_argument("--json", action="store_true", help="print one JSON object")
     add_security(scale, listens=False)
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from 1 to 4096")
-    return int(text)
 
 
 def unscaled(options: argparse.Namespace) -> str:

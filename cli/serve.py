@@ -16,18 +16,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oarlock.checkpoint.cuts import split_cut
+from oarlock.checkpoint.place import place_of
+from oarlock.checkpoint.reading import Reading
 from oarlock.checkpoint.store import locate
+from oarlock.client.entry import read_address
 from oarlock.client.security import security_of
-from oarlock.launch.folder import stored_security
+from oarlock.launch.folder import locate as find_job
+from oarlock.launch.folder import read_spec, stored_security
 from oarlock.launch.kernels import are_compiled
 from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, scorers
+from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.rpc import BlockingTransport
 from oarlock.proto.rpc.server import check_address
+from oarlock.proto.security import Security
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
+from oarlock.serving.follow import Following
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
+from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
-from oarlock.serving.snapshot import Snapshot
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.log import to_stream
 
@@ -47,9 +56,9 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    path, job = options.checkpoint, None
-    if "://" not in path and (Path(path) / CHECKPOINTS).is_dir():
-        path, job = str(Path(path) / CHECKPOINTS), Path(path)
+    if options.follow:
+        return _follow(options)
+    path, job = _checkpoints_of(options.checkpoint)
     security = security_of(options, stored_security(job))
     check_address(options.listen)
     security.check_listen(options.listen, "--listen")
@@ -58,6 +67,38 @@ def _run(options: argparse.Namespace) -> int:
     store, cut = locate(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
+    return _serve(options, store, security, cut=cut, job=job or job_beside(path))
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Serve a job that trains."""
+    folder, _ = find_job(options.follow)
+    if folder is None:
+        raise InvalidArgument(
+            f"--follow {options.follow}: give the job's name or folder, where its checkpoints are found, too"
+        )
+    spec = read_spec(folder)
+    security = security_of(options, stored_security(folder))
+    check_address(options.listen)
+    security.check_listen(options.listen, "--listen")
+    store = place_of(spec).open(folder)
+    transport = BlockingTransport(security=security)
+    try:
+        following = Following(store, transport.call, lambda: read_address(folder), spec.job, trust=options.trust)
+        return _serve(options, store, security, serving=following)
+    finally:
+        transport.close()
+
+
+def _serve(
+    options: argparse.Namespace,
+    store: Reading,
+    security: Security,
+    *,
+    cut: int | None = None,
+    serving: Serving | None = None,
+    job: Path | None = None,
+) -> int:
     to_stream(options.log_level)
     if not are_compiled():
         print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)
@@ -76,14 +117,15 @@ def _run(options: argparse.Namespace) -> int:
         request_memory_bytes=options.request_memory_bytes,
     )
     where: dict[str, str | None] = {"prediction": None}
-    folder = Path(options.job) if options.job else job or job_beside(path)
 
-    def predicts(snapshot: Snapshot) -> Predictor | None:
+    def predicts(model: Model) -> Predictor | None:
         if options.recipe == "none":
             return None
-        threads = options.predict_threads or scorers()
+        threads, folder = options.predict_threads or scorers(), Path(options.job) if options.job else job
         try:
-            found = predictor_of(snapshot.manifest, job=folder, recipe=options.recipe, scorers=threads)
+            if not isinstance(model, Snapshot):
+                raise NoPrediction("of a job that is followed rows are told, dense parameters are not: serve its cuts")
+            found = predictor_of(model.manifest, job=folder, recipe=options.recipe, scorers=threads)
         except NoPrediction as error:
             print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
             return None
@@ -123,8 +165,17 @@ def _run(options: argparse.Namespace) -> int:
             listening=listening,
             progress=progress,
             ready=ready,
+            serving=serving,
         )
     return 0
+
+
+def _checkpoints_of(path: str) -> tuple[str, Path | None]:
+    """Return where the checkpoints are, with the cut that is named, and the folder of their job, if it is that which is named."""
+    for folder, cut in ((path, None), split_cut(path)) if "://" not in path else ():
+        if (Path(folder) / CHECKPOINTS).is_dir():
+            return f"{Path(folder) / CHECKPOINTS}{'' if cut is None else f'@{cut}'}", Path(folder)
+    return path, None
 
 
 @contextmanager

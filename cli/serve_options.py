@@ -4,6 +4,7 @@
 import argparse
 from typing import Any
 
+from oarlock.cli.numbers import between, seconds_between
 from oarlock.client.security import add_security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES, REQUEST_MEMORY_RANGE
 from oarlock.telemetry.prometheus import LOOPBACK, read_port
@@ -18,7 +19,8 @@ def add_serve(commands: Any) -> None:
         "serve",
         help="serve the rows of a checkpoint by key",
         description="Serve the rows of a checkpoint, read-only, for other programs to look up by key (docs/serving.md).",
-        epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it",
+        epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it\n"
+        "oarlock serve --follow JOB: serve what a job trains, as it changes",
     )
     # What is meant if the first word is no verb.
     serve.bare = "run"
@@ -31,8 +33,14 @@ def add_serve(commands: Any) -> None:
     )
     run.add_argument(
         "checkpoint",
+        nargs="?",
         metavar="CHECKPOINT",
         help="a folder of checkpoints or a URL like s3://bucket/folder (its newest cut), with @12 behind it, or one cut's folder",
+    )
+    run.add_argument(
+        "--follow",
+        metavar="JOB",
+        help="in place of CHECKPOINT: a job (its name or folder) whose rows are served as they change while it trains",
     )
     run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
     run.add_argument(
@@ -64,27 +72,27 @@ def add_serve(commands: Any) -> None:
         help="the job's folder, if the checkpoint is elsewhere: transforms are in it",
     )
     run.add_argument(
-        "--predict-threads", type=_between(0, 64), default=0, metavar="N",
+        "--predict-threads", type=between(0, 64), default=0, metavar="N",
         help="batches that are computed at once (0: one for each processor, 4 at most)",
     )  # fmt: skip
     run.add_argument(
         "--drain-seconds",
-        type=_seconds,
+        type=seconds_between(0, 86400),
         default=0.0,
         metavar="S",
         help="answer so long after SIGTERM, while health says NOT_SERVING (default 0)",
     )
     run.add_argument(
-        "--threads", type=_between(*_THREADS_RANGE), default=_THREADS, metavar="N",
+        "--threads", type=between(*_THREADS_RANGE), default=_THREADS, metavar="N",
         help=f"connections and calls at once (default {_THREADS})",
     )  # fmt: skip
     run.add_argument(
-        "--max-keys", type=_between(1, 1 << 31), default=_MAX_KEYS, metavar="N",
+        "--max-keys", type=between(1, 1 << 31), default=_MAX_KEYS, metavar="N",
         help=f"keys of one request (default {_MAX_KEYS})",
     )  # fmt: skip
     run.add_argument(
         "--request-memory-bytes",
-        type=_between(*REQUEST_MEMORY_RANGE),
+        type=between(*REQUEST_MEMORY_RANGE),
         default=REQUEST_MEMORY_BYTES,
         metavar="N",
         help=f"memory of all requests in work, beside the tables (default {REQUEST_MEMORY_BYTES})",
@@ -116,7 +124,7 @@ def add_serve(commands: Any) -> None:
         "once that cut is served.",
     )
     which = rollback.add_mutually_exclusive_group()
-    which.add_argument("--cut", type=_between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
+    which.add_argument("--cut", type=between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
     which.add_argument("--newest", action="store_true", help="the newest, and newer ones again as they come")
     for verb in (status, rollback):
         verb.add_argument("address", metavar="HOST:PORT", help="where the server listens")
@@ -125,20 +133,14 @@ def add_serve(commands: Any) -> None:
         add_security(verb, listens=verb is run)
 
 
-def _between(least: int, most: int) -> Any:
-    def read(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from {least} to {most}")
-        return int(text)
-
-    return read
-
-
-def _seconds(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found <= 86400:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give seconds, from 0 to 86400")
-    return found
+def unserved(options: argparse.Namespace) -> str:
+    """Return what is wrong with the options of `oarlock serve`, empty if nothing is."""
+    if options.command != "serve" or options.verb != "run":
+        return ""
+    if bool(options.checkpoint) == bool(options.follow):
+        return "give a CHECKPOINT, or --follow JOB"
+    return (
+        "--follow-cuts goes with a CHECKPOINT: a job that is followed is newer"
+        if options.follow and options.follow_cuts
+        else ""
+    )

@@ -13,6 +13,8 @@ from oarlock.cluster.record import Records
 
 # Shards that are only behind are told so many at once: what is urgent does not wait for them.
 LAZY = 64
+# What is not urgent is told to a shard so often at most: records that are made one by one travel together.
+LAZY_SECONDS = 0.1
 # An order that came to nothing is given again after these pauses.
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.05, 1.0
 
@@ -26,6 +28,8 @@ class Adoption:
         # Which list of shards each has.
         self._lists: dict[int, int] = {}
         self._again: dict[int, tuple[float, float]] = {}
+        # When each was told something last.
+        self._told_at: dict[int, float] = {}
         self.under_way: set[int] = set()
 
     def begin_anew(self) -> None:
@@ -35,7 +39,7 @@ class Adoption:
         self._again.clear()
 
     def gone(self, shard: int) -> None:
-        for known in (self.told, self._lists, self._again):
+        for known in (self.told, self._lists, self._again, self._told_at):
             known.pop(shard, None)
 
     def owed(self, shard: int) -> bool:
@@ -61,9 +65,10 @@ class Adoption:
         waits = {s for s, (again, _) in self._again.items() if again > now} | self.under_way
         behind = [s for s in self._records.shards if s not in waits and self.behind(s)]
         found = [s for s in behind if self.owed(s)]
-        lazy = [s for s in behind if not self.owed(s)]
+        lazy = [s for s in behind if not self.owed(s) and now - self._told_at.get(s, -LAZY_SECONDS) >= LAZY_SECONDS]
         found += lazy[: max(0, LAZY - len(self.under_way))]
         self.under_way.update(found)
+        self._told_at.update(dict.fromkeys(found, now))
         return found
 
     def since(self, shard: int) -> int:

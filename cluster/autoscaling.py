@@ -54,7 +54,8 @@ class Autoscaling:
     def take_up(self, store: Store) -> None:
         """Load what was recorded."""
         self.decisions = store.fact(FACT, [])
-        if self.decisions:
+        if self._c.term > 1:
+            # What was decided, or asked for, may have been just now.
             self.asked()
 
     def go_back(self, store: Store) -> None:

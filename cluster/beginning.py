@@ -77,8 +77,6 @@ def next_run(c: "Coordinator", store: CheckpointStore) -> "Coordinator":
     try:
         after.open()
         begin(after, "", store)
-        if c.stop_wanted is not None:
-            after.stop(c.stop_wanted, c.stop_reason)
     except BaseException:
         after.store.close()
         raise

@@ -168,9 +168,9 @@ class Carrying:
         """Return each owner's messages: blocks that are told the same travel together."""
         batches: dict[tuple[Any, ...], list[Order]] = defaultdict(list)
         for order in orders:
-            batches[order.owner, order.kind, order.shard, order.term, order.order].append(order)
+            batches[order.owner, order.kind, order.shard, order.term, order.order, order.leisurely].append(order)
         found = []
-        for (owner, kind, to, term, number), batch in batches.items():
+        for (owner, kind, to, term, number, leisurely), batch in batches.items():
             shard = self._c.records.shards.get(owner)
             if shard is None:
                 continue
@@ -180,7 +180,7 @@ class Carrying:
             }
             request: Any
             if kind == COPY:
-                name, request = "Copy", CopyRequest(shard=to, **told)
+                name, request = "Copy", CopyRequest(shard=to, leisurely=leisurely, **told)
             elif kind == HAND:
                 name, request = "HandOver", HandOverRequest(shard=to, order=number, **told)
             else:

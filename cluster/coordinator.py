@@ -103,7 +103,7 @@ class Coordinator:
         self.copies = Copies(self)
         self.scaling = Scaling(spec, self.members, self.records)
         self.autoscaling = Autoscaling(self)
-        self.recoveries = Recoveries(self.copies.recovered)
+        self.recoveries = Recoveries(self.copies.deaths.recovered)
         self.going_back = GoingBack(able=goes_back)
         # The file, for the coordinator of the next run: None while this one is in charge.
         self.handed_on: Store | None = None
@@ -320,7 +320,7 @@ class Coordinator:
             self.placed = False
             self._place_if_complete()
         else:
-            self.copies.shard_gone(member)
+            self.copies.deaths.shard_gone(member)
 
     def lost(self, member: Member | None, blocks: int) -> None:
         """Blocks of a shard are lost, and the job is to go back to the last cut: the one place for that. Under the lock.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies: what becomes of records when shards come, die and leave; all that changes a record goes through here.
+"""Copies: what becomes of records when shards come and leave; all that changes a record goes through here.
 
-    a member is dead     it leaves the sets that it was in; blocks that it owned are promoted, or are lost
-    a block is lost      ``on_loss`` says what follows
+    a member is dead     cluster/deaths.py
     a set is short       moves add members, as long as there are shards; and so they drain, and balance
 
 Invariant: a record is on disk before anybody is told. While a gate stands, or a table goes back, no record changes: what is to
@@ -11,22 +10,22 @@ coordinator's lock covers it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from oarlock.client.job import GATHERING, OVER, ROLLBACK, TRAINING, WRITING
+from oarlock.client.job import GATHERING, OVER, TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.adoption import Adoption
 from oarlock.cluster.burdens import Burdens
+from oarlock.cluster.deaths import Deaths
 from oarlock.cluster.holders import complete, wanted
 from oarlock.cluster.moving import Change, Moving, Order
 from oarlock.cluster.placement import balanced
 from oarlock.cluster.planning import place
 from oarlock.cluster.promotion import Promotion
 from oarlock.cluster.record import Records
-from oarlock.cluster.recoveries import PROMOTION, RELOAD, REPLICATION
 from oarlock.cluster.store import Store
 
 if TYPE_CHECKING:
@@ -52,9 +51,7 @@ class Copies:
         self.burdens = Burdens(coordinator.layout, coordinator.spec.rebalance_seconds)
         self.creating: set[int] = set()
         self.created_from = ""
-        # By dead shard, blocks of which a copy may have been on its way there; and whether an earlier life may have begun more.
-        self._required: dict[int, set[int]] = {}
-        self._uncertain = False
+        self.deaths = Deaths(coordinator, self)
         # When moves that are wanted are looked for; None: when somebody comes or goes.
         self._look_at: float | None = None
         # Whether they are looked for though others are under way: what was wanted may be no more.
@@ -70,8 +67,8 @@ class Copies:
         self._begin_anew()
         found = store.fact(CREATING) or {"path": "", "blocks": []}
         self.creating, self.created_from = set(found["blocks"]), found["path"]
-        self._uncertain = store.fact(BALANCING, False)
-        if self._uncertain:
+        self.deaths.uncertain = store.fact(BALANCING, False)
+        if self.deaths.uncertain:
             self._look_at = self._c.clock()
         if self.records.shards:
             self.promotion.begin(np.flatnonzero(self.records.owners < 0).tolist(), self._c.clock())
@@ -118,24 +115,6 @@ class Copies:
         self.moving.want(())
         store.set_fact(BALANCING, True)
 
-    def shard_gone(self, member: "Member") -> None:
-        """A shard that took part is dead."""
-        self.records.shard_gone(member.id)
-        self.adoption.gone(member.id)
-        self._required[member.id] = set(self.moving.copies_to(member.id))
-        self.moving.gone(member.id)
-        c = self._c
-        if c.spec.on_loss == ROLLBACK:
-            # Whatever stands in the way of other changes: nothing is recorded for it.
-            owned = np.flatnonzero(self.records.owners == member.id)
-            alive = np.isin(self.records.members[owned], list(self.records.shards)).any(axis=1)
-            if not alive.all():
-                c.lost(member, int((~alive).sum()))
-                return
-        if not self.frozen:
-            self._strike_dead()
-        c.wake()
-
     def lacking(self, shard: int, blocks: Iterable[int]) -> None:
         """A recorded member has no copies of blocks: it leaves their sets, or another one owns them."""
         changes = []
@@ -151,7 +130,7 @@ class Copies:
             self.record(store, changes)
             self.look(store)
         self._c.warn(f"shard {shard} has no copy of {len(changes)} blocks that it is recorded to have")
-        self._lost_owner(shard, [change.block for change in changes if change.owner < 0])
+        self.deaths.lost_owner(shard, [change.block for change in changes if change.owner < 0])
 
     @property
     def frozen(self) -> bool:
@@ -172,6 +151,12 @@ class Copies:
         self.promotion.recorded(blocks.tolist())
         self._c.wake()
 
+    def create(self, store: Store, blocks: Iterable[int], path: str) -> None:
+        """Have blocks that no shard has made anew, from the checkpoint at ``path`` (empty: of first values)."""
+        self.creating |= set(blocks)
+        self.created_from = path
+        store.set_fact(CREATING, {"path": path, "blocks": sorted(self.creating)})
+
     # What follows of it
 
     def step(self) -> list[Order]:
@@ -182,8 +167,8 @@ class Copies:
         self.moving.hold(self.held or self.frozen or not c.placed)
         if not self.frozen:
             self._enlist()
-            self._strike_dead()
-            self._promote()
+            self.deaths.strike()
+            self.deaths.promote()
             self._balance(now)
             self._want(now)
         orders, changes = self.moving.step(now)
@@ -196,119 +181,6 @@ class Copies:
             self._let_go()
             c.recoveries.look(c.store, c.run, now)
         return orders
-
-    def _strike_dead(self) -> None:
-        """Take dead shards out of the sets that they are members of, and look for new owners of what they owned."""
-        for shard in list(self.records.gone):
-            self._end_required(shard)
-            blocks = self.records.named(shard)
-            if not len(blocks):
-                with self._c.store as store:
-                    self.records.forget(store, shard)
-                continue
-            owns = self.records.owners[blocks] == shard
-            changes = []
-            for block in blocks[~owns].tolist():
-                owner, members, _ = self.records.of(block)
-                changes.append(Change(block, owner, tuple(m for m in members if m != shard)))
-            if changes:
-                with self._c.store as store:
-                    self.record(store, changes)
-                    self.look(store)
-                logger.info("event=copies_lost shard=%d blocks=%d", shard, len(changes))
-                self._begin_replication(shard, len(changes))
-            orphans = [b for b in blocks[owns].tolist() if b not in self.promotion.blocks]
-            if orphans:
-                self._lost_owner(shard, orphans)
-
-    def _end_required(self, shard: int) -> None:
-        """Make new generations of blocks whose owners may wait for a copy on a dead shard, though no record names it."""
-        blocks = self._required.pop(shard, set())
-        if self._uncertain:
-            # What was begun before the last record of an earlier life is not known.
-            owned = np.isin(self.records.owners, list(self.records.shards))
-            blocks |= set(np.flatnonzero(owned & (self.records.generations <= self.moving.opened)).tolist())
-        told = ((block, *self.records.of(block)) for block in sorted(blocks))
-        changes = [Change(block, owner, tuple(members)) for block, owner, members, _ in told]
-        with self._c.store as store:
-            self.record(store, changes)
-
-    def _lost_owner(self, shard: int, blocks: list[int]) -> None:
-        """Blocks have no owner any more: promote members where there are any. ``shard``: the last one, -1: not known."""
-        if not blocks:
-            return
-        c, now = self._c, self._c.clock()
-        self.promotion.begin(blocks, now)
-        kept = sum(bool(self.records.living(b)) for b in blocks)
-        if kept:
-            logger.info("event=owner_lost shard=%d blocks=%d", shard, kept)
-            c.recoveries.begin(PROMOTION, shard, kept, now)
-            self._begin_replication(shard, kept)
-        c.wake()
-
-    def _begin_replication(self, shard: int, blocks: int) -> None:
-        if self._c.spec.replicas:
-            self._c.recoveries.begin(REPLICATION, shard, blocks, self._c.clock())
-
-    @property
-    def recovered(self) -> dict[str, Callable[[], bool]]:
-        """By kind of recovery, what says that it is over."""
-        return {PROMOTION: self._all_told, RELOAD: self._all_told, REPLICATION: self._all_complete}
-
-    def _all_told(self) -> bool:
-        return not self.promotion.blocks and not any(map(self.adoption.owed, self.records.shards))
-
-    def _all_complete(self) -> bool:
-        if self.promotion.blocks or not self.moving.idle or self._look_at is not None:
-            return False
-        return bool(complete(self.records, self.records.replicas).all())
-
-    def _promote(self) -> None:
-        if not self.promotion.blocks:
-            return
-        chosen = self.promotion.step(self._c.clock())
-        made = [Change(each.block, each.owner, (each.owner,)) for each in chosen if each.owner >= 0]
-        if made:
-            with self._c.store as store:
-                self.record(store, made)
-                self.look(store)
-            logger.info("event=promoted blocks=%d generation=%d", len(made), self.records.generation)
-        lost = [each.block for each in chosen if each.owner < 0]
-        for shard in sorted({int(self.records.owners[b]) for b in lost}):
-            self._lose(shard, [b for b in lost if self.records.owners[b] == shard])
-
-    def _lose(self, shard: int, blocks: list[int]) -> None:
-        """No recorded member has these blocks."""
-        c = self._c
-        usable = [m.id for m in c.scaling.usable() if m.id in self.records.shards]
-        if c.spec.on_loss == ROLLBACK:
-            gone = self.records.gone.get(shard)
-            c.lost(None if gone is None else c.members.all[gone.incarnation], len(blocks))
-            return
-        if not usable:
-            # They wait for a shard that comes.
-            return
-        path = c.cuts.newest_path()
-        held = {s: int((self.records.owners == s).sum()) for s in usable}
-        changes = []
-        for block in blocks:
-            to = min(usable, key=lambda s: (held[s], s))
-            held[to] += 1
-            # Alone: what another one has of an earlier time may differ from what is loaded.
-            changes.append(Change(block, to, (to,)))
-        cut = f"cut {c.cuts.committed}" if c.cuts.committed else path or "the beginning"
-        lost = f"pushes to {len(blocks)} blocks since {cut}"
-        with c.store as store:
-            self.creating |= set(blocks)
-            self.created_from = path
-            store.set_fact(CREATING, {"path": path, "blocks": sorted(self.creating)})
-            self.record(store, changes)
-            for block in blocks:
-                self.promotion.blocks.pop(block, None)
-            self.look(store)
-        c.warn(f"shard {shard} is gone, and no copy of {len(blocks)} blocks is left: they go back; lost: {lost}")
-        c.recoveries.begin(RELOAD, shard, len(blocks), c.clock(), lost=lost)
-        self._begin_replication(shard, len(blocks))
 
     def _enlist(self) -> None:
         """Let shards take part that may have blocks and do not yet: all are told where they listen."""

@@ -8,8 +8,9 @@ as ``now``. The coordinator's lock covers it.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from oarlock.client.autoscale import MOST_BYTES, Autoscale
 from oarlock.cluster.members import Member
@@ -22,11 +23,15 @@ LEAST_PART = 0.25
 
 @dataclass
 class _Sum:
-    """What a member's counts grew by in ``seconds`` of its clock; ``last``: (when it told, clock, counts), None: to be told."""
+    """What a member's counts grew by in ``seconds`` of its clock; ``last``: (when it told, clock, counts), None: to be told.
+
+    ``told``: the newest that it told besides; what it tells now may be of another form.
+    """
 
     seconds: float = 0.0
     grown: list[float] = field(default_factory=list)
     last: tuple[float, float, list[float]] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Measuring:
@@ -79,7 +84,7 @@ class Measuring:
             each.seconds += clock - each.last[1]
             each.grown = [grown + now - was for grown, now, was in zip(each.grown, counts, each.last[2], strict=True)]
         if each.last is None or member.told > each.last[0]:
-            each.last = (member.told, clock, counts)
+            each.last, each.told = (member.told, clock, counts), told
 
     def look(
         self, shards: Sequence[Member], workers: Sequence[Member], numbers: tuple[int, int], now: float, *, moving: bool
@@ -104,7 +109,7 @@ class Measuring:
         return each is not None and each.seconds > 0 and not each.seconds < LEAST_PART * self._policy.look_seconds
 
     def _shard(self, member: Member, each: _Sum) -> ShardLook:
-        told = member.stats["load"]
+        told = each.told
         cpu, pushing, pushes = (grown / each.seconds for grown in each.grown)
         processors = _number(told.get("processors"))
         held = _sum(member.stats.get(name, 0) for name in ("bytes", "marks_bytes", "staged_bytes"))

@@ -2,6 +2,7 @@
 """Moving: copies that are added, owners that hand over, members that leave; one move of a block at a time, step by step.
 
     copy       the owner gives `to` a copy and requires it, then reports; the record names it
+    wait       the copy waits for others that are under way: what is closed together costs those who push one wait for all
     hand       the owner closes the block and reports once all members have all; the record names `heir` as the owner
     confirm    a member too many leaves once those that stay have confirmed the record as it is
 
@@ -24,6 +25,10 @@ MOST_COPIES = 32
 REPEAT_SECONDS = 1.0
 # A block is closed so long at most before it is opened again: somebody does not answer.
 HAND_SECONDS = 5.0
+# A copy that is there waits so long at most for others, to be handed over together with them.
+GATHER_SECONDS = 2.0
+# After blocks were closed, before others are: those who push get on in between.
+BREATH_SECONDS = 0.25
 
 COPY, WAIT, HAND, CONFIRM, REOPEN = "copy", "wait", "hand", "confirm", "reopen"
 
@@ -40,7 +45,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Order:
-    """What an owner is told about a block: ``kind`` copy, hand or reopen. ``order`` and ``term`` of the last two."""
+    """What an owner is told about a block: ``kind`` copy, hand or reopen. ``order`` and ``term`` of the last two.
+
+    ``leisurely``: a copy that is one more than the job asks for, so that nothing is lost if it comes late.
+    """
 
     kind: str
     owner: int
@@ -49,6 +57,7 @@ class Order:
     shard: int = -1
     term: int = 0
     order: int = 0
+    leisurely: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ class Moving:
         # Blocks whose copy is recorded and whose turn to be closed has not come.
         self._ready: deque[int] = deque()
         self.closed: set[int] = set()
+        # When something was closed last.
+        self._closed_at = -BREATH_SECONDS
         self._confirmed: dict[int, int] = {}
         self._look: set[int] = set()
         self._timers: list[tuple[float, int]] = []
@@ -207,6 +218,8 @@ class Moving:
         orders: list[Order] = []
         changes: list[Change] = []
         self._numbered.clear()
+        if self.closed:
+            self._closed_at = now
         while self._timers and self._timers[0][0] <= now:
             at, block = heapq.heappop(self._timers)
             if block in self.flights and self.flights[block].due == at:
@@ -215,9 +228,8 @@ class Moving:
         if not self.held:
             self._begin()
             self._look_at_all(now, orders, changes)
-        while self._ready and not self.held and len(self.closed) < self._most_closed:
-            flight = self.flights.get(self._ready.popleft())
-            if flight is not None and flight.stage == WAIT:
+        if not self.held:
+            for flight in self._gathered(now):
                 self._close(flight, now, orders)
         for key, (order, again) in list(self._reopen.items()):
             if order.generation != int(self._records.generations[order.block]):
@@ -226,6 +238,26 @@ class Moving:
                 self._reopen[key] = (order, now + REPEAT_SECONDS)
                 orders.append(order)
         return orders, changes
+
+    def _gathered(self, now: float) -> list[Flight]:
+        """Return the moves whose blocks are to be closed now, together: none as long as others soon could be, too."""
+        if self.closed or now - self._closed_at < BREATH_SECONDS or not self._ready:
+            return []
+        ready = [b for b in self._ready if b in self.flights and self.flights[b].stage == WAIT]
+        there = [self.flights[b] for b in ready if self._is_there(self.flights[b], now)]
+        more = len(there) < len(ready) or any(self._copies.values()) or any(self._waiting.values())
+        full = len(there) >= self._most_closed
+        if not there or (more and not full and now - min(f.since for f in there) < GATHER_SECONDS):
+            return []
+        chosen = there[: self._most_closed]
+        gone = {flight.move.block for flight in chosen}
+        self._ready = deque(b for b in ready if b not in gone)
+        return chosen
+
+    def _is_there(self, flight: Flight, now: float) -> bool:
+        """Whether nothing is left to drain but what was done just now: the owner has said so, or has had time to."""
+        confirmed = self._confirmed.get(flight.move.block) == flight.generation
+        return confirmed or flight.generation <= self.opened or now - flight.since >= REPEAT_SECONDS
 
     def _look_at_all(self, now: float, orders: list[Order], changes: list[Change]) -> None:
         for block in sorted(self._look & self.flights.keys()):
@@ -269,12 +301,13 @@ class Moving:
             # Its orders go out with the others.
             self._look.add(move.block)
             return
-        if flight.stage == COPY:
-            orders.append(Order(COPY, owner, move.block, generation, move.to))
+        if flight.stage == COPY and now >= flight.due:
+            leisurely = len(members) > records.replicas
+            orders.append(Order(COPY, owner, move.block, generation, move.to, leisurely=leisurely))
             self._wake(flight, now + REPEAT_SECONDS)
         elif flight.stage == HAND and now - flight.since >= HAND_SECONDS:
             self.drop(move.block)
-        elif flight.stage == HAND:
+        elif flight.stage == HAND and now >= flight.due:
             self._hand(flight, now, orders)
         elif flight.stage == CONFIRM and not self.held:
             self._confirm(flight, members, changes)
@@ -294,7 +327,7 @@ class Moving:
         if flight.stage == COPY:
             self._copies[flight.owner] -= 1
         self.closed.discard(flight.move.block)
-        flight.stage, flight.orders = "", []
+        flight.stage, flight.orders, flight.due = "", [], 0.0
 
     def _close(self, flight: Flight, now: float, orders: list[Order]) -> None:
         flight.stage, flight.since = HAND, now

@@ -12,6 +12,7 @@ coordinator's lock covers it.
 import logging
 from typing import TYPE_CHECKING, Any
 
+from oarlock.client.autoscale import MOST_MEMBERS
 from oarlock.client.job import GATHERING, OVER, STOPPING, TRAINING, JobSpec, check_replicas
 from oarlock.cluster.members import Member, Members
 from oarlock.cluster.record import Records
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FACT = "scale"
-MOST = 4096
 # How long a shard that came has no blocks while others that are wanted, too, are not there yet.
 GATHER_SECONDS = 5.0
 
@@ -61,8 +61,8 @@ class Scaling:
         of_servers, of_workers = servers > 0, workers > 0
         servers, workers = servers or self.servers, workers or self.workers
         for name, value in (("servers", servers), ("workers", workers)):
-            if not 1 <= value <= MOST:
-                raise InvalidArgument(f"{name} = {value}: give an integer from 1 to {MOST}")
+            if not 1 <= value <= MOST_MEMBERS:
+                raise InvalidArgument(f"{name} = {value}: give an integer from 1 to {MOST_MEMBERS}")
         if phase in (STOPPING, *OVER):
             raise InvalidArgument(f"job {self._spec.name} is {phase}: its processes leave anyway")
         if phase == GATHERING and servers != self.servers:

@@ -114,8 +114,10 @@ class CoordinatorService:
         return c
 
     def take_over(self, coordinator: Coordinator) -> None:
-        """Answer for ``coordinator`` from now on."""
-        self.newest = coordinator
+        """Answer for ``coordinator`` from now on; it hears who stopped the job while nobody was in charge."""
+        before, self.newest = self.newest, coordinator
+        if before.stop_wanted is not None:
+            coordinator.stop(before.stop_wanted, before.stop_reason)
 
     def _member(self, header: Header, role: str | None = None) -> Member:
         """Return the sender, its lease renewed; refuse by name whoever does not belong."""

@@ -67,7 +67,7 @@ class FrozenBlock:
             raise InvalidArgument(f"table {spec.name}: {n} rows in one block: give it more blocks")
         self.code = stored_code(spec)
         self._keys = keys
-        self._rows = weights if self.code == FLOAT32 else _stored(spec, self.code, weights, state)
+        self._rows = weights if self.code == FLOAT32 else stored_rows(spec, weights, state)
         places = n + 1 if n < 4 else n * 100 // LOAD + 1
         self._entries: NDArray[np.uint32] = np.zeros(places, np.uint32)
         self.rows = n
@@ -101,18 +101,40 @@ class FrozenTable:
         self.blocks = tuple(blocks)
         self.rows = sum(block.rows for block in blocks)
         self.nbytes = sum(block.nbytes for block in blocks)
+        self._descriptors = np.stack([block.descriptor for block in blocks])
+        self._words = TableWords(spec, seed, self._descriptors)
+
+    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n], in any order and repeated at will, to out: float32[n, dim].
+
+        Return how many of them have no row.
+        """
+        keys = checked_keys(self.spec, keys, out)
+        scratch = np.empty(SCRATCH_WORDS, np.int64)
+        return int(look_up(self._words.address, address_of(keys), len(keys), address_of(out), address_of(scratch)))
+
+    def touch(self) -> None:
+        """Have all of it in memory."""
+        for block in self.blocks:
+            block.touch()
+
+
+class TableWords:
+    """What kernels read of a table of ``spec``, at ``address``; ``descriptors``: int64[blocks, BLOCK_WORDS], kept as long."""
+
+    def __init__(self, spec: TableSpec, seed: int, descriptors: NDArray[np.int64]) -> None:
         parts = spec.all_parts
         if spec.absent == "zeros":
             parts = ()
         elif spec.expand_score:
             # A row without all its parts reads as zeros behind the first one.
             parts = parts[:1]
-        self._descriptors = np.stack([block.descriptor for block in blocks])
+        self.descriptors = descriptors
         self._ends = np.cumsum([part.width for part in parts], dtype=np.int64)
         self._constants = np.array([constants(part.initializer) for part in parts], np.float64).reshape(-1, 3)
         code = stored_code(spec)
         words: NDArray[np.int64] = np.zeros(TABLE_WORDS, np.int64)
-        words[BLOCKS] = address_of(self._descriptors)
+        words[BLOCKS] = address_of(descriptors)
         words[BLOCK_BITS] = spec.blocks.bit_length() - 1
         words.view(np.uint64)[SALT] = table_salt(spec.name)
         words[DIM] = spec.dim
@@ -123,27 +145,17 @@ class FrozenTable:
         words[ENDS] = address_of(self._ends)
         words[CONSTANTS] = address_of(self._constants)
         self._words = words
-        self._address = address_of(words)
+        self.address = address_of(words)
 
-    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
-        """Write the weights of keys: uint64[n], in any order and repeated at will, to out: float32[n, dim].
 
-        Return how many of them have no row.
-        """
-        keys = kernel_array("keys", keys, np.uint64)
-        n = len(keys)
-        if out.dtype != np.float32 or out.shape != (n, self.spec.dim):
-            raise Malformed(
-                f"table {self.spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {self.spec.dim}"
-            )
-        check_output(f"table {self.spec.name}: out", out)
-        scratch = np.empty(SCRATCH_WORDS, np.int64)
-        return int(look_up(self._address, address_of(keys), n, address_of(out), address_of(scratch)))
-
-    def touch(self) -> None:
-        """Have all of it in memory."""
-        for block in self.blocks:
-            block.touch()
+def checked_keys(spec: TableSpec, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """Return keys: uint64[n] as kernels take them; Malformed unless ``out`` is float32[n, dim]."""
+    keys = kernel_array("keys", keys, np.uint64)
+    n = len(keys)
+    if out.dtype != np.float32 or out.shape != (n, spec.dim):
+        raise Malformed(f"table {spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {spec.dim}")
+    check_output(f"table {spec.name}: out", out)
+    return keys
 
 
 def stored_code(spec: TableSpec) -> int:
@@ -152,8 +164,16 @@ def stored_code(spec: TableSpec) -> int:
     return FLOAT32 if code == INT8 and spec.expand_score else code
 
 
-def _stored(spec: TableSpec, code: int, weights: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the rows as the table stores them: uint8[n, bytes of a row]."""
+def stored_bytes(spec: TableSpec) -> int:
+    """Return how many bytes a row of a frozen table takes."""
+    return weight_bytes(stored_code(spec), spec.dim)
+
+
+def stored_rows(spec: TableSpec, weights: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the rows as a frozen table stores them: uint8[n, bytes of a row], which may be the memory of weights."""
+    code = stored_code(spec)
+    if code == FLOAT32:
+        return np.ascontiguousarray(weights).view(np.uint8).reshape(len(weights), 4 * spec.dim)
     if code == INT8 and not state.shape[1]:
         raise Malformed(f"table {spec.name}: rows of int8 without a scale")
     scales = np.ascontiguousarray(state[:, -1]) if code == INT8 else np.empty(0, np.float32)

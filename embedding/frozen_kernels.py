@@ -44,10 +44,10 @@ BLOCKS, BLOCK_BITS, SALT, DIM, CODE, ROW_BYTES, ORIGIN, PARTS, ENDS, CONSTANTS =
 TABLE_WORDS = 10
 
 LAP = 32
-_RING = 4 * LAP
+RING = 4 * LAP
 # Scratch of a look-up, in words: of each key in the ring its mix, its block's descriptor, its place, and its row's address.
-_MIXES, _DESCRIPTORS, _PLACES, _ROWS = (8 * _RING * n for n in range(4))
-SCRATCH_WORDS = 4 * _RING
+MIXES, DESCRIPTORS, _PLACES, ROWS_FOUND = (8 * RING * n for n in range(4))
+SCRATCH_WORDS = 4 * RING
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
@@ -111,9 +111,9 @@ def aim_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int) -> None:
         descriptor = blocks + block_of_mix(mix, bits) * (8 * BLOCK_WORDS)
         at = home_of(mix, load_i64(descriptor, PLACES))
         prefetch(load_i64(descriptor, ENTRIES) + 4 * at)
-        slot = i & (_RING - 1)
-        store_u64(scratch + _MIXES, slot, mix)
-        store_i64(scratch + _DESCRIPTORS, slot, descriptor)
+        slot = i & (RING - 1)
+        store_u64(scratch + MIXES, slot, mix)
+        store_i64(scratch + DESCRIPTORS, slot, descriptor)
         store_i64(scratch + _PLACES, slot, at)
 
 
@@ -121,33 +121,33 @@ def aim_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int) -> None:
 def peek_lap(begin: Int, end: Int, row_bytes: Int, scratch: Int) -> None:
     """Find the likely rows of keys begin to end - 1, and ask for them and for their keys."""
     for i in range(begin, end):
-        slot = i & (_RING - 1)
-        descriptor: Int = load_i64(scratch + _DESCRIPTORS, slot)
-        mix = load_u64(scratch + _MIXES, slot)
+        slot = i & (RING - 1)
+        descriptor: Int = load_i64(scratch + DESCRIPTORS, slot)
+        mix = load_u64(scratch + MIXES, slot)
         row, at = find_from(descriptor, mix, load_i64(scratch + _PLACES, slot))
         if row >= 0:
             prefetch(load_i64(descriptor, KEYS) + 8 * row)
             prefetch_bytes(load_i64(descriptor, ROWS) + row * row_bytes, row_bytes)
         store_i64(scratch + _PLACES, slot, at)
-        store_i64(scratch + _ROWS, slot, row)
+        store_i64(scratch + ROWS_FOUND, slot, row)
 
 
 @jit
 def settle_lap(keys: Int, begin: Int, end: Int, row_bytes: Int, scratch: Int) -> None:
     """Put the addresses of the rows of keys begin to end - 1 in place of their numbers; 0 for a key that has none."""
     for i in range(begin, end):
-        slot = i & (_RING - 1)
-        row: Int = load_i64(scratch + _ROWS, slot)
+        slot = i & (RING - 1)
+        row: Int = load_i64(scratch + ROWS_FOUND, slot)
         address = np.int64(0)
         if row >= 0:
-            descriptor: Int = load_i64(scratch + _DESCRIPTORS, slot)
+            descriptor: Int = load_i64(scratch + DESCRIPTORS, slot)
             lie: Int = load_i64(descriptor, KEYS)
             key = load_u64(keys, i)
             if load_u64(lie, row) != key:
-                row = find_beyond(descriptor, load_u64(scratch + _MIXES, slot), load_i64(scratch + _PLACES, slot), key)
+                row = find_beyond(descriptor, load_u64(scratch + MIXES, slot), load_i64(scratch + _PLACES, slot), key)
             if row >= 0:
                 address = load_i64(descriptor, ROWS) + row * row_bytes
-        store_i64(scratch + _ROWS, slot, address)
+        store_i64(scratch + ROWS_FOUND, slot, address)
 
 
 @jit
@@ -170,7 +170,7 @@ def take_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int, out: Int
     dim: Int = load_i64(table, DIM)
     code: Int = load_i64(table, CODE)
     pitch = 4 * dim
-    rows = scratch + _ROWS + 8 * (begin & (_RING - 1))
+    rows = scratch + ROWS_FOUND + 8 * (begin & (RING - 1))
     n = end - begin
     left: Int = n
     if code == FLOAT32:

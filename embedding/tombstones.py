@@ -5,6 +5,8 @@ Invariant: versions ascend; ``since`` tells of every key that left after a versi
 block's mutex, like all that changes a block.
 """
 
+from bisect import bisect_right
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,11 +32,16 @@ class Tombstones:
         while self._count > MOST and len(self._pieces) > 1:
             self.forget(self._pieces[0][0])
 
+    @property
+    def newest(self) -> int:
+        """The version with which a key left last; 0: none did."""
+        return self._pieces[-1][0] if self._pieces else 0
+
     def since(self, version: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]] | None:
         """Return keys: uint64[n] that left after ``version`` and their versions: int64[n]; None if some are forgotten."""
         if version < self.floor:
             return None
-        pieces = [(v, keys) for v, keys in self._pieces if v > version]
+        pieces = self._pieces[bisect_right(self._pieces, version, key=lambda piece: piece[0]) :]
         keys = [k for _, k in pieces] or [np.empty(0, np.uint64)]
         versions = [np.full(len(k), v, np.int64) for v, k in pieces] or [np.empty(0, np.int64)]
         return np.concatenate(keys), np.concatenate(versions)

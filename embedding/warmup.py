@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.changed import changed_rows
 from oarlock.embedding.cold_batch import renumber
 from oarlock.embedding.compress import Compression, Draw, RowCodec
 from oarlock.embedding.compress_residuals import Residuals
 from oarlock.embedding.dense import DenseParameter
 from oarlock.embedding.dense_group import DenseGroup
+from oarlock.embedding.frozen import stored_rows
 from oarlock.embedding.keys import KeySorter, merge
 from oarlock.embedding.lookup import rows_from, rows_of
 from oarlock.embedding.make import make_table
@@ -81,6 +83,9 @@ def _use(spec: TableSpec) -> None:
             # As a shard adds up the parts of a step under sync.
             merge(np.ones((len(keys), spec.dim), np.float32), found.inverse, gradients)
             table.push(found.keys, found.blocks, found.counts, gradients, rate=0.1)
+            # As for processes that serve them.
+            changed_rows(table, found.keys, found.blocks, found.counts)
+            stored_rows(table.spec, rows, np.zeros((len(rows), table.state_columns), np.float32))
             view.content(0)
             table.commit_view(1)
             view = table.begin_view(1)

@@ -101,6 +101,7 @@ METHODS: dict[str, Method] = {
         Method("Shard.Held", shard.HeldRequest, shard.HeldReply, MEMBERS),
         Method("Shard.Stats", shard.ShardStatsRequest, shard.ShardStatsReply, LOOKERS),
         Method("Shard.Rows", shard.RowsRequest, shard.RowsReply, LOOKERS, changes=_undoes),
+        Method("Shard.Changes", shard.ChangesRequest, shard.ChangesReply, LOOKERS),
         Method("Coordinator.Hello", common.HelloRequest, common.HelloReply, EVERYBODY),
         Method("Coordinator.Join", coordinator.JoinRequest, coordinator.JoinReply, MEMBERS),
         Method("Coordinator.Heartbeat", coordinator.HeartbeatRequest, coordinator.HeartbeatReply, MEMBERS),

@@ -426,16 +426,18 @@ class ReplicateReply(_message.Message):
     def __init__(self, next: _Optional[int] = ..., refused: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class CopyRequest(_message.Message):
-    __slots__ = ("header", "blocks", "shard", "generations")
+    __slots__ = ("header", "blocks", "shard", "generations", "leisurely")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    LEISURELY_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     blocks: _common_pb2.Array
     shard: int
     generations: _common_pb2.Array
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    leisurely: bool
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., shard: _Optional[int] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., leisurely: bool = ...) -> None: ...
 
 class HandOverRequest(_message.Message):
     __slots__ = ("header", "blocks", "shard", "generations", "order")
@@ -492,6 +494,64 @@ class ShardStatsRequest(_message.Message):
     HEADER_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
+
+class ChangesRequest(_message.Message):
+    __slots__ = ("header", "blocks", "sequences", "least", "takes")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    TAKES_FIELD_NUMBER: _ClassVar[int]
+    header: _common_pb2.Header
+    blocks: _common_pb2.Array
+    sequences: _common_pb2.Array
+    least: _common_pb2.Array
+    takes: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., least: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., takes: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class TableChanges(_message.Message):
+    __slots__ = ("table", "whole", "blocks", "before", "after", "counts", "keys", "rows", "gone_counts", "gone", "next")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    GONE_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    table: int
+    whole: bool
+    blocks: _common_pb2.Array
+    before: _common_pb2.Array
+    after: _common_pb2.Array
+    counts: _common_pb2.Array
+    keys: _common_pb2.Array
+    rows: _common_pb2.Array
+    gone_counts: _common_pb2.Array
+    gone: _common_pb2.Array
+    next: int
+    def __init__(self, table: _Optional[int] = ..., whole: bool = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., before: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., after: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rows: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gone_counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gone: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., next: _Optional[int] = ...) -> None: ...
+
+class ChangesReply(_message.Message):
+    __slots__ = ("tables", "moved", "where", "more", "age_seconds", "take", "whole")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[TableChanges]
+    moved: _common_pb2.Array
+    where: _common_pb2.Placement
+    more: bool
+    age_seconds: float
+    take: int
+    whole: _common_pb2.Array
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableChanges, _Mapping]]] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., where: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., more: bool = ..., age_seconds: _Optional[float] = ..., take: _Optional[int] = ..., whole: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class RowsRequest(_message.Message):
     __slots__ = ("header", "verb", "keys", "block", "least", "tick", "steps", "number")

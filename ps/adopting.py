@@ -23,6 +23,7 @@ from oarlock.client.router import Changes
 from oarlock.proto.coordinator_pb2 import LACKING
 from oarlock.proto.errors import InvalidArgument
 from oarlock.ps.blocks import create_all, drop
+from oarlock.ps.closing import give
 from oarlock.ps.holdings import Numbers
 from oarlock.ps.shard import Shard
 
@@ -79,6 +80,8 @@ def adopt(
         if first:
             shard.unbroken = shard.generation
         owned = int(holdings.owned.sum())
+        kept = shard.closing.ended()
+    give(kept)
     shard.leading.wake()
     logger.info(
         "event=adopted generation=%d told=%d newer=%d made=%d blocks=%d",
@@ -93,6 +96,7 @@ def adopt(
 def _lead(shard: Shard, me: int, records: Changes) -> None:
     """Own blocks whose content is here, with the members that their records name."""
     holdings, numbers = shard.holdings, records.blocks
+    shard.feed.opened(numbers[~holdings.leads[numbers]])
     for number in [n for n in numbers.tolist() if n in holdings.closed]:
         del holdings.closed[number]
     if not len(numbers):
@@ -111,6 +115,7 @@ def _leave(shard: Shard, others: Numbers, gone: NDArray[np.int32]) -> None:
     """Own ``others`` no more, and let go the content of ``gone``."""
     holdings = shard.holdings
     if len(others):
+        shard.feed.left(others)
         holdings.owned[others] = False
         for number in [n for n in others.tolist() if n in holdings.closed]:
             del holdings.closed[number]

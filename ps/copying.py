@@ -8,6 +8,7 @@ came of it is reported, not answered. A block is locked for no longer than a cop
 import numpy as np
 
 from oarlock.proto.errors import Unavailable
+from oarlock.ps.closing import give
 from oarlock.ps.holdings import Numbers, Order
 from oarlock.ps.images import image_of
 from oarlock.ps.operations import Operation, sequences_of
@@ -21,15 +22,15 @@ class Copying:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
 
-    def give(self, numbers: Numbers, generations: Generations, to: int) -> None:
-        """Have another shard be given copies of blocks, one after the other."""
+    def give(self, numbers: Numbers, generations: Generations, to: int, leisurely: bool = False) -> None:
+        """Have another shard be given copies of blocks, one after the other; ``leisurely``: with rests."""
         holdings = self._shard.holdings
         with self._shard.push_lock:
             if to not in holdings.shards:
                 raise Unavailable(f"shard {to} is not known here yet", shard=to)
             fits = holdings.owned[numbers] & (holdings.generations[numbers] == generations)
             for number in numbers[fits].tolist():
-                self._shard.leading.want(holdings.shards[to], number)
+                self._shard.leading.want(holdings.shards[to], number, leisurely)
 
     def hand_over(self, numbers: Numbers, generations: Generations, to: int, order: Order) -> None:
         """Close blocks, and report once all members have all of them."""
@@ -46,6 +47,8 @@ class Copying:
         with shard.push_lock:
             named = numbers[shard.holdings.generations[numbers] == generations]
             shard.leading.reopened(shard.holdings.reopen(named.tolist(), order))
+            kept = shard.closing.ended()
+        give(kept)
 
 
 def take_turn(shard: Shard, to: int) -> None:

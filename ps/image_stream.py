@@ -35,11 +35,11 @@ class Travelling:
 
 
 class ImageStream(Stream):
-    """``wanted``: blocks that wait for their turn, in this order."""
+    """``wanted``: blocks that wait for their turn, in this order, and whether each one's copy may take long."""
 
     def __init__(self, to: ShardAddress, number: int) -> None:
         super().__init__(to, number)
-        self.wanted: dict[int, None] = {}
+        self.wanted: dict[int, bool] = {}
         self._travelling: Travelling | None = None
 
     def has(self, number: int) -> bool:
@@ -50,6 +50,11 @@ class ImageStream(Stream):
     def busy(self) -> bool:
         """Whether there is something to do: to send, or to take an image."""
         return self.first < self.next or bool(self.wanted)
+
+    @property
+    def leisurely(self) -> bool:
+        """Whether nothing is wanted that somebody waits for."""
+        return all(self.wanted.values())
 
     @property
     def travels(self) -> bool:

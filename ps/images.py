@@ -13,7 +13,9 @@ image that is refused changes nothing. The shard's push lock is held, but where 
 
 from typing import TYPE_CHECKING
 
+from oarlock.checkpoint.writing import in_threads
 from oarlock.client.closed import ClosedSet
+from oarlock.client.processors import WORKER_NICENESS
 from oarlock.embedding.dense_block import DenseBlock
 from oarlock.embedding.live import Filled, LiveBlock
 from oarlock.proto.errors import Internal, Malformed
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from oarlock.ps.shard import Shard
 
 GROUP_LIMIT = 1 << 31
+# Above that of workers (client/processors.py), which train meanwhile.
+COPYING_NICENESS = WORKER_NICENESS + 5
 # By block, what ``fill`` made.
 Ready = dict[int, Filled]
 
@@ -51,12 +55,20 @@ def image_of(shard: "Shard", number: int) -> Image:
 
 
 def fill(shard: "Shard", image: Image) -> Filled | None:
-    """Return the rows of an image as they are stored, in no place yet; None if it has none. Without the push lock."""
-    number = image.number
-    if number >= shard.layout.dense_base or not isinstance(image.content, LiveBlock):
+    """Return the rows of an image as they are stored, in no place yet; None if it has none. Without the push lock.
+
+    That takes longer than a step of a small batch: on this host whoever trains comes first.
+    """
+    number, content = image.number, image.content
+    if number >= shard.layout.dense_base or not isinstance(content, LiveBlock):
         return None
     name, block = shard.layout.name(number)
-    return shard.tables[shard.layout.table_index[name]].fill_live(block, image.content, version=image.sequence)
+    table = shard.tables[shard.layout.table_index[name]]
+
+    def made(content: LiveBlock) -> Filled:
+        return table.fill_live(block, content, version=image.sequence)
+
+    return in_threads([content], made, lambda _: 0, threads=1, niceness=COPYING_NICENESS)[0]
 
 
 def take(shard: "Shard", image: Image, ready: Ready | None = None) -> None:

@@ -140,7 +140,7 @@ class Leading:
 
     # Members
 
-    def want(self, to: ShardAddress, number: int) -> None:
+    def want(self, to: ShardAddress, number: int, leisurely: bool = False) -> None:
         """Have a block copied to a shard once its turn comes, unless that has it or it is under way. The push lock is held."""
         with self.lock:
             requires = self._requires.get(to.id)
@@ -150,7 +150,7 @@ class Leading:
             if images is None or images.to.incarnation != to.incarnation:
                 images = self.images[to.id] = ImageStream(to, self._draw.getrandbits(63))
             if not images.has(number):
-                images.wanted[number] = None
+                images.wanted[number] = leisurely
         self.wake()
 
     def turn(self, shard: int) -> int | None:
@@ -208,16 +208,21 @@ class Leading:
         Whoever is not among them is told no more, and not waited for; whoever is new has the content from elsewhere.
         """
         with self.lock:
+            # What a member has refused it lacks under this record, too, until it has left the set.
+            refused = {s: mine[self._broken[s][mine]] for s, (_, mine) in members.items() if s in self._broken}
             self._forget(numbers)
             for shard, (address, mine) in members.items():
                 self._stream(address)
                 self._requires.setdefault(shard, np.zeros(self._blocks, np.bool_))[mine] = True
+                if shard in refused:
+                    self._refused(shard, refused[shard])
             with_copies = [mine for _, mine in members.values()]
             if with_copies:
                 found = np.unique(np.concatenate(with_copies))
                 at = {s: stream.next for s, stream in self.streams.items() if s in members}
                 known = self._known(found)
                 self._waiting.append(_Until(found, at, lambda left: self._report(CONFIRMED, left, known)))
+            self._drop_streams()
             done = self._settled()
         _give(done)
         self.wake()
@@ -231,8 +236,18 @@ class Leading:
                     each.moved.append(each.numbers[lost])
                     each.numbers = each.numbers[~lost]
             self._forget(numbers)
+            self._drop_streams()
             done = self._settled()
         _give(done)
+
+    def _drop_streams(self) -> None:
+        """Keep nothing for a shard that has no copy of what is owned here, and is to get none: it may be gone for good."""
+        required = {shard for shard, mask in self._requires.items() if mask.any()}
+        for of_shards in (self.streams, self._requires, self._broken):
+            for shard in of_shards.keys() - required:
+                del of_shards[shard]
+        for shard in [s for s, images in self.images.items() if not (images.wanted or images.travels)]:
+            del self.images[shard]
 
     def _forget(self, numbers: Numbers) -> None:
         """A newer record counts: what was under way by the one before has ended, but for answers to clients."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load: how busy a shard is and what it may have, as it tells the scaler.
+"""Load: how busy a shard is and what it may have, as it tells the scaler of a job that has one.
 
     cpu_seconds      processor time of its process, which may use ``processors``
     pushing_seconds  time in which at least one push was here; one is applied at a time, so this is what limits all

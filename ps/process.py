@@ -15,7 +15,7 @@ from oarlock.client.membership import Membership
 from oarlock.client.telemetry import Telemetry
 from oarlock.embedding.saved import make_some_ready
 from oarlock.proto.coordinator_pb2 import SHARD
-from oarlock.proto.errors import WrongRun
+from oarlock.proto.errors import PSError, WrongRun
 from oarlock.proto.transport import Transport
 from oarlock.ps.compacting import REST, Compacting
 from oarlock.ps.identity import Identity
@@ -58,9 +58,13 @@ async def run_shard(
         spec = await member.join()
         if member.run <= before:
             raise WrongRun(f"run {before} is over, and this shard is told to join run {member.run}", run=member.run)
-        shard = service.configure(
-            spec, Identity(spec.job_bytes, member.run, member.id, member.incarnation), holds_lease=member.holds_lease
-        )
+        identity = Identity(spec.job_bytes, member.run, member.id, member.incarnation)
+        try:
+            shard = service.configure(spec, identity, holds_lease=member.holds_lease)
+        except PSError as error:
+            # It would be waited for.
+            await member.leave(str(error))
+            raise
         before = member.run
         try:
             await _serve(member, service, shard, telemetry, executor)

@@ -5,6 +5,7 @@ Invariant: nothing is changed, but for a rank's commit, and no block is locked f
 many threads.
 """
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, OutOfMemory, StalePlacement
+from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest
 from oarlock.proto.work import expects
 from oarlock.ps.request import (
@@ -47,7 +49,7 @@ class Pulls:
         self._counting = Lock()
         self._answers = Buffers(MOST_ANSWERS)
 
-    def answer(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
+    def answer(self, sent: PullRequest | Bulk) -> PullReply | Bulk | Pending:
         """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk."""
         shard, layout = self._shard, self._shard.layout
         request, parts = opened(sent)
@@ -75,6 +77,9 @@ class Pulls:
             without = shard.staged.answer(request)
             if without is not None:
                 return without if beside is None else Bulk(without, beside)
+        elsewhere = self._elsewhere(asked, numbers)
+        if elsewhere is not None:
+            return elsewhere
         # Encoded rows lie beside those that they were made of.
         expects(values * (4 if forms is None else 8))
         # Rows of before a table went back to a checkpoint have versions that say nothing of those after it.
@@ -128,9 +133,27 @@ class Pulls:
         table.pull(keys.keys, keys.blocks, keys.counts, rows)
         return Newer(_NONE, rows, _NO_VERSIONS)
 
+    def _elsewhere(self, asked: Sequence[Keys], dense: NDArray[np.int32]) -> Pending | None:
+        """Return what stands for an answer about blocks that are being handed over; StalePlacement for others not owned here."""
+        owned = self._shard.holdings.owned
+        if all(owned[keys.numbers].all() for keys in asked) and owned[dense].all():
+            return None
+        with self._shard.push_lock:
+            numbers = np.concatenate([dense, *(keys.numbers for keys in asked)])
+            lacking = numbers[~owned[numbers]]
+            if not len(lacking):
+                return None
+            error = _stale(int(lacking[0]))
+            pending = self._shard.closing.refuse(lacking, error)
+        if pending is None:
+            raise error
+        return pending
+
     def _owns(self, numbers: NDArray[np.int32]) -> None:
         elsewhere = numbers[~self._shard.holdings.owned[numbers]]
         if len(elsewhere):
-            raise StalePlacement(
-                f"block {int(elsewhere[0])} is not on this shard: fetch the placement", block=int(elsewhere[0])
-            )
+            raise _stale(int(elsewhere[0]))
+
+
+def _stale(block: int) -> StalePlacement:
+    return StalePlacement(f"block {block} is not on this shard: fetch the placement", block=block)

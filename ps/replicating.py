@@ -24,8 +24,10 @@ from oarlock.proto.errors import PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.adopting import adopt
 from oarlock.ps.copying import take_turn
+from oarlock.ps.holdings import Numbers
 from oarlock.ps.image_stream import ImageStream
 from oarlock.ps.operations import encode
+from oarlock.ps.reports import Generations, Matter
 from oarlock.ps.shard import Shard
 from oarlock.ps.stream import Stream
 
@@ -37,6 +39,8 @@ CALL_SECONDS = 20.0
 # A copy that cannot be reached for so many leases is to leave the sets of the blocks that wait for it. Of a shard that is dead
 # the coordinator says so before, after one.
 SILENT_LEASES = 2
+# Of the time in which blocks move for the sake of balance, or of another number of shards, this part is spent on copies.
+COPYING_SHARE, MOST_REST_SECONDS = 0.15, 1.0
 
 
 def message_of(shard: Shard, stream: Stream, header: Header) -> Bulk | None:
@@ -66,6 +70,8 @@ class Replicating:
         self._executor = executor
         self._member = member
         self._changed = asyncio.Event()
+        # Until when no copy begins that nobody waits for.
+        self._rests_until = 0.0
         self._sending: dict[Stream, asyncio.Task[None]] = {}
         self._reporting: asyncio.Task[None] | None = None
 
@@ -82,7 +88,9 @@ class Replicating:
             leading.wake = lambda: None
             for task in (*self._sending.values(), *([self._reporting] if self._reporting else [])):
                 task.cancel()
-            leading.fail(Unavailable("this shard is leaving its job"))
+            leaving = Unavailable("this shard is leaving its job")
+            leading.fail(leaving)
+            self._shard.closing.fail(leaving)
 
     def _begin(self) -> None:
         """Begin to send where there is something, and nothing is under way."""
@@ -113,10 +121,23 @@ class Replicating:
 
     async def _copy(self, images: ImageStream) -> None:
         """Take and send images, as long as any are wanted. Each is taken in a thread: it waits for those that push."""
-        loop, leading = asyncio.get_running_loop(), self._shard.leading
-        while images.busy and leading.images.get(images.to.id) is images:
-            await loop.run_in_executor(self._executor, take_turn, self._shard, images.to.id)
-            await self._send(images)
+        clock = asyncio.get_running_loop().time
+        while images.busy and self._shard.leading.images.get(images.to.id) is images:
+            if not images.leisurely:
+                await self._copy_one(images)
+                continue
+            # One to whomever, then a rest: who pushes here, and who trains on the same machine, have the time in between.
+            while (begun := clock()) < self._rests_until:
+                await asyncio.sleep(self._rests_until - begun)
+            # Somebody who does not answer holds up the others no longer than that.
+            self._rests_until = begun + MOST_REST_SECONDS
+            await self._copy_one(images)
+            self._rests_until = clock() + min(MOST_REST_SECONDS, (clock() - begun) * (1 / COPYING_SHARE - 1))
+
+    async def _copy_one(self, images: ImageStream) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, take_turn, self._shard, images.to.id)
+        await self._send(images)
 
     async def _send(self, stream: Stream) -> None:
         """Send what a stream has, and what comes meanwhile."""
@@ -151,28 +172,35 @@ class Replicating:
         """Tell the coordinator what it has to hear, until it has answered."""
         pause = FIRST_SECONDS
         while matters := self._shard.reports.waiting():
-            for matter, numbers, generations in matters:
-                request = ReportRequest(
-                    header=self._member.header(),
-                    told=matter.told,  # type: ignore[arg-type]
-                    blocks=pack(numbers),
-                    generations=pack(generations.astype(np.uint64)),
-                    shard=matter.shard,
-                    order=matter.order.number,
-                    term=matter.order.term,
-                )
-                try:
-                    reply: ReportReply = await self._member.transport.call(
-                        self._member.coordinator, "Coordinator.Report", request, timeout_seconds=CALL_SECONDS / 4
-                    )
-                except PSError as error:
-                    logger.debug("event=not_reported told=%d error=%s", matter.told, error)
-                    continue
-                self._shard.reports.answered(matter, numbers, generations)
-                if reply.HasField("record"):
-                    await asyncio.get_running_loop().run_in_executor(self._executor, self._learn, reply)
+            # At once and side by side: blocks may be closed until the coordinator has heard it.
+            if all(await asyncio.gather(*(self._tell(*each) for each in matters))):
+                pause = FIRST_SECONDS
+                continue
             await asyncio.sleep(pause * (0.5 + self._member.rng.random() / 2))
             pause = min(2 * pause, MOST_SECONDS)
+
+    async def _tell(self, matter: Matter, numbers: Numbers, generations: Generations) -> bool:
+        """Tell the coordinator something of blocks; return whether it has answered."""
+        request = ReportRequest(
+            header=self._member.header(),
+            told=matter.told,  # type: ignore[arg-type]
+            blocks=pack(numbers),
+            generations=pack(generations.astype(np.uint64)),
+            shard=matter.shard,
+            order=matter.order.number,
+            term=matter.order.term,
+        )
+        try:
+            reply: ReportReply = await self._member.transport.call(
+                self._member.coordinator, "Coordinator.Report", request, timeout_seconds=CALL_SECONDS / 4
+            )
+        except PSError as error:
+            logger.debug("event=not_reported told=%d error=%s", matter.told, error)
+            return False
+        self._shard.reports.answered(matter, numbers, generations)
+        if reply.HasField("record"):
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._learn, reply)
+        return True
 
     def _learn(self, reply: ReportReply) -> None:
         """Adopt records that are other ones than were believed here; nothing is made by them."""

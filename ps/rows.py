@@ -162,6 +162,7 @@ class Rows:
                 return before[1]
             # All of the message is checked before any of it is undone.
             table, keys = self._keys(request)
+            shard.feed.note(keys)
             done = table.undo(keys.keys, steps=request.steps)
             if shard.told is not None:
                 changed = np.maximum.reduceat(done, np.cumsum(keys.counts) - keys.counts) > 0 if len(done) else done > 0

@@ -8,8 +8,7 @@ workers: the rows would be old, and somebody else may own them. Called from many
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -24,7 +23,6 @@ from oarlock.checkpoint.roots import Roots, roots_of
 from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.router import unpack_changes
-from oarlock.embedding.make import AnyTable
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.common_pb2 import Empty, Header, HelloReply, HelloRequest
@@ -34,6 +32,8 @@ from oarlock.proto.shard_pb2 import (
     AbortRequest,
     AdoptReply,
     AdoptRequest,
+    ChangesReply,
+    ChangesRequest,
     CloseRequest,
     CopyRequest,
     CutRequest,
@@ -66,6 +66,7 @@ from oarlock.proto.version import hello
 from oarlock.ps.adopting import adopt
 from oarlock.ps.compacting import Compacting
 from oarlock.ps.copying import Copying
+from oarlock.ps.cutting import Cutting
 from oarlock.ps.following import Following
 from oarlock.ps.holdings import Order
 from oarlock.ps.identity import Identity
@@ -75,8 +76,8 @@ from oarlock.ps.replace import Order as ReplaceOrder
 from oarlock.ps.replace import Replacing
 from oarlock.ps.request import read_blocks, read_generations, read_path
 from oarlock.ps.rows import Rows
-from oarlock.ps.shard import Shard
-from oarlock.ps.view import View, Views
+from oarlock.ps.shard import Shard, close_all
+from oarlock.ps.view import Views
 from oarlock.telemetry.histogram import Histogram
 
 # Splits that one Marks request may ask for; a worker asks for the few that it opens.
@@ -86,7 +87,7 @@ MAX_SPLITS = 1024
 class ShardService:
     """Answers the methods of ``Shard`` in proto/methods.py. Cold rows go to ``spill_folder``, None: the temporary folder.
 
-    ``compact_links``: from which length on a chain of files is compacted. ``roots``: where requests may name checkpoints; none:
+    ``compact_links``: from which length on a chain of files is compacted. ``roots``: where requests may name checkpoints, beside
     where the job says that its own are; None: anywhere.
     """
 
@@ -105,35 +106,33 @@ class ShardService:
         self._holds_lease: Callable[[], bool] = lambda: True
         self._term = 0
         self._ordering = Lock()
-        self._views: Views
+        self._cutting: Cutting
         self._place = Place()
         self._compact_links = compact_links
         self.compacting = Compacting(links=compact_links)
         self._replacing: Replacing
         self._following: Following
         self._copying: Copying
-        # The cut whose view is being read, by one thread; 0: none.
-        self._reading, self._read = Lock(), 0
         self._timing = Lock()
         # Of those that were answered. Taken here: an update itself asks for no time.
         self.pull_seconds = Histogram()
         self.push_seconds = Histogram()
-        self._load = Load()
-        # Nobody else asks for it.
-        self._tells_load = False
+        # Only of a job with a scaler: nobody else asks for it, and it costs each push two locks.
+        self._load: Load | None = None
 
     def configure(self, spec: JobSpec, identity: Identity, *, holds_lease: Callable[[], bool] = lambda: True) -> Shard:
-        """Begin to answer as ``identity``, with the job's tables, as yet without blocks."""
+        """Begin to answer as ``identity``, with the job's tables, as yet without blocks; InvalidArgument."""
+        if self._given_roots is not None:
+            self._roots = Roots(_all_roots(self._given_roots, spec))
         shard = Shard(spec, spill_folder=self._spill_folder)
         shard.holdings.me = identity.id
         self._holds_lease = holds_lease
-        self._tells_load = bool(spec.autoscale)
+        if spec.autoscale and self._load is None:
+            self._load = Load()
         self._rows = Rows(shard, identity.id)
         self._place = place_of(spec)
-        if self._given_roots is not None:
-            self._roots = Roots(self._given_roots or roots_of(spec))
-        self._views = Views(shard, self.compacting, self._place)
         self._replacing = Replacing(shard)
+        self._cutting = Cutting(shard, Views(shard, self.compacting, self._place), self._replacing)
         self._following, self._copying = Following(shard), Copying(shard)
         self._joined = (identity, shard)
         return shard
@@ -147,9 +146,8 @@ class ShardService:
         self.compacting = Compacting(links=self._compact_links)
         if self._joined is not None:
             (_, shard), self._joined = self._joined, None
-            with shard.push_lock:
-                self._views.let_go()
-            weakref.finalize(shard, _close_all, shard.tables)
+            self._cutting.let_go()
+            weakref.finalize(shard, close_all, shard.tables)
 
     def end(self) -> None:
         """Give back what the shard has besides memory, after the last call."""
@@ -157,11 +155,17 @@ class ShardService:
         if self._joined is not None:
             self._joined[1].close()
 
-    def _shard(self, header: Header) -> tuple[Identity, Shard]:
-        if self._joined is None:
+    def _in_run(self) -> tuple[Identity, Shard]:
+        # Looked at once: a run may end between two looks.
+        joined = self._joined
+        if joined is None:
             raise Unavailable("this shard has not joined its job yet")
-        self._joined[0].check(header)
-        return self._joined
+        return joined
+
+    def _shard(self, header: Header) -> tuple[Identity, Shard]:
+        found = self._in_run()
+        found[0].check(header)
+        return found
 
     def _leased(self, header: Header) -> Shard:
         """As _shard, for workers."""
@@ -194,7 +198,7 @@ class ShardService:
     def hello(self, request: HelloRequest) -> HelloReply:
         return hello(request, "shard", __version__)
 
-    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk:
+    def pull(self, request: PullRequest | Bulk) -> PullReply | Bulk | Pending:
         begun = time.perf_counter()
         reply = self._leased(opened(request)[0].header).pull(request)
         self._took(self.pull_seconds, begun)
@@ -202,10 +206,16 @@ class ShardService:
 
     def push(self, request: PushRequest | Bulk) -> PushReply | Pending:
         begun = time.perf_counter()
-        with self._load:
-            reply = self._leased(opened(request)[0].header).push(request)
+        if self._load is None:
+            reply = self._pushed(request)
+        else:
+            with self._load:
+                reply = self._pushed(request)
         self._took(self.push_seconds, begun)
         return reply
+
+    def _pushed(self, request: PushRequest | Bulk) -> PushReply | Pending:
+        return self._leased(opened(request)[0].header).push(request)
 
     def _took(self, seconds: Histogram, begun: float) -> None:
         with self._timing:
@@ -256,7 +266,7 @@ class ShardService:
         shard = self._order(request.header)[1]
         numbers, generations = read_generations(shard.layout, request.blocks, request.generations)
         self._take(request.header)
-        self._copying.give(numbers, generations, request.shard)
+        self._copying.give(numbers, generations, request.shard, request.leisurely)
         return Empty()
 
     def hand_over(self, request: HandOverRequest) -> Empty:
@@ -284,81 +294,30 @@ class ShardService:
         return HeldReply(generations=pack(generations), sequences=pack(sequences))
 
     def cut(self, request: CutRequest) -> Empty:
-        _, shard = self._take(request.header)
-        with shard.push_lock:
-            if shard.cuts.is_new(request.cut):
-                staged = shard.staged
-                if staged is not None and not staged.level(request.cut, request.commits, request.at):
-                    raise Unavailable(
-                        f"the blocks here are at step {staged.range()[0]}, the cut is of step {request.at}",
-                        not_yet=True,
-                    )
-                shard.cuts.begin(request.cut, request.workers)
-                self._views.begin(request.cut, request.committed)
-                # A cut comes before a table goes back, or after it.
-                self._replacing.forget()
+        self._take(request.header)
+        self._cutting.begin(request.cut, request.workers, request.committed, request.commits, at=request.at)
         return Empty()
 
     def abort(self, request: AbortRequest) -> Empty:
-        _, shard = self._take(request.header)
-        with shard.push_lock:
-            if shard.staged is not None:
-                shard.staged.let_go(request.cut)
-            if shard.cuts.give_up(request.cut):
-                self._views.let_go()
+        self._take(request.header)
+        self._cutting.abort(request.cut)
         return Empty()
 
     def write(self, request: WriteRequest) -> WriteReply:
         self._order(request.header)
         root = self._path(request.root, "the folder of checkpoints")
-        _, shard = self._take(request.header)
-        with shard.push_lock:
-            view = self._views.of(request.cut)
-            self._begun(shard, view)
-        if view.torn:
+        self._take(request.header)
+        entries = self._cutting.write(request.cut, root, alone=request.alone)
+        if entries is None:
             return WriteReply(torn=True)
-        with self._alone(view):
-            entries = self._views.write(view, root, alone=request.alone)
         return WriteReply(entries=json.dumps([asdict(e) for e in entries]), trouble=self.compacting.trouble)
 
-    @contextmanager
-    def _alone(self, view: View) -> Iterator[None]:
-        """Have a view be read by nobody else; Unavailable while another one is, or this one.
-
-        Nobody waits for that here: in a store that hangs it may be for good, and each such order would keep a thread.
-        """
-        with self._reading:
-            busy, self._read = self._read, self._read or view.number
-        if busy:
-            raise Unavailable(
-                f"cut {busy} is still under way here: if that lasts, see whether its store answers",
-                cut=busy,
-                not_yet=True,
-            )
-        try:
-            yield
-        finally:
-            self._read = 0
-
-    def _begun(self, shard: Shard, view: View) -> None:
-        """Take note that all views have begun, and what the cut says of its job is taken. The push lock is held."""
-        if view.torn is None:
-            view.torn = shard.cuts.torn
-        if shard.staged is not None:
-            shard.staged.let_go(view.number)
-
     def digest(self, request: DigestRequest) -> DigestReply:
-        _, shard = self._take(request.header)
-        with shard.push_lock:
-            view = self._views.of(request.cut)
-            self._begun(shard, view)
-        if view.torn:
+        self._take(request.header)
+        found = self._cutting.digest(request.cut)
+        if found is None:
             return DigestReply(torn=True)
-        with self._alone(view):
-            if view.digested is None:
-                view.digested = view.digest()
-            value, rows = view.digested
-        return DigestReply(digest=value.to_bytes(16, "big"), rows=rows)
+        return DigestReply(digest=found[0].to_bytes(16, "big"), rows=found[1])
 
     def replace(self, request: ReplaceRequest) -> ReplaceReply:
         self._order(request.header)
@@ -375,26 +334,33 @@ class ShardService:
 
     def told(self) -> dict[str, Any]:
         """Return what the shard holds and has done, its chains of files included."""
-        assert self._joined is not None, "asked of a shard that has joined"
+        _, shard = self._in_run()
         done, writing = self.compacting.told(), self.writing
         return {
-            **self._joined[1].stats(),
+            **shard.stats(),
             **({"compaction": done} if any(done.values()) else {}),
             **({"writing": writing} if writing else {}),
-            **({"load": self._load.told()} if self._tells_load else {}),
+            **({"load": self._load.told()} if self._load is not None else {}),
         }
 
     @property
     def writing(self) -> dict[str, int] | None:
         """Return how far the cut is that is being written, None if none is: its number, bytes that are written, and in all."""
-        return self._views.writing if self._joined is not None else None
+        return self._cutting.writing if self._joined is not None else None
 
     def rows(self, request: RowsRequest) -> RowsReply:
         self._leased(request.header)
         assert self._rows is not None, "made before the shard answers anything"
         return self._rows.answer(request)
 
+    def changes(self, request: ChangesRequest) -> ChangesReply:
+        return self._leased(request.header).changes.answer(request)
 
-def _close_all(tables: Iterable[AnyTable]) -> None:
-    for table in tables:
-        table.close()
+
+def _all_roots(given: Sequence[str], spec: JobSpec) -> tuple[str, ...]:
+    if not (given or spec.checkpoint_path):
+        raise InvalidArgument(
+            f"job {spec.name} keeps its checkpoints in its own folder, which this shard does not know and so could not write to: "
+            "give it --root FOLDER, the job's folder or its `checkpoints`, or give the job a checkpoint_path (docs/security.md)"
+        )
+    return (*given, *roots_of(spec))

@@ -6,7 +6,7 @@ skipped, any other is changed and then marked. A malformed push changes and mark
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,15 +19,18 @@ from oarlock.client.closed import ClosedSet
 from oarlock.client.job import JobSpec
 from oarlock.client.layout import Layout
 from oarlock.embedding.dense_group import DenseGroup
-from oarlock.embedding.make import make_table
+from oarlock.embedding.make import AnyTable, make_table
 from oarlock.proto.arrays import pack
 from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
 from oarlock.proto.pending import Pending
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, PushReply, PushRequest
 from oarlock.proto.work import refuse_late
+from oarlock.ps.changes import Changes
+from oarlock.ps.closing import Closing
 from oarlock.ps.cuts import Cuts
 from oarlock.ps.does import Does, Done, Pushed, telling
+from oarlock.ps.feed import Feed
 from oarlock.ps.holdings import Holdings
 from oarlock.ps.leading import Leading
 from oarlock.ps.marks import Marks
@@ -96,6 +99,7 @@ class Shard:
         self.holdings = Holdings(self.layout.blocks)
         self.reports = Reports()
         self.leading = Leading(self.holdings, self.reports)
+        self.closing = Closing(self.holdings)
         # Hears what is done to blocks that are owned here, by their numbers, in its order; None: no block has copies.
         self.told: Callable[[NDArray[np.int32], Does], None] | None = None
         self.dense_sequence: NDArray[np.int64] = np.zeros(len(self.layout.dense_blocks), np.int64)
@@ -110,6 +114,9 @@ class Shard:
         self.closed_window = spec.closed_window
         epoch_groups = spec.splits * spec.groups(spec.rows_per_split)
         self.sweeper = Sweeper(self, epoch_steps=-(-epoch_groups // max(1, spec.ranks)))
+        # Hears of rows that change, for processes that serve them.
+        self.feed = Feed(self)
+        self.changes = Changes(self)
 
     @property
     def owned(self) -> NDArray[np.bool_]:
@@ -153,11 +160,13 @@ class Shard:
 
     def close(self) -> None:
         """Give back what is not memory, once nobody asks any more."""
-        for table in self.tables:
-            table.close()
+        close_all(self.tables)
 
-    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
-        """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk."""
+    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk | Pending:
+        """Answer with the rows and dense values asked for, in the forms asked for; creates nothing. A Bulk gets a Bulk.
+
+        StalePlacement, once it is known where they are, for blocks that are elsewhere, or on their way.
+        """
         return self._pulls.answer(sent)
 
     def push(self, sent: PushRequest | Bulk) -> PushReply | Pending:
@@ -232,9 +241,8 @@ class Shard:
 
     def answered(self, reply: PushReply, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> PushReply | Pending:
         """Return the answer to a push to blocks, those that are ``here`` bool[m] and others. The push lock is held."""
-        if not here.all():
-            self.holdings.tell_where(numbers[~here], reply.where)
-        return self.leading.answer(reply, numbers[here])
+        answer = self.leading.answer(reply, numbers[here])
+        return answer if here.all() else self.closing.keep(numbers[~here], reply, answer)
 
     def _todo(self, split: int, group: int, numbers: NDArray[np.int32], here: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return bool[m]: the blocks that are here and have not got the group."""
@@ -248,6 +256,7 @@ class Shard:
         if not len(keys.blocks):
             return
         table = self.tables[keys.table]
+        self.feed.note(keys)
         try:
             found = table.push(
                 keys.keys,
@@ -310,3 +319,9 @@ class Shard:
     def stats(self) -> dict[str, Any]:
         """Return what this shard holds and has done."""
         return stats_of(self)
+
+
+def close_all(tables: Iterable[AnyTable]) -> None:
+    """Give back what tables have besides memory."""
+    for table in tables:
+        table.close()

@@ -353,6 +353,7 @@ class Staged:
         if update is None:
             return
         keys = update.keys
+        shard.feed.note(keys)
         try:
             done = shard.tables[number].push(
                 keys.keys,

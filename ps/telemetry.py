@@ -44,6 +44,12 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
             "oarlock_shard_not_admitted_gradients_total": counters["rows_not_admitted"],
             "oarlock_shard_undone_rows_total": counters["rows_undone"],
             "oarlock_shard_copied_bytes_total": counters["copied_bytes"],
+            "oarlock_shard_feed_bytes": shard.feed.nbytes,
+            "oarlock_shard_feed_rows_total": shard.feed.rows,
+            "oarlock_shard_feed_tombstones_total": shard.feed.tombstones,
+            "oarlock_shard_feed_overflows_total": shard.feed.overflows,
+            "oarlock_shard_told_bytes_total": shard.changes.bytes,
+            "oarlock_shard_told_whole_bytes_total": shard.changes.whole_bytes,
             "oarlock_shard_sweep_slices_total": shard.sweeper.slices,
             "oarlock_shard_cut_bytes": {
                 state: writing.get(name, 0) for state, name in (("written", "written_bytes"), ("in_all", "bytes"))

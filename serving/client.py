@@ -107,19 +107,15 @@ class Client:
         return reply
 
     def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
-        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        until, pause = time.monotonic() + seconds, PAUSE_SECONDS
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
         while True:
             try:
-                return self._transport.call(self.address, method, request, timeout_seconds=seconds)
+                return self._transport.call(self.address, method, request, timeout_seconds=tries.seconds)
             except Unavailable as error:
                 if not again:
                     raise
-                seconds = until - time.monotonic() - pause
-                if seconds <= 0:
-                    raise _over(error) from None
+                pause = tries.pause_after(error)
             time.sleep(pause)
-            pause = min(2 * pause, MOST_PAUSE_SECONDS)
 
     def close(self) -> None:
         """Give back connections; idempotent."""
@@ -166,19 +162,15 @@ class AsyncClient:
         return reply
 
     async def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
-        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        until, pause = time.monotonic() + seconds, PAUSE_SECONDS
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
         while True:
             try:
-                return await self._transport.call(self.address, method, request, timeout_seconds=seconds)
+                return await self._transport.call(self.address, method, request, timeout_seconds=tries.seconds)
             except Unavailable as error:
                 if not again:
                     raise
-                seconds = until - time.monotonic() - pause
-                if seconds <= 0:
-                    raise _over(error) from None
+                pause = tries.pause_after(error)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MOST_PAUSE_SECONDS)
 
     async def close(self) -> None:
         """Give back connections; idempotent."""
@@ -191,8 +183,21 @@ class AsyncClient:
         await self.close()
 
 
-def _over(error: Unavailable) -> DeadlineExceeded:
-    return DeadlineExceeded(f"not answered in time; the last try: {error}", **error.details)
+class _Tries:
+    """The time of one call: ``seconds`` of it are left for the next try."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._pause = PAUSE_SECONDS
+
+    def pause_after(self, error: Unavailable) -> float:
+        """Return how long to wait before the next try; DeadlineExceeded if that leaves no time for it."""
+        pause, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE_SECONDS)
+        self.seconds = self._until - time.monotonic() - pause
+        if self.seconds <= 0:
+            raise DeadlineExceeded(f"not answered in time; the last try: {error}", **error.details) from None
+        return pause
 
 
 def lookup_request(tables: Mapping[str, Keys]) -> Bulk:

@@ -19,7 +19,7 @@ from oarlock.data.columns import ColumnSpec, decode
 from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, Unavailable
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.service import ServingService
-from oarlock.serving.snapshot import Snapshot, Version
+from oarlock.serving.snapshot import Model, Snapshot, Version
 from oarlock.serving.tensors import INTEGERS, Tensor, arrow_of
 
 SERVER = "oarlock"
@@ -77,7 +77,7 @@ class Models:
     def begin(self, predictor: Predictor | None) -> None:
         """Take a predictor, once it is warm; a snapshot is served."""
         if predictor is not None:
-            predictor.warm_up(self._service.serving.current)
+            predictor.warm_up(_state(self._service.serving.current))
         self.predictor = predictor
         self._begun = True
 
@@ -85,7 +85,7 @@ class Models:
     def ready(self) -> bool:
         return self._begun and self._service.serving.ready
 
-    def _current(self) -> Snapshot:
+    def _current(self) -> Model:
         if not self._begun:
             raise Unavailable("this process is still opening its model: ask again")
         return self._service.serving.current
@@ -99,13 +99,13 @@ class Models:
         snapshot = self._current()
         return [*([self._prediction(snapshot)] if self.predictor else []), *snapshot.tables]
 
-    def _prediction(self, snapshot: Snapshot) -> str:
+    def _prediction(self, snapshot: Model) -> str:
         """Return the name of the model that predicts: its recipe's, unless a table has that."""
         assert self.predictor is not None
         name = self.predictor.name
         return f"{name}.prediction" if name in snapshot.tables else name
 
-    def _found(self, name: str, version: str) -> tuple[Snapshot, Predictor | None]:
+    def _found(self, name: str, version: str) -> tuple[Model, Predictor | None]:
         """Return the snapshot, and the predictor if ``name`` is its model's; NotFound says what there is."""
         snapshot = self._current()
         predicts = self.predictor is not None and name == self._prediction(snapshot)
@@ -148,11 +148,11 @@ class Models:
             output, missing = self._rows(snapshot, name, given)
         else:
             arrays, rows = predictor.columns.read(given)
-            scores, missing = predictor.predict(snapshot, arrays, rows)
+            scores, missing = predictor.predict(_state(snapshot), arrays, rows)
             output = Tensor(SCORE, "FP32", (rows,), scores)
         return Answer(name, snapshot.version, missing, (output,))
 
-    def _rows(self, snapshot: Snapshot, name: str, given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _rows(self, snapshot: Model, name: str, given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         if set(given) != {KEYS}:
             raise InvalidArgument(
                 f"model {name} has one input, {KEYS!r}; given were {', '.join(given) or 'none'}"[:1000]
@@ -167,3 +167,10 @@ class Models:
         keys: Any = decode("request", 0, pa.table({KEYS: arrow_of(tensor)}), _KEY)[KEYS]
         rows, missing = self._service.rows_of(snapshot, name, keys)
         return Tensor(ROWS, "FP32", rows.shape, rows), missing
+
+
+def _state(model: Model) -> Snapshot:
+    """Return a model that predictions can be made of: who serves makes a predictor of no other."""
+    if not isinstance(model, Snapshot):
+        raise NotFound("this model gives rows alone: its dense parameters are not served")
+    return model

@@ -19,6 +19,7 @@ from oarlock.checkpoint.reading import Reading
 from oarlock.client.entry import keep_what_is_loaded
 from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import observed, server_source
+from oarlock.embedding.fresh import warm_up as warm_up_fresh
 from oarlock.embedding.frozen import warm_up
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
@@ -31,7 +32,7 @@ from oarlock.serving.openapi import description
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.rest import Rest
 from oarlock.serving.service import MAX_KEYS, ServingService
-from oarlock.serving.snapshot import Progress, Snapshot
+from oarlock.serving.snapshot import Model, Progress
 from oarlock.serving.swap import Serving
 from oarlock.serving.telemetry import http_source, prediction_source, serving_source
 from oarlock.telemetry.prometheus import LOOPBACK
@@ -73,20 +74,22 @@ def run(
     settings: Settings,
     *,
     security: Security | None = None,
-    predicts: Callable[[Snapshot], Predictor | None] = lambda snapshot: None,
+    predicts: Callable[[Model], Predictor | None] = lambda model: None,
     listening: Callable[[str, str, str], object] = lambda address, metrics, http: None,
     progress: Progress = lambda done, total: None,
     ready: Callable[[Serving], object] = lambda serving: None,
+    serving: Serving | None = None,
 ) -> None:
     """Serve until a signal. ``listening`` hears of the addresses of the service, its metrics and HTTP, ``ready`` of the model.
 
     ``predicts`` makes the predictor of the model that was opened, None: it gives rows alone.
 
     ``security``: who may talk to it, opened; InvalidArgument where others than this machine could, and nothing tells them apart.
+    ``serving``: what is served, where that is no cut of ``store``.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     over = Event()
-    serving = Serving(store, trust=settings.trust)
+    serving = serving or Serving(store, trust=settings.trust)
     service = ServingService(serving, max_keys=settings.max_keys)
     models = Models(service)
     server = GrpcServer(
@@ -126,6 +129,7 @@ def run(
             address = server.start()
             listening(address, telemetry.address, http.start() if http else "")
             warm_up()
+            warm_up_fresh()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
             models.begin(predicts(serving.current))
@@ -138,10 +142,11 @@ def run(
             # In a wait of its own, which a second signal ends.
             Event().wait(settings.drain_seconds)
         finally:
+            # First: a cut of many gigabytes may be under way, here or in a call that would be waited for.
+            serving.close()
             if http is not None:
                 http.stop(GRACE_SECONDS)
             server.stop(GRACE_SECONDS)
-            serving.close()
 
 
 class _Over(Exception):

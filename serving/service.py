@@ -30,7 +30,7 @@ from oarlock.proto.serving_pb2 import (
 )
 from oarlock.proto.version import check_protocol
 from oarlock.proto.work import expects
-from oarlock.serving.snapshot import Snapshot, Version
+from oarlock.serving.snapshot import Model, Version
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.histogram import Histogram
 
@@ -73,15 +73,15 @@ class ServingService:
         self._count(counts, time.perf_counter() - begun)
         return reply if beside is None else Bulk(reply, beside)
 
-    def rows_of(self, snapshot: Snapshot, name: str, keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], int]:
+    def rows_of(self, snapshot: Model, name: str, keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], int]:
         """Return the rows of keys of one table, for whoever speaks another protocol, and how many keys have none."""
         begun = time.perf_counter()
         rows = self._buffers.array((len(keys), snapshot.tables[name].spec.dim), np.float32)
-        missing = snapshot.lookup(name, keys, rows)
+        missing = snapshot.tables[name].lookup(keys, rows)
         self._count([(name, len(keys), missing)], time.perf_counter() - begun)
         return rows, missing
 
-    def _wanted(self, snapshot: Snapshot, message: Any, parts: Sequence[Part]) -> list[tuple[str, NDArray[np.uint64]]]:
+    def _wanted(self, snapshot: Model, message: Any, parts: Sequence[Part]) -> list[tuple[str, NDArray[np.uint64]]]:
         """Return (table, keys: uint64[n]) for each table of a request, whose answer there is memory for."""
         if len(message.tables) > MAX_TABLES:
             raise Malformed(f"a request names {len(message.tables)} tables; the limit is {MAX_TABLES}")
@@ -130,7 +130,7 @@ class ServingService:
         except OSError as error:
             raise Unavailable(f"the folder of cuts cannot be read: {error}") from None
 
-    def _model(self, snapshot: Snapshot) -> ModelReply:
+    def _model(self, snapshot: Model) -> ModelReply:
         serving = self.serving
         cuts: list[int] = []
         # The folder may be out of reach for the moment; what is served is not.

@@ -8,9 +8,10 @@ began with. Any thread.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,39 @@ class Version:
         return max(0.0, (time.time() if now is None else now) - self.created)
 
 
+class Served(Protocol):
+    """A table that is looked up."""
+
+    @property
+    def spec(self) -> TableSpec: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int: ...
+
+
+class Model(Protocol):
+    """What is served: a snapshot, or the live model of a job (``serving/live.py``)."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def version(self) -> Version: ...
+    @property
+    def tables(self) -> Mapping[str, Served]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def table(self, name: str) -> Served: ...
+
+
+def created_of(manifest: Manifest) -> float:
+    """Return when a cut was made, in seconds since the epoch of Unix."""
+    return datetime.fromisoformat(manifest.created).timestamp()
+
+
 class Snapshot:
     """The tables of a cut; ``open_snapshot`` makes one. ``dense``: float32[P], all dense parameters in the manifest's order."""
 
@@ -53,7 +87,7 @@ class Snapshot:
         self.manifest = manifest
         self.job = manifest.job
         self.dense = dense
-        self.version = Version(manifest.run, manifest.cut, datetime.fromisoformat(manifest.created).timestamp())
+        self.version = Version(manifest.run, manifest.cut, created_of(manifest))
         self.tables = dict(tables)
         # By what tells their content: whoever has the same files has the same block.
         self.blocks = dict(blocks)
@@ -64,15 +98,18 @@ class Snapshot:
         """Return a table; UnknownTable says which there are."""
         found = self.tables.get(name)
         if found is None:
-            have = ", ".join(self.tables) or "none"
-            raise UnknownTable(
-                f"this model has no table {name[:200]!r}; its tables are: {have}"[:1000], table=name[:200]
-            )
+            raise unknown_table(name, self.tables)
         return found
 
     def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
         """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
         return self.table(table).lookup(keys, out)
+
+
+def unknown_table(name: str, tables: Iterable[str]) -> UnknownTable:
+    """Return the error that says which tables there are."""
+    have = ", ".join(tables) or "none"
+    return UnknownTable(f"this model has no table {name[:200]!r}; its tables are: {have}"[:1000], table=name[:200])
 
 
 def open_snapshot(

@@ -6,14 +6,13 @@ cut that cannot be opened changes nothing: what was served goes on to be served,
 for by name, newer ones are not taken (``pinned``). ``current`` may be read by any thread, without a lock; loads take turns.
 """
 
-import contextlib
 import logging
 import time
 from threading import Event, Lock, Thread
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
-from oarlock.serving.snapshot import Progress, Snapshot, open_snapshot
+from oarlock.serving.snapshot import Model, Progress, Snapshot, open_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +45,14 @@ class Serving:
         return self._snapshot is not None
 
     @property
-    def current(self) -> Snapshot:
+    def current(self) -> Model:
         """The snapshot that is served now; who answers from it keeps it for the whole answer."""
         found = self._snapshot
         if found is None:
             raise Unavailable("this process is still opening its model: ask again")
         return found
 
-    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Snapshot:
+    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Open ``cut`` (None: the newest) and serve it; whatever goes wrong leaves what is served as it was."""
         with self._loading:
             return self._load(cut, progress)
@@ -73,8 +72,14 @@ class Serving:
                 f"cut {manifest.cut} is of job {manifest.job}, what is served of job {before.job}: another model needs a "
                 "server of its own"
             )
+
+        def unless_over(done: int, total: int) -> None:
+            if self._over.is_set():
+                raise Unavailable("this process is ending, and opens no other cut")
+            progress(done, total)
+
         try:
-            made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=progress)
+            made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=unless_over)
         except (PSError, OSError, MemoryError):
             self.failures += 1
             raise
@@ -105,7 +110,7 @@ class Serving:
             self.pinned, self.problem = True, ""
             return made
 
-    def release(self) -> Snapshot:
+    def release(self) -> Model:
         """Serve the newest cut, and take newer ones again, if the folder is followed."""
         with self._loading:
             made = self._load(None)
@@ -122,9 +127,11 @@ class Serving:
 
     def _follow(self) -> None:
         while not self._over.wait(self._look_seconds):
-            # Whatever happens to a folder, what is served goes on.
-            with contextlib.suppress(PSError):
+            # Whatever happens to a folder, what is served goes on, and newer cuts are looked for.
+            try:
                 self.look()
+            except Exception as error:
+                self._complain(f"the folder of cuts cannot be followed: {type(error).__name__}: {error}")
 
     def look(self) -> bool:
         """Serve the newest cut if it is newer than what is served; return whether there was one. A failure is in ``problem``."""
@@ -162,7 +169,7 @@ class Serving:
         self.problem = problem
 
     def close(self) -> None:
-        """Look for no newer cuts any more; idempotent."""
+        """Look for no newer cuts any more, and open none to its end that is being opened; idempotent."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()

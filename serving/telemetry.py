@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from oarlock.serving.follow import Following
 from oarlock.serving.http_server import HttpServer
 from oarlock.serving.models import Models
 from oarlock.serving.rest import Rest
@@ -26,6 +27,14 @@ def serving_source(service: ServingService) -> Source:
             "oarlock_serving_asked_keys_total": service.asked.copy(),
             "oarlock_serving_missing_keys_total": service.missing.copy(),
         }
+        if isinstance(serving, Following):
+            found |= {
+                "oarlock_serving_freshness_seconds": serving.freshness,
+                "oarlock_serving_followed_rows_total": serving.counts.rows,
+                "oarlock_serving_followed_tombstones_total": serving.counts.tombstones,
+                "oarlock_serving_followed_bytes_total": serving.counts.bytes,
+                "oarlock_serving_followed_whole_blocks_total": serving.counts.whole_blocks,
+            }
         if serving.ready:
             snapshot = serving.current
             found |= {

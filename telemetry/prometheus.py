@@ -274,8 +274,15 @@ class MetricsServer:
         if len(self._connections) >= MAX_CONNECTIONS:
             self._drop(next(iter(self._connections.values())))
         peer.setblocking(False)
-        if (context := self._context()) is not None:
-            peer = context.wrap_socket(peer, server_side=True, do_handshake_on_connect=False)
+        try:
+            # Who is gone by now would be no socket of TLS.
+            peer.getpeername()
+            if (context := self._context()) is not None:
+                peer = context.wrap_socket(peer, server_side=True, do_handshake_on_connect=False)
+        except Exception as error:
+            logger.debug("event=metrics_connection_failed error=%s: %s", type(error).__name__, error)
+            peer.close()
+            return
         connection = self._connections[peer] = _Connection(peer, time.monotonic() + self._seconds, self._answered)
         self._selector.register(peer, connection.wants(), connection)
 

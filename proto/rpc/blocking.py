@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from oarlock.proto import frames
 from oarlock.proto.arrays import encoded
@@ -27,12 +27,11 @@ from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import DeadlineExceeded, Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, Method
 from oarlock.proto.rpc import sockets
-from oarlock.proto.rpc.client import OFFER_SECONDS, reachable, roles_of_sockets
+from oarlock.proto.rpc.client import OFFER_SECONDS, error_of, reachable, read_answer, roles_of_sockets
 from oarlock.proto.rpc.connection import MAX_ADDRESSES
 from oarlock.proto.rpc.credentials import open_blocking_channel
 from oarlock.proto.rpc.frame_client import ABSENT_SECONDS
 from oarlock.proto.rpc.guard import AUTHORIZATION
-from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class BlockingTransport:
             if answer is not None:
                 return answer
         data = encoded(inlined(request), f"{method} to {address}: the request")
-        message = _parsed(address, found, peer.single(found, found.roles, data, until - time.monotonic()))
+        message = read_answer(address, found, peer.single(found, found.roles, data, until - time.monotonic()))
         return Bulk(message, ()) if isinstance(request, Bulk) else message
 
     def _peer(self, address: str) -> "_Peer":
@@ -131,7 +130,7 @@ class _Peer:
                 raise Unavailable(f"the connection to {self._address} broke: {words}", address=self._address) from None
             raise
         self._give_back(exchange)
-        reply = Bulk(_parsed(self._address, method, frame.message), Parts(frame.parts))
+        reply = Bulk(read_answer(self._address, method, frame.message), Parts(frame.parts))
         return reply if isinstance(request, Bulk) else inlined(reply)
 
     def _idle_one(self) -> "_Exchange | None":
@@ -194,7 +193,7 @@ class _Peer:
         data = SocketsRequest(protocol=PROTOCOL).SerializeToString()
         try:
             answer = self.single(method, roles, data, min(OFFER_SECONDS, until - time.monotonic()))
-            return reachable(_parsed(self._address, method, answer), self._security)
+            return reachable(read_answer(self._address, method, answer), self._security)
         except (NotFound, VersionMismatch, Malformed):
             return None
 
@@ -205,7 +204,7 @@ class _Peer:
         try:
             return self._call_of(method)(data, timeout=max(0.0, seconds), metadata=metadata)
         except grpc.RpcError as error:
-            raise self._error_of(error, method) from None
+            raise error_of(error, self._address, method.name) from None
         except ValueError as error:
             raise Unavailable(f"the connection to {self._address} is closed: {error}", address=self._address) from None
 
@@ -220,18 +219,6 @@ class _Peer:
             if call is None:
                 call = self._calls[method.name] = self._channel.unary_unary(method.path)
             return call
-
-    def _error_of(self, error: Any, method: Method) -> PSError:
-        if error.code() is grpc.StatusCode.CANCELLED:
-            return Unavailable(f"{method.name} at {self._address} was given up", address=self._address)
-        failure = dict(tuple(pair) for pair in error.trailing_metadata() or ()).get(FAILURE_KEY)
-        return from_status(
-            error.code(),
-            error.details() or "",
-            failure if isinstance(failure, bytes) else None,
-            address=self._address,
-            method=method.name,
-        )
 
     def close(self) -> None:
         with self._lock:
@@ -316,14 +303,3 @@ def _checked(reply: frames.Frame, receiver: frames.Receiver) -> frames.Frame:
     if receiver.ahead:
         raise Malformed("more came than an answer")
     return reply
-
-
-def _parsed(address: str, method: Method, data: bytes) -> Any:
-    """Return the answer, or raise what it says; Malformed."""
-    try:
-        answer = method.reply.FromString(data)
-    except DecodeError as error:
-        raise Malformed(f"{address} answered {method.name} with {len(data)} bytes that are no such message") from error
-    if method.streamed and answer.HasField("failure"):
-        raise from_failure(answer.failure)
-    return answer

@@ -252,12 +252,7 @@ class _Reader:
 
     def _parsed(self, data: bytes) -> Any:
         if self._answer is None:
-            try:
-                self._answer = self._method.reply.FromString(data)
-            except DecodeError as error:
-                raise Malformed(
-                    f"{self._address} answered {self._method.name} with {len(data)} bytes that are no such message"
-                ) from error
+            self._answer = _parsed(self._address, self._method, data)
         return self._answer
 
     def land(self, data: bytes, lengths: Sequence[int]) -> Sequence[memoryview | None]:
@@ -267,14 +262,29 @@ class _Reader:
 
     def read(self, data: bytes) -> Any:
         """Return the answer, or raise what it says; Malformed."""
-        answer = self._parsed(data)
-        if self._method.streamed and answer.HasField("failure"):
-            raise from_failure(answer.failure)
-        return answer
+        return _checked(self._method, self._parsed(data))
 
 
-def error_of(error: aio.AioRpcError, address: str, method: str) -> PSError:
-    """Return what a failed call means."""
+def read_answer(address: str, method: Method, data: bytes) -> Any:
+    """Return the answer to a call, or raise what it says; Malformed."""
+    return _checked(method, _parsed(address, method, data))
+
+
+def _parsed(address: str, method: Method, data: bytes) -> Any:
+    try:
+        return method.reply.FromString(data)
+    except DecodeError as error:
+        raise Malformed(f"{address} answered {method.name} with {len(data)} bytes that are no such message") from error
+
+
+def _checked(method: Method, answer: Any) -> Any:
+    if method.streamed and answer.HasField("failure"):
+        raise from_failure(answer.failure)
+    return answer
+
+
+def error_of(error: Any, address: str, method: str) -> PSError:
+    """Return what a failed call, of an event loop or of a thread, means."""
     if error.code() is grpc.StatusCode.CANCELLED:
         return Unavailable(f"{method} at {address} was given up", address=address)
     trailing = dict(tuple(pair) for pair in error.trailing_metadata() or ())

@@ -36,7 +36,8 @@ Open = Callable[[Method, str], Behaviour]
 class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Lets calls of ``methods`` (by path) in, each with what ``open_`` returns for it, and counts those that it does not.
 
-    ``health``: works on the calls that are open to everybody, by path; ``reflection``: on those of whoever has some role.
+    ``health``: works on the calls that are open to everybody, by path, ``known_health`` on those of them whose caller has some
+    role; ``reflection``: on those of whoever has one.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
         methods: Mapping[str, tuple[Method, Open]],
         *,
         health: Mapping[str, Behaviour],
+        known_health: Mapping[str, Behaviour],
         reflection: grpc.GenericRpcHandler,
     ) -> None:
         self._security = security
         self._methods = methods
         self._reflection = reflection
         self._health = {path: _handler(each) for path, each in health.items()}
+        self._known_health = {path: _handler(each) for path, each in known_health.items()}
         # Without tokens every call of a method is worked on by the same.
         self._free = {path: _handler(open_(method, "")) for path, (method, open_) in methods.items()}
         self._limit = RateLimit(security.spec.read_requests_per_second)
@@ -61,12 +64,15 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, call: Any) -> Any:
         """Return what works on a call; None for a method that there is not."""
         if call.method in self._health:
-            return self._health[call.method]
+            known = self._known_health.get(call.method)
+            return self._health[call.method] if known is None or not self._role(call.invocation_metadata) else known
         if self._security.tokens is None:
             return self._free.get(call.method) or self._reflection.service(call)
         found = self._methods.get(call.method)
         try:
             role = self._role(call.invocation_metadata)
+            if not role:
+                raise Unauthenticated(UNKNOWN)
             if found is None:
                 return self._reflection.service(call)
             method, open_ = found
@@ -77,13 +83,11 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
         return _handler(open_(method, role))
 
     def _role(self, metadata: Sequence[tuple[str, str | bytes]]) -> str:
+        """Return the role of a caller's token, "" for a stranger."""
         given = [value for name, value in metadata if name == AUTHORIZATION]
         tokens = self._security.tokens
         presented = presented_in(given[0]) if len(given) == 1 else None
-        role = None if tokens is None or presented is None else tokens.role_of(presented)
-        if role is None:
-            raise Unauthenticated(UNKNOWN)
-        return role
+        return "" if tokens is None or presented is None else tokens.role_of(presented) or ""
 
     def _let_in(self, role: str, method: Method) -> None:
         if role not in method.roles:

@@ -4,12 +4,13 @@ requests here. Anybody may.
 
 Invariant: it says what ``serving`` says at that moment, about this process as a whole (the empty name) and its
 service; another name is NOT_FOUND. Threads are held by ``MAX_CHECKS`` questions that are still to come and by ``MAX_WATCHES``
-watches at most; while there are as many of the former, a Check is answered unread, for the process as a whole. Threads of the
-server.
+watches of strangers and as many of those whom the guard knows, so that neither keeps out the other; while there are as many of
+the first, a Check is answered unread, for the process as a whole. Threads of the server.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -22,7 +23,7 @@ from oarlock.proto.rpc.places import STALL_SECONDS, Place, Places
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 MAX_CHECKS, MAX_WATCHES = 8, 8
 # Threads that health may hold.
-MAX_CALLS = MAX_CHECKS + MAX_WATCHES
+MAX_CALLS = MAX_CHECKS + 2 * MAX_WATCHES
 # How soon who watches hears of a change.
 LOOK_SECONDS = 0.2
 
@@ -37,17 +38,22 @@ class Health:
         self._serving = serving
         self._checks = Places(MAX_CHECKS, stall_seconds=stall_seconds)
         self._watches = Places(MAX_WATCHES, stall_seconds=stall_seconds)
+        self._known_watches = Places(MAX_WATCHES, stall_seconds=stall_seconds)
         self._over = Event()
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Return what works on calls, by path: as streams, so that a thread begins with a call, not with its question."""
-        return {CHECK: self._check, WATCH: self._watch}
+        return {CHECK: self._check, WATCH: partial(self._watch, self._watches)}
+
+    def behaviours_of_known(self) -> dict[str, Behaviour]:
+        """Return what works on those of callers who are told apart from strangers, where that is another thing."""
+        return {WATCH: partial(self._watch, self._known_watches)}
 
     def stop(self) -> None:
         """Say NOT_SERVING, and end all watches."""
         self._over.set()
-        self._checks.close()
-        self._watches.close()
+        for places in (self._checks, self._watches, self._known_watches):
+            places.close()
 
     def _status(self, service: str) -> Any:
         if service not in self._services:
@@ -67,10 +73,11 @@ class Health:
                 place.waits()
             yield _answer(status)
 
-    def _watch(self, questions: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        with _held(self._watches, context) as place:
+    def _watch(self, watches: Places, questions: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        with _held(watches, context) as place:
             if place is None:
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} others watch already; ask by Check")
+                words = f"{MAX_WATCHES} others watch already; ask by Check, or give a token if you gave none"
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
                 return
             service, told = _asked(questions, context), -1
             while context.is_active() and not self._over.is_set():

@@ -103,6 +103,7 @@ class GrpcServer:
             self._security,
             self._methods_by_path(),
             health=self._health.behaviours(),
+            known_health=self._health.behaviours_of_known(),
             reflection=Reflection(f"oarlock.{service}", stall_seconds=stall_seconds),
         )
 

@@ -34,6 +34,11 @@ def test_it_comes_to_its_end(tmp_path: Path) -> None:
     result = json.loads(ended.stdout.splitlines()[-1])
     assert result["failed"] == 0
     assert set(result) >= RATIOS
+    followed = result["followed"]
+    assert (followed["failed"], followed["unseen"]) == (0, 0)
+    assert 0 < result["freshness_p99_s"] <= followed["freshness_s"]["max"]
+    assert 0 < result["tombstone_p99_s"] <= followed["tombstone_s"]["max"]
+    assert followed["updated_rows_per_second"] > 0
     why = missing_of_redis()
     assert (result["why"]["redis"] or "") == why
     assert all((result[name] is None) == bool(why) for name in RATIOS)

@@ -107,6 +107,18 @@ def test_a_cool_down_outlives_the_coordinator(make_cluster: Any) -> None:
     assert job.numbers == (4, 2)
 
 
+def test_what_somebody_asked_for_outlives_the_coordinator_too(make_cluster: Any) -> None:
+    job = Job(make_cluster)
+    job.bytes = 1800
+    job.cluster.service.scale(pb.ScaleRequest(servers=1))
+    job.cluster.restart()
+    job.run(55)
+    assert job.numbers == (1, 2)
+    assert "cool-down" in job.said
+    job.run(40)
+    assert job.numbers == (2, 2)
+
+
 def test_what_somebody_asks_for_is_done_and_begins_the_cool_down(make_cluster: Any) -> None:
     job = Job(make_cluster)
     job.bytes = 1800
@@ -167,6 +179,20 @@ def test_what_a_member_makes_up_changes_nothing(make_cluster: Any, lie: dict[str
     json.dumps(job.cluster.status(), allow_nan=False)
     assert said in job.said
     assert job.numbers[0] <= 2
+
+
+@pytest.mark.parametrize("later", [{"load": 3}, {"load": None}, {"load": {}}])
+def test_a_member_that_was_measured_and_tells_nothing_any_more_harms_nobody(make_cluster: Any, later: Any) -> None:
+    job = Job(make_cluster)
+    job.bytes = 1800
+    shard = job.alive("shard")[0].incarnation
+    for _ in range(20):
+        job.run(3.5)
+        job.lies[shard] = later
+        job.run(3)
+        job.lies.clear()
+    json.dumps(job.cluster.status(), allow_nan=False)
+    assert job.numbers[0] <= 3
 
 
 def test_counts_that_fall_are_no_numbers(make_cluster: Any) -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.moving import (
+    BREATH_SECONDS,
     CONFIRM,
     COPY,
+    GATHER_SECONDS,
     HAND,
     HAND_SECONDS,
     MOST_COPIES,
@@ -41,12 +43,15 @@ class Table:
         self.moving = Moving(self.records, most_closed, TERM)
         self.moving.opened = 0
 
-    def record(self, block: int, owner: int, *members: int) -> None:
+    def record(self, block: int, owner: int, *members: int, confirmed: bool = True) -> None:
+        """Make a record; ``confirmed``: its owner has said that all members have all that was done before it."""
         with self.store:
             self.records.change(
                 self.store, np.array([block], np.int32), np.array([owner], np.int32), np.array([members], np.int32)
             )
         self.moving.recorded([block])
+        if confirmed:
+            self.moving.confirmed(block, self.records.generation)
 
     def make(self, change: Change) -> None:
         self.record(change.block, change.owner, *change.members)
@@ -133,7 +138,8 @@ def test_a_member_that_is_removed_while_the_block_is_closed_begins_it_anew(make_
     table.moving.want([Move(1, 0, 3, 3)])
     (first,), _ = table.moving.step(0.0)
     table.record(1, 0, 0, 3)
-    (second,), _ = table.moving.step(0.1)
+    assert table.moving.step(0.1) == ([], [])
+    (second,), _ = table.moving.step(0.2 + BREATH_SECONDS)
     assert (second.kind, second.generation) == (HAND, first.generation + 1)
     assert table.moving.handed(1, TERM, first.order) is None, "of the record before"
     assert table.moving.handed(1, TERM, second.order) == 3
@@ -183,7 +189,50 @@ def test_so_many_blocks_are_closed_at_once_and_what_is_held_back_closes_none(mak
     assert not table.moving.closed
     assert [o.kind for o in table.moving.step(0.2)[0]] == [REOPEN]
     table.moving.hold(False)
-    assert [o.kind for o in table.moving.step(0.3)[0]] == [HAND, HAND]
+    assert [o.kind for o in table.moving.step(0.3)[0]] == [], "who pushes gets on first"
+    assert [o.kind for o in table.moving.step(0.3 + BREATH_SECONDS)[0]] == [HAND, HAND]
+
+
+def test_blocks_are_closed_together_once_all_copies_are_there(make_table: Any) -> None:
+    table = make_table(most_closed=8)
+    table.moving.want([Move(b, 0, 3, 3) for b in range(3)])
+    assert kinds(table.moving.step(0.0)[0]) == [(COPY, b, 3) for b in range(3)]
+    table.record(0, 0, 0, 3)
+    table.record(1, 0, 0, 3)
+    assert table.moving.step(0.1) == ([], []), "the third is on its way"
+    table.record(2, 0, 0, 3, confirmed=False)
+    assert table.moving.step(0.2) == ([], []), "its copy lacks something still"
+    table.moving.confirmed(2, table.records.generation)
+    assert kinds(table.moving.step(0.3)[0]) == [(HAND, b, 3) for b in range(3)]
+
+
+def test_a_copy_waits_for_others_for_a_while_and_no_longer(make_table: Any) -> None:
+    table = make_table(most_closed=8)
+    table.moving.want([Move(b, 0, 3, 3) for b in range(2)])
+    table.moving.step(0.0)
+    table.record(0, 0, 0, 3)
+    table.moving.step(0.1)
+    late = 0.1 + GATHER_SECONDS
+    assert (HAND, 0, 3) not in kinds(table.moving.step(late - 0.01)[0])
+    assert (HAND, 0, 3) in kinds(table.moving.step(late)[0])
+
+
+def test_what_was_never_confirmed_is_closed_in_the_end(make_table: Any) -> None:
+    """The word of it may have come to an earlier life, or be on its way."""
+    table = make_table()
+    table.moving.want([Move(1, 0, 3, 3)])
+    table.moving.step(0.0)
+    table.record(1, 0, 0, 3, confirmed=False)
+    table.moving.step(0.1)
+    assert table.moving.step(REPEAT_SECONDS) == ([], [])
+    assert kinds(table.moving.step(0.1 + REPEAT_SECONDS)[0]) == [(HAND, 1, 3)]
+
+
+def test_a_copy_is_urgent_where_one_is_missing(make_table: Any) -> None:
+    table = make_table(replicas=1)
+    table.record(1, 0, 0)
+    table.moving.want([Move(1, -1, 3), Move(2, 0, 3, 3)])
+    assert {o.block: o.leisurely for o in table.moving.step(0.0)[0]} == {1: False, 2: True}
 
 
 def test_so_many_copies_of_an_owner_are_under_way(make_table: Any) -> None:
@@ -192,12 +241,12 @@ def test_so_many_copies_of_an_owner_are_under_way(make_table: Any) -> None:
     orders, _ = table.moving.step(0.0)
     assert len(orders) == MOST_COPIES
     table.record(0, 0, 0, 3)
-    assert kinds(table.moving.step(0.1)[0]) == [(COPY, MOST_COPIES, 3), (HAND, 0, 3)]
+    assert kinds(table.moving.step(0.1)[0]) == [(COPY, MOST_COPIES, 3)]
 
 
 def test_a_member_too_many_leaves_once_the_rest_has_confirmed(make_table: Any) -> None:
     table = make_table(replicas=1)
-    table.record(1, 0, 0, 1, 3)
+    table.record(1, 0, 0, 1, 3, confirmed=False)
     table.moving.want([Move(1, 1, 3)])
     assert table.moving.step(0.0) == ([], [])
     assert table.moving.flights[1].stage == CONFIRM

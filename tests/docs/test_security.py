@@ -46,12 +46,13 @@ def test_the_roles_are_those_of_the_methods() -> None:
     inference = {m for m in METHODS if m.startswith(f"{INFERENCE}.")}
     assert inference <= of[READ]
     rows[TRAIN] = rows[TRAIN].replace(f", those of `{INFERENCE}`", "")
-    shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows"}
+    shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows", "Shard.Changes"}
     named = {f"Coordinator.{n}" for n in re.findall(r"`(?:Coordinator\.)?([A-Z]\w+)`", rows[TRAIN])}
     lookups = set(re.findall(r"`(Serving\.\w+)`", rows[TRAIN]))
     assert of[TRAIN] - inference == shard | {"Wire.Sockets"} | lookups | named - {
         "Coordinator.Stats",
         "Coordinator.Rows",
+        "Coordinator.Changes",
     }
     more = {f"Coordinator.{n}" for n in ("Scale", "Checkpoint", "Rollback", "Stop")} | {"Serving.Rollback"}
     assert all(n.split(".")[1] in rows[ADMIN] for n in more)

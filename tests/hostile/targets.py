@@ -35,6 +35,7 @@ from oarlock.proto.shard_pb2 import (
     QUARANTINE,
     UNDO,
     AbortRequest,
+    ChangesRequest,
     CloseRequest,
     Codec,
     CutRequest,
@@ -49,6 +50,7 @@ from oarlock.proto.shard_pb2 import (
     WriteRequest,
 )
 from oarlock.proto.work import Work
+from oarlock.ps.feed import NOTED_KEYS, RING_BYTES
 from oarlock.ps.rows import ANSWERS_KEPT
 
 # Of who waits for an answer.
@@ -212,6 +214,7 @@ class ShardTarget(Target):
         "Shard.Held": 4,
         "Shard.Stats": 3,
         "Shard.Rows": 20,
+        "Shard.Changes": 15,
     }
 
     def __init__(self, seed, folder: Path):
@@ -268,6 +271,18 @@ class ShardTarget(Target):
             "Shard.Digest": [DigestRequest(header=header, cut=3)],
             **copies_messages.messages(job, keyset),
             "Shard.Stats": [ShardStatsRequest(header=header)],
+            "Shard.Changes": [
+                ChangesRequest(header=header, **{n: pack(a) for n, a in asked.items()})
+                for asked in (
+                    {"blocks": np.arange(4, dtype=np.int32), "sequences": np.zeros(4, np.uint64)},
+                    {
+                        "blocks": np.arange(4, dtype=np.int32),
+                        "sequences": np.arange(4, dtype=np.uint64),
+                        "takes": np.ones(4, np.uint64),
+                        "least": np.arange(4, dtype=np.uint64),
+                    },
+                )
+            ],
             "Shard.Rows": [
                 RowsRequest(header=header, verb=GET, keys=part),
                 RowsRequest(header=header, verb=EXPLAIN, keys=part, tick=9),
@@ -315,6 +330,8 @@ class ShardTarget(Target):
         assert len(self.shard.marks._marks) <= SPLIT_WINDOW
         assert len(self.shard.closed.above) <= SPLIT_WINDOW + 8
         assert len(self.handler._rows._answers) <= ANSWERS_KEPT
+        assert self.shard.feed.nbytes <= RING_BYTES
+        assert self.shard.feed._keys <= NOTED_KEYS
 
     def renew(self):
         if self.inputs:

@@ -274,7 +274,9 @@ MESSAGES: dict[str, Message] = {
         shard_pb2.AppliedStep(step=70_000, samples=512),
         image(),
         shard_pb2.ReplicateReply(next=301, refused=int32(7), generations=generations(9), failure=failure()),
-        shard_pb2.CopyRequest(header=FULL, blocks=int32(3, 7), shard=300, generations=generations(9, 8)),
+        shard_pb2.CopyRequest(
+            header=FULL, blocks=int32(3, 7), shard=300, generations=generations(9, 8), leisurely=True
+        ),
         shard_pb2.HandOverRequest(header=FULL, blocks=int32(3, 7), shard=300, generations=generations(9, 8), order=12),
         shard_pb2.ReopenRequest(header=FULL, blocks=int32(3, 7), generations=generations(9, 8), term=6, order=12),
         shard_pb2.HeldRequest(header=FULL, blocks=int32(3, 7)),

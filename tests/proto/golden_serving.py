@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One message of every type of serving and health, with every field set. A conftest loads it as ``golden_serving``."""
+"""One message of every type of serving, of what it follows and of health, with every field set.
 
-from golden_rig import GRADIENTS, JOB, KEYS, failure
+A conftest loads it as ``golden_serving``.
+"""
+
+import numpy as np
+from golden_rig import FULL, GRADIENTS, JOB, KEYS, failure, generations, int32, placement
 from google.protobuf.message import Message
 
-from oarlock.proto import health_pb2, serving_pb2
+from oarlock.proto import health_pb2, serving_pb2, shard_pb2
 from oarlock.proto.arrays import pack
 
 
@@ -14,6 +18,22 @@ def model_version() -> serving_pb2.ModelVersion:
 
 def served_table() -> serving_pb2.ServedTable:
     return serving_pb2.ServedTable(name="user", dim=16, rows=70_000, dtype="bfloat16", bytes=1 << 33, absent="first")
+
+
+def table_changes() -> shard_pb2.TableChanges:
+    return shard_pb2.TableChanges(
+        table=1,
+        whole=True,
+        blocks=int32(3),
+        before=generations(4),
+        after=generations(300),
+        counts=int32(2),
+        keys=pack(KEYS),
+        rows=pack(np.array([[1, 2], [3, 4]], np.uint8)),
+        gone_counts=int32(1),
+        gone=generations(9),
+        next=(1 << 64) - 1,
+    )
 
 
 SERVING: dict[str, Message] = {
@@ -42,6 +62,23 @@ SERVING: dict[str, Message] = {
             problem="cut 301: damaged",
         ),
         serving_pb2.ServeCutRequest(protocol=1, cut=300, newest=True),
+        shard_pb2.ChangesRequest(
+            header=FULL,
+            blocks=int32(1, 5),
+            sequences=generations(0, 1 << 40),
+            least=generations(7, 0),
+            takes=generations(0, 300),
+        ),
+        table_changes(),
+        shard_pb2.ChangesReply(
+            tables=[table_changes()],
+            moved=int32(2),
+            where=placement(),
+            more=True,
+            age_seconds=0.25,
+            take=300,
+            whole=int32(5),
+        ),
         health_pb2.HealthCheckRequest(service="oarlock.Serving"),
         health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING),
     )

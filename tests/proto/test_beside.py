@@ -10,7 +10,7 @@ from security_rig import REFLECTION, Recorder, bearer, opened, raw, serve, texts
 
 from oarlock.proto.methods import METHODS
 from oarlock.proto.rpc import GrpcServer
-from oarlock.proto.rpc.health import CHECK, WATCH
+from oarlock.proto.rpc.health import CHECK, MAX_WATCHES, WATCH
 from oarlock.proto.rpc.reflection import MAX_STREAMS
 
 UNKNOWN = grpc.StatusCode.UNAUTHENTICATED
@@ -35,6 +35,27 @@ def test_half_a_question_about_health_holds_nobody(tmp_path):
         for call in calls:
             call.cancel()
         over.set()
+    server.stop(0)
+
+
+def test_strangers_who_watch_keep_out_nobody_with_a_token(tmp_path):
+    path = write_tokens(tmp_path / "tokens")
+    server = serve(Recorder(), token_file=path)
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    with grpc.insecure_channel(server.address) as channel:
+        watch = channel.unary_stream(WATCH)
+        strangers = [watch(b"", timeout=60, metadata=m) for m in ((), bearer("x" * 43)) * (MAX_WATCHES // 2)]
+        assert [next(call) for call in strangers] == [SERVES] * MAX_WATCHES
+        for metadata in ((), bearer("x" * 43)):
+            assert raw(channel, WATCH, metadata) == (full, [])
+        known = [watch(b"", timeout=60, metadata=bearer(texts_of(path)["read"])) for _ in range(MAX_WATCHES)]
+        assert [next(call) for call in known] == [SERVES] * MAX_WATCHES
+        # They are bounded as well, and nobody else is kept out.
+        assert raw(channel, WATCH, bearer(texts_of(path)["admin"])) == (full, [])
+        assert raw(channel, CHECK) == (grpc.StatusCode.OK, [SERVES])
+        assert raw(channel, METHODS["Shard.Hello"].path, bearer(texts_of(path)["train"]))[0] is grpc.StatusCode.OK
+        for call in (*strangers, *known):
+            call.cancel()
     server.stop(0)
 
 

@@ -4,17 +4,25 @@
 import dataclasses
 
 import numpy as np
-from rig import Job, group_keys
+from rig import Job, group_keys, spec_of
 
 from oarlock.client.closed import ClosedSet
 from oarlock.client.push import PushIdentity, RowGradients, cut_push
-from oarlock.proto.arrays import pack
+from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.bulk import inlined
 from oarlock.proto.common_pb2 import Member, Placement
 from oarlock.proto.errors import PSError
 from oarlock.proto.methods import METHODS
 from oarlock.proto.pending import Pending
-from oarlock.proto.shard_pb2 import AdoptRequest, CopyRequest, HandOverRequest, HeldRequest, ReopenRequest
+from oarlock.proto.shard_pb2 import (
+    AdoptRequest,
+    CopyRequest,
+    HandOverRequest,
+    HeldRequest,
+    PullRequest,
+    ReopenRequest,
+    TableKeys,
+)
 from oarlock.ps.copying import take_turn
 from oarlock.ps.replicating import message_of, take_answer
 from oarlock.ps.view import image_of
@@ -198,3 +206,26 @@ def same(a, b, number):
     one, other = (dataclasses.asdict(image_of(s, number)) for s in (a, b))
     for name, value in one.items():
         assert np.array_equal(value, other[name]) if isinstance(value, np.ndarray) else value == other[name], name
+
+
+def moved(answer):
+    assert done(answer)
+    return unpack(result(answer).moved, np.int32, "moved").tolist()
+
+
+def pair(shards=2, **changes):
+    """All blocks are shard 0's, with a copy on shard 1."""
+    job = Copies(spec_of(**changes), shards)
+    job.begin([(0, 1)] * job.layout.blocks)
+    return job
+
+
+def pull_of(job, number):
+    """Return the pull of a block of users from shard 0."""
+    found = group_keys(job.layout, job.routes(), "user", np.arange(40, dtype=np.uint64))
+    at = found.blocks.tolist().index(number)
+    begin = int(found.counts[:at].sum())
+    keys = found.keys[begin : begin + int(found.counts[at])]
+    one = np.array([number], np.int32)
+    message = TableKeys(table=0, keys=pack(keys), blocks=pack(one), counts=pack(found.counts[at : at + 1]))
+    return PullRequest(header=job.header(0), tables=[message])

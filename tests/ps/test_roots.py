@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Of all requests, those that carry a path are named here, and a shard with roots refuses paths that are outside."""
 
+import asyncio
 import dataclasses
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import pytest
 from oarlock.client.job import JobSpec
 from oarlock.client.router import ShardAddress, pack_placement
 from oarlock.embedding.spec import TableSpec
-from oarlock.proto.common_pb2 import Header
-from oarlock.proto.errors import PermissionDenied, PSError
+from oarlock.proto.common_pb2 import Empty, Header
+from oarlock.proto.coordinator_pb2 import JoinReply
+from oarlock.proto.errors import InvalidArgument, PermissionDenied, PSError
 from oarlock.proto.methods import METHODS, PROTOCOL
 from oarlock.proto.shard_pb2 import AdoptRequest, ReplaceRequest, WriteRequest
 from oarlock.proto.transport import dispatch
 from oarlock.ps.identity import Identity
+from oarlock.ps.process import run_shard
 from oarlock.ps.service import ShardService
 
 PLACEMENT = pack_placement(1, np.zeros(2, np.int32), {0: ShardAddress(0, "shard-0", 4)})
@@ -74,11 +78,28 @@ def refused(service: ShardService, path: str) -> list[bool]:
 def test_every_request_with_a_path_is_bounded(tmp_path: Path, given: bool) -> None:
     service = ShardService(roots=[f"{tmp_path}/given"] if given else [])
     service.configure(spec(checkpoint_path=f"{tmp_path}/own"), Identity(spec().job_bytes, 1, 0, 4))
-    inside, outside = ("given", "own") if given else ("own", "given")
-    for path in (f"{tmp_path}/{outside}@1", f"{tmp_path}/{inside}/../x@1", "/etc@1", "s3://bucket/x@1"):
+    inside = ("own", "given") if given else ("own",)
+    outside = () if given else (f"{tmp_path}/given@1",)
+    for path in (*outside, f"{tmp_path}/own/../x@1", "/etc@1", "s3://bucket/x@1"):
         assert refused(service, path) == [True] * 3, path
-    assert True not in refused(service, f"{tmp_path}/{inside}@1")[1:]
+    for name in inside:
+        assert True not in refused(service, f"{tmp_path}/{name}@1")[1:]
     service.end()
+
+
+def test_a_shard_that_could_write_no_checkpoint_does_not_join_and_says_so() -> None:
+    calls: list[tuple[str, object]] = []
+
+    class OneShardJob:
+        async def call(self, address: str, method: str, request: object, *, timeout_seconds: float) -> object:
+            calls.append((method, request))
+            return JoinReply(spec=spec().to_json(), incarnation=4, run=1) if method == "Coordinator.Join" else Empty()
+
+    shard = run_shard(OneShardJob(), "", ShardService(roots=[]), "shard-0", rng=random.Random(1))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"job roots keeps its checkpoints in its own folder, .* --root FOLDER"):
+        asyncio.run(shard)
+    assert [method for method, _ in calls] == ["Coordinator.Join", "Coordinator.Leave"]
+    assert "--root FOLDER" in calls[1][1].error  # type: ignore[attr-defined]
 
 
 def test_without_roots_nothing_is(tmp_path: Path) -> None:

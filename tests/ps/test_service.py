@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whom a shard listens to, and what it says to the others."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -34,6 +35,7 @@ from oarlock.proto.shard_pb2 import (
     TableKeys,
     WriteRequest,
 )
+from oarlock.ps.identity import Identity
 from oarlock.ps.service import ShardService
 
 WITH_HEADER = sorted(n for n, m in METHODS.items() if n.startswith("Shard.") and n != "Shard.Hello")
@@ -186,6 +188,27 @@ def test_an_empty_pull_is_empty(job):
     assert list(reply.rows[0].shape) == [0, 2]
 
 
+@pytest.mark.parametrize("ask_it", [
+    lambda job: job.services[0].pull(PullRequest(header=job.header(0), tables=[keys_of(job, range(5))])),
+    lambda job: job.services[0].push(PushRequest(header=job.header(0))),
+    lambda job: job.services[0].stats(ShardStatsRequest(header=job.header(0))),
+], ids=["pull", "push", "stats"])  # fmt: skip
+def test_a_run_that_ends_while_a_request_is_looked_at_is_no_defect(job, monkeypatch, ask_it):
+    """Which a worker would take for an error of the job."""
+    check = Identity.check
+
+    def ends(identity, header):
+        check(identity, header)
+        job.services[0].let_go()
+
+    monkeypatch.setattr(Identity, "check", ends)
+    # Answered by the run before, or told to come again.
+    with contextlib.suppress(Unavailable):
+        ask_it(job)
+    with pytest.raises(Unavailable):
+        ask_it(job)
+
+
 def test_stats_say_what_the_shard_holds_and_did(job):
     job.services[0].push(PushRequest(header=job.header(0)))
     job.services[0].pull(PullRequest(header=job.header(0), tables=[keys_of(job, range(5))]))
@@ -199,7 +222,12 @@ def test_stats_say_what_the_shard_holds_and_did(job):
         "marks_bytes": 0,
     }
     assert found["bytes"] > 0
-    assert "load" not in found
+
+
+def test_without_a_scaler_no_push_is_measured_and_nothing_told(job, monkeypatch):
+    monkeypatch.setattr("oarlock.ps.load.Load.__enter__", lambda load: pytest.fail("a push paid for what nobody asks"))
+    job.services[0].push(PushRequest(header=job.header(0)))
+    assert "load" not in json.loads(job.services[0].stats(ShardStatsRequest(header=job.header(0))).stats)
 
 
 def test_for_a_scaler_a_shard_tells_how_busy_it_is():

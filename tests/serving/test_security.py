@@ -172,12 +172,15 @@ def test_a_jobs_folder_is_served_behind_the_tokens_of_the_job(model, tokens, mon
     path, of = tokens
     told = []
     monkeypatch.delenv("OARLOCK_TOKEN_FILE", raising=False)
-    monkeypatch.setattr("oarlock.cli.serve.run", lambda *_, security, **__: told.append(security.spec.token_file))
+    monkeypatch.setattr(
+        "oarlock.cli.serve.run",
+        lambda _, settings, security, **__: told.append((settings.cut, security.spec.token_file)),
+    )
     (tmp_path / "job.toml").write_text(f'[security]\ntoken_file = "{path}"\n')
     assert model.folder == tmp_path / "checkpoints"
-    for words in ([tmp_path], [tmp_path, "--token-file", of["read"]], [model.folder]):
+    for words in ([tmp_path], [f"{tmp_path}@1"], [tmp_path, "--token-file", of["read"]], [model.folder]):
         assert main(["serve", *map(str, words)]) == 0
-    assert told == [str(path), str(of["read"]), ""]
+    assert told == [(None, str(path)), (1, str(path)), (None, str(of["read"])), (None, "")]
 
 
 def page(address, path, context, text=""):

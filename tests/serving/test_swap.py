@@ -21,6 +21,15 @@ def first_weight(serving, keys):
     return snapshot.version.cut, out[:, 0]
 
 
+def wait_until(condition):
+    pause = threading.Event()
+    for _ in range(60_000):
+        if condition():
+            return
+        pause.wait(0.001)
+    pytest.fail("it did not come to that")
+
+
 def test_nothing_is_served_before_a_cut_is_open(model):
     serving = Serving(model.store)
     assert not serving.ready
@@ -122,14 +131,49 @@ def test_following_ends_when_it_is_closed(model):
     with_thread.load()
     with_thread.follow()
     model.cut(2)
-    deadline = threading.Event()
-    for _ in range(20_000):
-        if with_thread.swaps:
-            break
-        deadline.wait(0.001)
+    wait_until(lambda: with_thread.swaps)
     with_thread.close()
     with_thread.close()
     assert with_thread.current.version.cut == 2
+
+
+def test_whatever_happens_to_a_folder_it_is_followed(model, monkeypatch):
+    serving = Serving(model.store, look_seconds=0.001)
+    serving.load()
+    said = threading.Event()
+
+    def cuts():
+        if not said.is_set():
+            said.set()
+            raise RuntimeError("of a library that nobody here knows")
+        return [1, 2]
+
+    monkeypatch.setattr(model.store, "cuts", cuts)
+    model.cut(2)
+    serving.follow()
+    wait_until(lambda: serving.swaps)
+    serving.close()
+    assert said.is_set()
+    assert (serving.current.version.cut, serving.problem) == (2, "")
+
+
+def test_the_end_waits_for_no_cut_to_be_opened(model, monkeypatch):
+    """Which may take minutes."""
+    serving = Serving(model.store, look_seconds=0.001)
+    serving.load()
+    opening, over = threading.Event(), serving._over
+
+    def endless(store, manifest, *, progress, **options):
+        opening.set()
+        while over.wait(60):
+            progress(1, 2)
+
+    monkeypatch.setattr("oarlock.serving.swap.open_snapshot", endless)
+    model.cut(2)
+    serving.follow()
+    assert opening.wait(60)
+    serving.close()
+    assert serving.current.version.cut == 1
 
 
 @pytest.mark.parametrize("frames", [True, False], ids=["frames", "grpc"])
@@ -161,10 +205,11 @@ def test_swaps_under_load_fail_no_answer_and_mix_none(model, serve, frames):
     for thread in threads:
         thread.start()
     for cut in range(2, cuts + 1):
+        wait_until(lambda before=cut - 1: wrong or before in seen)
         model.cut(cut)
         assert serving.look()
     over.set()
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert seen
+    assert len(seen) >= cuts - 1

@@ -108,6 +108,18 @@ def an_heir_waits_for_nobody(patch: Patch) -> None:
     patch.setattr(Leading, "lead", lambda self, members, numbers: original(self, {}, numbers))
 
 
+def refusals_end_with_their_record(patch: Patch) -> None:
+    """A copy that refused an operation is taken to have it, once another record names it still."""
+    original = Leading.lead
+
+    def lead(self: Leading, members: Any, numbers: Numbers) -> None:
+        with self.lock:
+            self._broken.clear()
+        original(self, members, numbers)
+
+    patch.setattr(Leading, "lead", lead)
+
+
 def a_deposed_owner_goes_on(patch: Patch) -> None:
     """Who hears that another one owns its block answers for it again, though it had closed it."""
     original = adopting._leave
@@ -273,6 +285,7 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     added_before_it_is_required,
     handed_over_before_all_have_all,
     closed_blocks_go_on,
+    refusals_end_with_their_record,
     an_heir_waits_for_nobody,
     a_deposed_owner_goes_on,
     operations_of_any_generation,

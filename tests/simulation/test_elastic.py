@@ -18,12 +18,13 @@ from oarlock.simulation.restored import run
 
 MOST = 400
 # Where to begin to look for one that is rare.
-FIRST = {planted_moves.operations_of_any_generation: 900}
+FIRST = {planted_moves.operations_of_any_generation: 900, planted_moves.refusals_end_with_their_record: 32_051}
 # Found within seconds.
 SOON = {
     planted_moves.acknowledged_before_the_copies_have_it,
     planted_moves.added_before_it_is_required,
     planted_moves.records_are_told_and_not_kept,
+    planted_moves.refusals_end_with_their_record,
 }
 COVERED = {"handed over", "promoted", "copies added", "copies removed", "copies compared"}
 
@@ -33,7 +34,6 @@ def aims(schedule: Schedule) -> set[tuple[str, str]]:
     return {(fault.kind, fault.method) for fault in schedule.at_cuts}
 
 
-@pytest.mark.timeout(600)
 def test_no_invariant_breaks() -> None:
     tally = run_seeds(range(10_000, 10_012), (ELASTIC,))
     assert tally.violations == []
@@ -53,7 +53,6 @@ def test_no_invariant_breaks_in_hundreds_of_schedules() -> None:
     assert all(tally.counts[what] > 500 for what in COVERED), {what: tally.counts[what] for what in COVERED}
 
 
-@pytest.mark.timeout(600)
 def test_the_campaign_has_a_mode_for_it() -> None:
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "oarlock.benchmarks.simulate", "--tiny", "--json", "--mode", ELASTIC],

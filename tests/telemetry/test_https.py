@@ -4,6 +4,9 @@
 import http.client
 import socket
 import ssl
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from security_rig import Authority, bearer, opened, texts_of, tls_fields, write_tokens
@@ -112,6 +115,37 @@ def test_over_tls_too(tmp_path):
     with socket.create_connection((host, int(port)), timeout=10) as silent:
         silent.send(b"\x16\x03")
         assert get(address, headers=good, context=context)[0] == 200
+    server.stop()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16"])
+def test_a_peer_that_is_gone_before_it_is_let_in_stops_nobody(tmp_path, said):
+    authority = Authority(tmp_path)
+    security = opened(**tls_fields(tmp_path, authority))
+    asked, go_on = threading.Event(), threading.Event()
+
+    def page():
+        asked.set()
+        go_on.wait(60)
+        return "the page\n"
+
+    server = MetricsServer(page, context=security.http_context)
+    address = server.start()
+    host, _, port = address.rpartition(":")
+    context = client_context(authority)
+    # The one thread of the page is busy, so they come and go before anybody looks at them.
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(get, address, context=context)
+        assert asked.wait(60)
+        for _ in range(3):
+            gone = socket.create_connection((host, int(port)), timeout=10)
+            gone.sendall(said)
+            # Closed by a reset.
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()
+        go_on.set()
+        assert first.result()[:2] == (200, "the page\n")
+    assert get(address, context=context)[:2] == (200, "the page\n")
     server.stop()
 
 

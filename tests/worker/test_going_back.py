@@ -14,6 +14,7 @@ import pytest
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.cli.digest import digest_of
 from oarlock.client.job import FAILED
+from oarlock.cluster.beginning import next_run
 from oarlock.embedding.spec import TableSpec
 
 Make = Callable[..., Any]
@@ -131,6 +132,28 @@ def test_a_worker_that_is_told_by_a_shard_asks_the_coordinator(make_job: Make) -
 
     job.run(scene)
     job.check_counted_once()
+
+
+def test_whoever_stops_it_just_before_the_next_run_begins_is_heard(
+    make_job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(epochs=1000, workers=2, rows=400)
+
+    def stopped(c: Any, checkpoints: Any) -> Any:
+        after = next_run(c, checkpoints)
+        c.stop(True, "late")
+        return after
+
+    monkeypatch.setattr("oarlock.cluster.process.next_run", stopped)
+
+    async def scene(job: Any) -> None:
+        job.start()
+        await job.until(lambda: job.coordinator.work.epoch == 1)
+        await kill(job, 0)
+        await job.until(lambda: job.background[0].done())
+
+    job.run(scene)
+    assert (job.coordinator.run, job.coordinator.phase, job.coordinator.reason) == (2, "stopped", "late")
 
 
 def test_a_job_that_stops_does_not_go_back(make_job: Make) -> None:
