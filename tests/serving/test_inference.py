@@ -13,12 +13,13 @@ from security_rig import bearer, opened, raw, texts_of, write_tokens
 
 from oarlock.launch.prediction import predictor_of
 from oarlock.proto import inference_pb2
+from oarlock.proto.errors import NotFound
 from oarlock.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
 from oarlock.proto.methods import INFERENCE, METHODS
 from oarlock.proto.rpc import GrpcServer
 from oarlock.serving.handlers import Handlers
 from oarlock.serving.inference import InferenceService
-from oarlock.serving.models import Models
+from oarlock.serving.models import Models, _state
 from oarlock.serving.service import ServingService
 from oarlock.serving.swap import Serving
 from oarlock.serving.tensors import to_raw
@@ -283,3 +284,27 @@ def test_a_public_client_predicts_and_looks_up(predicting: Server, job: Job) -> 
             client.infer("fields", [keys], model_version="7.7")
     finally:
         client.close()
+
+
+class Rows:
+    """Tables of another make than a snapshot's, as a job that is followed has them."""
+
+    def __init__(self, snapshot: Any) -> None:
+        self.job, self.version, self.tables = snapshot.job, snapshot.version, snapshot.tables
+        self.table, self.rows, self.nbytes = snapshot.table, snapshot.rows, snapshot.nbytes
+
+
+def test_tables_that_are_no_snapshots_give_rows_and_no_predictions(model: Any) -> None:
+    serving: Any = Serving(model.store)
+    serving.load()
+    live = Rows(serving.current)
+    serving._snapshot = live
+    server = Server(serving)
+    try:
+        answer = server.call("ModelInfer", keys_request(model.keys))
+        found = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(-1, 4)
+        assert (found == serving_rig.value_of(1, model.keys)[:, None]).all()
+        with pytest.raises(NotFound, match="gives rows alone"):
+            _state(live)  # type: ignore[arg-type]
+    finally:
+        server.close()
