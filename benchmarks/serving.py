@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint looked up by key, beside Redis.
+"""`python -m oarlock.benchmarks.serving [--json] [--quick] [--seed N]`: rows of a checkpoint by key, beside Redis; predictions.
 
 `oarlock serve` and its client against redis-server with MGET of the same keys by redis-py and hiredis, in turns: rows per second
-of processor time of client and server together, latencies at a fixed rate, memory per row. And `oarlock serve --follow` beside a
-shard under a load of pushes: the time until a push is served. Invariant: it writes to a temporary folder only, and the last line
-printed is the result. What cannot be had is null, and ``why`` says the reason.
+of processor time of client and server together, latencies at a fixed rate, memory per row. Predictions: serving_predict.py. And
+`oarlock serve --follow` beside a shard under a load of pushes: the time until a push is served. Invariant: it writes to a
+temporary folder only, and the last line printed is the result. What cannot be had is null, and ``why`` says the reason.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from oarlock.benchmarks.serving_freshness import measure_freshness
 from oarlock.benchmarks.serving_measures import Lookup, compare, compare_latency, draw
 from oarlock.benchmarks.serving_model import row_values, write_model
+from oarlock.benchmarks.serving_predict import measure_predictions
 from oarlock.benchmarks.serving_sides import Oarlock, Redis, missing_of_redis, resident_bytes
 
 STARTED = time.monotonic()
@@ -50,6 +51,9 @@ class Size:
     followed_seconds: float
     dims: tuple[int, ...] = DIMS
     rate_dims: tuple[int, ...] = DIMS
+    predict_rows: int = 1_000_000
+    predict_turns: int = 5
+    predict_seconds: float = 2.0
 
 
 SIZES = {
@@ -71,6 +75,9 @@ SIZES = {
         followed_rows=200_000,
         followed_seconds=3.5,
         rate_dims=(HEADLINE,),
+        predict_rows=50_000,
+        predict_turns=3,
+        predict_seconds=0.06,
     ),
     "tiny": Size(
         5_000,
@@ -81,6 +88,9 @@ SIZES = {
         followed_rows=10_000,
         followed_seconds=2.5,
         dims=(HEADLINE,),
+        predict_rows=2_000,
+        predict_turns=1,
+        predict_seconds=0.02,
     ),
 }
 
@@ -122,6 +132,10 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
     for dim in size.dims:
         by_dim[dim] = _measure_dim(size, folder / str(dim), dim, base, say, seed, why)
         say(f"dim {dim}: {by_dim[dim]}")
+    predictions = measure_predictions(
+        folder / "predict", size.predict_rows, seconds=size.predict_seconds, turns=size.predict_turns, seed=seed
+    )
+    say(f"predictions: {predictions}")
     fresh = measure_freshness(folder / "job", rows=size.followed_rows, seconds=size.followed_seconds, seed=seed)
     say(f"followed: {fresh}")
     headline = by_dim[HEADLINE]
@@ -136,10 +150,11 @@ def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int, 
         **found,
         "p99_vs_redis": None if why else headline["latency"]["1000"]["p99_ratio"],
         "bytes_vs_redis": headline["bytes_vs_redis"],
+        **predictions,
         # What was never seen has no time, and neither has the whole.
         "freshness_p99_s": None if fresh["unseen"] else fresh["freshness_s"]["p99"],
         "tombstone_p99_s": None if fresh["unseen"] else fresh["tombstone_s"]["p99"],
-        "failed": sum(each["failed"] for each in by_dim.values()) + fresh["failed"],
+        "failed": sum(each["failed"] for each in by_dim.values()) + fresh["failed"] + predictions["predict"]["failed"],
         "followed": fresh,
         "rows": size.rows,
         "by_dim": {str(dim): each for dim, each in by_dim.items()},

@@ -90,7 +90,7 @@ def _microseconds(values: list[float]) -> float:
     return round(1e6 * statistics.median(values), 1)
 
 
-def at_rate(lookup: Lookup, requests: Sequence[NDArray[np.uint64]], rate: float, seconds: float) -> NDArray[np.float64]:
+def at_rate(lookup: Callable[[Any], Any], requests: Sequence[Any], rate: float, seconds: float) -> NDArray[np.float64]:
     """Ask at a fixed rate for so long; return the seconds that each answer came after its request was due."""
     count = max(10, int(rate * seconds))
     out = np.empty(count)

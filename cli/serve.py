@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oarlock serve`: rows of a checkpoint for other programs; and what a server that runs is asked by people.
+"""`oarlock serve`: rows and predictions of a checkpoint for other programs; and what a server that runs is asked by people.
 
 Invariant: addresses and the line that says it is ready go to standard output, flushed; progress goes to standard error, as one
 moving line on a terminal and as lines now and then elsewhere.
@@ -25,6 +25,7 @@ from oarlock.client.security import security_of
 from oarlock.launch.folder import locate as find_job
 from oarlock.launch.folder import read_spec, stored_security
 from oarlock.launch.kernels import are_compiled
+from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, scorers
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import BlockingTransport
 from oarlock.proto.rpc.server import check_address
@@ -32,7 +33,9 @@ from oarlock.proto.security import Security
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
 from oarlock.serving.follow import Following
+from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
+from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.log import to_stream
@@ -59,10 +62,12 @@ def _run(options: argparse.Namespace) -> int:
     security = security_of(options, stored_security(job))
     check_address(options.listen)
     security.check_listen(options.listen, "--listen")
+    if options.http:
+        security.check_listen(options.http, "--http")
     store, cut = locate(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
-    return _serve(options, store, security, cut=cut)
+    return _serve(options, store, security, cut=cut, job=job or job_beside(path))
 
 
 def _follow(options: argparse.Namespace) -> int:
@@ -92,6 +97,7 @@ def _serve(
     *,
     cut: int | None = None,
     serving: Serving | None = None,
+    job: Path | None = None,
 ) -> int:
     to_stream(options.log_level)
     if not are_compiled():
@@ -99,6 +105,7 @@ def _serve(
     begun = time.monotonic()
     settings = Settings(
         listen=options.listen,
+        http=options.http,
         cut=cut,
         follow_cuts=options.follow_cuts,
         trust=options.trust,
@@ -109,27 +116,57 @@ def _serve(
         threads=options.threads,
         request_memory_bytes=options.request_memory_bytes,
     )
-    where: dict[str, str] = {}
+    where: dict[str, str | None] = {"prediction": None}
 
-    def listening(address: str, metrics: str) -> None:
-        where.update(address=address, metrics=metrics)
+    def predicts(model: Model) -> Predictor | None:
+        if options.recipe == "none":
+            return None
+        threads, folder = options.predict_threads or scorers(), Path(options.job) if options.job else job
+        try:
+            if not isinstance(model, Snapshot):
+                raise NoPrediction("of a job that is followed rows are told, dense parameters are not: serve its cuts")
+            found = predictor_of(model.manifest, job=folder, recipe=options.recipe, scorers=threads)
+        except NoPrediction as error:
+            print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
+            return None
+        where["prediction"] = found.name
+        return found
+
+    def listening(address: str, metrics: str, http: str) -> None:
+        where.update(address=address, metrics=metrics, http=http)
         if not options.json:
             scheme = "https" if security.serves_tls else "http"
             page = f", metrics at {scheme}://{metrics}/metrics" if metrics else ""
+            page += f", HTTP at {scheme}://{http}/v2" if http else ""
             print(f"listening at {address}{page}", flush=True)
 
     def ready(serving: Serving) -> None:
         snapshot, seconds = serving.current, time.monotonic() - begun
-        facts = {**where, "run": snapshot.version.run, "cut": snapshot.version.cut, "rows": snapshot.rows}
+        facts: dict[str, object] = {
+            **where,
+            "run": snapshot.version.run,
+            "cut": snapshot.version.cut,
+            "rows": snapshot.rows,
+        }
         facts |= {"bytes": snapshot.nbytes, "seconds": round(seconds, 3)}
         text = (
             f"ready: cut {snapshot.version.cut} of run {snapshot.version.run}, {len(snapshot.tables)} tables, "
             f"{snapshot.rows:,} rows, {snapshot.nbytes / 1e6:,.0f} MB, after {seconds:.1f} s"
+            + (f"; predictions of {where['prediction']}" if where["prediction"] else "")
         )
         print(json.dumps(facts) if options.json else text, flush=True)
 
     with _progress() as progress:
-        run(store, settings, security=security, listening=listening, progress=progress, ready=ready, serving=serving)
+        run(
+            store,
+            settings,
+            security=security,
+            predicts=predicts,
+            listening=listening,
+            progress=progress,
+            ready=ready,
+            serving=serving,
+        )
     return 0
 
 

@@ -44,6 +44,12 @@ def add_serve(commands: Any) -> None:
     )
     run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
     run.add_argument(
+        "--http",
+        default="",
+        metavar="HOST:PORT",
+        help="answer the Open Inference Protocol over HTTP there, too (port 0: any free one)",
+    )
+    run.add_argument(
         "--follow-cuts",
         action="store_true",
         help="take newer cuts of the folder as they are committed, without a pause",
@@ -53,6 +59,22 @@ def add_serve(commands: Any) -> None:
         action="store_true",
         help="do not compute the files' checksums, which is most of the time to be ready",
     )
+    run.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help="the recipe that predicts, if it is none of Oarlock's own, as the job has it (module:attribute); none: rows alone",
+    )
+    run.add_argument(
+        "--job",
+        default="",
+        metavar="FOLDER",
+        help="the job's folder, if the checkpoint is elsewhere: transforms are in it",
+    )
+    run.add_argument(
+        "--predict-threads", type=between(0, 64), default=0, metavar="N",
+        help="batches that are computed at once (0: one for each processor, 4 at most)",
+    )  # fmt: skip
     run.add_argument(
         "--drain-seconds",
         type=seconds_between(0, 86400),

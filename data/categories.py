@@ -204,7 +204,7 @@ def _hash_texts(chunk: Any, out: Hashes) -> None:
 def _hash_integers(chunk: Any, out: Hashes) -> None:
     if pa.types.is_boolean(chunk.type):
         chunk = chunk.cast(pa.uint8())
-    values = pc.fill_null(chunk, 0).to_numpy(zero_copy_only=False)
+    values = (pc.fill_null(chunk, 0) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
     negative = np.zeros(values.size, np.bool_) if values.dtype.kind == "u" else values < 0
     # Two's complement, so that -2^63 has a magnitude too.
     words = values.astype(np.uint64) if values.dtype.kind == "u" else values.astype(np.int64).view(np.uint64)

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from oarlock.proto import common_pb2 as common
 from oarlock.proto import coordinator_pb2 as coordinator
+from oarlock.proto import inference_pb2 as inference
 from oarlock.proto import serving_pb2 as serving
 from oarlock.proto import shard_pb2 as shard
 from oarlock.proto.frames import LOOKUP, PULL, PUSH, REPLICATE
@@ -22,6 +23,8 @@ from oarlock.proto.roles import ADMINS, EVERYBODY, LOOKERS, MEMBERS
 PROTOCOL = 1
 # Where frames travel, and with which token, which the server of any service tells.
 SOCKETS = "Wire.Sockets"
+# The service of the Open Inference Protocol.
+INFERENCE = "GRPCInferenceService"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Method:
     slow: bool = False
     # Tells of a request that it changes something, where others of the method only look: then it takes the role admin.
     changes: Callable[[Any], bool] | None = None
+    # As the protocol says that it is of.
+    package: str = "oarlock"
+    # What the process is there for: not among what callers of role read may ask so many times a second.
+    counted: bool = True
 
     @property
     def streamed(self) -> bool:
@@ -52,12 +59,18 @@ class Method:
     @property
     def path(self) -> str:
         service, method = self.name.split(".")
-        return f"/oarlock.{service}/{method}"
+        return f"/{self.package}.{service}/{method}"
 
     @cached_property
     def attribute(self) -> str:
         name = self.name.split(".")[1]
         return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+def _inference(name: str, *, counted: bool = True) -> Method:
+    """Return a method of the Open Inference Protocol."""
+    request, reply = getattr(inference, f"{name}Request"), getattr(inference, f"{name}Response")
+    return Method(f"{INFERENCE}.{name}", request, reply, EVERYBODY, package="inference", counted=counted)
 
 
 def _undoes(request: shard.RowsRequest) -> bool:
@@ -109,8 +122,16 @@ METHODS: dict[str, Method] = {
         Method("Serving.Lookup", serving.LookupRequest, serving.LookupReply, EVERYBODY, frame=LOOKUP),
         Method("Serving.Describe", serving.ModelRequest, serving.ModelReply, EVERYBODY),
         Method("Serving.Rollback", serving.ServeCutRequest, serving.ModelReply, ADMINS, slow=True),
+        _inference("ServerLive"),
+        _inference("ServerReady"),
+        _inference("ModelReady"),
+        _inference("ServerMetadata"),
+        _inference("ModelMetadata"),
+        _inference("ModelInfer", counted=False),
     )
 }
+# Services that the server of another one answers, too.
+_BESIDE = {"Serving": (INFERENCE,)}
 
 
 def methods_of(service: str) -> list[Method]:
@@ -119,6 +140,7 @@ def methods_of(service: str) -> list[Method]:
     The sockets of frames are for those who may call every method of the service that travels on them, and for nobody else: who
     is let in there may send frames of all their kinds.
     """
-    own = [method for method in METHODS.values() if method.service == service]
+    services = (service, *_BESIDE.get(service, ()))
+    own = [method for method in METHODS.values() if method.service in services]
     sockets = METHODS[SOCKETS]
     return [*own, replace(sockets, roles=sockets.roles.intersection(*(m.roles for m in own if m.frame)))]

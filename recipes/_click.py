@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from oarlock.client.job import JobSpec
 from oarlock.data.columns import Arrays
 from oarlock.data.tabular import tabular_files
-from oarlock.data.transforms import Fitted, fit
+from oarlock.data.transforms import Features, Fitted, fit
 from oarlock.embedding.spec import OptimizerSpec, TableSpec
 from oarlock.nn import DENSE_DTYPES, Model, check_dense_dtype
 from oarlock.proto.errors import InvalidArgument
@@ -130,6 +130,7 @@ class ClickWorkload:
         self._fitted = Fitted.from_json(spec.transforms)
         self.model = model(config, self._fitted)
         self.columns = self.evaluation_columns = self._fitted.columns
+        self.inputs = self._fitted.inputs
         self.max_samples = max(spec.batch_rows, 8192)
 
     def start(self) -> None:
@@ -140,10 +141,15 @@ class ClickWorkload:
 
     def encode(self, rows: Arrays, *, epoch: int, split: int, batch: int) -> Example:
         features = self._fitted.apply(rows)
-        feeds = {"label": features.label}
+        return self._example(features, {"label": features.label})
+
+    def unlabelled(self, rows: Arrays) -> Example:
+        return self._example(self._fitted.apply(rows, label=False), {})
+
+    def _example(self, features: Features, feeds: dict[str, NDArray[np.float32]]) -> Example:
         if self._fitted.width:
             feeds["numbers"] = features.dense
-        return Example(len(features.label), {"fields": features.keys}, feeds)
+        return Example(len(features.keys), {"fields": features.keys}, feeds)
 
     def rates(self, done: float) -> Rates:
         """Go in a straight line to ``final_rate`` times the first rates."""

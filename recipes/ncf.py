@@ -159,6 +159,7 @@ class NcfWorkload:
 
     columns = (ColumnSpec("user", "key"), ColumnSpec("item", "key"))
     evaluation_columns = (ColumnSpec("user", "key"), ColumnSpec("item", "key"), ColumnSpec("negatives", "key_list"))
+    inputs = columns
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
@@ -198,6 +199,9 @@ class NcfWorkload:
         return Example(
             len(users) * width, {"user": np.repeat(users, width), "item": drawn.reshape(-1)}, {"label": label}
         )
+
+    def unlabelled(self, rows: Arrays) -> Example:
+        return Example(len(rows["user"]), {"user": rows["user"], "item": rows["item"]}, {})
 
     def rates(self, done: float) -> Rates:
         """Go in a straight line to ``final_rate`` times the first rate (1: the same rate throughout)."""

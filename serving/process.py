@@ -17,16 +17,24 @@ from types import FrameType
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.client.entry import keep_what_is_loaded
+from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import observed, server_source
 from oarlock.embedding.fresh import warm_up as warm_up_fresh
 from oarlock.embedding.frozen import warm_up
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES
+from oarlock.serving.handlers import Handlers
+from oarlock.serving.http_server import HttpServer
+from oarlock.serving.inference import InferenceService
+from oarlock.serving.models import Models
+from oarlock.serving.openapi import description
+from oarlock.serving.predictor import Predictor
+from oarlock.serving.rest import Rest
 from oarlock.serving.service import MAX_KEYS, ServingService
-from oarlock.serving.snapshot import Progress
+from oarlock.serving.snapshot import Model, Progress
 from oarlock.serving.swap import Serving
-from oarlock.serving.telemetry import serving_source
+from oarlock.serving.telemetry import http_source, prediction_source, serving_source
 from oarlock.telemetry.prometheus import LOOPBACK
 
 logger = logging.getLogger(__name__)
@@ -44,10 +52,12 @@ class Settings:
 
     Behaviour: ``cut`` (None: the newest), ``follow_cuts``: take newer ones as they come; ``trust``: compute no checksums;
     ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
+    ``http``: where the Open Inference Protocol is spoken over HTTP, too; empty: nowhere.
     Performance: ``threads``: calls and connections at once.
     """
 
     listen: str = "127.0.0.1:0"
+    http: str = ""
     cut: int | None = None
     follow_cuts: bool = False
     trust: bool = False
@@ -64,12 +74,15 @@ def run(
     settings: Settings,
     *,
     security: Security | None = None,
-    listening: Callable[[str, str], object] = lambda address, metrics: None,
+    predicts: Callable[[Model], Predictor | None] = lambda model: None,
+    listening: Callable[[str, str, str], object] = lambda address, metrics, http: None,
     progress: Progress = lambda done, total: None,
     ready: Callable[[Serving], object] = lambda serving: None,
     serving: Serving | None = None,
 ) -> None:
-    """Serve until a signal. ``listening`` hears of the addresses of the service and of its metrics, ``ready`` of the model.
+    """Serve until a signal. ``listening`` hears of the addresses of the service, its metrics and HTTP, ``ready`` of the model.
+
+    ``predicts`` makes the predictor of the model that was opened, None: it gives rows alone.
 
     ``security``: who may talk to it, opened; InvalidArgument where others than this machine could, and nothing tells them apart.
     ``serving``: what is served, where that is no cut of ``store``.
@@ -78,15 +91,22 @@ def run(
     over = Event()
     serving = serving or Serving(store, trust=settings.trust)
     service = ServingService(serving, max_keys=settings.max_keys)
+    models = Models(service)
     server = GrpcServer(
-        service,
+        Handlers(service, InferenceService(models)),
         "Serving",
         listen=settings.listen,
         threads=settings.threads,
         request_memory_bytes=settings.request_memory_bytes,
         security=security,
-        serving=lambda: serving.ready and not over.is_set(),
+        serving=lambda: models.ready and not over.is_set(),
     )
+    security = security or Security()
+    rest = Rest(models, security, server.memory, description=description())
+    http = None
+    if settings.http:
+        security.check_listen(settings.http, "--http")
+        http = HttpServer(rest.answer, listen=settings.http, admit=rest.admit, context=security.http_context)
 
     def unless_over(done: int, total: int) -> None:
         if over.is_set():
@@ -95,17 +115,24 @@ def run(
 
     with (
         _signals(over),
+        # One product of a small batch is one thread's, and training's numbers are those of one.
+        limit_blas(1),
         contextlib.suppress(_Over),
         observed("serving", settings.metrics_port, settings.metrics_host, security=security) as telemetry,
     ):
         telemetry.registry.add(server_source(server))
         telemetry.registry.add(serving_source(service))
+        telemetry.registry.add(prediction_source(models))
         try:
-            listening(server.start(), telemetry.address)
+            if http is not None:
+                telemetry.registry.add(http_source(http, rest))
+            address = server.start()
+            listening(address, telemetry.address, http.start() if http else "")
             warm_up()
             warm_up_fresh()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
+            models.begin(predicts(serving.current))
             keep_what_is_loaded()
             if settings.follow_cuts:
                 serving.follow()
@@ -117,6 +144,8 @@ def run(
         finally:
             # First: a cut of many gigabytes may be under way, here or in a call that would be waited for.
             serving.close()
+            if http is not None:
+                http.stop(GRACE_SECONDS)
             server.stop(GRACE_SECONDS)
 
 

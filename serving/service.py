@@ -73,6 +73,14 @@ class ServingService:
         self._count(counts, time.perf_counter() - begun)
         return reply if beside is None else Bulk(reply, beside)
 
+    def rows_of(self, snapshot: Model, name: str, keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], int]:
+        """Return the rows of keys of one table, for whoever speaks another protocol, and how many keys have none."""
+        begun = time.perf_counter()
+        rows = self._buffers.array((len(keys), snapshot.tables[name].spec.dim), np.float32)
+        missing = snapshot.tables[name].lookup(keys, rows)
+        self._count([(name, len(keys), missing)], time.perf_counter() - begun)
+        return rows, missing
+
     def _wanted(self, snapshot: Model, message: Any, parts: Sequence[Part]) -> list[tuple[str, NDArray[np.uint64]]]:
         """Return (table, keys: uint64[n]) for each table of a request, whose answer there is memory for."""
         if len(message.tables) > MAX_TABLES:
@@ -84,6 +92,11 @@ class ServingService:
             keys += len(found)
             size += 4 * len(found) * table.spec.dim
             wanted.append((each.table, found))
+        self.check_keys(keys, size)
+        return wanted
+
+    def check_keys(self, keys: int, size: int) -> None:
+        """Raise unless a request may ask for ``keys`` keys, whose rows take ``size`` bytes, and there is memory for those."""
         if keys > self._max_keys:
             raise InvalidArgument(
                 f"a request asks for {keys} keys; the limit is {self._max_keys}: ask for them in parts"
@@ -93,7 +106,6 @@ class ServingService:
                 f"the rows of {keys} keys take {size} bytes; an answer may have {MAX_MESSAGE_BYTES}: ask for them in parts"
             )
         expects(size)
-        return wanted
 
     def _count(self, counts: list[tuple[str, int, int]], seconds: float) -> None:
         with self._lock:

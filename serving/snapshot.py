@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot: the tables of one cut, opened to be looked up, and the version that every answer from them carries.
+"""A snapshot: the tables and dense parameters of one cut, opened to be looked up, and the version that every answer carries.
 
-Invariant: it is whole and never changes: all rows of it are of one cut. Every file that it lies in had the manifest's checksum
-before it was made, unless it was told to trust the files. A block whose files are those of the snapshot before is shared with it.
-What it lies in goes when nobody refers to it any more, so a request keeps the snapshot that it began with. Any thread.
+Invariant: it is whole and never changes: all rows of it are of one cut, and so are its dense parameters. Every file that it lies
+in had the manifest's checksum before it was made, unless it was told to trust the files. A block whose files are those of the
+snapshot before is shared with it. What it lies in goes when nobody refers to it any more, so a request keeps the snapshot that it
+began with. Any thread.
 """
 
 import time
@@ -74,12 +75,18 @@ def created_of(manifest: Manifest) -> float:
 
 
 class Snapshot:
-    """The tables of a cut; ``open_snapshot`` makes one."""
+    """The tables of a cut; ``open_snapshot`` makes one. ``dense``: float32[P], all dense parameters in the manifest's order."""
 
     def __init__(
-        self, manifest: Manifest, tables: Mapping[str, FrozenTable], blocks: Mapping[tuple[str, ...], FrozenBlock]
+        self,
+        manifest: Manifest,
+        tables: Mapping[str, FrozenTable],
+        blocks: Mapping[tuple[str, ...], FrozenBlock],
+        dense: NDArray[np.float32],
     ) -> None:
+        self.manifest = manifest
         self.job = manifest.job
+        self.dense = dense
         self.version = Version(manifest.run, manifest.cut, created_of(manifest))
         self.tables = dict(tables)
         # By what tells their content: whoever has the same files has the same block.
@@ -93,6 +100,10 @@ class Snapshot:
         if found is None:
             raise unknown_table(name, self.tables)
         return found
+
+    def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+        return self.table(table).lookup(keys, out)
 
 
 def unknown_table(name: str, tables: Iterable[str]) -> UnknownTable:
@@ -109,13 +120,13 @@ def open_snapshot(
     trust: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Snapshot:
-    """Return the tables of a cut, all of them in memory; CorruptCheckpoint names a file that is not as it was written.
+    """Return the model of a cut, all of it in memory; CorruptCheckpoint names a file that is not as it was written.
 
     ``before``: of the same job, lends the blocks whose files are the same. ``trust``: do not compute checksums.
     """
     specs = manifest.table_specs()
     entries = [entry for entry in manifest.blocks if entry.kind == "rows"]
-    store.check_sizes(manifest, entries)
+    store.check_sizes(manifest, manifest.blocks)
     known = {} if before is None or before.job != manifest.job else before.blocks
     done, total = 0, sum(entry.total_bytes for entry in entries)
     blocks: dict[tuple[str, ...], FrozenBlock] = {}
@@ -132,7 +143,17 @@ def open_snapshot(
         done += entry.total_bytes
         progress(done, total)
     tables = {name: FrozenTable(specs[name], by_table[name], seed=manifest.seed) for name in specs}
-    return Snapshot(manifest, tables, blocks)
+    return Snapshot(manifest, tables, blocks, _open_dense(store, manifest, trust))
+
+
+def _open_dense(store: Reading, manifest: Manifest, trust: bool) -> NDArray[np.float32]:
+    """Return float32[P]: the slices of each dense parameter in their order, the parameters in that of the manifest."""
+    slices: dict[str, list[NDArray[np.float32]]] = {name: [] for name in manifest.dense_specs()}
+    for entry in manifest.blocks:  # those of a parameter ascend by block
+        if entry.kind == "dense":
+            slices[entry.name].append(store.load_block(manifest, entry, checked=trust).weights.reshape(-1))
+    found = [part for parts in slices.values() for part in parts]
+    return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
 def _identity(spec: TableSpec, entry: BlockEntry) -> tuple[str, ...]:

@@ -4,6 +4,9 @@
 from typing import Any
 
 from oarlock.serving.follow import Following
+from oarlock.serving.http_server import HttpServer
+from oarlock.serving.models import Models
+from oarlock.serving.rest import Rest
 from oarlock.serving.service import ServingService
 from oarlock.telemetry.registry import Source
 
@@ -42,5 +45,37 @@ def serving_source(service: ServingService) -> Source:
                 "oarlock_serving_table_bytes": {name: table.nbytes for name, table in snapshot.tables.items()},
             }
         return found
+
+    return source
+
+
+def prediction_source(models: Models) -> Source:
+    """Return the source of the metrics of predictions, if there are any."""
+
+    def source() -> dict[str, Any]:
+        predictor = models.predictor
+        if predictor is None:
+            return {}
+        batcher = predictor.batcher
+        return {
+            "oarlock_serving_prediction_seconds": predictor.seconds,
+            "oarlock_serving_predicted_samples_total": predictor.samples,
+            "oarlock_serving_batch_samples": batcher.batch_samples,
+            "oarlock_serving_waiting_samples": batcher.waiting,
+            "oarlock_serving_overloaded_total": batcher.overloaded,
+        }
+
+    return source
+
+
+def http_source(server: HttpServer, rest: Rest) -> Source:
+    """Return the source of what was asked over HTTP."""
+
+    def source() -> dict[str, Any]:
+        return {
+            "oarlock_serving_http_responses_total": {str(status): n for status, n in server.answered.copy().items()},
+            "oarlock_serving_http_connections": server.connections,
+            "oarlock_serving_http_denied_total": dict(rest.denied.copy()),
+        }
 
     return source

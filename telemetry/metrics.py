@@ -203,6 +203,18 @@ _SERVING = _metrics(
     ("followed_tombstones_total", "counter", "The same: keys whose rows left."),
     ("followed_bytes_total", "counter", "The same: bytes of the shards' answers."),
     ("followed_whole_blocks_total", "counter", "The same: blocks that came whole."),
+    ("prediction_seconds", "histogram", "Time from encoded samples to their scores, the wait for a batch included."),
+    ("predicted_samples_total", "counter", "Samples that were predicted."),
+    ("batch_samples", "histogram", "Samples that were computed at once."),
+    ("waiting_samples", "gauge", "Samples that wait for a batch."),
+    ("overloaded_total", "counter", "Predictions that were refused because too many waited."),
+    ("http_responses_total status", "counter", "Requests over HTTP that were answered, by status."),
+    ("http_connections", "gauge", "Connections of HTTP."),
+    (
+        "http_denied_total why",
+        "counter",
+        "Requests over HTTP that were not let in: no token, or one too many a second.",
+    ),
 )
 
 

@@ -112,6 +112,16 @@ class Summed(Protocol):
         """Return [weight, metric sums...]: the job's metrics are these, added over all splits, divided by the weight."""
 
 
+@runtime_checkable
+class Predicts(Protocol):
+    """A workload whose model also answers people's programs (docs/serving.md). ``start`` is not called for that."""
+
+    inputs: Sequence[ColumnSpec]
+
+    def unlabelled(self, rows: Arrays) -> Example:
+        """Return the samples of raw rows, read as ``inputs``: one for each row, in their order, encoded as in an evaluation."""
+
+
 class Recipe(Protocol):
     """A model, its data and its defaults. ``Config`` is a frozen dataclass of what a user may set.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oarlock.benchmarks import serving
-from oarlock.benchmarks.serving_measures import at_rate, draw, take_turn
+from oarlock.benchmarks.serving_measures import at_rate, compare_latency, draw, take_turn
 from oarlock.benchmarks.serving_model import row_values
 from oarlock.benchmarks.serving_sides import missing_of_redis
 
@@ -43,6 +43,10 @@ def test_it_comes_to_its_end(tmp_path: Path) -> None:
     assert (result["why"]["redis"] or "") == why
     assert all((result[name] is None) == bool(why) for name in RATIOS)
     assert ("NO COMPARISON WITH REDIS" in ended.stderr) == bool(why)
+    predicted = result["predict"]
+    assert set(predicted["by_batch"]) == {"1", "32", "256"}
+    assert result["predict_p99_ms"] > 0
+    assert (result["predict_vs_onnx"] is None) == (predicted["why_no_onnx"] is not None)
     found = result["by_dim"]["16"]
     assert set(found["lookup"]) == set(found["latency"]) == {"100", "1000", "10000"}
     for each in found["latency"].values():
@@ -55,6 +59,15 @@ def test_wrong_rows_are_found() -> None:
     assert serving._wrong(right, keys, 16) == 0
     right[3, 2] += 1
     assert serving._wrong(right, keys, 16) == 1
+
+
+def test_one_side_alone_has_latencies_and_no_ratio() -> None:
+    requests = draw(np.arange(10, dtype=np.uint64), 2, np.random.default_rng(0))
+    found = compare_latency(
+        {"oarlock": (lambda keys: row_values(keys, 2), 0)}, requests, rate=1e4, turns=1, seconds=0.001
+    )
+    assert set(found["ms"]) == {"oarlock"}
+    assert found["p99_ratio"] is None
 
 
 def test_turns_count_what_was_asked_and_rates_are_kept() -> None:

@@ -62,6 +62,10 @@ def check_command(words: list[str]) -> None:
         module = ROOT / words[2].removeprefix("oarlock.").replace(".", "/")
         program = module.with_suffix(".py")
         assert (module / "__main__.py").exists() or '__name__ == "__main__"' in page(program), words
+    elif words[0] == "curl":
+        assert words[-1].startswith("http://127.0.0.1:8501/v2"), (
+            "tests/serving/test_curl.py runs those of docs/serving.md"
+        )
     elif words[:2] != ["pip", "install"]:
         pytest.fail(f"{shlex.join(words)}: this test knows no such command")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from oarlock.proto.methods import METHODS, methods_of
+from oarlock.proto.methods import INFERENCE, METHODS, methods_of
 from oarlock.proto.roles import ADMIN, READ, ROLES, TRAIN
 from oarlock.proto.rpc import server
 from oarlock.proto.security import READ_REQUESTS_PER_SECOND, SecuritySpec, option_of
 from oarlock.ps.rows import MAX_KEYS
+from oarlock.serving import http_server
 from oarlock.telemetry import prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,10 +43,13 @@ def test_the_roles_are_those_of_the_methods() -> None:
     of = {role: {m.name for m in METHODS.values() if role in m.roles} for role in ROLES}
     assert set(re.findall(r"`(\w+\.\w+)`", rows[READ])) == of[READ]
     assert {service for service in ("Shard", "Serving") if READ in methods_of(service)[-1].roles} == {"Serving"}
+    inference = {m for m in METHODS if m.startswith(f"{INFERENCE}.")}
+    assert inference <= of[READ]
+    rows[TRAIN] = rows[TRAIN].replace(f", those of `{INFERENCE}`", "")
     shard = {m for m in METHODS if m.startswith("Shard.")} - {"Shard.Stats", "Shard.Rows", "Shard.Changes"}
     named = {f"Coordinator.{n}" for n in re.findall(r"`(?:Coordinator\.)?([A-Z]\w+)`", rows[TRAIN])}
     lookups = set(re.findall(r"`(Serving\.\w+)`", rows[TRAIN]))
-    assert of[TRAIN] == shard | {"Wire.Sockets"} | lookups | named - {
+    assert of[TRAIN] - inference == shard | {"Wire.Sockets"} | lookups | named - {
         "Coordinator.Stats",
         "Coordinator.Rows",
         "Coordinator.Changes",
@@ -66,7 +70,13 @@ def test_the_options_are_those_of_the_spec() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in table("what")}
     assert limits["keys in one `Rows`"] == str(MAX_KEYS)
-    assert limits["requests a second of role `read`"] == f"{READ_REQUESTS_PER_SECOND:g} (look-ups not counted)"
+    assert (
+        limits["requests a second of role `read`"]
+        == f"{READ_REQUESTS_PER_SECOND:g} (look-ups and inferences not counted)"
+    )
     assert limits["connections of gRPC"].endswith(str(server.MAX_CONNECTIONS))
     http = f"{prometheus.MAX_CONNECTIONS}; {prometheus.HEAD_BYTES}; {prometheus.SECONDS:g}"
     assert limits["HTTP connections; bytes of a request; seconds of a connection"] == http
+    serving = (http_server.MAX_CONNECTIONS, http_server.HEAD_BYTES, http_server.MAX_BODY_BYTES, http_server.SECONDS)
+    found = limits["of `oarlock serve --http`: connections; bytes of a head; of a body; seconds"]
+    assert found == "; ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in serving)

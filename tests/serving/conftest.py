@@ -18,6 +18,8 @@ load_shared("serving/serving_rig.py")
 for _name in ("rig", "rows_rig"):
     load_shared(f"client/{_name}.py")
 load_shared("serving/follow_rig.py")
+load_shared("serving/predict_rig.py")
+load_shared("serving/http_rig.py")
 
 import serving_rig  # noqa: E402
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to its predictor: the recipe's own transforms and graph, as they were when the job was planned.
+
+Invariant: what a checkpoint says is not believed: a recipe that is none of Oarlock's own is imported only if the user named it,
+the transforms have the digest of the manifest, and the graph has the tables and dense parameters that the cut has. NoPrediction
+says why a model gives rows alone. Reads only.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from oarlock.checkpoint.line import PLAN
+from oarlock.checkpoint.manifest import Manifest
+from oarlock.client.job import JobSpec
+from oarlock.launch.folder import read_spec
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, SpecMismatch
+from oarlock.serving.predictor import Predictor, Recipe
+from oarlock.worker.recipe import Predicts, load_recipe, recipe_name
+
+OWN = "oarlock.recipes."
+# Graphs at once; beyond it they share the processors' caches too thinly.
+MOST_SCORERS = 4
+
+
+class NoPrediction(Exception):
+    """Why there are no predictions, in words."""
+
+
+def scorers() -> int:
+    """Return how many batches are computed at once where nothing is said: one for each processor, within bounds."""
+    return max(1, min(MOST_SCORERS, len(os.sched_getaffinity(0))))
+
+
+def job_beside(path: str) -> Path | None:
+    """Return the folder of the job whose checkpoints, or one of them, ``path`` names, if it is on this machine."""
+    if "://" in path:
+        return None
+    folder = Path(path.rpartition("@")[0] if "@" in Path(path).name else path).absolute()
+    return next((each for each in (folder.parent, folder.parent.parent) if (each / "job.json").is_file()), None)
+
+
+def predictor_of(manifest: Manifest, *, job: Path | None, recipe: str = "", scorers: int = 1) -> Predictor:
+    """Return the predictor of a cut; ``job``: its job's folder, if there is one, ``recipe``: what the user says it is.
+
+    NoPrediction where the checkpoint has none; InvalidArgument where what the user named does not go with it.
+    """
+    name = manifest.recipe
+    if recipe:
+        if recipe_name(recipe) != name:
+            raise InvalidArgument(f"--recipe {recipe}: the checkpoint is of recipe {name}")
+    elif not name.startswith(OWN):
+        raise NoPrediction(f"recipe {name} is none of Oarlock's own: give --recipe {name} to have it imported")
+    try:
+        return _made(manifest, job, name, scorers)
+    except PSError as error:
+        if recipe:
+            raise
+        raise NoPrediction(str(error)) from None
+
+
+def _made(manifest: Manifest, job: Path | None, name: str, scorers: int) -> Predictor:
+    spec = _spec_of(manifest, job)
+    try:
+        workload = load_recipe(name).workload(spec)
+    except TypeError as error:
+        raise SpecMismatch(f"the configuration of recipe {name} is not this release's: {error}") from None
+    if not isinstance(workload, Predicts):
+        raise NotFound(f"recipe {name} does not say what a prediction is asked with (inputs and unlabelled)")
+    columns, model = tuple(workload.inputs), workload.model
+    tables = manifest.table_specs()
+    for lookup in model.lookups:
+        if lookup.table not in tables or tables[lookup.table].dim != lookup.dim:
+            raise SpecMismatch(
+                f"recipe {name} looks up table {lookup.table} with dim {lookup.dim}, the cut has no such"
+            )
+    if model.parameters != tuple(manifest.dense_specs().values()):
+        raise SpecMismatch(f"the dense parameters of recipe {name} are not those of the cut")
+    short = name.partition(":")[0].rpartition(".")[2]
+    return Predictor(Recipe(short, model, columns, workload.unlabelled), scorers=scorers)
+
+
+def _spec_of(manifest: Manifest, job: Path | None) -> JobSpec:
+    """Return the job as far as a workload needs it that predicts: identity, parameters, configuration, transforms."""
+    plan = manifest.metrics.get(PLAN)
+    known: dict[str, Any] = plan if isinstance(plan, dict) else {}
+    names = ("splits", "evaluation_splits", "rows_per_split", "evaluation_rows_per_split", "batch_rows", "epochs")
+    counts = {name: known.get(name, 1) for name in names}
+    return JobSpec(
+        job=manifest.job,
+        name="",
+        seed=manifest.seed,
+        recipe=manifest.recipe,
+        tables=tuple(manifest.table_specs().values()),
+        dense=tuple(manifest.dense_specs().values()),
+        files=manifest.files,
+        evaluation_files=tuple(known.get("evaluation_files", ())),
+        servers=1,
+        workers=1,
+        metrics=tuple(known.get("metrics", ())),
+        config=manifest.config,
+        transforms=_transforms(manifest, job, known.get("transforms")),
+        **counts,
+    )
+
+
+def _transforms(manifest: Manifest, job: Path | None, digest: object) -> str:
+    """Return the fitted transforms, which the job's folder has; a manifest has their digest alone."""
+    if digest == hashlib.sha256(b"").hexdigest():
+        return ""
+    if job is None:
+        raise NotFound("the transforms of its data are in the job's folder: serve that, or give it by --job")
+    spec = read_spec(job)
+    if spec.job != manifest.job or (
+        digest is not None and hashlib.sha256(spec.transforms.encode()).hexdigest() != digest
+    ):
+        raise NotFound(f"{job} is the folder of another job than the checkpoint is of: give that of its own by --job")
+    return spec.transforms
