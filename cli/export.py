@@ -9,10 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from oarlock.cli.export_options import FORMATS
+from oarlock.cli.export_progress import bytes_progress
 from oarlock.export.model import export_model
 from oarlock.export.tables import chosen_tables, export_tables
 from oarlock.launch.origin import Origin, find_origin, reading
@@ -48,7 +46,7 @@ def export(options: argparse.Namespace) -> int:
 
 def _tables(origin: Origin, to: Path, format: str, options: argparse.Namespace) -> dict[str, Any]:
     specs = chosen_tables(origin.manifest, options.table)
-    with _progress() as progress:
+    with bytes_progress() as progress:
         task = progress.add_task("exporting rows", total=None)
 
         def show(done: int, total: int) -> None:
@@ -73,9 +71,3 @@ def _model(origin: Origin, to: Path, options: argparse.Namespace) -> dict[str, A
         max_row_bytes=options.max_row_bytes,
     )
     return {"format": "onnx", "files": [{"file": str(to), "bytes": size}]}
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

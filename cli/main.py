@@ -78,6 +78,10 @@ def _command(options: argparse.Namespace) -> int:
         from oarlock.cli.export import export
 
         return export(options)
+    if options.command == "compress":
+        from oarlock.cli.compress import compress_command
+
+        return compress_command(options)
     if options.command == "digest":
         from oarlock.cli.digest import digest
 

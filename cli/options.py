@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from oarlock import __version__
 from oarlock.cli.chaos_options import add_chaos, aimless
 from oarlock.cli.checkpoint_options import add_checkpoint
+from oarlock.cli.compress_options import add_compress
 from oarlock.cli.export_options import add_export
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
@@ -258,6 +259,7 @@ def build_parser() -> Parser:
     add_rows(commands)
     add_serve(commands)
     add_export(commands)
+    add_compress(commands)
 
     digest = commands.add_parser(
         "digest",

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.reading import Reading
-from oarlock.checkpoint.store import locate
 from oarlock.client.entry import read_address
 from oarlock.client.security import security_of
 from oarlock.launch.folder import locate as find_job
@@ -31,6 +30,7 @@ from oarlock.proto.rpc.server import check_address
 from oarlock.proto.security import Security
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
+from oarlock.serving.compressed import locate_served
 from oarlock.serving.follow import Following
 from oarlock.serving.process import Settings, run
 from oarlock.serving.snapshot import Progress as Told
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     security = security_of(options, stored_security(job))
     check_address(options.listen)
     security.check_listen(options.listen, "--listen")
-    store, cut = locate(path)
+    store, cut = locate_served(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
     return _serve(options, store, security, cut=cut)

@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 from oarlock.export.publish import partial_of, publish, refuse_existing
 from oarlock.proto.errors import InvalidArgument, Malformed
 
-_TYPES = {"U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_TYPES = {
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+}
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 # What the format's own readers allow.
 MAX_HEADER_BYTES = 100_000_000

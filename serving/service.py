@@ -132,7 +132,7 @@ class ServingService:
                     name=name,
                     dim=table.spec.dim,
                     rows=table.rows,
-                    dtype=table.spec.dtype,
+                    dtype=table.form,
                     bytes=table.nbytes,
                     absent=table.spec.absent,
                 )

@@ -22,6 +22,7 @@ from oarlock.embedding.frozen import FrozenBlock, FrozenTable, stored_code
 from oarlock.embedding.precision import FLOAT32
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import UnknownTable
+from oarlock.serving.compressed import Compressed
 
 # Told of bytes that are opened, and of all.
 Progress = Callable[[int, int], object]
@@ -45,6 +46,8 @@ class Served(Protocol):
 
     @property
     def spec(self) -> TableSpec: ...
+    @property
+    def form(self) -> str: ...
     @property
     def rows(self) -> int: ...
     @property
@@ -113,6 +116,8 @@ def open_snapshot(
 
     ``before``: of the same job, lends the blocks whose files are the same. ``trust``: do not compute checksums.
     """
+    if isinstance(store, Compressed):
+        return _open_compressed(store, manifest, trust, progress)
     specs = manifest.table_specs()
     entries = [entry for entry in manifest.blocks if entry.kind == "rows"]
     store.check_sizes(manifest, entries)
@@ -133,6 +138,16 @@ def open_snapshot(
         progress(done, total)
     tables = {name: FrozenTable(specs[name], by_table[name], seed=manifest.seed) for name in specs}
     return Snapshot(manifest, tables, blocks)
+
+
+def _open_compressed(store: Compressed, manifest: Manifest, trust: bool, progress: Progress) -> Snapshot:
+    specs = manifest.table_specs()
+    tables = {}
+    for number, (name, spec) in enumerate(specs.items(), 1):
+        tables[name] = store.open_table(name, spec, manifest.seed, trust=trust)
+        tables[name].touch()
+        progress(number, len(specs))
+    return Snapshot(manifest, tables, {})
 
 
 def _identity(spec: TableSpec, entry: BlockEntry) -> tuple[str, ...]:
