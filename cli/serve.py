@@ -32,7 +32,9 @@ from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
 from oarlock.serving.compressed import locate_served
 from oarlock.serving.follow import Following
+from oarlock.serving.nearest import load_faiss
 from oarlock.serving.process import Settings, run
+from oarlock.serving.recall import RecallSpec, read_recall
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.log import to_stream
@@ -93,6 +95,7 @@ def _serve(
     cut: int | None = None,
     serving: Serving | None = None,
 ) -> int:
+    recall = _recall(options)
     to_stream(options.log_level)
     if not are_compiled():
         print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)
@@ -108,6 +111,7 @@ def _serve(
         metrics_host=options.metrics_host,
         threads=options.threads,
         request_memory_bytes=options.request_memory_bytes,
+        recall=recall,
     )
     where: dict[str, str] = {}
 
@@ -131,6 +135,18 @@ def _serve(
     with _progress() as progress:
         run(store, settings, security=security, listening=listening, progress=progress, ready=ready, serving=serving)
     return 0
+
+
+def _recall(options: argparse.Namespace) -> tuple[RecallSpec, ...]:
+    """Return which tables are asked for their nearest rows."""
+    found = tuple(read_recall(text) for text in options.recall)
+    if found and options.follow:
+        raise InvalidArgument(
+            "--recall and --follow do not go together yet: serve the job's cuts, as oarlock serve JOB --follow-cuts does"
+        )
+    if any(spec.ann for spec in found):
+        load_faiss()
+    return found
 
 
 def _checkpoints_of(path: str) -> tuple[str, Path | None]:

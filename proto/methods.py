@@ -40,6 +40,8 @@ class Method:
     slow: bool = False
     # Tells of a request that it changes something, where others of the method only look: then it takes the role admin.
     changes: Callable[[Any], bool] | None = None
+    # What the process is there for: not among what callers of role read may ask so many times a second.
+    counted: bool = True
 
     @property
     def streamed(self) -> bool:
@@ -108,6 +110,7 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty, ADMINS),
         Method("Serving.Lookup", serving.LookupRequest, serving.LookupReply, EVERYBODY, frame=LOOKUP),
         Method("Serving.Describe", serving.ModelRequest, serving.ModelReply, EVERYBODY),
+        Method("Serving.Nearest", serving.NearestRequest, serving.NearestReply, EVERYBODY, counted=False),
         Method("Serving.Rollback", serving.ServeCutRequest, serving.ModelReply, ADMINS, slow=True),
     )
 }

@@ -29,7 +29,7 @@ from oarlock.embedding.packed import FORMS, NO_CODEBOOK, NO_STARTS, PQ, part_sta
 from oarlock.embedding.pointer import kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, VersionMismatch
-from oarlock.serving.tensors import read_tensors
+from oarlock.serving.tensor_file import read_tensors
 
 COMPRESSED, TABLES = "compressed.json", "tables"
 SOURCE = f"{TABLES}/source.json"

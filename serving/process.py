@@ -23,6 +23,7 @@ from oarlock.embedding.frozen import warm_up
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES
+from oarlock.serving.recall import RecallSpec
 from oarlock.serving.service import MAX_KEYS, ServingService
 from oarlock.serving.snapshot import Progress
 from oarlock.serving.swap import Serving
@@ -44,6 +45,7 @@ class Settings:
 
     Behaviour: ``cut`` (None: the newest), ``follow_cuts``: take newer ones as they come; ``trust``: compute no checksums;
     ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
+    ``recall``: of which tables the nearest rows may be asked for.
     Performance: ``threads``: calls and connections at once.
     """
 
@@ -57,6 +59,7 @@ class Settings:
     metrics_host: str = LOOPBACK
     threads: int = THREADS
     request_memory_bytes: int = REQUEST_MEMORY_BYTES
+    recall: tuple[RecallSpec, ...] = ()
 
 
 def run(
@@ -76,7 +79,7 @@ def run(
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     over = Event()
-    serving = serving or Serving(store, trust=settings.trust)
+    serving = serving or Serving(store, trust=settings.trust, recall=settings.recall)
     service = ServingService(serving, max_keys=settings.max_keys)
     server = GrpcServer(
         service,

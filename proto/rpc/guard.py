@@ -93,7 +93,7 @@ class Guard(grpc.GenericRpcHandler):  # type: ignore[misc]
         if role not in method.roles:
             raise denied(role, method, method.roles)
         # What a process is there for, its places and its memory bound.
-        looks = not method.frame and method.name != SOCKETS
+        looks = method.counted and not method.frame and method.name != SOCKETS
         if role == READ and looks and not self._limit.enter():
             raise Unavailable(
                 f"callers of role {READ} ask this process for more than "
