@@ -2,6 +2,7 @@
 """Nearest rows of a served model: by the clients, in step with cuts and with rows between them, and what is refused."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import serving_rig
 
+from oarlock.embedding.spec import TableSpec
 from oarlock.proto.arrays import pack
 from oarlock.proto.errors import InvalidArgument, Malformed, UnknownTable, VersionMismatch
 from oarlock.proto.serving_pb2 import NearestRequest
@@ -186,3 +188,57 @@ def test_an_empty_table_has_no_nearest_rows(tmp_path: Path) -> None:
     serving = Serving(empty.store, recall=[ITEM])
     serving.load()
     assert serving.recall.nearest("item", ones(), 5)[0].counts.tolist() == [0]
+
+
+def test_answers_are_of_one_cut_while_cuts_are_swapped(model: Any, serving: Serving) -> None:
+    over, wrong, cuts = threading.Event(), [], set()
+    most = max(model.keys.tolist(), key=lambda key: key % 1000)
+
+    def ask() -> None:
+        while not over.is_set():
+            found, version = serving.recall.nearest("item", ones(), 200)
+            cuts.add(version.cut)
+            want = np.sort(16 * serving_rig.value_of(version.cut, model.keys))[::-1]
+            if found.keys[0, 0] != most or found.scores[0].tolist() != want.tolist():
+                wrong.append(version.cut)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for cut in range(2, 12):
+        model.cut(cut)
+        assert serving.look()
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert cuts
+
+
+def test_an_index_of_a_served_table_finds_its_rows(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    spec = TableSpec("item", 8, blocks=4)
+    made = serving_rig.Model(tmp_path / "checkpoints", specs=(spec,))
+    made.keys = np.arange(12_000, dtype=np.uint64)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0, 1, (12_000, 8)).astype(np.float32)
+    images = made.images
+
+    def with_rows(spec: TableSpec, cut: int) -> list[Any]:
+        return [replace(image, weights=rows[image.keys] * np.float32(cut)) for image in images(spec, cut)]
+
+    made.images = with_rows
+    made.cut(1)
+    serving = Serving(made.store, recall=[RecallSpec("item", "cosine")])
+    serving.load()
+    index = serving.recall.indexes["item"]
+    assert index.probes
+    asked = rows[:100]
+    found, _ = serving.recall.nearest("item", asked, 10)
+    truth, _ = serving.recall.nearest("item", asked, 10, exact=True)
+    assert (found.keys[:, 0] == np.arange(100)).mean() >= 0.95
+    assert (found.keys == truth.keys).mean() >= 0.9
+    # All rows are twice as long: that is another cut, but not another direction.
+    made.cut(2)
+    assert serving.look()
+    assert serving.recall.nearest("item", asked, 10)[1].cut == 2
