@@ -73,8 +73,8 @@ bench: setup  ## measure, with ratios to the machine and to what else one could 
 # Petastorm's declared dependency on PySpark (half a gigabyte) is not needed to read plain Parquet, so it is left out here.
 pins: requirements/overrides.txt  ## choose the newest versions that fit and write their hashes
 	$(PYTHON) -m venv .venv-pins && .venv-pins/bin/pip --quiet install uv
-	$(COMPILE) pyproject.toml requirements/build.in --extra dev --extra petastorm --override $< --no-emit-package pyspark --no-emit-package py4j -o requirements/dev.txt
-	$(COMPILE) pyproject.toml requirements/build.in --extra dev -o requirements/modern.txt
+	$(COMPILE) pyproject.toml requirements/build.in --extra dev --extra onnx --extra petastorm --extra recall --override $< --no-emit-package pyspark --no-emit-package py4j -o requirements/dev.txt
+	$(COMPILE) pyproject.toml requirements/build.in --extra dev --extra onnx --extra recall -o requirements/modern.txt
 	$(COMPILE) requirements/proto.in -o requirements/proto.txt
 
 clean:  ## remove the environments and all that was built

@@ -30,6 +30,8 @@ from oarlock.benchmarks.serving_freshness import measure_freshness
 from oarlock.benchmarks.serving_measures import Lookup, compare, compare_latency, draw
 from oarlock.benchmarks.serving_model import row_values, write_model
 from oarlock.benchmarks.serving_predict import measure_predictions
+from oarlock.benchmarks.serving_recall import SIZES as RECALL_SIZES
+from oarlock.benchmarks.serving_recall import measure_recall
 from oarlock.benchmarks.serving_sides import Oarlock, Redis, missing_of_redis, resident_bytes
 
 STARTED = time.monotonic()
@@ -115,6 +117,7 @@ def main() -> int:
         print(f"NO COMPARISON WITH REDIS: {why}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="oarlock-bench-") as folder:
         result = measure(SIZES[size], Path(folder), say, seed=options.seed, why=why)
+        result |= measure_recall(RECALL_SIZES[size], say, seed=options.seed)
     after = {"load_average_after": surroundings(())["load_average"]}
     ending = {"size": size, "surroundings": {**before, **after}, "seconds": round(time.monotonic() - STARTED, 1)}
     print(json.dumps({"benchmark": "serving", **result, **ending}))

@@ -74,6 +74,14 @@ def _command(options: argparse.Namespace) -> int:
         from oarlock.cli.serve import serve
 
         return serve(options)
+    if options.command == "export":
+        from oarlock.cli.export import export
+
+        return export(options)
+    if options.command == "compress":
+        from oarlock.cli.compress import compress_command
+
+        return compress_command(options)
     if options.command == "digest":
         from oarlock.cli.digest import digest
 

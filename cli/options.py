@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from oarlock import __version__
 from oarlock.cli.chaos_options import add_chaos, aimless
 from oarlock.cli.checkpoint_options import add_checkpoint
+from oarlock.cli.compress_options import add_compress
+from oarlock.cli.export_options import add_export
 from oarlock.cli.restore_options import add_accept_signature, add_restore, add_warm_start, complaint
 from oarlock.cli.rows_options import add_rows
 from oarlock.cli.scale_options import add_copies, add_scale, unscaled
@@ -30,6 +32,7 @@ examples:
   oarlock chaos --demo                                 kill its processes, to see that nothing is lost
   oarlock serve runs/first/checkpoints --follow-cuts   rows by key for other programs, newer cuts as they come
   oarlock serve --follow runs/first                    the same while the job trains, as its rows change
+  oarlock export first --to first.onnx                 its graph, or rows, as files that other programs read
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted
 """
@@ -255,6 +258,8 @@ def build_parser() -> Parser:
     rollback.add_argument("--json", action="store_true", help="print one JSON object")
     add_rows(commands)
     add_serve(commands)
+    add_export(commands)
+    add_compress(commands)
 
     digest = commands.add_parser(
         "digest",

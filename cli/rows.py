@@ -23,11 +23,11 @@ from rich.table import Table
 
 from oarlock import __version__
 from oarlock.cli.jobs import asking
-from oarlock.cli.rows_file import RowsFile
 from oarlock.cli.rows_options import read_key
 from oarlock.cli.show import result_console
 from oarlock.client.rows import RowsClient, RowsPart
 from oarlock.embedding.spec import TableSpec, to_json
+from oarlock.export.rows_file import RowsFile
 from oarlock.launch.folder import is_running, locate, read_spec
 from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, UnknownTable, WrongJob
 from oarlock.proto.rpc import GrpcTransport
@@ -179,7 +179,8 @@ async def _export(client: RowsClient, options: argparse.Namespace) -> int:
     facts = {"job": client.spec.job, "name": client.spec.name, "run": client.run, "table": to_json(spec)}
     facts["oarlock"] = __version__
     blocks = spec.blocks if options.all else 0
-    with RowsFile(Path(options.out), spec, facts, force=options.force) as file, _progress() as progress:
+    out = RowsFile(Path(options.out), spec, facts, force=options.force, hint=", or --force")
+    with out as file, _progress() as progress:
         task = progress.add_task(f"exporting {options.table}", total=max(blocks, 1), rows=0)
         if options.all:
             for block in range(blocks):

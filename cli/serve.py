@@ -19,7 +19,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from oarlock.checkpoint.cuts import split_cut
 from oarlock.checkpoint.place import place_of
 from oarlock.checkpoint.reading import Reading
-from oarlock.checkpoint.store import locate
 from oarlock.client.entry import read_address
 from oarlock.client.security import security_of
 from oarlock.launch.folder import locate as find_job
@@ -32,9 +31,12 @@ from oarlock.proto.rpc.server import check_address
 from oarlock.proto.security import Security
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
+from oarlock.serving.compressed import locate_served
 from oarlock.serving.follow import Following
+from oarlock.serving.nearest import load_faiss
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
+from oarlock.serving.recall import RecallSpec, read_recall
 from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
@@ -64,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     security.check_listen(options.listen, "--listen")
     if options.http:
         security.check_listen(options.http, "--http")
-    store, cut = locate(path)
+    store, cut = locate_served(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
     return _serve(options, store, security, cut=cut, job=job or job_beside(path))
@@ -99,6 +101,7 @@ def _serve(
     serving: Serving | None = None,
     job: Path | None = None,
 ) -> int:
+    recall = _recall(options)
     to_stream(options.log_level)
     if not are_compiled():
         print("compiling kernels for this machine, once; this takes some seconds", file=sys.stderr, flush=True)
@@ -115,6 +118,7 @@ def _serve(
         metrics_host=options.metrics_host,
         threads=options.threads,
         request_memory_bytes=options.request_memory_bytes,
+        recall=recall,
     )
     where: dict[str, str | None] = {"prediction": None}
 
@@ -168,6 +172,18 @@ def _serve(
             serving=serving,
         )
     return 0
+
+
+def _recall(options: argparse.Namespace) -> tuple[RecallSpec, ...]:
+    """Return which tables are asked for their nearest rows."""
+    found = tuple(read_recall(text) for text in options.recall)
+    if found and options.follow:
+        raise InvalidArgument(
+            "--recall and --follow do not go together yet: serve the job's cuts, as oarlock serve JOB --follow-cuts does"
+        )
+    if any(spec.ann for spec in found):
+        load_faiss()
+    return found
 
 
 def _checkpoints_of(path: str) -> tuple[str, Path | None]:

@@ -98,6 +98,14 @@ def add_serve(commands: Any) -> None:
         help=f"memory of all requests in work, beside the tables (default {REQUEST_MEMORY_BYTES})",
     )
     run.add_argument(
+        "--recall",
+        action="append",
+        default=[],
+        metavar="TABLE[:METRIC[:FIRST-END]]",
+        help="answer which rows of a table are nearest to a vector, by inner product (inner) or cosine, over all columns or "
+        "some; with :exact behind it without an index; may be repeated",
+    )
+    run.add_argument(
         "--metrics-port",
         type=read_port,
         metavar="N",

@@ -27,9 +27,10 @@ from oarlock.embedding.fresh_kernels import (
     look_up_fresh,
     stray,
 )
-from oarlock.embedding.frozen import LOAD, MAX_ROWS, TableWords, checked_keys, stored_bytes
+from oarlock.embedding.frozen import LOAD, MAX_ROWS, TableWords, checked_keys, stored_bytes, stored_code
 from oarlock.embedding.frozen_kernels import BLOCK_WORDS, ENTRIES, KEYS, PLACES, ROW_BITS, ROWS, fill_index
 from oarlock.embedding.hashing import table_salt
+from oarlock.embedding.packed import FORMS
 from oarlock.embedding.pointer import address_of, kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import InvalidArgument, Malformed
@@ -115,6 +116,11 @@ class FreshTable:
         descriptors[number] = block.descriptor
         blocks = (*before.blocks[:number], block, *before.blocks[number + 1 :])
         self._frame = _Frame(TableWords(self.spec, self._seed, descriptors), blocks)
+
+    @property
+    def form(self) -> str:
+        """In which form of ``embedding/packed.py`` its rows are."""
+        return FORMS[stored_code(self.spec)]
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,8 @@ from oarlock.embedding.frozen_kernels import (
     BLOCK_WORDS,
     BLOCKS,
     CODE,
+    CODEBOOK,
+    CODES,
     CONSTANTS,
     DIM,
     ENDS,
@@ -29,6 +31,7 @@ from oarlock.embedding.frozen_kernels import (
     ROWS,
     SALT,
     SCRATCH_WORDS,
+    STARTS,
     TABLE_WORDS,
     fill_index,
     look_up,
@@ -37,6 +40,7 @@ from oarlock.embedding.frozen_kernels import (
 )
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.initial import constants, origin
+from oarlock.embedding.packed import FORMS, LINES, NO_CODEBOOK, NO_STARTS, PQ, row_bytes
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.precision import FLOAT32, INT8, precision_code, weight_bytes
 from oarlock.embedding.spec import TableSpec
@@ -52,22 +56,36 @@ class FrozenBlock:
     """One block's rows: keys: uint64[n], distinct, and weights: float32[n, dim], which must not change any more.
 
     ``state``: float32[n, s], the optimizer's; of an int8 table its last column is the scale. Rows of a table that stores less
-    than float32 are kept as the table stores them, which is exact; others stay where they are.
+    than float32 are kept as the table stores them, which is exact; others stay where they are. ``packed``: instead of weights,
+    rows: uint8[n, bytes of a row] in the form of ``embedding/packed.py``.
     """
 
     def __init__(
-        self, spec: TableSpec, keys: NDArray[np.uint64], weights: NDArray[np.float32], state: NDArray[np.float32]
+        self,
+        spec: TableSpec,
+        keys: NDArray[np.uint64],
+        weights: NDArray[np.float32],
+        state: NDArray[np.float32],
+        *,
+        packed: NDArray[np.uint8] | None = None,
     ) -> None:
         keys = kernel_array("keys", keys, np.uint64)
-        weights = kernel_array("weights", weights, np.float32, 2)
         n = len(keys)
-        if weights.shape != (n, spec.dim) or len(state) != n:
-            raise Malformed(f"table {spec.name}: {n} keys, weights of {list(weights.shape)} and {len(state)} states")
+        if packed is None:
+            weights = kernel_array("weights", weights, np.float32, 2)
+            if weights.shape != (n, spec.dim) or len(state) != n:
+                raise Malformed(
+                    f"table {spec.name}: {n} keys, weights of {list(weights.shape)} and {len(state)} states"
+                )
+        elif packed.dtype != np.uint8 or packed.ndim != 2 or len(packed) != n or not packed.flags.c_contiguous:
+            raise Malformed(f"table {spec.name}: {n} keys, packed rows of {packed.dtype}{list(packed.shape)}")
         if n >= MAX_ROWS:
             raise InvalidArgument(f"table {spec.name}: {n} rows in one block: give it more blocks")
-        self.code = stored_code(spec)
+        code = stored_code(spec)
         self._keys = keys
-        self._rows = weights if self.code == FLOAT32 else stored_rows(spec, weights, state)
+        self._rows: NDArray[np.float32] | NDArray[np.uint8] = weights
+        if packed is not None or code != FLOAT32:
+            self._rows = packed if packed is not None else stored_rows(spec, weights, state)
         places = n + 1 if n < 4 else n * 100 // LOAD + 1
         self._entries: NDArray[np.uint32] = np.zeros(places, np.uint32)
         self.rows = n
@@ -81,6 +99,16 @@ class FrozenBlock:
         self.descriptor[ROW_BITS] = bits
 
     @property
+    def keys(self) -> NDArray[np.uint64]:
+        """The keys of its rows, uint64[n]."""
+        return self._keys
+
+    @property
+    def stored(self) -> NDArray[np.uint8]:
+        """Its rows as they lie, uint8[n, bytes of a row]."""
+        return self._rows.view(np.uint8)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, rows and index."""
         return self._keys.nbytes + self._rows.nbytes + self._entries.nbytes
@@ -92,17 +120,41 @@ class FrozenBlock:
 
 
 class FrozenTable:
-    """A table of ``spec`` whose blocks, all of them in order, are ``blocks``. ``seed``: the job's."""
+    """A table of ``spec`` whose blocks, all of them in order, are ``blocks``. ``seed``: the job's.
 
-    def __init__(self, spec: TableSpec, blocks: Sequence[FrozenBlock], *, seed: int) -> None:
+    ``code``: in which form of ``embedding/packed.py`` its blocks are packed, if not in the spec's; ``codebook`` and ``starts``:
+    of product-quantised rows.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        blocks: Sequence[FrozenBlock],
+        *,
+        seed: int,
+        code: int | None = None,
+        codebook: NDArray[np.float32] = NO_CODEBOOK,
+        starts: NDArray[np.int64] = NO_STARTS,
+    ) -> None:
         if len(blocks) != spec.blocks:
             raise InvalidArgument(f"table {spec.name} has {spec.blocks} blocks, {len(blocks)} were given")
         self.spec = spec
         self.blocks = tuple(blocks)
         self.rows = sum(block.rows for block in blocks)
         self.nbytes = sum(block.nbytes for block in blocks)
+        code = stored_code(spec) if code is None else code
+        size = row_bytes(code, spec.dim, len(starts) - 1)
+        if wrong := [block for block in blocks if block.rows and block.stored.shape[1] != size]:
+            raise Malformed(f"table {spec.name}: rows of {wrong[0].stored.shape[1]} bytes for {size} as {FORMS[code]}")
+        if code == PQ and codebook.shape != (LINES, spec.dim):
+            raise Malformed(f"table {spec.name}: a codebook of {list(codebook.shape)} for [{LINES}, {spec.dim}]")
+        self.form = FORMS[code]
+        self.row_bytes = size
+        self._codebook = kernel_array("codebook", codebook, np.float32, 2)
+        self._starts = kernel_array("starts", starts, np.int64)
         self._descriptors = np.stack([block.descriptor for block in blocks])
         self._words = TableWords(spec, seed, self._descriptors)
+        self._words.pack(code, size, self._codebook, self._starts)
 
     def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
         """Write the weights of keys: uint64[n], in any order and repeated at will, to out: float32[n, dim].
@@ -146,6 +198,14 @@ class TableWords:
         words[CONSTANTS] = address_of(self._constants)
         self._words = words
         self.address = address_of(words)
+
+    def pack(self, code: int, size: int, codebook: NDArray[np.float32], starts: NDArray[np.int64]) -> None:
+        """Say that rows are of another form of ``embedding/packed.py``, of ``size`` bytes; the arrays must be kept as long."""
+        self._words[CODE] = code
+        self._words[ROW_BYTES] = size
+        self._words[CODEBOOK] = address_of(codebook)
+        self._words[STARTS] = address_of(starts)
+        self._words[CODES] = len(starts) - 1
 
 
 def checked_keys(spec: TableSpec, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> NDArray[np.uint64]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from oarlock.embedding.hashing import block_of_mix, key_mix
 from oarlock.embedding.jit import jit
+from oarlock.embedding.packed import decode_packed
 from oarlock.embedding.pointer import (
     Int,
     load_f32,
@@ -31,7 +32,7 @@ from oarlock.embedding.pointer import (
     store_u32,
     store_u64,
 )
-from oarlock.embedding.precision import FLOAT32, INT8, decode_row, encode_nearest
+from oarlock.embedding.precision import FLOAT32, INT8, encode_nearest
 from oarlock.embedding.pull import copy_rows
 from oarlock.embedding.slab import First, draw_weights, layout, prefetch_bytes
 
@@ -39,9 +40,9 @@ from oarlock.embedding.slab import First, draw_weights, layout, prefetch_bytes
 ENTRIES, PLACES, KEYS, ROWS, ROW_BITS = range(5)
 BLOCK_WORDS = 8
 # Words of a table's: its blocks' descriptors, log2 of how many; then its rows, and what an absent key reads as: so many parts
-# of first values, zeros behind them.
-BLOCKS, BLOCK_BITS, SALT, DIM, CODE, ROW_BYTES, ORIGIN, PARTS, ENDS, CONSTANTS = range(10)
-TABLE_WORDS = 10
+# of first values, zeros behind them; then what product-quantised rows are made of: their codebook and its parts.
+BLOCKS, BLOCK_BITS, SALT, DIM, CODE, ROW_BYTES, ORIGIN, PARTS, ENDS, CONSTANTS, CODEBOOK, STARTS, CODES = range(13)
+TABLE_WORDS = 13
 
 LAP = 32
 RING = 4 * LAP
@@ -173,6 +174,9 @@ def take_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int, out: Int
     rows = scratch + ROWS_FOUND + 8 * (begin & (RING - 1))
     n = end - begin
     left: Int = n
+    codebook: Int = load_i64(table, CODEBOOK)
+    starts: Int = load_i64(table, STARTS)
+    codes: Int = load_i64(table, CODES)
     if code == FLOAT32:
         left = copy_rows(rows, n, pitch, out + begin * pitch)
     missing = np.int64(0)
@@ -184,7 +188,7 @@ def take_lap(table: Int, keys: Int, begin: Int, end: Int, scratch: Int, out: Int
                 first_weights(table, load_u64(keys, begin + i), line)
                 missing += 1
             elif code != FLOAT32:
-                decode_row(row, code, dim, line)
+                decode_packed(row, code, dim, codebook, starts, codes, line)
     return missing
 
 

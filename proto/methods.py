@@ -121,6 +121,7 @@ METHODS: dict[str, Method] = {
         Method("Coordinator.Stop", coordinator.StopRequest, common.Empty, ADMINS),
         Method("Serving.Lookup", serving.LookupRequest, serving.LookupReply, EVERYBODY, frame=LOOKUP),
         Method("Serving.Describe", serving.ModelRequest, serving.ModelReply, EVERYBODY),
+        Method("Serving.Nearest", serving.NearestRequest, serving.NearestReply, EVERYBODY, counted=False),
         Method("Serving.Rollback", serving.ServeCutRequest, serving.ModelReply, ADMINS, slow=True),
         _inference("ServerLive"),
         _inference("ServerReady"),

@@ -98,3 +98,35 @@ class ServeCutRequest(_message.Message):
     cut: int
     newest: bool
     def __init__(self, protocol: _Optional[int] = ..., cut: _Optional[int] = ..., newest: bool = ...) -> None: ...
+
+class NearestRequest(_message.Message):
+    __slots__ = ("protocol", "table", "vectors", "k", "exact", "among", "without")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    AMONG_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    table: str
+    vectors: _common_pb2.Array
+    k: int
+    exact: bool
+    among: _common_pb2.Array
+    without: _common_pb2.Array
+    def __init__(self, protocol: _Optional[int] = ..., table: _Optional[str] = ..., vectors: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., k: _Optional[int] = ..., exact: bool = ..., among: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., without: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+
+class NearestReply(_message.Message):
+    __slots__ = ("version", "keys", "scores", "counts", "failure")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    version: ModelVersion
+    keys: _common_pb2.Array
+    scores: _common_pb2.Array
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    failure: _common_pb2.Failure
+    def __init__(self, version: _Optional[_Union[ModelVersion, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., scores: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Iterable[int]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ...) -> None: ...

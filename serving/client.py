@@ -26,7 +26,15 @@ from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, Malformed, U
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import BlockingTransport, GrpcTransport
 from oarlock.proto.security import Security
-from oarlock.proto.serving_pb2 import LookupRequest, ModelReply, ModelRequest, ServeCutRequest, TableLookup
+from oarlock.proto.serving_pb2 import (
+    LookupRequest,
+    ModelReply,
+    ModelRequest,
+    NearestRequest,
+    ServeCutRequest,
+    TableLookup,
+)
+from oarlock.serving.nearest_wire import Neighbours, nearest_request, read_nearest
 
 Keys = NDArray[np.uint64] | Sequence[int]
 # How long a call may take, unless it is told otherwise.
@@ -95,6 +103,24 @@ class Client:
         request = lookup_request(tables)
         return read_found(tables, self._call("Serving.Lookup", request, timeout_seconds))
 
+    def nearest(
+        self,
+        table: str,
+        vectors: Any,
+        k: int = 10,
+        *,
+        exact: bool = False,
+        among: Keys | None = None,
+        without: Keys | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Neighbours:
+        """Return the ``k`` rows nearest to each of vectors: float32[q, dim], or to one, best first.
+
+        ``among``: only of these keys; ``without``: none of these. ``exact``: by comparing all rows, not by the index.
+        """
+        request, shape = _nearest_request(table, vectors, k, exact, among, without)
+        return read_nearest(self._call("Serving.Nearest", request, timeout_seconds), shape)
+
     def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
         """Return what is served: tables, rows, version, cuts."""
         reply: ModelReply = self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
@@ -148,6 +174,21 @@ class AsyncClient:
         request = lookup_request(tables)
         return read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds))
 
+    async def nearest(
+        self,
+        table: str,
+        vectors: Any,
+        k: int = 10,
+        *,
+        exact: bool = False,
+        among: Keys | None = None,
+        without: Keys | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Neighbours:
+        """Return the ``k`` rows nearest to each of vectors, as ``Client.nearest`` does."""
+        request, shape = _nearest_request(table, vectors, k, exact, among, without)
+        return read_nearest(await self._call("Serving.Nearest", request, timeout_seconds), shape)
+
     async def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
         """Return what is served: tables, rows, version, cuts."""
         reply: ModelReply = await self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
@@ -198,6 +239,15 @@ class _Tries:
         if self.seconds <= 0:
             raise DeadlineExceeded(f"not answered in time; the last try: {error}", **error.details) from None
         return pause
+
+
+def _nearest_request(
+    table: str, vectors: Any, k: int, exact: bool, among: Keys | None, without: Keys | None
+) -> tuple[NearestRequest, tuple[int, ...]]:
+    """Return the request for nearest rows, and the shape of its answer."""
+    filters = (None if keys is None else _keys(f"a filter of {table}", keys) for keys in (among, without))
+    only, never = filters
+    return nearest_request(table, vectors, k, exact=exact, among=only, without=never)
 
 
 def lookup_request(tables: Mapping[str, Keys]) -> Bulk:

@@ -30,6 +30,7 @@ from oarlock.serving.inference import InferenceService
 from oarlock.serving.models import Models
 from oarlock.serving.openapi import description
 from oarlock.serving.predictor import Predictor
+from oarlock.serving.recall import RecallSpec
 from oarlock.serving.rest import Rest
 from oarlock.serving.service import MAX_KEYS, ServingService
 from oarlock.serving.snapshot import Model, Progress
@@ -53,6 +54,7 @@ class Settings:
     Behaviour: ``cut`` (None: the newest), ``follow_cuts``: take newer ones as they come; ``trust``: compute no checksums;
     ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
     ``http``: where the Open Inference Protocol is spoken over HTTP, too; empty: nowhere.
+    ``recall``: of which tables the nearest rows may be asked for.
     Performance: ``threads``: calls and connections at once.
     """
 
@@ -67,6 +69,7 @@ class Settings:
     metrics_host: str = LOOPBACK
     threads: int = THREADS
     request_memory_bytes: int = REQUEST_MEMORY_BYTES
+    recall: tuple[RecallSpec, ...] = ()
 
 
 def run(
@@ -89,7 +92,7 @@ def run(
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     over = Event()
-    serving = serving or Serving(store, trust=settings.trust)
+    serving = serving or Serving(store, trust=settings.trust, recall=settings.recall)
     service = ServingService(serving, max_keys=settings.max_keys)
     models = Models(service)
     server = GrpcServer(

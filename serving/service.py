@@ -24,12 +24,15 @@ from oarlock.proto.serving_pb2 import (
     ModelReply,
     ModelRequest,
     ModelVersion,
+    NearestReply,
+    NearestRequest,
     ServeCutRequest,
     ServedTable,
     TableFound,
 )
 from oarlock.proto.version import check_protocol
 from oarlock.proto.work import expects
+from oarlock.serving.nearest_wire import answer_nearest
 from oarlock.serving.snapshot import Model, Version
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.histogram import Histogram
@@ -50,6 +53,7 @@ class ServingService:
         self._buffers = Buffers(_KEPT)
         self._lock = Lock()
         self.lookup_seconds = Histogram()
+        self.nearest_seconds = Histogram()
         # By table: keys that were asked for, and those without a row.
         self.asked: dict[str, int] = {}
         self.missing: dict[str, int] = {}
@@ -114,6 +118,16 @@ class ServingService:
                 self.asked[name] = self.asked.get(name, 0) + asked
                 self.missing[name] = self.missing.get(name, 0) + missing
 
+    def nearest(self, request: NearestRequest) -> NearestReply:
+        """Return the rows nearest to vectors."""
+        _check_version(request.protocol)
+        self.serving.current  # noqa: B018 - Unavailable until there is one
+        begun = time.perf_counter()
+        reply = answer_nearest(self.serving.recall, request, self._max_keys)
+        with self._lock:
+            self.nearest_seconds.observe(time.perf_counter() - begun)
+        return reply
+
     def describe(self, request: ModelRequest) -> ModelReply:
         """Say what is served."""
         _check_version(request.protocol)
@@ -144,7 +158,7 @@ class ServingService:
                     name=name,
                     dim=table.spec.dim,
                     rows=table.rows,
-                    dtype=table.spec.dtype,
+                    dtype=table.form,
                     bytes=table.nbytes,
                     absent=table.spec.absent,
                 )

@@ -23,6 +23,7 @@ from oarlock.embedding.frozen import FrozenBlock, FrozenTable, stored_code
 from oarlock.embedding.precision import FLOAT32
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import UnknownTable
+from oarlock.serving.compressed import Compressed
 
 # Told of bytes that are opened, and of all.
 Progress = Callable[[int, int], object]
@@ -46,6 +47,8 @@ class Served(Protocol):
 
     @property
     def spec(self) -> TableSpec: ...
+    @property
+    def form(self) -> str: ...
     @property
     def rows(self) -> int: ...
     @property
@@ -124,6 +127,8 @@ def open_snapshot(
 
     ``before``: of the same job, lends the blocks whose files are the same. ``trust``: do not compute checksums.
     """
+    if isinstance(store, Compressed):
+        return _open_compressed(store, manifest, trust, progress)
     specs = manifest.table_specs()
     entries = [entry for entry in manifest.blocks if entry.kind == "rows"]
     store.check_sizes(manifest, manifest.blocks)
@@ -154,6 +159,16 @@ def _open_dense(store: Reading, manifest: Manifest, trust: bool) -> NDArray[np.f
             slices[entry.name].append(store.load_block(manifest, entry, checked=trust).weights.reshape(-1))
     found = [part for parts in slices.values() for part in parts]
     return np.concatenate(found) if found else np.empty(0, np.float32)
+
+
+def _open_compressed(store: Compressed, manifest: Manifest, trust: bool, progress: Progress) -> Snapshot:
+    specs = manifest.table_specs()
+    tables = {}
+    for number, (name, spec) in enumerate(specs.items(), 1):
+        tables[name] = store.open_table(name, spec, manifest.seed, trust=trust)
+        tables[name].touch()
+        progress(number, len(specs))
+    return Snapshot(manifest, tables, {}, _open_dense(store, manifest, trust))
 
 
 def _identity(spec: TableSpec, entry: BlockEntry) -> tuple[str, ...]:

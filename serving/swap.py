@@ -8,10 +8,12 @@ for by name, newer ones are not taken (``pinned``). ``current`` may be read by a
 
 import logging
 import time
+from collections.abc import Sequence
 from threading import Event, Lock, Thread
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
+from oarlock.serving.recall import Recall, RecallSpec
 from oarlock.serving.snapshot import Model, Progress, Snapshot, open_snapshot
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,17 @@ LOOK_SECONDS = 1.0
 class Serving:
     """The snapshot that is served of the cuts of ``store``. ``trust``: as ``open_snapshot`` has it."""
 
-    def __init__(self, store: Reading, *, trust: bool = False, look_seconds: float = LOOK_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Reading,
+        *,
+        trust: bool = False,
+        look_seconds: float = LOOK_SECONDS,
+        recall: Sequence[RecallSpec] = (),
+    ) -> None:
         self.store = store
+        # The indexes of tables whose nearest rows may be asked for.
+        self.recall = Recall(recall)
         self.pinned = False
         # Why a newer cut is not served; empty: nothing is wrong.
         self.problem = ""
@@ -80,6 +91,7 @@ class Serving:
 
         try:
             made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=unless_over)
+            self.recall.follow(made)
         except (PSError, OSError, MemoryError):
             self.failures += 1
             raise

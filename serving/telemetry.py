@@ -24,6 +24,7 @@ def serving_source(service: ServingService) -> Source:
             "oarlock_serving_failed_loads_total": serving.failures,
             "oarlock_serving_load_seconds": serving.load_seconds,
             "oarlock_serving_lookup_seconds": service.lookup_seconds,
+            "oarlock_serving_nearest_seconds": service.nearest_seconds,
             "oarlock_serving_asked_keys_total": service.asked.copy(),
             "oarlock_serving_missing_keys_total": service.missing.copy(),
         }

@@ -190,6 +190,7 @@ _SERVING = _metrics(
     ("failed_loads_total", "counter", "Checkpoints that could not be opened."),
     ("load_seconds", "gauge", "How long the last one took to be opened."),
     ("lookup_seconds", "histogram", "Time of a look-up in the tables, without network and message."),
+    ("nearest_seconds", "histogram", "Time of a search for nearest rows, without network."),
     ("rows table", "gauge", "Rows that are served."),
     ("table_bytes table", "gauge", "Bytes of keys, rows and index, those of mapped files included."),
     ("asked_keys_total table", "counter", "Keys that were looked up."),

@@ -42,6 +42,10 @@ def test_it_comes_to_its_end(tmp_path: Path) -> None:
     why = missing_of_redis()
     assert (result["why"]["redis"] or "") == why
     assert all((result[name] is None) == bool(why) for name in RATIOS)
+    assert set(result) >= {"recall_at_100", "ann_speedup"}
+    if result["recall_at_100"] is not None:
+        assert result["recall_at_100"] >= 0.9
+        assert result["ann_speedup"] == min(result["recall"][when]["speedup"] for when in ("before", "after_changes"))
     assert ("NO COMPARISON WITH REDIS" in ended.stderr) == bool(why)
     predicted = result["predict"]
     assert set(predicted["by_batch"]) == {"1", "32", "256"}

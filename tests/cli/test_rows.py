@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from oarlock.cli import rows as cli_rows
-from oarlock.cli import rows_file
 from oarlock.client.entry import write_address
 from oarlock.client.router import ShardAddress
 from oarlock.client.rows import RowsPart
 from oarlock.embedding.spec import TableSpec
+from oarlock.export import rows_file
 from oarlock.launch.folder import read_spec
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import GrpcServer

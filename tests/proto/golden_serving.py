@@ -51,6 +51,22 @@ SERVING: dict[str, Message] = {
             tables=[serving_pb2.TableFound(rows=pack(GRADIENTS), missing=300)],
             failure=failure(),
         ),
+        serving_pb2.NearestRequest(
+            protocol=1,
+            table="item",
+            vectors=pack(GRADIENTS),
+            k=100,
+            exact=True,
+            among=pack(KEYS),
+            without=pack(KEYS[:1]),
+        ),
+        serving_pb2.NearestReply(
+            version=model_version(),
+            keys=pack(KEYS),
+            scores=pack(GRADIENTS),
+            counts=[3, 300],
+            failure=failure(),
+        ),
         serving_pb2.ModelRequest(protocol=1),
         served_table(),
         serving_pb2.ModelReply(

@@ -205,6 +205,7 @@ def test_look_ups_are_what_role_read_is_for_and_not_counted(tmp_path):
             return [raw(channel, METHODS[method].path, bearer(texts_of(path)["read"]))[0].name for _ in range(5)]
 
         assert codes("Serving.Lookup") == ["OK"] * 5
+        assert codes("Serving.Nearest") == ["OK"] * 5
         assert codes("Serving.Describe") == ["OK"] + ["UNAVAILABLE"] * 4
     server.stop(0)
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of an export: rows in Parquet or Arrow's own format, whole under its name or not there at all.
 
-Invariant: what is held in memory is one row group. One thread.
+Invariant: what is held in memory is one row group. One thread: `oarlock rows export` and ``export/tables.py`` write it.
 """
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from oarlock.client.rows import RowsPart
 from oarlock.embedding.lookup import counter_names
 from oarlock.embedding.spec import TableSpec
+from oarlock.export.publish import partial_of, publish, refuse_existing
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 KINDS = (".parquet", ".arrow")
@@ -26,23 +26,37 @@ _FLOATS = ("shows", "clicks")
 
 
 class RowsFile:
-    """Writes the rows of ``spec`` to ``path``; what has to be known of them besides goes into ``facts``."""
+    """Writes the rows of ``spec`` to ``path``; what has to be known of them besides goes into ``facts``.
 
-    def __init__(self, path: Path, spec: TableSpec, facts: dict[str, Any], *, force: bool) -> None:
+    ``whole`` = False leaves out state and counters, which only training needs. ``force``: it may replace another file; ``hint``:
+    what else than another name could help, for messages.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: TableSpec,
+        facts: dict[str, Any],
+        *,
+        force: bool = False,
+        hint: str = "",
+        whole: bool = True,
+    ) -> None:
         if path.suffix not in KINDS:
             raise InvalidArgument(f"{path}: give a file that ends in {' or '.join(KINDS)}")
-        if path.is_dir() or (path.exists() and not force):
-            raise InvalidArgument(
-                f"{path} is there already: give another name" + ("" if path.is_dir() else ", or --force")
-            )
+        refuse_existing(path, force=force, hint=hint)
         self.path = path
         self.rows = 0
         self._force = force
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+        self._hint = hint
+        self._partial = partial_of(path)
+        self._whole = whole
         self._counters = counter_names(spec)
         values = pa.list_(pa.field("item", pa.float32(), nullable=False))
-        fields = [("key", pa.uint64()), ("weights", values), ("state", values)]
-        fields += [(name, pa.float32() if name in _FLOATS else pa.uint32()) for name in self._counters]
+        fields = [("key", pa.uint64()), ("weights", values)]
+        if whole:
+            fields.append(("state", values))
+            fields += [(name, pa.float32() if name in _FLOATS else pa.uint32()) for name in self._counters]
         self._schema = pa.schema(
             [pa.field(name, kind, nullable=False) for name, kind in fields], {"oarlock": json.dumps(facts)}
         )
@@ -62,8 +76,10 @@ class RowsFile:
         """Add some rows."""
         if part.counters.shape[1] != len(self._counters):
             raise Malformed(f"rows with {part.counters.shape[1]} counters came, the table has {len(self._counters)}")
-        columns = [pa.array(part.keys), _lists(part.weights), _lists(part.state)]
-        for position, name in enumerate(self._counters):
+        columns = [pa.array(part.keys), _lists(part.weights)]
+        if self._whole:
+            columns.append(_lists(part.state))
+        for position, name in enumerate(self._counters if self._whole else ()):
             counted = np.ascontiguousarray(part.counters[:, position])
             columns.append(pa.array(counted.view(np.float32) if name in _FLOATS else counted))
         batch = pa.record_batch(columns, schema=self._schema)
@@ -86,23 +102,9 @@ class RowsFile:
                 self._flush()
             self._writer.close()
             if kind is None:
-                self._publish()
+                publish(self._partial, self.path, force=self._force, hint=self._hint)
         finally:
             self._partial.unlink(missing_ok=True)
-
-    def _publish(self) -> None:
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        if not self._force:
-            try:
-                # Unlike a rename it replaces nothing that somebody else has put there meanwhile.
-                os.link(self._partial, self.path)
-                return
-            except FileExistsError:
-                raise InvalidArgument(f"{self.path} is there by now: give another name, or --force") from None
-            except OSError:
-                pass  # a file system without links
-        os.replace(self._partial, self.path)
 
 
 def _lists(values: NDArray[np.float32]) -> pa.ListArray:

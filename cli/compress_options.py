@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `oarlock compress`."""
+
+import argparse
+from typing import Any
+
+METHODS = ("int8", "int4", "pq", "prune")
+
+
+def add_compress(commands: Any) -> None:
+    """Add `oarlock compress`."""
+    compress = commands.add_parser(
+        "compress",
+        help="make the tables of a checkpoint smaller, for serving",
+        description="Write a copy of a checkpoint with smaller tables, which `oarlock serve` opens, and say what it costs\n"
+        "(docs/export.md). The checkpoint stays as it is; training cannot go on from the copy.",
+    )
+    compress.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a job's name or folder, a folder of checkpoints or a URL (its newest cut), with @12 behind it, or one cut's folder",
+    )
+    compress.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
+    compress.add_argument(
+        "--method", required=True, choices=METHODS, help="in which form rows are kept, or which of them"
+    )
+    compress.add_argument(
+        "--table", action="append", default=[], metavar="T", help="only this one; may be repeated (default: all)"
+    )
+    compress.add_argument(
+        "--parts", type=_parts, metavar="N", help="pq: bytes of a row (default: a quarter of the dim)"
+    )
+    compress.add_argument("--keep", type=_share, metavar="F", help="prune: the share of rows that stays (default 0.5)")
+    compress.add_argument(
+        "--no-evaluation", action="store_true", help="do not evaluate the model before and after on the job's data"
+    )
+    compress.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _parts(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from 1 to the dim of the table")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give a share, above 0 and up to 1")
+    return found

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows made smaller after training, which only frozen tables hold: int4 with a scale, and product quantisation.
+
+    int4   q0 | q1 << 4, q2 | q3 << 4, ... zeros up to a multiple of 4, scale    w = (q - 8) * scale
+    pq     c0 c1 ... c(m-1), zeros up to a multiple of 4                         w of part p = its columns of line c(p)
+
+A codebook has the lines, float32[256, dim]; part p is the columns starts[p] to starts[p + 1]. int8: ``embedding/precision.py``.
+Invariant: reading is exact, packing rounds to what is nearest: for int4 under the one of some scales that errs least. Codes
+go on from those of ``precision``; a number never changes its meaning. Pure functions; kernels without bounds checks, any thread.
+"""
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.jit import jit
+from oarlock.embedding.pointer import (
+    Int,
+    address_of,
+    kernel_array,
+    load_f32,
+    load_i64,
+    load_u8,
+    load_u32,
+    store_f32,
+    store_u32,
+)
+from oarlock.embedding.precision import INT8, decode_row, encode_nearest, weight_bytes
+from oarlock.proto.errors import InvalidArgument
+
+INT4 = 4
+PQ = 5
+# Name of code n; the first four are those of ``precision``.
+FORMS = ("float32", "float16", "bfloat16", "int8", "int4", "pq")
+LINES = 256
+
+_SCALE_MIN = np.float32(2.0**-126)
+_SCALE_MAX = np.nextafter(np.float32(3.4028234663852886e38 / 127), np.float32(0))
+# Of the scale that keeps the largest weight of an int4 row exactly: smaller ones cut it off and are finer for the others.
+_SHRINK = np.linspace(1.0, 0.6, 9, dtype=np.float32)
+
+
+def row_bytes(code: int, dim: int, parts: int = 0) -> int:
+    """Return the bytes of a row; ``parts``: of a product-quantised one. They are a multiple of 4."""
+    if code == INT4:
+        return ((dim + 1) // 2 + 3) // 4 * 4 + 4
+    if code == PQ:
+        return (parts + 3) // 4 * 4
+    return weight_bytes(code, dim)
+
+
+@jit
+def decode_packed(row: Int, code: int, dim: int, codebook: Int, starts: Int, parts: Int, out: Int) -> None:
+    """Write the weights of the row at address ``row`` to float32[dim] at address ``out``."""
+    if code == INT4:
+        scale = load_f32(row + ((dim + 1) // 2 + 3) // 4 * 4, 0)
+        for column in range(dim):
+            both = np.int32(load_u8(row, column >> 1))
+            q = ((both >> ((column & 1) << 2)) & 15) - 8
+            store_f32(out, column, np.float32(q) * scale)
+    elif code == PQ:
+        for part in range(parts):
+            line = codebook + np.int64(load_u8(row, part)) * 4 * dim
+            for column in range(load_i64(starts, part), load_i64(starts, part + 1)):
+                store_u32(out, column, load_u32(line, column))
+    else:
+        decode_row(row, code, dim, out)
+
+
+@jit
+def encode_rows(weights: Int, scales: Int, n: Int, dim: Int, size: Int, out: Int) -> None:
+    """Store float32[n, dim] as int8 rows under scales: float32[n], each value as the nearest."""
+    for row in range(n):
+        encode_nearest(out + row * size, INT8, dim, weights + row * 4 * dim, load_f32(scales, row))
+
+
+@jit
+def decode_rows(
+    rows: Int, n: Int, size: Int, code: int, dim: int, codebook: Int, starts: Int, parts: Int, out: Int
+) -> None:
+    """Write the weights of ``n`` packed rows of ``size`` bytes to float32[n, dim] at address ``out``."""
+    for row in range(n):
+        decode_packed(rows + row * size, code, dim, codebook, starts, parts, out + row * 4 * dim)
+
+
+def pack_int8(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return weights: float32[n, dim] as int8 rows, the largest magnitude of each as 127."""
+    weights = kernel_array("weights", np.ascontiguousarray(weights), np.float32, 2)
+    n, dim = weights.shape
+    largest = np.abs(weights).max(axis=1)
+    scales = np.where(largest == 0, np.float32(0), np.clip(largest / np.float32(127), _SCALE_MIN, _SCALE_MAX))
+    scales = np.ascontiguousarray(scales, np.float32)
+    out = np.empty((n, row_bytes(INT8, dim)), np.uint8)
+    encode_rows(address_of(weights), address_of(scales), n, dim, out.shape[1], address_of(out))
+    return out
+
+
+def pack_int4(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return weights: float32[n, dim] as int4 rows."""
+    n, dim = weights.shape
+    full = np.maximum(np.abs(weights).max(axis=1, keepdims=True) / np.float32(7), _SCALE_MIN)
+    best = np.full(n, np.inf, np.float32)
+    scales, levels = np.zeros((n, 1), np.float32), np.zeros((n, dim), np.int8)
+    for shrink in _SHRINK:
+        scale = full * shrink
+        q = np.clip(np.rint(weights / scale), -7, 7)
+        error = np.square(q * scale - weights).sum(axis=1)
+        better = error < best
+        best[better], scales[better], levels[better] = error[better], scale[better], q[better].astype(np.int8)
+    out = np.zeros((n, row_bytes(INT4, dim)), np.uint8)
+    shifted = np.full((n, dim + dim % 2), 8, np.uint8)
+    shifted[:, :dim] = (levels + 8).astype(np.uint8)
+    out[:, : shifted.shape[1] // 2] = shifted[:, 0::2] | shifted[:, 1::2] << np.uint8(4)
+    out[:, -4:] = scales.view(np.uint8)
+    return out
+
+
+def part_starts(dim: int, parts: int) -> NDArray[np.int64]:
+    """Return where the parts of a product-quantised row begin, and where the last one ends: int64[parts + 1]."""
+    if not 1 <= parts <= dim:
+        raise InvalidArgument(f"{parts} parts: give 1 to {dim}, the dim of the table")
+    return np.linspace(0, dim, parts + 1).astype(np.int64)
+
+
+def train_codebook(sample: NDArray[np.float32], parts: int, *, seed: int = 0, rounds: int = 12) -> NDArray[np.float32]:
+    """Return the codebook: float32[256, dim] that k-means finds for rows: float32[n, dim], each part by itself."""
+    rng = np.random.default_rng(seed)
+    n, dim = sample.shape
+    codebook = np.zeros((LINES, dim), np.float32)
+    if not n:
+        return codebook
+    starts = part_starts(dim, parts)
+    for begin, end in itertools.pairwise(starts.tolist()):
+        points = np.ascontiguousarray(sample[:, begin:end])
+        lines = points[rng.choice(n, LINES, replace=n < LINES)].copy()
+        for _ in range(rounds):
+            near = _nearest(points, lines)
+            count = np.bincount(near, minlength=LINES)
+            for column in range(end - begin):
+                total = np.bincount(near, points[:, column], minlength=LINES)
+                lines[:, column] = np.where(count, total / np.maximum(count, 1), lines[:, column])
+            # What nobody is near to begins anew where somebody is.
+            empty = np.flatnonzero(count == 0)
+            lines[empty] = points[rng.integers(0, n, len(empty))]
+        codebook[:, begin:end] = lines
+    return codebook
+
+
+def pack_pq(weights: NDArray[np.float32], codebook: NDArray[np.float32], parts: int) -> NDArray[np.uint8]:
+    """Return weights: float32[n, dim] as the lines of the codebook that are nearest, part by part."""
+    n, dim = weights.shape
+    starts = part_starts(dim, parts)
+    out = np.zeros((n, row_bytes(PQ, dim, parts)), np.uint8)
+    for part, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
+        out[:, part] = _nearest(np.ascontiguousarray(weights[:, begin:end]), codebook[:, begin:end])
+    return out
+
+
+def _nearest(points: NDArray[np.float32], lines: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the line next to each point: int64[n]."""
+    out = np.empty(len(points), np.int64)
+    square = np.square(lines).sum(axis=1) / 2
+    for begin in range(0, len(points), 1 << 14):
+        run = slice(begin, begin + (1 << 14))
+        out[run] = np.argmin(square - points[run] @ lines.T, axis=1)
+    return out
+
+
+def unpack(
+    rows: NDArray[np.uint8], code: int, dim: int, codebook: NDArray[np.float32], starts: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the weights of packed rows: float32[n, dim]."""
+    rows = np.ascontiguousarray(rows)
+    out = np.empty((len(rows), dim), np.float32)
+    address = address_of(rows), len(rows), rows.shape[1]
+    decode_rows(*address, code, dim, address_of(codebook), address_of(starts), len(starts) - 1, address_of(out))
+    return out
+
+
+NO_CODEBOOK: NDArray[np.float32] = np.zeros((1, 1), np.float32)
+NO_STARTS: NDArray[np.int64] = np.zeros(1, np.int64)

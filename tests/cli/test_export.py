@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`oarlock export`: of a job by name, of its checkpoint by path; what it prints, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+Oarlock = Callable[..., Any]
+
+
+def test_rows_and_model_of_a_job_become_files(oarlock: Oarlock, train: Oarlock, tmp_path: Path) -> None:
+    assert train("--epochs", "1", "--name", "first").code == 0
+    ended = oarlock("export", "first", "--to", "rows", "--format", "parquet", "--state")
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    told = dict(line.split(": ") for line in ended.out.splitlines())
+    assert list(told) == ["rows/item.parquet", "rows/user.parquet"]
+    rows = pq.read_table("rows/user.parquet")
+    assert (
+        told["rows/user.parquet"] == f"{len(rows):,} rows of user, {Path('rows/user.parquet').stat().st_size:,} bytes"
+    )
+    assert rows.column_names[:3] == ["key", "weights", "state"]
+    for checkpoint in ("runs/first", "runs/first/checkpoints@1", "runs/first/checkpoints/cut-000001"):
+        ended = oarlock("export", checkpoint, "--table", "user", "--to", "user.arrow", "--json")
+        assert ended.code == 0, ended.err
+        facts = json.loads(ended.out)
+        assert (facts["cut"], facts["format"]) == (1, "arrow")
+        assert facts["files"][0]["rows"] == len(rows)
+        Path("user.arrow").unlink()
+    pytest.importorskip("onnx")
+    for more in ((), ("--with-rows",)):
+        ended = oarlock("export", "first", "--to", "first.onnx", *more)
+        assert ended.code == 0, ended.err
+        assert ended.out == f"first.onnx: {Path('first.onnx').stat().st_size:,} bytes\n"
+        assert "is there already" in oarlock("export", "first", "--to", "first.onnx").line
+        Path("first.onnx").unlink()
+    assert "--max-row-bytes" in oarlock("export", "first", "--to", "a.onnx", "--with-rows", "--max-row-bytes", "9").line
+    # Without its job beside it a checkpoint does not say what its graph is.
+    Path("runs/first/checkpoints").rename("alone")
+    assert "job.json" in oarlock("export", "alone", "--to", "a.onnx").line
+    assert oarlock("export", "alone", "--to", "a.safetensors", "--table", "user").code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "alone", "rows", "a.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "a"], "give --format parquet, arrow, safetensors or onnx"),
+        (["--to", "a.onnx", "--state"], "--state and --format onnx contradict each other"),
+        (["--to", "a.onnx", "--table", "user"], "--table and --format onnx contradict each other"),
+        (["--to", "a.arrow", "--with-rows"], "--with-rows and --format arrow contradict each other"),
+        (["--to", "a.arrow"], "no checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(oarlock: Oarlock, arguments: list[str], words: str) -> None:
+    ended = oarlock("export", "nothing", *arguments)
+    assert ended.code == 1
+    assert words in ended.line
+    assert ended.out == ""
