@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of shards that are not what they should be: an error by name, nothing torn, and all is well once they tell the truth."""
+"""Answers of shards that are not what they should be: an error by name, nothing torn, and all is well after the truth."""
 
 import follow_rig
 import numpy as np
