@@ -18,8 +18,9 @@ events. `--only counted` or `--only sync` runs one of the two parts.
 
 Blocks of a shard are those whose last acknowledged push before the signal it answered; times are read off the workers' notes
 (`launch/chaos_times.py`). In the full size each of two shards owns 1 GiB of rows, which events wait for, and has a copy of the
-other's; every group pushes to every one of these blocks. Quiet jobs have no ballast. In the quick size they
-have one process each, and the disturbed one's workers wait before each batch, so that the job lasts.
+other's; every group pushes to every one of these blocks. Quiet jobs have no ballast, and train beside the sync part, of which
+nothing is timed. In the quick size each is one process, and the disturbed one's workers wait before each batch, so that the
+job lasts.
 Invariant: it writes to a temporary folder only, leaves no process, and the last line printed is the result.
 """
 
@@ -31,6 +32,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -39,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,7 @@ from oarlock.proto.errors import Unavailable
 MOST_SECONDS = 1200.0
 # A larger gap than the quiet seeds' range may be of this much.
 LEAST_RANGE = 0.001
+CLICKS = "clicks"
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,14 @@ def measure(size: Size, folder: Path, seed: int, only: str | None, say: Callable
     os.environ[MARKER] = marker
     result: dict[str, Any] = {}
     try:
-        if only != "sync":
-            result |= Counted(size, folder, seed, say).measure()
-        if only != "counted":
-            result |= sync(size, folder, seed, say)
+        # Its children are gone with the folder that they write to.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            counted = Counted(size, folder, seed, say)
+            quiet = counted.disturb().train_quietly(pool) if only != "sync" else []
+            if only != "counted":
+                result |= sync(size, folder, seed, say)
+            if only != "sync":
+                result |= counted.result([each.result() for each in quiet])
     finally:
         del os.environ[MARKER]
     return {
@@ -157,78 +165,41 @@ class Counted:
         self._folder = folder
         self._seed = seed
         self._say = say
-        self._data = folder / "clicks"
+        self._data = folder / CLICKS
+        self._disturbed: list[tuple[Ended, Count]] = []
 
-    def measure(self) -> dict[str, Any]:
+    def disturb(self) -> "Counted":
+        """Train until there were enough events."""
         size = self._size
         write_clicks(self._data, rows=size.rows, test_rows=size.test_rows, seed=self._seed)
-        quiet = [self._train(f"quiet-{n}", self._seed + n, None)[0] for n in range(size.quiet_seeds)]
-        disturbed: list[tuple[Ended, Count]] = []
         left = size.events
         while left > 0:
-            number = len(disturbed)
+            number = len(self._disturbed)
             plan = Plan(left, size.gap_seconds, self._seed + number, USUAL, SHARDS, WORKERS)
-            disturbed.append(self._train(f"disturbed-{number}", self._seed + number, plan))
-            done = len(disturbed[-1][0].ledger.done)
+            ended, count = train(size, self._folder, f"disturbed-{number}", self._seed + number, plan)
+            self._disturbed.append((ended, count))
+            self._say(f"disturbed-{number}: {_words(ended, count)}; {summary([ended.ledger])['kinds']}")
+            for entry in ended.ledger.entries:
+                self._say(f"  {json.dumps(entry.to_json())}")
+            done = len(ended.ledger.done)
             if not done:
                 raise Unavailable("a job was over before anything was done to it: it is too small for this machine")
             left -= done
-        return self._result(quiet, disturbed)
+        return self
 
-    def _train(self, name: str, seed: int, plan: Plan | None) -> tuple[Ended, Count]:
-        size, folder = self._size, self._folder / name
-        blocks, rows, dim = size.ballast if plan is not None else (0, 0, 1)
-        options: dict[str, Any] = {
-            "batch_samples": size.batch,
-            "ballast": blocks,
-            "ballast_rows": rows,
-            "ballast_dim": dim,
-        }
-        options["pace"] = size.pace if plan is not None else 0.0
-        run = RunConfig(
-            recipe=RECIPE,
-            data=str(self._data),
-            seed=seed,
-            epochs=size.epochs,
-            servers=SHARDS[0],
-            workers=2,
-            reader="arrow",
-            replicas=1,
-            lease_seconds=size.lease_seconds,
-            heartbeat_seconds=size.lease_seconds / 10,
-            checkpoint_epochs=1000,
-            recipe_options=options,
-        )
-        spec = create(folder, name, run)
-        if plan is None and size.quiet_in_process:
-            begun = time.monotonic()
-            status = run_in_process(spec, folder, watch=lambda status: True)
-            ended = Ended(spec, folder, status, Ledger(), time.monotonic() - begun)
-        else:
-            ended = run_job(spec, folder, plan, ready=self._loaded, most_seconds=MOST_SECONDS)
-        if ended.status["phase"] != DONE:
-            raise Unavailable(f"job {name} ended as {ended.status['phase']}: {ended.status['reason']}")
-        count = check(self._data, folder, spec, ended.status["history"])
-        self._say(
-            f"{name}: auc {_auc(ended):.5f} in {ended.seconds:.1f} s; {count}; {summary([ended.ledger])['kinds']}"
-        )
-        for entry in ended.ledger.entries:
-            self._say(f"  {json.dumps(entry.to_json())}")
-        # Its checkpoints have all that it had in memory.
-        shutil.rmtree(folder)
-        return ended, count
+    def train_quietly(self, pool: Executor) -> list["Future[tuple[float, float]]"]:
+        """Have the quiet jobs trained, one after the other; each gives its AUC and seconds."""
+        size, seed = self._size, self._seed
+        return [pool.submit(_quiet, size, self._folder, f"quiet-{n}", seed + n) for n in range(size.quiet_seeds)]
 
-    def _loaded(self, status: dict[str, Any]) -> bool:
-        """Whether all shards together hold as many bytes of rows as the size asks for, copies included."""
-        stats = [m["stats"] for m in status["members"] if m["role"] == "shard"]
-        return under_way(status) and sum(s.get("bytes", 0) for s in stats) >= self._size.loaded
-
-    def _result(self, quiet: list[Ended], disturbed: list[tuple[Ended, Count]]) -> dict[str, Any]:
-        peace = [_auc(ended) for ended in quiet]
-        under = [_auc(ended) for ended, _ in disturbed]
-        counts = [count for _, count in disturbed]
-        ledgers = [ended.ledger for ended, _ in disturbed]
+    def result(self, quiet: list[tuple[float, float]]) -> dict[str, Any]:
+        """Return all figures."""
+        peace = [auc for auc, _ in quiet]
+        under = [_auc(ended) for ended, _ in self._disturbed]
+        counts = [count for _, count in self._disturbed]
+        ledgers = [ended.ledger for ended, _ in self._disturbed]
         gap = max(abs(auc - statistics.fmean(peace)) for auc in under)
+        self._say(f"quiet: auc {', '.join(f'{auc:.5f}' for auc in peace)}")
         return {
             **summary(ledgers),
             "lost_pushes": sum(c.lost + c.groups_lost for c in counts),
@@ -240,12 +211,69 @@ class Counted:
             "quiet_seeds": len(peace),
             "auc_range": round(max(peace) - min(peace), 6),
             "samples_exact": all(c.samples_exact for c in counts),
-            "jobs": len(disturbed),
+            "jobs": len(counts),
             "occurrences": sum(2 * c.rows * c.epochs for c in counts),
-            "disturbed_seconds": [round(ended.seconds, 1) for ended, _ in disturbed],
-            "quiet_seconds": [round(ended.seconds, 1) for ended in quiet],
+            "disturbed_seconds": [round(ended.seconds, 1) for ended, _ in self._disturbed],
+            "quiet_seconds": [round(seconds, 1) for _, seconds in quiet],
             "ledger": [e.to_json() for ledger in ledgers for e in ledger.entries],
         }
+
+
+def _quiet(size: Size, folder: Path, name: str, seed: int) -> tuple[float, float]:
+    """Train in peace, in a process of its own; return AUC and seconds."""
+    logging.getLogger("oarlock").addHandler(logging.NullHandler())
+    ended, _ = train(size, folder, name, seed, None)
+    return _auc(ended), ended.seconds
+
+
+def _words(ended: Ended, count: Count) -> str:
+    return f"auc {_auc(ended):.5f} in {ended.seconds:.1f} s; {count}"
+
+
+def train(size: Size, where: Path, name: str, seed: int, plan: Plan | None) -> tuple[Ended, Count]:
+    """Train one job that counts, on the clicks in ``where``, under a plan or in peace; what it wrote is gone after it."""
+    folder, data = where / name, where / CLICKS
+    blocks, rows, dim = size.ballast if plan is not None else (0, 0, 1)
+    options: dict[str, Any] = {
+        "batch_samples": size.batch,
+        "ballast": blocks,
+        "ballast_rows": rows,
+        "ballast_dim": dim,
+    }
+    options["pace"] = size.pace if plan is not None else 0.0
+    run = RunConfig(
+        recipe=RECIPE,
+        data=str(data),
+        seed=seed,
+        epochs=size.epochs,
+        servers=SHARDS[0],
+        workers=2,
+        reader="arrow",
+        replicas=1,
+        lease_seconds=size.lease_seconds,
+        heartbeat_seconds=size.lease_seconds / 10,
+        checkpoint_epochs=1000,
+        recipe_options=options,
+    )
+    spec = create(folder, name, run)
+
+    def loaded(status: dict[str, Any]) -> bool:
+        """Whether all shards together hold as many bytes of rows as the size asks for, copies included."""
+        stats = [m["stats"] for m in status["members"] if m["role"] == "shard"]
+        return under_way(status) and sum(s.get("bytes", 0) for s in stats) >= size.loaded
+
+    if plan is None and size.quiet_in_process:
+        begun = time.monotonic()
+        status = run_in_process(spec, folder, watch=lambda status: True)
+        ended = Ended(spec, folder, status, Ledger(), time.monotonic() - begun)
+    else:
+        ended = run_job(spec, folder, plan, ready=loaded, most_seconds=MOST_SECONDS)
+    if ended.status["phase"] != DONE:
+        raise Unavailable(f"job {name} ended as {ended.status['phase']}: {ended.status['reason']}")
+    count = check(data, folder, spec, ended.status["history"])
+    # Its checkpoints have all that it had in memory.
+    shutil.rmtree(folder)
+    return ended, count
 
 
 def sync(size: Size, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:

@@ -135,11 +135,16 @@ class Pulls:
 
     def _elsewhere(self, asked: Sequence[Keys], dense: NDArray[np.int32]) -> Pending | None:
         """Return what stands for an answer about blocks that are being handed over; StalePlacement for others not owned here."""
-        owned = self._shard.holdings.owned
+        holdings = self._shard.holdings
+        owned = holdings.owned
         if all(owned[keys.numbers].all() for keys in asked) and owned[dense].all():
             return None
+        numbers = np.concatenate([dense, *(keys.numbers for keys in asked)])
+        lacking = numbers[~owned[numbers]]
+        if len(lacking) and not holdings.closed:
+            # Whoever makes blocks holds the lock for long, and nobody is to wait for that.
+            raise _stale(int(lacking[0]))
         with self._shard.push_lock:
-            numbers = np.concatenate([dense, *(keys.numbers for keys in asked)])
             lacking = numbers[~owned[numbers]]
             if not len(lacking):
                 return None

@@ -29,7 +29,7 @@ from oarlock.client.router import Routes, ShardAddress, unpack_changes, unpack_p
 from oarlock.embedding.frozen import stored_rows
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import DescribeReply, DescribeRequest, StatusReply, StatusRequest
-from oarlock.proto.errors import PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
+from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import ChangesReply
 from oarlock.serving.live import Counts, Live
@@ -135,7 +135,11 @@ class Following(Serving):
         return self.current
 
     def _begin_without(self, error: PSError, progress: Progress) -> None:
-        manifest = self.store.load_manifest(None)
+        try:
+            manifest = self.store.load_manifest(None)
+        except (PSError, OSError):
+            # There is no cut either: why nobody answers is what helps.
+            raise error from None
         if manifest.job != self._job:
             raise WrongJob(f"cut {manifest.cut} is of job {manifest.job}, and not of {self._job}") from error
         layout = Layout(tuple(manifest.table_specs().values()), tuple(manifest.dense_specs().values()))
@@ -156,6 +160,8 @@ class Following(Serving):
                 address, "Coordinator.Status", StatusRequest(), timeout_seconds=CALL_SECONDS
             )
             status = json.loads(reply.status)
+            if not isinstance(status, dict):
+                raise Malformed("the coordinator's status is no JSON object")
             spec = JobSpec.from_json(described.spec)
             layout = Layout(spec.tables, spec.dense)
             live = self._live
@@ -343,7 +349,8 @@ class Following(Serving):
         self._say()
 
     def _say(self) -> None:
-        problem = "; ".join(text for _, text in sorted(self._troubles.items()))
+        # A copy: other threads have troubles of their own meanwhile.
+        problem = "; ".join(text for _, text in sorted(self._troubles.copy().items()))
         if problem and not self.problem:
             logger.warning("event=not_fresh problem=%r", problem[:1000])
         self.problem = problem[:1000]

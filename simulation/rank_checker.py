@@ -192,7 +192,8 @@ class RankChecker(Checker):
         """After the last event of a job that is done."""
         spec, total = self._spec, self.course.total
         for shard in shards:
-            self._look(shard)
+            # Some are its own by a record that was made just before the end, and that it has not heard of.
+            self._look(shard, adopted=True)
             marks = shard.marks
             assert isinstance(marks, RankMarks)
             steps = set(marks.steps[shard.owned].tolist())

@@ -162,7 +162,6 @@ class World(Resuming):
         await asyncio.sleep(max(0.0, self.wire.last_copy - self.loop.now) + 1.0)
         if not self.violation:
             joined = [s._joined for s in self.services_now if s._joined is not None]
-            # One that was struck off has what nobody acknowledges any more.
             found = [(identity.id, shard) for identity, shard in joined if identity.incarnation not in dead]
             if self.copies is not None:
                 self.copies.finish()
@@ -238,12 +237,14 @@ class World(Resuming):
                 self._check_shard(number, joined[1], call.method, request, reply)
 
     def _check_shard(self, number: int, shard: Shard, method: str, request: Any, reply: Any) -> None:
-        self.checker.handled(shard, method, request, reply)
+        # One that was struck off refuses, and has what nobody acknowledges any more.
+        living = not self.schedule.elastic or shard in self._living().values()
+        if living:
+            self.checker.handled(shard, method, request, reply)
         if self.copies is not None:
             self.copies.handled(shard, method, request, reply)
         if method == "Shard.Push":
-            # One that was struck off refuses, and has what nobody acknowledges any more.
-            if not self.schedule.elastic or shard in self._living().values():
+            if living:
                 self.checker.pushed(shard, request.split)
             self.kept.pushed(shard)
             self.residuals.pushed(shard, request, reply)
@@ -314,9 +315,8 @@ class World(Resuming):
     def _judge(self, member: Any, error: str) -> None:
         self._note(f"member gone: {member.role} {member.id} {error}")
         if member.role == "shard":
-            joined = [service._joined for service in self.services]
-            found = [n for n, each in enumerate(joined) if each and each[0].incarnation == member.incarnation]
-            self._lost_sight(*found)
+            joined = enumerate(service._joined for service in self.services)
+            self._lost_sight(*(n for n, each in joined if each and each[0].incarnation == member.incarnation))
         if error == "its lease ended":
             silent = self.loop.now - max(self._heard.get(member.incarnation, BEGIN), self._able_since)
             self.checker.judged(f"{member.role} {member.id}", silent)

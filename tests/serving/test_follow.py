@@ -158,6 +158,58 @@ def test_blocks_come_in_pages_while_they_change(followed):
     same(job, following)
 
 
+def test_no_row_goes_back_while_its_block_comes_in_pages(followed, monkeypatch):
+    job, following = followed
+    job.train(range(60))
+    job.catch_up(following)
+    # A page in a while.
+    monkeypatch.setattr("oarlock.ps.changes.WHOLE_BYTES_PER_SECOND", 100)
+    history = [job.inner.rows("user", KEYS[:60])]
+    seen = np.zeros(60, np.int64)
+    for shard in job.inner.shards.values():
+        shard.changes._page_bytes = 100
+        shard.feed._ring_bytes = 1
+    job.train(range(60))
+    history.append(job.inner.rows("user", KEYS[:60]))
+    rng = np.random.default_rng(1)
+    for turn in range(100):
+        job.clock.now += 1.0
+        for shard in following._routes.shards.values():
+            following.poll(shard)
+            shard = job.inner.shards[shard.id]
+            shard.feed._ring_bytes = 1 << 20 if turn else 1
+            # Somebody else asks, so that there is a take in between.
+            job.train(np.unique(rng.integers(0, 60, 30)), float(rng.normal()))
+            history.append(job.inner.rows("user", KEYS[:60]))
+            job.clock.now += 1.0
+            shard.feed.take()
+            found, _ = follow_rig.served(following, "user", KEYS[:60])
+            for key, row in enumerate(found):
+                at = [n for n, rows in enumerate(history) if rows[key].tobytes() == row.tobytes()]
+                assert at, key
+                assert at[-1] >= seen[key], (key, turn)
+                seen[key] = max(seen[key], at[0])
+    assert following.counts.whole_blocks > 12
+
+
+def test_a_block_that_got_another_content_comes_whole(followed):
+    """As when a table goes back to a checkpoint; also with the same number of operations, as after a death elsewhere."""
+    job, following = followed
+    job.train(range(100))
+    job.catch_up(following)
+    for more in (1, 0):
+        whole = following.counts.whole_blocks
+        for shard in job.inner.shards.values():
+            table = shard.tables[0]
+            for block in table.owned.tolist():
+                content = table.export_block(block)
+                other = content._replace(weights=content.weights + 1)
+                table.import_block(block, other, version=table.version(block) + more)
+        job.catch_up(following)
+        same(job, following)
+        assert following.counts.whole_blocks == whole + 8
+
+
 def test_nobody_follows_and_nothing_is_noted(followed):
     job, following = followed
     job.train(range(100))

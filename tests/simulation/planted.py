@@ -15,7 +15,7 @@ from oarlock.client.client import Client, Pushing
 from oarlock.client.closed import ClosedSet
 from oarlock.client.exchange import Message
 from oarlock.client.membership import Membership
-from oarlock.cluster import recovery
+from oarlock.cluster import recovery, service
 from oarlock.cluster.clocks import Clocks
 from oarlock.cluster.coordinator import Coordinator
 from oarlock.cluster.members import Members
@@ -36,9 +36,9 @@ def mark_before_apply(patch: Patch) -> None:
 
     original = Shard._push_rows
 
-    def push_rows(self: Shard, split: int, group: int, step: int, part: Any, reply: PushReply) -> None:
-        self.marks.record(split, group, part.keys.numbers)
-        original(self, split, group, step, part, reply)
+    def push_rows(self: Shard, to: Any, part: Any, reply: PushReply) -> None:
+        self.marks.record(to.split, to.group, part.keys.numbers)
+        original(self, to, part, reply)
 
     patch.setattr(Shard, "_push_rows", push_rows)
 
@@ -151,11 +151,11 @@ def bytes_made_when_sent(patch: Patch) -> None:
 def told_before_recorded(patch: Patch) -> None:
     """A split is said to be closed and not on disk before the epoch ends."""
 
-    def close_split(self: Coordinator, worker: int, split: int, samples: int, loss_sum: float, groups: int) -> None:
-        with self.lock:
-            self.work.close(worker, split, samples, loss_sum, groups)
+    def close_split(c: Coordinator, worker: int, split: int, samples: int, loss_sum: float, groups: int = 0) -> None:
+        with c.lock:
+            c.work.close(worker, split, samples, loss_sum, groups)
 
-    patch.setattr(Coordinator, "close_split", close_split)
+    patch.setattr(service, "close_split", close_split)
 
 
 def only_the_floor_is_taken_up(patch: Patch) -> None:

@@ -107,9 +107,9 @@ def told_before_the_views_begin(patch: Patch) -> None:
     early: dict[int, Moment] = {}
     cut = Cutting._cut
 
-    async def before(self: Cutting, number: int, workers: list[int], commits: Any) -> None:
+    async def before(self: Cutting, number: int, workers: list[int], commits: Any, at: int) -> None:
         early[number] = original(self._c, number)
-        await cut(self, number, workers, commits)
+        await cut(self, number, workers, commits, at)
 
     patch.setattr(Cutting, "_cut", before)
     patch.setattr(cutting, "moment_of", lambda c, number: early[number])

@@ -35,7 +35,12 @@ def committed_before_its_rows(patch: Patch) -> None:
 def dense_values_of_any_step(patch: Patch) -> None:
     """Dense values are pulled as rows are: whatever is there."""
     patch.setattr(Staged, "_without_rows", lambda self, state: None)
-    patch.setattr(Commit, "_check", lambda self, member, shard, reply: self._reported.add(shard.id))
+
+    def check(self: Commit, member: Any, shard: Any, sent: Any, reply: Any) -> None:
+        self._reported[shard] = reply.generation
+        self._news.tell()
+
+    patch.setattr(Commit, "_check", check)
 
 
 def dense_parts_in_order_of_arrival(patch: Patch) -> None:

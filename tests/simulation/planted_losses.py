@@ -61,9 +61,9 @@ def an_owner_that_died_is_left_out_of_the_cut(patch: Patch) -> None:
     """A cut is committed with the blocks of those that have written theirs."""
     original = Cutting._ordered
 
-    async def ordered(self: Cutting, shard: Any, order: str, request: Any, seconds: float) -> Any:
+    async def ordered(self: Cutting, shard: Any, order: str, request: Any, seconds: float, part: int = 1) -> Any:
         try:
-            return await original(self, shard, order, request, min(seconds, 1.0) if order == "Write" else seconds)
+            return await original(self, shard, order, request, min(seconds, 1.0) if order == "Write" else seconds, part)
         except PSError:
             if order != "Write":
                 raise
@@ -73,7 +73,7 @@ def an_owner_that_died_is_left_out_of_the_cut(patch: Patch) -> None:
 
 
 class Nothing:
-    torn, entries = False, "[]"
+    torn, entries, trouble = False, "[]", ""
 
 
 PLANTED: tuple[Callable[[Patch], None], ...] = (

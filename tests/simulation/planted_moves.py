@@ -136,14 +136,14 @@ def operations_of_any_generation(patch: Patch) -> None:
     """A copy does what whoever owned it tells it, whatever its record says since."""
     original = Following._step
 
-    def step(self: Following, sender: int, operation: Any, generations: Any) -> Any:
+    def step(self: Following, sender: int, operation: Any, generations: Any, ready: Any) -> Any:
         holdings, numbers = self._shard.holdings, operation.numbers
         owners = holdings.owners[numbers].copy()
         if isinstance(operation.does, operations.Image):
-            return original(self, sender, operation, generations)
+            return original(self, sender, operation, generations, ready)
         holdings.owners[numbers] = sender
         try:
-            return original(self, sender, operation, holdings.generations[numbers].copy())
+            return original(self, sender, operation, holdings.generations[numbers].copy(), ready)
         finally:
             holdings.owners[numbers] = owners
 
@@ -162,11 +162,11 @@ def images_take_the_place_of_newer_copies(patch: Patch) -> None:
     patch.setattr(Following, "_at", lambda self, request: request.first)
     original = Following._image
 
-    def image(self: Following, sender: int, operation: Any, generation: int) -> Any:
+    def image(self: Following, sender: int, operation: Any, does: Any, generation: int, ready: Any) -> Any:
         if self._shard.holdings.is_copy(operation.numbers)[0]:
-            take(self._shard, operation.does)
+            take(self._shard, does)
             return []
-        return original(self, sender, operation, generation)
+        return original(self, sender, operation, does, generation, ready)
 
     patch.setattr(Following, "_image", image)
 

@@ -136,7 +136,12 @@ def commits_go_where_keys_are(patch: Patch) -> None:
 def rows_are_answered_before_the_step(patch: Patch) -> None:
     """A pull is answered at once, with the rows of the step before."""
     patch.setattr(Staged, "_without_rows", lambda self, state: None)
-    patch.setattr(Commit, "_check", lambda self, member, shard, reply: self._reported.add(shard.id))
+
+    def check(self: Commit, member: Any, shard: Any, sent: Any, reply: Any) -> None:
+        self._reported[shard] = reply.generation
+        self._news.tell()
+
+    patch.setattr(Commit, "_check", check)
 
 
 def update_that_failed_begins_anew(patch: Patch) -> None:
