@@ -78,8 +78,8 @@ SIZES = {
         followed_seconds=3.5,
         rate_dims=(HEADLINE,),
         predict_rows=50_000,
-        predict_turns=3,
-        predict_seconds=0.06,
+        predict_turns=2,
+        predict_seconds=0.05,
     ),
     "tiny": Size(
         5_000,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A serving process's HTTP side in this process, and requests made by hand. Loaded as ``http_rig``."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -64,9 +65,11 @@ class Http:
     def raw(self, data: bytes, shut: bool = True) -> bytes:
         """Send bytes; return all that comes back until the connection ends."""
         with socket.create_connection(self.place, timeout=SECONDS) as peer:
-            peer.sendall(data)
-            if shut:
-                peer.shutdown(socket.SHUT_WR)
+            # Who is refused early may find the connection gone.
+            with contextlib.suppress(OSError):
+                peer.sendall(data)
+                if shut:
+                    peer.shutdown(socket.SHUT_WR)
             found = bytearray()
             while True:
                 try:
