@@ -14,7 +14,7 @@ from oarlock.proto.bulk import inlined
 from oarlock.proto.coordinator_pb2 import StatusReply
 from oarlock.proto.errors import Unavailable
 from oarlock.proto.methods import METHODS
-from oarlock.proto.shard_pb2 import UNDO, RowsRequest
+from oarlock.proto.shard_pb2 import UNDO, PullRequest, RowsRequest
 from oarlock.serving.follow import Following
 
 UNIFORM = Initializer("uniform", 0.1, 0.2)
@@ -34,6 +34,7 @@ SPECS = {
     "bfloat16": TableSpec("user", 5, OptimizerSpec("adagrad"), UNIFORM, 4, dtype="bfloat16", eviction=Eviction(age=3)),
     "int8": TableSpec("user", 5, OptimizerSpec("adam"), UNIFORM, 4, dtype="int8", eviction=Eviction(age=3)),
     "expanding": TableSpec("user", 3, parts=PARTS, blocks=4, expand_score=0.5, eviction=Eviction(age=3)),
+    "spilling": TableSpec("user", 16, OptimizerSpec("adagrad"), UNIFORM, 2, memory_bytes=1, eviction=Eviction(age=3)),
     "budget": TableSpec("user", 2, rig.SGD, UNIFORM, 2, eviction=Eviction(max_bytes=2000)),
 }
 
@@ -51,8 +52,10 @@ class Clock:
 class Job:
     """Shards with a table ``user`` (``SPECS``) and a table ``item``; what is asked of the coordinator is answered here."""
 
-    def __init__(self, spec="plain", shards=2):
-        self.inner = rows_rig.job_of(shards, tables=(SPECS[spec], TableSpec("item", 3, rig.SGD, rig.ZEROS, 4)))
+    def __init__(self, spec="plain", shards=2, **changes):
+        self.inner = rows_rig.job_of(
+            shards, tables=(SPECS[spec], TableSpec("item", 3, rig.SGD, rig.ZEROS, 4)), **changes
+        )
         self.spec = self.inner.spec
         self.step = 0
         self.status = {"phase": "training", "events": [], "checkpoints": []}
@@ -98,6 +101,14 @@ class Job:
             request.step = self.step
             request.header.CopyFrom(self.inner.header(message.shard.id))
             self.inner.services[message.shard.id].push(request)
+
+    def take_step(self, number, raw, value=1.0):
+        """Have the one rank of a sync job push its part of a step, and commit it."""
+        request = rig.request_of(self.inner, 0, 0, raw=raw, value=value)
+        request.rank, request.step = 1, number - 1
+        self.inner.services[0].push(request)
+        commit = PullRequest(header=self.inner.header(0), rank=1, state=number, samples=1)
+        self.inner.services[0].pull(commit)
 
     def sweep(self):
         for shard in self.inner.shards.values():

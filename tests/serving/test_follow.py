@@ -72,6 +72,17 @@ def test_an_undo_is_followed(followed):
     assert following.counts.whole_blocks == 12
 
 
+def test_the_steps_of_a_sync_job_are_followed(tmp_path):
+    job = follow_rig.Job(shards=1, mode="sync", ranks=1)
+    following = job.follower(tmp_path)
+    for number in range(1, 8):
+        job.take_step(number, range(10 * number, 60 + 5 * number), float(number))
+        job.catch_up(following)
+        same(job, following)
+    assert following.counts.whole_blocks == 12
+    assert following.counts.tombstones > 0
+
+
 @pytest.mark.parametrize("spec", follow_rig.SPECS)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_history_is_followed_to_the_bit(tmp_path, spec, seed):
