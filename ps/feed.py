@@ -92,14 +92,14 @@ class Part:
 
 @dataclass
 class _Taken:
-    """Part of a record before it has rows: sorted by block; ``gone`` may have keys that came back."""
+    """Part of a record before it has rows: what was noted, and what left, of which some may have come back."""
 
     table: int
     blocks: Numbers
     before: Longs
     after: Longs
-    keys: NDArray[np.uint64]
-    gone: NDArray[np.uint64]
+    keys: list[NDArray[np.uint64]]
+    gone: list[NDArray[np.uint64]]
 
 
 class Feed:
@@ -231,12 +231,7 @@ class Feed:
             gone = [self._gone(table, int(at), int(at) - base) for at in mine]
             # Some may have forgotten what left, which `since` says then.
             blocks = (mine - base).astype(np.int32)
-            keys = np.concatenate(noted[number]) if noted[number] else np.empty(0, np.uint64)
-            out.append(
-                _Taken(
-                    number, blocks, self.upto[mine], versions[mine], keys, np.concatenate(gone) if gone else keys[:0]
-                )
-            )
+            out.append(_Taken(number, blocks, self.upto[mine], versions[mine], noted[number], gone))
         self.upto[changed] = versions[changed]
         for at in self._lost:
             self.since[at] = versions[at]
@@ -257,8 +252,8 @@ class Feed:
     def _gather(self, taken: _Taken) -> Part:
         """Return the part with its rows as they are now."""
         shard, table = self._shard, self._shard.tables[taken.table]
-        keys, groups = _grouped(table, np.unique(taken.keys), taken.blocks)
-        gone, buried = _grouped(table, np.unique(taken.gone), taken.blocks)
+        keys, groups = _grouped(table, _distinct(taken.keys), taken.blocks)
+        gone, buried = _grouped(table, _distinct(taken.gone), taken.blocks)
         rows, present = [], []
         for begin in range(0, len(keys), LAP_ROWS):
             lap = slice(begin, begin + LAP_ROWS)
@@ -309,6 +304,10 @@ def _news(parts: list[Part], known: Longs, chosen: NDArray[np.bool_]) -> Iterato
             found = part.only(wanted)
             known[found.numbers] = found.after
             yield found
+
+
+def _distinct(keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.unique(np.concatenate(keys)) if keys else np.empty(0, np.uint64)
 
 
 def _grouped(

@@ -128,9 +128,8 @@ class Following(Serving):
             self._begin_without(error, progress)
         self.follow()
         while not self.ready:
-            live = self._live
-            done = 0 if live is None else live.counts.whole_blocks
-            progress(done, max(done + 1, 1 if live is None else len(live.sequences)))
+            # Nobody knows how many bytes there will be.
+            progress(0, 0)
             self._over.wait(WAIT_SECONDS)
         return self.current
 
