@@ -11,6 +11,7 @@ from oarlock.proto.methods import INFERENCE, METHODS, methods_of
 from oarlock.proto.roles import ADMIN, READ, ROLES, TRAIN
 from oarlock.proto.rpc import server
 from oarlock.proto.security import READ_REQUESTS_PER_SECOND, SecuritySpec, option_of
+from oarlock.ps import changes, feed
 from oarlock.ps.rows import MAX_KEYS
 from oarlock.serving import http_server
 from oarlock.telemetry import prometheus
@@ -70,6 +71,9 @@ def test_the_options_are_those_of_the_spec() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in table("what")}
     assert limits["keys in one `Rows`"] == str(MAX_KEYS)
+    of_followers = "bytes of one `Changes`; of whole blocks a second; of changes kept; keys noted"
+    mebibytes = [n >> 20 for n in (changes.ANSWER_BYTES, changes.WHOLE_BYTES_PER_SECOND, feed.RING_BYTES)]
+    assert limits[of_followers] == "about {} MiB; {} MiB; {} MiB; {}".format(*mebibytes, feed.NOTED_KEYS)
     assert (
         limits["requests a second of role `read`"]
         == f"{READ_REQUESTS_PER_SECOND:g} (look-ups and inferences not counted)"
