@@ -123,41 +123,17 @@ def part_starts(dim: int, parts: int) -> NDArray[np.int64]:
     return np.linspace(0, dim, parts + 1).astype(np.int64)
 
 
-def train_codebook(sample: NDArray[np.float32], parts: int, *, seed: int = 0, rounds: int = 12) -> NDArray[np.float32]:
-    """Return the codebook: float32[256, dim] that k-means finds for rows: float32[n, dim], each part by itself."""
-    rng = np.random.default_rng(seed)
-    n, dim = sample.shape
-    codebook = np.zeros((LINES, dim), np.float32)
-    if not n:
-        return codebook
-    starts = part_starts(dim, parts)
-    for begin, end in itertools.pairwise(starts.tolist()):
-        points = np.ascontiguousarray(sample[:, begin:end])
-        lines = points[rng.choice(n, LINES, replace=n < LINES)].copy()
-        for _ in range(rounds):
-            near = _nearest(points, lines)
-            count = np.bincount(near, minlength=LINES)
-            for column in range(end - begin):
-                total = np.bincount(near, points[:, column], minlength=LINES)
-                lines[:, column] = np.where(count, total / np.maximum(count, 1), lines[:, column])
-            # What nobody is near to begins anew where somebody is.
-            empty = np.flatnonzero(count == 0)
-            lines[empty] = points[rng.integers(0, n, len(empty))]
-        codebook[:, begin:end] = lines
-    return codebook
-
-
 def pack_pq(weights: NDArray[np.float32], codebook: NDArray[np.float32], parts: int) -> NDArray[np.uint8]:
     """Return weights: float32[n, dim] as the lines of the codebook that are nearest, part by part."""
     n, dim = weights.shape
     starts = part_starts(dim, parts)
     out = np.zeros((n, row_bytes(PQ, dim, parts)), np.uint8)
     for part, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
-        out[:, part] = _nearest(np.ascontiguousarray(weights[:, begin:end]), codebook[:, begin:end])
+        out[:, part] = nearest_lines(np.ascontiguousarray(weights[:, begin:end]), codebook[:, begin:end])
     return out
 
 
-def _nearest(points: NDArray[np.float32], lines: NDArray[np.float32]) -> NDArray[np.int64]:
+def nearest_lines(points: NDArray[np.float32], lines: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the line next to each point: int64[n]."""
     out = np.empty(len(points), np.int64)
     square = np.square(lines).sum(axis=1) / 2

@@ -36,10 +36,10 @@ from oarlock.embedding.packed import (
     pack_pq,
     part_starts,
     row_bytes,
-    train_codebook,
 )
 from oarlock.embedding.precision import INT8
 from oarlock.embedding.spec import TableSpec
+from oarlock.export.codebook import train_codebook
 from oarlock.export.publish import refuse_existing
 from oarlock.export.safetensors_file import SafetensorsFile
 from oarlock.export.tables import Progress, chosen_tables

@@ -18,11 +18,11 @@ from oarlock.embedding.packed import (
     pack_pq,
     part_starts,
     row_bytes,
-    train_codebook,
     unpack,
 )
 from oarlock.embedding.precision import INT8, PRECISIONS
 from oarlock.embedding.spec import TableSpec
+from oarlock.export.codebook import train_codebook
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 DIMS = (1, 2, 3, 7, 8, 16, 17, 64)

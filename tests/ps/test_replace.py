@@ -155,7 +155,8 @@ def test_the_next_increment_knows_that_all_has_changed(job, tmp_path):
     commit(job, tmp_path, 2)
     replace(job, path)
     replace(job, path, 3)
-    job.services[0]._views._committed = job.services[0]._views._last
+    views = job.services[0]._cutting._views
+    views._committed = views._last
     _, entries = commit(job, tmp_path, 4)
     user = [e for e in entries if e.name == "user"]
     assert all(not e.base and e.folder == "cut-000004" for e in user), "whole files"

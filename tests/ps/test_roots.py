@@ -35,6 +35,10 @@ NO_PATHS = {
     "Shard.Replace": {"table"},
     "Shard.Hello": {"version"},
     "Coordinator.Hello": {"version"},
+    "Serving.Nearest": {"table"},
+    "GRPCInferenceService.ModelReady": {"name", "version"},
+    "GRPCInferenceService.ModelMetadata": {"name", "version"},
+    "GRPCInferenceService.ModelInfer": {"model_name", "model_version", "id"},
 }
 
 
