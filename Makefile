@@ -38,8 +38,15 @@ setup: .venv/ready  ## make .venv with everything in it
 demo: setup  ## train on generated data: coordinator, two shards, two workers
 	.venv/bin/oarlock demo
 
-test: setup  ## all fast tests
-	.venv/bin/pytest
+# Those that start processes of their own wait for them most of the time, and take as long as all others: both at once.
+WITH_PROCESSES := $(addprefix tests/,benchmarks checkpoint cli client cluster data docs embedding export hostile launch)
+OTHERS = $(filter-out $(WITH_PROCESSES),$(patsubst %/,%,$(wildcard tests/[a-z]*/)) $(wildcard tests/test_*.py))
+
+test: setup  ## all fast tests, by two processes; the output of the second one comes last
+	@told=$$(mktemp) && trap 'rm -f $$told; kill $$second 2>/dev/null' EXIT && \
+	{ .venv/bin/pytest $(OTHERS) >$$told 2>&1 & } && second=$$! && \
+	{ .venv/bin/pytest $(WITH_PROCESSES); first=$$?; } && \
+	{ wait $$second; last=$$?; } ; cat $$told && exit $$((first | last))
 
 test-modern: .venv-modern/ready  ## the same tests with the newest numpy and pyarrow, without Petastorm
 	.venv-modern/bin/pytest

@@ -115,7 +115,7 @@ async def change(
 
     async def quiet_time() -> None:
         begun = time.monotonic()
-        await job.pause(max([size.quiet_seconds, *(s.done - s.asked for s in scales[-1:])]))
+        await job.pause(max([size.quiet_seconds, *(s.done - s.there for s in scales[-1:])]))
         quiet.append((begun, time.monotonic()))
 
     try:
