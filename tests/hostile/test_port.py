@@ -15,7 +15,7 @@ from grpc.aio import AioRpcError, Metadata
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES
 from oarlock.proto.common_pb2 import Empty
 from oarlock.proto.errors import Internal, InvalidArgument, Malformed, NotFound, PSError, Unavailable
-from oarlock.proto.methods import METHODS
+from oarlock.proto.methods import INFERENCE, METHODS
 from oarlock.proto.rpc import GrpcServer, GrpcTransport, from_status
 from oarlock.proto.rpc import places as places_module
 from oarlock.proto.rpc import server as server_module
@@ -110,7 +110,8 @@ def test_methods_that_there_are_not(port, path):
     assert port.trains(1)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("Serving.")])
+# What a serving process answers has tests beside it (tests/serving/test_fuzz.py).
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.service not in ("Serving", INFERENCE)])
 def test_every_method_refuses_bytes_that_are_no_message(port, coordinator, name):
     target = port if name.startswith("Shard.") else coordinator
     got = raw(target.address, METHODS[name].path, b"\xff" * 20)
