@@ -100,8 +100,8 @@ class Moving:
         # The last number of an order; and those of this step, by owner and heir: they go out together.
         self._numbers = 0
         self._numbered: dict[tuple[int, int], int] = {}
-        # Blocks whose copy is recorded and whose turn to be closed has not come.
-        self._ready: deque[int] = deque()
+        # Blocks whose copy is recorded and whose turn to be closed has not come, in this order.
+        self._ready: dict[int, None] = {}
         self.closed: set[int] = set()
         # When something was closed last.
         self._closed_at = -BREATH_SECONDS
@@ -193,7 +193,7 @@ class Moving:
         for block in sorted(self.closed):
             self._open_again(self.flights[block])
             self.flights[block].stage = WAIT
-            self._ready.append(block)
+            self._ready[block] = None
 
     def drop(self, block: int) -> None:
         """A move does not go on for now; whoever wants it asks again."""
@@ -251,7 +251,7 @@ class Moving:
             return []
         chosen = there[: self._most_closed]
         gone = {flight.move.block for flight in chosen}
-        self._ready = deque(b for b in ready if b not in gone)
+        self._ready = dict.fromkeys(b for b in ready if b not in gone)
         return chosen
 
     def _is_there(self, flight: Flight, now: float) -> bool:
@@ -296,7 +296,7 @@ class Moving:
             if stage == COPY:
                 self._copies[owner] += 1
             if stage == WAIT:
-                self._ready.append(move.block)
+                self._ready[move.block] = None
         if begin:
             # Its orders go out with the others.
             self._look.add(move.block)

@@ -206,6 +206,17 @@ def test_blocks_are_closed_together_once_all_copies_are_there(make_table: Any) -
     assert kinds(table.moving.step(0.3)[0]) == [(HAND, b, 3) for b in range(3)]
 
 
+def test_a_block_whose_record_changes_while_it_waits_is_closed_once(make_table: Any) -> None:
+    table = make_table(most_closed=8)
+    table.moving.want([Move(b, 0, 3, 3) for b in range(2)])
+    table.moving.step(0.0)
+    for generation in range(3):
+        table.record(0, 0, 0, 3)
+        assert table.moving.step(0.1 * generation) == ([], [])
+    table.record(1, 0, 0, 3)
+    assert kinds(table.moving.step(0.5)[0]) == [(HAND, 0, 3), (HAND, 1, 3)]
+
+
 def test_a_copy_waits_for_others_for_a_while_and_no_longer(make_table: Any) -> None:
     table = make_table(most_closed=8)
     table.moving.want([Move(b, 0, 3, 3) for b in range(2)])
