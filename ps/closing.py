@@ -5,7 +5,7 @@ Whoever was told at once to ask again would ask a few milliseconds later, and ag
 went. Who is told at the end asks once, and in the right place.
 
 Invariant: an answer is kept as long as one of its blocks is closed here, and no longer; it is given without the push lock, which
-covers all else. So many are kept at most that whatever ends a hand-over finds a thread.
+covers all else, but for ``fail``. So many are kept at most that whatever ends a hand-over finds a thread.
 """
 
 from collections.abc import Iterable
@@ -54,6 +54,7 @@ class Closing:
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
         self._kept: list[Kept] = []
+        self._most = MOST_KEPT
 
     def closed(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return those of the blocks that are closed for a hand-over. The push lock is held."""
@@ -64,7 +65,7 @@ class Closing:
 
     def keep(self, numbers: NDArray[np.int32], reply: PushReply, answer: PushReply | Pending) -> PushReply | Pending:
         """Return the answer to a push, that is ``answer``, in whose ``reply`` it says where ``numbers`` are: now, or later."""
-        if len(self.closed(numbers)) and len(self._kept) < MOST_KEPT:
+        if len(self.closed(numbers)) and len(self._kept) < self._most:
             pending = Pending(so_far=reply)
             self._kept.append(Kept(numbers, pending, answer))
             return pending
@@ -73,7 +74,7 @@ class Closing:
 
     def refuse(self, numbers: NDArray[np.int32], error: PSError) -> Pending | None:
         """Return what stands for an error about blocks that is raised later; None: it is raised now. The push lock is held."""
-        if not len(self.closed(numbers)) or len(self._kept) >= MOST_KEPT:
+        if not len(self.closed(numbers)) or len(self._kept) >= self._most:
             return None
         pending = Pending(so_far=error)
         self._kept.append(Kept(numbers, pending, error))
@@ -92,7 +93,8 @@ class Closing:
         return over
 
     def fail(self, error: PSError) -> None:
-        """Let nobody wait any more: this shard's part in the run is over. Takes no lock: nothing more is kept by then."""
+        """Let nobody wait any more: this shard's part in the run is over. The loop calls it, and waits for no lock."""
+        self._most = 0
         kept, self._kept = self._kept, []
         for each in kept:
             each.pending.fail(error)

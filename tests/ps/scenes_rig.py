@@ -82,10 +82,10 @@ class Copies(Job):
         )
         return self.services[shard].adopt(travelled("Shard.Adopt", request))
 
-    def give(self, number, to):
+    def give(self, number, to, *, leisurely=False):
         """Order the owner of a block to give another shard a copy."""
         owner = self.sets[number][0]
-        request = CopyRequest(header=self.header(owner), **self._named([number]), shard=to)
+        request = CopyRequest(header=self.header(owner), **self._named([number]), shard=to, leisurely=leisurely)
         self.services[owner].copy(travelled("Shard.Copy", request))
 
     def hand_over(self, number, to):

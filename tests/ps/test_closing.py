@@ -47,6 +47,7 @@ def test_so_many_answers_are_kept_and_who_comes_then_asks_again():
     job.shards[0].closing.fail(Unavailable("the end"))
     with pytest.raises(Unavailable):
         kept[0].result()
+    assert moved_at_once(job) == [5], "nothing is kept after the end"
 
 
 def moved_at_once(job):

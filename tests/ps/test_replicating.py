@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long an owner waits for a copy that does not answer before it asks for a smaller set, in virtual time."""
+"""How long an owner waits for a copy that does not answer before it asks for a smaller set, and how it rests between copies that
+nobody waits for, in virtual time."""
 
 import asyncio
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rig import spec_of
 from scenes_rig import Copies, done, travelled
 
 from oarlock.proto.coordinator_pb2 import SLOW, ReportReply
 from oarlock.proto.errors import Unavailable
-from oarlock.ps.replicating import SILENT_LEASES, Replicating
-from oarlock.simulation.loop import VirtualLoop
+from oarlock.ps.replicating import COPYING_SHARE, SILENT_LEASES, Replicating
+from oarlock.simulation.loop import Inline, VirtualLoop
 
 LEASE_SECONDS = 5.0
+IMAGE_SECONDS = 0.1
 
 
 class Member:
@@ -83,3 +86,35 @@ def test_a_copy_that_stays_away_is_to_leave_the_sets(loop):
     at, told, shard = reported[0]
     assert SILENT_LEASES * LEASE_SECONDS <= at < SILENT_LEASES * LEASE_SECONDS + 2
     assert (told, shard) == (SLOW, 1)
+
+
+class Slow(Member):
+    """As Member; shard 1 can be reached, and takes a while for each image."""
+
+    def __init__(self, job, loop):
+        super().__init__(job, loop, 0.0)
+        self.images = []
+
+    async def call(self, address, method, request, *, timeout_seconds):
+        if method == "Shard.Replicate" and request.message.operations[0].WhichOneof("does") == "image":
+            self.images.append(self._loop.time())
+            await asyncio.sleep(IMAGE_SECONDS)
+        return await super().call(address, method, request, timeout_seconds=timeout_seconds)
+
+
+@pytest.mark.parametrize(("leisurely", "gap"), [(False, IMAGE_SECONDS), (True, IMAGE_SECONDS / COPYING_SHARE)])
+def test_an_owner_rests_between_copies_that_nobody_waits_for(loop, leisurely, gap):
+    job = Copies(spec_of(), 2)
+    job.begin([(0,)] * job.layout.blocks)
+    member = Slow(job, loop)
+
+    async def body():
+        working = asyncio.ensure_future(Replicating(job.shards[0], member, Inline()).run())
+        for number in range(4):
+            job.give(number, 1, leisurely=leisurely)
+        await asyncio.sleep(10.0)
+        working.cancel()
+        await asyncio.wait([working])
+
+    loop.run_until_complete(body())
+    assert np.diff(member.images) == pytest.approx([gap] * 3, rel=0.01)
