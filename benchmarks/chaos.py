@@ -141,7 +141,7 @@ def measure(size: Size, folder: Path, seed: int, only: str | None, say: Callable
     os.environ[MARKER] = marker
     result: dict[str, Any] = {}
     try:
-        # Its children are gone with the folder that they write to.
+        # Quiet jobs train in a process of their own while this one watches the sync part.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             counted = Counted(size, folder, seed, say)
             quiet = counted.disturb().train_quietly(pool) if only != "sync" else []
@@ -168,20 +168,20 @@ class Counted:
         self._folder = folder
         self._seed = seed
         self._say = say
-        self._data = folder / CLICKS
         self._disturbed: list[tuple[Ended, Count]] = []
 
     def disturb(self) -> "Counted":
         """Train until there were enough events."""
         size = self._size
-        write_clicks(self._data, rows=size.rows, test_rows=size.test_rows, seed=self._seed)
+        write_clicks(self._folder / CLICKS, rows=size.rows, test_rows=size.test_rows, seed=self._seed)
         left = size.events
         while left > 0:
             number = len(self._disturbed)
             plan = Plan(left, size.gap_seconds, self._seed + number, USUAL, SHARDS, WORKERS)
             ended, count = train(size, self._folder, f"disturbed-{number}", self._seed + number, plan)
             self._disturbed.append((ended, count))
-            self._say(f"disturbed-{number}: {_words(ended, count)}; {summary([ended.ledger])['kinds']}")
+            words = f"auc {_auc(ended):.5f} in {ended.seconds:.1f} s; {count}; {summary([ended.ledger])['kinds']}"
+            self._say(f"disturbed-{number}: {words}")
             for entry in ended.ledger.entries:
                 self._say(f"  {json.dumps(entry.to_json())}")
             done = len(ended.ledger.done)
@@ -227,10 +227,6 @@ def _quiet(size: Size, folder: Path, name: str, seed: int) -> tuple[float, float
     logging.getLogger("oarlock").addHandler(logging.NullHandler())
     ended, _ = train(size, folder, name, seed, None)
     return _auc(ended), ended.seconds
-
-
-def _words(ended: Ended, count: Count) -> str:
-    return f"auc {_auc(ended):.5f} in {ended.seconds:.1f} s; {count}"
 
 
 def train(size: Size, where: Path, name: str, seed: int, plan: Plan | None) -> tuple[Ended, Count]:
