@@ -13,7 +13,7 @@ from predict_rig import Job
 from serving_rig import check_under_swaps, loaded, served
 
 from oarlock.serving.openapi import path_of
-from oarlock.serving.rest import ROUTES
+from oarlock.serving.rest import ROUTES, STATUS
 from oarlock.serving.tensors import to_raw
 
 
@@ -209,6 +209,9 @@ def test_the_description_has_every_route_and_no_other(rows: Http) -> None:
     assert open_ == {"/v2/health/live", "/v2/health/ready"}
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
     assert named == set(found["components"]["schemas"])
+    for route in ROUTES:
+        responses = found["paths"][path_of(route)][route.method.lower()]["responses"]
+        assert route.open or {str(int(status)) for status in STATUS.values()} <= set(responses)
     operations = [each["operationId"] for of in found["paths"].values() for each in of.values()]
     assert len(set(operations)) == len(operations)
 
