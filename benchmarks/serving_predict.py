@@ -14,8 +14,6 @@ import importlib
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 
 from oarlock.benchmarks.serving_measures import at_rate
 from oarlock.benchmarks.serving_predict_model import FIELDS, MODEL, raw_rows, write_job
-from oarlock.benchmarks.serving_sides import processor_seconds
+from oarlock.benchmarks.serving_sides import Serve, processor_seconds
 from oarlock.checkpoint.store import LocalStore
 from oarlock.client.job import JobSpec
 from oarlock.client.processors import limit_blas
@@ -49,18 +47,11 @@ SECONDS = 60.0
 TOLERANCE = 1e-6
 
 
-class Asker:
+class Asker(Serve):
     """`oarlock serve` of a job, and requests of it by gRPC and by HTTP."""
 
     def __init__(self, job: Path) -> None:
-        command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", str(job), "--http", "127.0.0.1:0", "--json"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
-        assert self._process.stdout is not None, "made with a pipe"
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"oarlock serve ended with {self._process.wait()}")
-        self.ready: dict[str, Any] = json.loads(line)
+        super().__init__(job, "--http", "127.0.0.1:0")
         self._transport = BlockingTransport(frames=False)
         self._http = http.client.HTTPConnection(self.ready["http"], timeout=SECONDS)
 
@@ -91,10 +82,7 @@ class Asker:
     def close(self) -> None:
         self._http.close()
         self._transport.close()
-        self._process.terminate()
-        self._process.wait()
-        assert self._process.stdout is not None, "made with a pipe"
-        self._process.stdout.close()
+        super().close()
 
 
 def request_of(tensors: list[Tensor]) -> ModelInferRequest:

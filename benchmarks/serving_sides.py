@@ -54,11 +54,11 @@ def resident_bytes(pid: int) -> int:
     raise ValueError(f"process {pid} says nothing of its memory")
 
 
-class Oarlock:
-    """`oarlock serve` of a folder. ``frames``: False, by gRPC alone."""
+class Serve:
+    """`oarlock serve` of a folder, with ``options``; ``ready``: what it said once it was."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", str(folder), "--json"]
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", str(folder), *options, "--json"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         assert self._process.stdout is not None, "made with a pipe"
@@ -66,6 +66,19 @@ class Oarlock:
         if not line:
             raise RuntimeError(f"oarlock serve ended with {self._process.wait()}")
         self.ready: dict[str, Any] = json.loads(line)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        assert self._process.stdout is not None, "made with a pipe"
+        self._process.stdout.close()
+
+
+class Oarlock(Serve):
+    """`oarlock serve` of a folder, and clients of it, by frames and by gRPC alone."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._client = Client(self.ready["address"], timeout_seconds=60.0)
         self._plain = Client(self.ready["address"], timeout_seconds=60.0, frames=False)
 
@@ -79,10 +92,7 @@ class Oarlock:
     def close(self) -> None:
         self._client.close()
         self._plain.close()
-        self._process.terminate()
-        self._process.wait()
-        assert self._process.stdout is not None, "made with a pipe"
-        self._process.stdout.close()
+        super().close()
 
 
 def missing_of_redis() -> str:

@@ -44,7 +44,7 @@ IDLE_SECONDS = 60.0
 BYTES_PER_SECOND = 1 << 20
 # What a peer may still send after it was refused; a connection that is closed on unread bytes takes the answer along.
 LEFTOVER_BYTES = 256 << 10
-# Newcomers that are told that there is no room: at most so many threads beside those of connections.
+# Connections that are ending already while newcomers have their places: at most so many beside the others.
 _SPARE = 8
 _CHUNK = 64 << 10
 _PAUSE_SECONDS = 0.25

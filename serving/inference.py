@@ -23,11 +23,8 @@ from oarlock.proto.inference_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
 )
-from oarlock.serving.models import EXTENSIONS, PLATFORM, SERVER, Answer, Described, Models, text_of
+from oarlock.serving.models import EXTENSIONS, MAX_ID, MAX_INPUTS, PLATFORM, SERVER, Answer, Described, Models, text_of
 from oarlock.serving.tensors import DATATYPES, Tensor, from_contents, from_raw, to_raw
-
-MAX_INPUTS = 4096
-MAX_ID = 1024
 
 
 class InferenceService:

@@ -26,6 +26,9 @@ SERVER = "oarlock"
 EXTENSIONS = ("binary_tensor_data",)
 PLATFORM = "oarlock"
 KEYS, ROWS, SCORE = "keys", "rows", "score"
+# Inputs of one request, and characters of what it calls itself, whatever form it has.
+MAX_INPUTS = 4096
+MAX_ID = 1024
 _KEY = (ColumnSpec(KEYS, "key"),)
 
 

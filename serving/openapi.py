@@ -99,6 +99,7 @@ _REFUSALS = {
     429: "Too many requests a second.",
     500: "A defect in Oarlock.",
     503: "Not now, or overloaded: ask again in a moment.",
+    504: "The time that a request may wait was over before its turn came.",
 }
 
 

@@ -19,15 +19,13 @@ from oarlock.proto.roles import READ
 from oarlock.proto.security import Security, presented_in
 from oarlock.proto.work import Memory, Work
 from oarlock.serving.http_request import Request, Response, error_response, json_response
-from oarlock.serving.models import EXTENSIONS, PLATFORM, SERVER, Answer, Described, Models, text_of
+from oarlock.serving.models import EXTENSIONS, MAX_ID, MAX_INPUTS, PLATFORM, SERVER, Answer, Described, Models, text_of
 from oarlock.serving.tensors import Tensor, from_json, from_raw, to_raw
 
 logger = logging.getLogger(__name__)
 
 BINARY = "inference-header-content-length"
 MAX_JSON_BYTES = 16 << 20
-MAX_INPUTS = 4096
-MAX_ID = 1024
 # How long a request may wait for memory and its turn.
 PATIENCE_SECONDS = 30.0
 _UNKNOWN = "this process answers those who give a token of its job: Authorization: Bearer TOKEN (docs/security.md)"
@@ -37,7 +35,6 @@ STATUS: dict[type[PSError], HTTPStatus] = {
     errors.NotFound: HTTPStatus.NOT_FOUND,
     errors.UnknownTable: HTTPStatus.NOT_FOUND,
     errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
-    errors.PermissionDenied: HTTPStatus.FORBIDDEN,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
     errors.OutOfMemory: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

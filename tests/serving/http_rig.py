@@ -33,6 +33,7 @@ class Http:
         **options: Any,
     ) -> None:
         security = security or Security()
+        self.serving = serving
         self.models = Models(ServingService(serving))
         if begun:
             self.models.begin(predictor)

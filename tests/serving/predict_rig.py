@@ -20,6 +20,8 @@ from oarlock.data.splits import plan_splits
 from oarlock.launch.config import run_config
 from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
+from oarlock.launch.prediction import predictor_of
+from oarlock.serving.predictor import Predictor
 from oarlock.serving.tensors import Tensor
 
 RECIPES = sorted(m.name for m in pkgutil.iter_modules(oarlock.recipes.__path__) if not m.name.startswith("_"))
@@ -107,6 +109,9 @@ class Job:
             self.scores = np.concatenate(seen)
             self.inputs = self._ncf() if name == "ncf" else self._clicks(data)
         self.store, self.manifest = open_checkpoint(str(self.folder / "checkpoints"))
+
+    def predictor(self, **options: Any) -> Predictor:
+        return predictor_of(self.manifest, job=self.folder, **options)
 
     def _clicks(self, data: Path) -> list[Tensor]:
         with (data / "test.csv").open(encoding="utf-8") as file:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose every row says of which cut it is. Loaded by conftest under the name ``serving_rig``."""
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from oarlock.checkpoint.manifest import ClosedSet, Manifest
 from oarlock.checkpoint.store import open_store
 from oarlock.embedding.hashing import blocks_of, table_salt
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec, to_json
+from oarlock.serving.swap import Serving
 
 JOB = "0123456789abcdef0123456789abcdef"
 SEED = 42
@@ -89,3 +93,46 @@ class Model:
         )
         self.store.commit(manifest)
         return manifest
+
+
+def loaded(store: Any) -> Serving:
+    """Return what serves the newest cut of a store."""
+    serving = Serving(store)
+    serving.load()
+    return serving
+
+
+def served(kind: Callable[..., Any], store: Any, predictor: Any = None) -> Iterator[Any]:
+    """Yield a server of the class ``kind`` that serves the newest cut of a store; it is closed then. For fixtures."""
+    with contextlib.closing(kind(loaded(store), predictor)) as made:
+        yield made
+
+
+def check_under_swaps(serving: Serving, model: Model, last: int, ask: Callable[[], tuple[int, Any, Any]]) -> None:
+    """Have three threads ask while cuts 2 to ``last`` take their place; ``ask`` returns an answer's cut, keys and rows."""
+    over = threading.Event()
+    cuts: set[int] = set()
+    wrong: list[int] = []
+
+    def ask_on() -> None:
+        while True:
+            at_end = over.is_set()
+            cut, keys, rows = ask()
+            cuts.add(cut)
+            if (rows != value_of(cut, keys)[:, None]).any():
+                wrong.append(cut)
+            if at_end:
+                return
+
+    threads = [threading.Thread(target=ask_on) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for cut in range(2, last + 1):
+        model.cut(cut)
+        serving.look()
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    # Each asks once after the last swap.
+    assert last in cuts

@@ -18,8 +18,8 @@ from http_rig import Http, binary_body, keys_body
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predict_rig import Job
+from serving_rig import served
 
-from oarlock.launch.prediction import predictor_of
 from oarlock.proto.errors import Internal, Malformed, PSError
 from oarlock.proto.inference_pb2 import ModelInferRequest
 from oarlock.proto.methods import INFERENCE, METHODS
@@ -28,7 +28,6 @@ from oarlock.proto.transport import dispatch
 from oarlock.serving.http_request import Refused, parse_head
 from oarlock.serving.inference import InferenceService
 from oarlock.serving.rest import ROUTES
-from oarlock.serving.swap import Serving
 from oarlock.serving.tensors import DATATYPES, to_raw
 from oarlock.telemetry.system import memory
 
@@ -41,12 +40,9 @@ MOST_GROWTH = 24 << 20
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Any:
     job = Job("dlrm", tmp_path_factory.mktemp("dlrm"))
-    serving = Serving(job.store)
-    serving.load()
-    made = Http(serving, predictor_of(job.manifest, job=job.folder))
-    made.job = job  # type: ignore[attr-defined]
-    yield made
-    made.close()
+    for made in served(Http, job.store, job.predictor()):
+        made.job = job
+        yield made
 
 
 def ask_http(http: Http, data: bytes) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from http_rig import SECONDS, Http, keys_body
 from security_rig import Authority, opened, texts_of, tls_fields, write_tokens
+from serving_rig import loaded
 
 from oarlock.proto.errors import InvalidArgument
 from oarlock.serving import http_server
@@ -19,7 +20,6 @@ from oarlock.serving.http_request import HEAD_BYTES, Response, json_response
 from oarlock.serving.http_server import MAX_BODY_BYTES, HttpServer
 from oarlock.serving.openapi import path_of
 from oarlock.serving.rest import ROUTES
-from oarlock.serving.swap import Serving
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 CLOSE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -30,9 +30,7 @@ def serve(model: Any) -> Any:
     made: list[Http] = []
 
     def start(**options: Any) -> Http:
-        serving = Serving(model.store)
-        serving.load()
-        made.append(Http(serving, **options))
+        made.append(Http(loaded(model.store), **options))
         return made[-1]
 
     yield start

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Open Inference Protocol over gRPC, by a public client of it where there is one, and by messages made by hand."""
 
-import threading
 from typing import Any
 
 import grpc
@@ -10,8 +9,8 @@ import pytest
 import serving_rig
 from predict_rig import Job
 from security_rig import bearer, opened, raw, texts_of, write_tokens
+from serving_rig import check_under_swaps, loaded, served
 
-from oarlock.launch.prediction import predictor_of
 from oarlock.proto import inference_pb2
 from oarlock.proto.errors import NotFound
 from oarlock.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -29,6 +28,7 @@ class Server:
     """A server of what ``serving`` serves, as oarlock serve has it."""
 
     def __init__(self, serving: Serving, predictor: Any = None, **options: Any) -> None:
+        self.serving = serving
         service = ServingService(serving)
         self.models = Models(service)
         self.models.begin(predictor)
@@ -59,20 +59,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture
 def predicting(job: Job) -> Any:
-    serving = Serving(job.store)
-    serving.load()
-    made = Server(serving, predictor_of(job.manifest, job=job.folder))
-    yield made
-    made.close()
+    yield from served(Server, job.store, job.predictor())
 
 
 @pytest.fixture
 def rows(model: Any) -> Any:
-    serving = Serving(model.store)
-    serving.load()
-    made = Server(serving)
-    yield made
-    made.close()
+    yield from served(Server, model.store)
 
 
 def infer(name: str, inputs: list[Any], raw_form: bool = True, **more: Any) -> ModelInferRequest:
@@ -182,18 +174,14 @@ def test_what_is_wrong_is_said(rows: Server) -> None:
 
 
 def test_nobody_is_answered_before_the_model_is_warm(model: Any) -> None:
-    serving = Serving(model.store)
-    serving.load()
-    service = InferenceService(Models(ServingService(serving)))
+    service = InferenceService(Models(ServingService(loaded(model.store))))
     assert not service.server_ready(inference_pb2.ServerReadyRequest()).ready
     assert not service.model_ready(inference_pb2.ModelReadyRequest(name="user")).ready
 
 
 def test_inference_is_not_among_what_is_counted_a_second(model: Any, tmp_path: Any) -> None:
     path = write_tokens(tmp_path / "tokens")
-    serving = Serving(model.store)
-    serving.load()
-    server = Server(serving, security=opened(token_file=path, read_requests_per_second=2.0))
+    server = Server(loaded(model.store), security=opened(token_file=path, read_requests_per_second=2.0))
     metadata = bearer(texts_of(path)["read"])
     try:
         for _ in range(20):
@@ -205,32 +193,14 @@ def test_inference_is_not_among_what_is_counted_a_second(model: Any, tmp_path: A
         server.close()
 
 
-def test_answers_under_swaps_are_of_one_cut_each(model: Any) -> None:
-    serving = Serving(model.store)
-    serving.load()
-    server = Server(serving)
-    over = threading.Event()
-    wrong: list[Any] = []
+def test_answers_under_swaps_are_of_one_cut_each(rows: Server, model: Any) -> None:
+    def ask() -> tuple[int, Any, Any]:
+        answer: ModelInferResponse = rows.call("ModelInfer", keys_request(model.keys))
+        cut = answer.parameters["cut"].int64_param
+        assert answer.model_version == f"0.{cut}"
+        return cut, model.keys, np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(-1, 4)
 
-    def ask() -> None:
-        while not over.is_set():
-            answer: ModelInferResponse = server.call("ModelInfer", keys_request(model.keys))
-            cut = answer.parameters["cut"].int64_param
-            found = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(-1, 4)
-            if answer.model_version != f"0.{cut}" or (found != serving_rig.value_of(cut, model.keys)[:, None]).any():
-                wrong.append(answer.model_version)
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for cut in range(2, 8):
-        model.cut(cut)
-        serving.look()
-    over.set()
-    for thread in threads:
-        thread.join()
-    server.close()
-    assert not wrong
+    check_under_swaps(rows.serving, model, 7, ask)
 
 
 # A public client
@@ -295,8 +265,7 @@ class Rows:
 
 
 def test_tables_that_are_no_snapshots_give_rows_and_no_predictions(model: Any) -> None:
-    serving: Any = Serving(model.store)
-    serving.load()
+    serving: Any = loaded(model.store)
     live = Rows(serving.current)
     serving._snapshot = live
     server = Server(serving)

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from predict_rig import RECIPES, Job
+from serving_rig import loaded
 from threadpoolctl import threadpool_limits
 
-from oarlock.launch.prediction import predictor_of
 from oarlock.serving.models import Models
 from oarlock.serving.service import ServingService
-from oarlock.serving.swap import Serving
 from oarlock.serving.tensors import Tensor
 
 
@@ -24,11 +23,9 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def models(job: Job) -> Any:
-    serving = Serving(job.store)
-    serving.load()
-    made = Models(ServingService(serving))
+    made = Models(ServingService(loaded(job.store)))
     with threadpool_limits(1):
-        made.begin(predictor_of(job.manifest, job=job.folder, scorers=2))
+        made.begin(job.predictor(scorers=2))
         yield made
 
 

@@ -3,7 +3,6 @@
 
 import json
 import re
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,10 @@ import pytest
 import serving_rig
 from http_rig import Http, binary_body, keys_body, values_of
 from predict_rig import Job
+from serving_rig import check_under_swaps, loaded, served
 
-from oarlock.launch.prediction import predictor_of
 from oarlock.serving.openapi import path_of
-from oarlock.serving.rest import ROUTES
-from oarlock.serving.swap import Serving
+from oarlock.serving.rest import ROUTES, STATUS
 from oarlock.serving.tensors import to_raw
 
 
@@ -26,20 +24,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture
 def predicting(job: Job) -> Any:
-    serving = Serving(job.store)
-    serving.load()
-    made = Http(serving, predictor_of(job.manifest, job=job.folder))
-    yield made
-    made.close()
+    yield from served(Http, job.store, job.predictor())
 
 
 @pytest.fixture
 def rows(model: Any) -> Any:
-    serving = Serving(model.store)
-    serving.load()
-    made = Http(serving)
-    yield made
-    made.close()
+    yield from served(Http, model.store)
 
 
 def json_inputs(job: Job, count: int) -> list[dict[str, Any]]:
@@ -121,9 +111,7 @@ def test_what_is_there_is_told(rows: Http, model: Any) -> None:
 
 
 def test_nothing_is_ready_before_the_model_is_warm(model: Any) -> None:
-    serving = Serving(model.store)
-    serving.load()
-    http = Http(serving, begun=False)
+    http = Http(loaded(model.store), begun=False)
     try:
         assert http.json("GET", "/v2/health/ready") == (503, {"ready": False})
         assert http.json("GET", "/v2/health/live")[0] == 200
@@ -221,6 +209,9 @@ def test_the_description_has_every_route_and_no_other(rows: Http) -> None:
     assert open_ == {"/v2/health/live", "/v2/health/ready"}
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
     assert named == set(found["components"]["schemas"])
+    for route in ROUTES:
+        responses = found["paths"][path_of(route)][route.method.lower()]["responses"]
+        assert route.open or {str(int(status)) for status in STATUS.values()} <= set(responses)
     operations = [each["operationId"] for of in found["paths"].values() for each in of.values()]
     assert len(set(operations)) == len(operations)
 
@@ -274,26 +265,11 @@ def test_answers_are_as_the_description_says(rows: Http) -> None:
 
 
 def test_answers_under_swaps_are_of_one_cut_each(rows: Http, model: Any) -> None:
-    serving = rows.models._service.serving
-    over, wrong = threading.Event(), []
+    def ask() -> tuple[int, Any, Any]:
+        _, answer = rows.json("POST", "/v2/models/user/infer", keys_body(model.keys[:50]))
+        return answer["parameters"]["cut"], model.keys[:50], values_of(answer)
 
-    def ask() -> None:
-        while not over.is_set():
-            _, answer = rows.json("POST", "/v2/models/user/infer", keys_body(model.keys[:50]))
-            cut = answer["parameters"]["cut"]
-            if (values_of(answer) != serving_rig.value_of(cut, model.keys[:50])[:, None]).any():
-                wrong.append(cut)
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for cut in range(2, 7):
-        model.cut(cut)
-        serving.look()
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    check_under_swaps(rows.serving, model, 6, ask)
 
 
 def test_a_public_client_predicts_and_looks_up(predicting: Http, job: Job) -> None:
