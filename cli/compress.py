@@ -32,12 +32,7 @@ def compress_command(options: argparse.Namespace) -> int:
     origin = find_origin(options.checkpoint)
     with reading(origin.path):
         specs = chosen_tables(origin.manifest, options.table)
-        with bytes_progress() as progress:
-            task = progress.add_task("compressing", total=None)
-
-            def show(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
-
+        with bytes_progress("compressing") as show:
             methods = {spec.name: method for spec in specs}
             made = compress(origin.store, origin.manifest, methods, Path(options.to), progress=show)
         before = open_snapshot(origin.store, origin.manifest, trust=True)

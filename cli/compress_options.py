@@ -4,7 +4,10 @@
 import argparse
 from typing import Any
 
+from oarlock.cli.numbers import between
+
 METHODS = ("int8", "int4", "pq", "prune")
+MAX_DIM = 65536
 
 
 def add_compress(commands: Any) -> None:
@@ -28,19 +31,13 @@ def add_compress(commands: Any) -> None:
         "--table", action="append", default=[], metavar="T", help="only this one; may be repeated (default: all)"
     )
     compress.add_argument(
-        "--parts", type=_parts, metavar="N", help="pq: bytes of a row (default: a quarter of the dim)"
+        "--parts", type=between(1, MAX_DIM), metavar="N", help="pq: bytes of a row (default: a quarter of the dim)"
     )
     compress.add_argument("--keep", type=_share, metavar="F", help="prune: the share of rows that stays (default 0.5)")
     compress.add_argument(
         "--no-evaluation", action="store_true", help="do not evaluate the model before and after on the job's data"
     )
     compress.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _parts(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 65536:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from 1 to the dim of the table")
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -46,12 +46,7 @@ def export(options: argparse.Namespace) -> int:
 
 def _tables(origin: Origin, to: Path, format: str, options: argparse.Namespace) -> dict[str, Any]:
     specs = chosen_tables(origin.manifest, options.table)
-    with bytes_progress() as progress:
-        task = progress.add_task("exporting rows", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
+    with bytes_progress("exporting rows") as show:
         made = export_tables(origin.store, origin.manifest, specs, to, format, whole=options.state, progress=show)
     files = [{"table": one.table, "file": str(one.path), "rows": one.rows, "bytes": one.bytes} for one in made]
     return {"format": format, "files": files}

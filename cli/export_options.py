@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of `oarlock export`."""
 
-import argparse
 from typing import Any
+
+from oarlock.cli.numbers import between
 
 FORMATS = ("parquet", "arrow", "safetensors", "onnx")
 MAX_ROW_BYTES = 1 << 30
@@ -30,15 +31,9 @@ def add_export(commands: Any) -> None:
     export.add_argument("--with-rows", action="store_true", help="onnx: the rows of small tables inside, fed with keys")
     export.add_argument(
         "--max-row-bytes",
-        type=_bytes,
+        type=between(1, MAX_ROW_BYTES),
         default=MAX_ROW_BYTES,
         metavar="N",
         help=f"of keys and rows inside (default {MAX_ROW_BYTES})",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _bytes(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:19]) <= MAX_ROW_BYTES:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give an integer from 1 to {MAX_ROW_BYTES}")
-    return int(text)

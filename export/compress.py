@@ -102,7 +102,8 @@ def compress(
         }
         text = json.dumps({**document, "checksum": checksum_of(document)}, indent=1)
         (partial / COMPRESSED).write_text(text, encoding="ascii")
-        for path in [*files, partial / COMPRESSED]:
+        # Folders too: their names of the files.
+        for path in [*partial.rglob("*"), partial]:
             _make_durable(path)
         os.rename(partial, to)
         _make_durable(to.parent)

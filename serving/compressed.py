@@ -29,7 +29,7 @@ from oarlock.embedding.packed import FORMS, NO_CODEBOOK, NO_STARTS, PQ, part_sta
 from oarlock.embedding.pointer import kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, VersionMismatch
-from oarlock.serving.tensor_file import read_tensors
+from oarlock.serving.tensor_file import corrupt, read_tensors
 
 COMPRESSED, TABLES = "compressed.json", "tables"
 SOURCE = f"{TABLES}/source.json"
@@ -81,7 +81,7 @@ class Compressed(Reading):
             told = self.document()["tables"]
             return {name: TableForm(**{**one, "block_rows": tuple(one["block_rows"])}) for name, one in told.items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise _corrupt(COMPRESSED, f"its tables are damaged: {error}") from None
+            raise corrupt(COMPRESSED, f"its tables are damaged: {error}") from None
 
     def document(self) -> dict[str, Any]:
         """Return ``compressed.json``, whose checksum fits and whose format is known."""
@@ -90,15 +90,15 @@ class Compressed(Reading):
             checksum = found.pop("checksum")
             name, version = found["format"], found["format_version"]
         except FileNotFoundError:
-            raise _corrupt(COMPRESSED, "missing") from None
+            raise corrupt(COMPRESSED, "missing") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _corrupt(COMPRESSED, f"truncated or altered: {error}") from None
+            raise corrupt(COMPRESSED, f"truncated or altered: {error}") from None
         if name != FORMAT or not isinstance(version, str) or version.split(".")[0] != str(VERSION[0]):
             raise VersionMismatch(
                 f"{self.folder / COMPRESSED}: {name} {version}; this Oarlock reads {FORMAT} {VERSION[0]}: compress the cut anew"
             )
         if checksum != checksum_of(found):
-            raise _corrupt(COMPRESSED, "altered: its checksum does not fit")
+            raise corrupt(COMPRESSED, "altered: its checksum does not fit")
         return dict(found)
 
     def checked(self, name: str, *, trust: bool = False) -> Any:
@@ -107,33 +107,35 @@ class Compressed(Reading):
             told = self.document()["files"][name]
             size, digest = told["bytes"], told["sha256"]
         except (KeyError, TypeError):
-            raise _corrupt(COMPRESSED, f"it does not know {name}") from None
+            raise corrupt(COMPRESSED, f"it does not know {name}") from None
         try:
             data = self.files.map_file(name) if trust else self.files.read_file(name)
             data = self.files.read_file(name) if data is None else data
         except OSError as error:
-            raise _corrupt(name, f"cannot be read: {error.strerror}") from None
+            raise corrupt(name, f"cannot be read: {error.strerror}") from None
         if len(data) != size:
-            raise _corrupt(name, f"it has {len(data)} of {size} bytes")
+            raise corrupt(name, f"it has {len(data)} of {size} bytes")
         if not trust and hashlib.sha256(data).hexdigest() != digest:
-            raise _corrupt(name, "altered: its checksum does not fit")
+            raise corrupt(name, "altered: its checksum does not fit")
         return data
 
     def open_table(self, name: str, spec: TableSpec, seed: int, *, trust: bool = False) -> FrozenTable:
         """Return a table to be looked up."""
         kept = self.tables().get(name)
         if kept is None or kept.form not in FORMS or len(kept.block_rows) != spec.blocks:
-            raise _corrupt(COMPRESSED, f"table {name} is not told whole")
+            raise corrupt(COMPRESSED, f"table {name} is not told whole")
         data = read_tensors(self.checked(kept.file, trust=trust), kept.file)
         try:
             keys, rows = data["keys"], data["rows"]
+            if (keys.ndim, rows.ndim) != (1, 2):
+                raise corrupt(kept.file, f"its keys are {list(keys.shape)}, its rows {list(rows.shape)}")
             blocks, begin = [], 0
             for number, count in enumerate(kept.block_rows):
                 run = slice(begin, begin := begin + count)
                 _check_block(spec, number, keys[run], count)
                 blocks.append(FrozenBlock(spec, keys[run], _NOTHING, _NOTHING, packed=rows[run]))
             if begin != len(keys):
-                raise _corrupt(kept.file, f"its blocks have {begin} rows, its keys are {len(keys)}")
+                raise corrupt(kept.file, f"its blocks have {begin} rows, its keys are {len(keys)}")
             quantised = kept.form == PQ_FORM
             return FrozenTable(
                 spec,
@@ -144,9 +146,9 @@ class Compressed(Reading):
                 starts=part_starts(spec.dim, kept.parts) if quantised else NO_STARTS,
             )
         except KeyError as error:
-            raise _corrupt(kept.file, f"it has no {error}") from None
+            raise corrupt(kept.file, f"it has no {error}") from None
         except PSError as error:
-            raise error if isinstance(error, CorruptCheckpoint) else _corrupt(kept.file, error.message) from None
+            raise error if isinstance(error, CorruptCheckpoint) else corrupt(kept.file, error.message) from None
 
 
 PQ_FORM = FORMS[PQ]
@@ -155,20 +157,16 @@ PQ_FORM = FORMS[PQ]
 def _check_block(spec: TableSpec, number: int, keys: Any, count: int) -> None:
     """Raise unless keys are a block's, each once: what an index of them is made by trusts that."""
     if len(keys) != count or keys.dtype != np.uint64 or (keys[1:] <= keys[:-1]).any():
-        raise _corrupt(spec.name, f"keys of block {number} are not {count}, ascending")
+        raise corrupt(spec.name, f"keys of block {number} are not {count}, ascending")
     own = np.empty(count, np.int32)
     blocks_of(kernel_array("keys", keys, np.uint64), table_salt(spec.name), spec.blocks.bit_length() - 1, own)
     if (own != number).any():
-        raise _corrupt(spec.name, f"keys of another block are in block {number}")
+        raise corrupt(spec.name, f"keys of another block are in block {number}")
 
 
 def checksum_of(document: dict[str, Any]) -> str:
     """Return the checksum of ``compressed.json`` without it."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _corrupt(file: str, problem: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"{file}: {problem}", file=file)
 
 
 def locate_served(path: str) -> tuple[Reading, int | None]:

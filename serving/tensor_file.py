@@ -22,12 +22,12 @@ def read_tensors(data: Any, file: str) -> dict[str, NDArray[Any]]:
     whole = np.frombuffer(data, np.uint8)
     length = int(whole[:8].view("<u8")[0]) if len(whole) >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, len(whole) - 8):
-        raise _corrupt(file, "its header is not as long as it says")
+        raise corrupt(file, "its header is not as long as it says")
     try:
         header = json.loads(bytes(whole[8 : 8 + length]))
         found = {name: _tensor(whole[8 + length :], each) for name, each in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _corrupt(file, f"its header is damaged: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise corrupt(file, f"its header is damaged: {error}") from None
     return found
 
 
@@ -40,5 +40,6 @@ def _tensor(body: NDArray[np.uint8], told: dict[str, Any]) -> NDArray[Any]:
     return body[begin:end].view(dtype).reshape(shape)
 
 
-def _corrupt(file: str, problem: str) -> CorruptCheckpoint:
+def corrupt(file: str, problem: str) -> CorruptCheckpoint:
+    """Return the error that says what is wrong with a file."""
     return CorruptCheckpoint(f"{file}: {problem}", file=file)

@@ -9,7 +9,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from oarlock.cli import compress_options, export_options
+from oarlock.embedding.spec import MAX_DIM
+from oarlock.export import compress, onnx, tables
+
 Oarlock = Callable[..., Any]
+
+
+def test_options_offer_what_there_is() -> None:
+    # They are written again, so that `oarlock --help` imports none of it.
+    assert (*tables.FORMATS, "onnx") == export_options.FORMATS
+    assert export_options.MAX_ROW_BYTES == onnx.MAX_ROW_BYTES
+    assert (compress_options.METHODS, compress_options.MAX_DIM) == (compress.METHODS, MAX_DIM)
 
 
 def test_rows_and_model_of_a_job_become_files(oarlock: Oarlock, train: Oarlock, tmp_path: Path) -> None:

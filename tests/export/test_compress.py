@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def test_a_damaged_copy_is_not_served(model: Any, tmp_path: Path) -> None:
 
         return change
 
+    def retell(keys: dict[str, Any]) -> Any:
+        def change(folder: Path) -> None:
+            path = folder / "tables/item.safetensors"
+            data = path.read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            header = json.loads(data[8 : 8 + length])
+            del header["__metadata__"]  # room for other numbers
+            header["keys"] |= keys
+            text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+            path.write_bytes(data[:8] + text + data[8 + length :])
+
+        return change
+
     for change, words in (
         (flip("tables/item.safetensors", 20), "altered"),
         (flip("tables/item.safetensors", -1), "altered"),
@@ -153,6 +167,16 @@ def test_a_damaged_copy_is_not_served(model: Any, tmp_path: Path) -> None:
         if words == "of another block|ascending":
             with pytest.raises(CorruptCheckpoint):
                 open_snapshot(bad, manifest, trust=True)
+    for keys, words in (
+        ({"shape": [], "data_offsets": [0, 8]}, "its keys are"),
+        ({"shape": [100, 2]}, "its keys are"),
+        ({"shape": [1e400]}, "its header is damaged"),
+        ({"shape": [201]}, "does not lie in it"),
+        ({"dtype": "F64"}, "its header is damaged"),
+    ):
+        bad = damaged(retell(keys))
+        with pytest.raises(CorruptCheckpoint, match=words):
+            open_snapshot(bad, manifest, trust=True)
     with pytest.raises(VersionMismatch, match="compress the cut anew"):
         Serving(damaged(edit(format_version="2.0"))).load()
     with pytest.raises(NotFound, match="made of cut 2"):

@@ -2,6 +2,7 @@
 """Rows as files: read back by other programs, to the bit; whole or not there; nothing is replaced."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_damaged_checkpoint_gives_nothing(model: Any, tmp_path: Path, format: 
     data[-200] ^= 1
     path.write_bytes(data)
     for to in (tmp_path / "out", tmp_path / f"user.{format}"):
-        with pytest.raises(CorruptCheckpoint, match=r"rows-user-0*3|user"):
+        with pytest.raises(CorruptCheckpoint, match=re.escape(f"{entry.folder}/{entry.file}: altered")):
             export(model, to, format, "user")
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
 
