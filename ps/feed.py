@@ -122,7 +122,7 @@ class Feed:
         self.since: Longs = np.full(blocks, -1, np.int64)
         self.upto: Longs = np.zeros(blocks, np.int64)
         self._lives: Longs = np.zeros(blocks, np.int64)
-        # The take from which on who asked this shard knows a block's content as it is here.
+        # Of which take on an answer of this shard says what a block's content is; what came before is not built upon.
         self._anew: Longs = np.zeros(blocks, np.int64)
         self._lost: list[int] = []
         self._ring: deque[Part] = deque()
@@ -211,7 +211,8 @@ class Feed:
         owned = shard.owned[: len(versions)]
         fresh = owned & (begin | (self.since < 0) | (lives != self._lives))
         self.since[~owned] = -1
-        self._anew[fresh] = self.takes
+        # Whoever has answers up to the last take alone has nothing of what was forgotten since.
+        self._anew[fresh] = self.takes + begin
         self.since[fresh] = self.upto[fresh] = versions[fresh]
         self._lives = lives
         return versions
@@ -228,7 +229,7 @@ class Feed:
             mine = changed[low:high]
             if not len(mine):
                 continue
-            gone = [self._gone(table, int(at), int(at) - base) for at in mine]
+            gone = self._gone(table, base, mine)
             # Some may have forgotten what left, which `since` says then.
             blocks = (mine - base).astype(np.int32)
             out.append(_Taken(number, blocks, self.upto[mine], versions[mine], noted[number], gone))
@@ -238,16 +239,20 @@ class Feed:
         self._lost.clear()
         return out
 
-    def _gone(self, table: AnyTable, number: int, block: int) -> NDArray[np.uint64]:
+    def _gone(self, table: AnyTable, base: int, numbers: Longs) -> list[NDArray[np.uint64]]:
+        """Return the keys that left blocks of a table, whose first one is ``base``, since the last take."""
         store: Store = table if isinstance(table, Store) else table.narrow
-        buried = store.blocks[block].tombstones
-        if buried.newest <= self.upto[number]:
-            return np.empty(0, np.uint64)
-        found = buried.since(int(self.upto[number]))
-        if found is None:
-            self._lost.append(number)
-            return np.empty(0, np.uint64)
-        return found[0]
+        blocks, out = store.blocks, []
+        for number, upto in zip(numbers.tolist(), self.upto[numbers].tolist(), strict=True):
+            buried = blocks[number - base].tombstones
+            if max(buried.newest, buried.floor) <= upto:
+                continue
+            found = buried.since(upto)
+            if found is None:
+                self._lost.append(number)
+            else:
+                out.append(found[0])
+        return out
 
     def _gather(self, taken: _Taken) -> Part:
         """Return the part with its rows as they are now."""
@@ -287,14 +292,14 @@ class Feed:
             # It may have begun anew meanwhile; what it forgot is not asked for then.
             self._ring.append(part)
             self.nbytes += part.nbytes
-        self.rows += len(part.keys)
-        self.tombstones += len(part.gone)
-        while self.nbytes > self._ring_bytes:
-            with self._shard.push_lock:
+            while self.nbytes > self._ring_bytes:
                 oldest = self._ring.popleft()
                 self.nbytes -= oldest.nbytes
-                numbers = oldest.numbers[self.since[oldest.numbers] >= 0]
-                self.since[numbers] = np.maximum(self.since[numbers], oldest.after[self.since[oldest.numbers] >= 0])
+                known = self.since[oldest.numbers] >= 0
+                numbers = oldest.numbers[known]
+                self.since[numbers] = np.maximum(self.since[numbers], oldest.after[known])
+        self.rows += len(part.keys)
+        self.tombstones += len(part.gone)
 
 
 def _news(parts: list[Part], known: Longs, chosen: NDArray[np.bool_]) -> Iterator[Part]:

@@ -92,7 +92,7 @@ class Following(Serving):
 
     @property
     def ready(self) -> bool:
-        return self._live is not None and (self.pinned or bool(self._live.cut) or self._live.complete)
+        return self._live is not None and (self.pinned or self._live.filled or self._live.complete)
 
     @property
     def current(self) -> Model:
@@ -243,7 +243,7 @@ class Following(Serving):
                 live.fill(entry.name, entry.block, entry.seq, np.asarray(image.keys), rows, at)
             done += entry.total_bytes
             progress(done, total)
-        live.cut = max(live.cut, manifest.cut)
+        live.cut, live.filled = max(live.cut, manifest.cut), True
 
     # What the shards say
 

@@ -93,6 +93,8 @@ class Live:
         self._there: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         # Whether all blocks have been told by shards.
         self.complete = not blocks
+        # Whether every block of a cut has been here.
+        self.filled = False
 
     def lacks(self, name: str, block: int, sequence: int) -> bool:
         """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""

@@ -152,6 +152,62 @@ def test_too_many_keys_between_two_questions_are_whole_blocks(followed, monkeypa
     assert following.counts.whole_blocks > 12
 
 
+def test_the_push_that_is_one_too_many_is_not_lost(followed, monkeypatch):
+    job, following = followed
+    job.train(range(100))
+    job.catch_up(following)
+    monkeypatch.setattr("oarlock.ps.feed.NOTED_KEYS", 10)
+    job.train(range(100))
+    job.catch_up(following)
+    same(job, following)
+
+
+def test_what_keys_were_forgotten_of_is_forgotten_here_too(followed):
+    """Blocks that got another content while nobody asked, and stand at the number of operations that they had."""
+    job, following = followed
+    job.train(range(100))
+    job.catch_up(following)
+    job.clock.now += 1000
+    job.train(range(1), name="item")
+    job.train(range(100), name="item")
+    for shard in job.inner.shards.values():
+        assert not shard.feed.listening
+        table = shard.tables[0]
+        for block in table.owned.tolist():
+            content = table.export_block(block)
+            table.import_block(block, content._replace(weights=content.weights + 1), version=table.version(block))
+    job.catch_up(following)
+    same(job, following)
+
+
+def test_keys_whose_tombstones_are_forgotten_leave_with_the_block(followed):
+    job, following = followed
+    job.train(range(100))
+    job.catch_up(following)
+    for _ in range(40):
+        job.train(range(50))
+        job.sweep()
+    for shard in job.inner.shards.values():
+        table = shard.tables[0]
+        for block in table.owned.tolist():
+            table.forget_tombstones(block, until=table.version(block))
+    job.catch_up(following)
+    same(job, following)
+    assert follow_rig.served(following, "user", KEYS)[1] == 150
+
+
+def test_a_cut_that_cannot_be_read_makes_nothing_ready(followed):
+    job, following = followed
+    job.train(range(100))
+    job.status["checkpoints"] = [{"cut": 1}]
+    following.look()
+    assert not following.ready
+    job.catch_up(following)
+    assert following.ready
+    assert following.current.version.cut == 1
+    same(job, following)
+
+
 def test_blocks_come_in_pages_while_they_change(followed):
     job, following = followed
     for shard in job.inner.shards.values():
