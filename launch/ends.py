@@ -5,7 +5,8 @@
     killed, or away     started again, while so many are wanted and restarts are left; a shard that hangs and was struck off is
                         killed first. The job goes on without a shard: with copies, or without its blocks (on_loss "reload"), or
                         it goes back with all (on_loss "rollback"), which takes as many shards as are wanted
-    its own error       the job fails; but not for a shard that was a member
+    its own error       the job fails; but not for a shard that was a member. A worker that told the coordinator itself, which
+                        holds it against its split, is done without: the job fails once no worker is left
 
 Invariant: each end is dealt with once, and told to the coordinator before anything is started in its place: at once, or when
 it hears again. One event loop.
@@ -69,6 +70,9 @@ class Ends:
                 words = words if child.role == "shard" else ""
             elif wanted and not _is_one_of(status.get("lost", ()), child):
                 failed = failed or child.complaint()
+            elif wanted:
+                # Another one would meet the same error, again and again.
+                self._wanted.goes_without(child.role)
             self._unreported.append((child, words))
         await self._report(status)
         failed = failed or self._end_given_up(status)

@@ -176,6 +176,23 @@ def test_a_process_that_ends_by_its_own_error_is_not_started_again(stage: Stage)
     assert stage.left == [(stage.seen[-1].process.pid, "the data are no good")]
 
 
+def test_a_worker_that_told_its_error_itself_is_done_without_and_the_last_one_ends_the_job(stage: Stage) -> None:
+    def script(stage: Stage) -> Script:
+        for number in (1, 0):
+            pid = stage.child("worker", number).process.pid
+            stage.gone.add(pid)
+            stage.struck.add(pid)
+            stage.end("worker", number, 1, f"error: the data of {number} are no good")
+            seen = len(stage.statuses)
+            yield from stage.until(lambda seen=seen: len(stage.statuses) > seen + 5)
+            assert stage.starts("worker") == 2
+
+    status = stage.play(script)
+    assert status["phase"] == "failed"
+    assert status["reason"] == "no worker is left; worker 1: the data of 1 are no good"
+    assert not stage.left
+
+
 def test_the_coordinators_own_error_ends_the_job_with_its_words(stage: Stage) -> None:
     def script(stage: Stage) -> Script:
         stage.end("coordinator", 0, 1, "error: the disk is full")
