@@ -24,6 +24,7 @@ from oarlock.launch.origin import find_origin, values_of
 from oarlock.launch.processes import LocalProcesses
 from oarlock.proto.coordinator_pb2 import RollbackRequest
 from oarlock.proto.errors import PSError
+from oarlock.proto.security import Security
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -135,4 +136,4 @@ def test_a_table_goes_back_whoever_is_killed(data: Path, tmp_path: Path) -> None
 
 def ask_for_it(folder: Path, path: str) -> None:
     with contextlib.suppress(PSError):
-        ask(read_address(folder), "Coordinator.Rollback", RollbackRequest(table="user", path=path))
+        ask(read_address(folder), "Coordinator.Rollback", RollbackRequest(table="user", path=path), Security())
