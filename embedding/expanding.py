@@ -159,6 +159,7 @@ class ExpandingTable:
         *,
         rate: float,
         step: int = 1,
+        tick: int = 0,
         occurrences: NDArray[np.uint32] = NO_OCCURRENCES,
         clicks: NDArray[np.float32] = NO_CLICKS,
     ) -> PushCounts:
@@ -229,6 +230,7 @@ class ExpandingTable:
                     first_part[:m],
                     rate=rate,
                     step=step,
+                    tick=tick,
                     occurrences=occurrences[:m],
                     clicks=clicks[:m],
                 )
@@ -253,7 +255,7 @@ class ExpandingTable:
             )
             if kept:
                 which = chosen_keys[:kept], chosen_blocks[:in_blocks], chosen_counts[:in_blocks]
-                wide.push(*which, chosen_gradients[:kept], rate=rate, step=step)
+                wide.push(*which, chosen_gradients[:kept], rate=rate, step=step, tick=tick)
         if failure is not None:
             failure.details.update(table=self.spec.name, groups=groups)
             raise failure

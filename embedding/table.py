@@ -225,13 +225,15 @@ class Table(Upkeep):
         *,
         rate: float,
         step: int = 1,
+        tick: int = 0,
         occurrences: NDArray[np.uint32] = NO_OCCURRENCES,
         clicks: NDArray[np.float32] = NO_CLICKS,
     ) -> PushCounts:
         """Apply one optimizer step with gradients: float32[n, dim]; admitted keys get rows at their first value.
 
-        ``rate`` is the learning rate before the table's schedule, ``step`` the job's step, from 1. occurrences: uint32[n]
-        and clicks: float32[n] say how often each key came in the batch, and with how many clicks (default: once, none).
+        ``rate`` is the learning rate before the table's schedule, ``step`` the job's step, from 1, ``tick``
+        the step from which on the rows' age counts, if that is later: nothing else depends on it. occurrences: uint32[n] and
+        clicks: float32[n] say how often each key came in the batch, and with how many clicks (default: once, none).
         A row whose gradient holds an infinity, NaN or a value beyond the table's limit is refused: neither changed nor
         created. An error in the middle names ``groups``: so many blocks of the request are done, the others untouched.
         """
@@ -245,7 +247,7 @@ class Table(Upkeep):
         clicks = self._aside("clicks", kernel_array("clicks", clicks, np.float32), n)
         if len(clicks) and (not np.isfinite(clicks).all() or (clicks < 0).any()):
             raise InvalidArgument(f"table {self.spec.name}: clicks must be finite and >= 0")
-        tick = min(step, 0xFFFFFFFF)
+        tick = min(max(step, tick), 0xFFFFFFFF)
         request = Request(
             address_of(gradients),
             address_of(occurrences) if len(occurrences) else 0,

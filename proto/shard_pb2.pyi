@@ -344,7 +344,7 @@ class ReplicateRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stream: _Optional[int] = ..., first: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("blocks", "generations", "sequences", "push", "swept", "undone", "applied", "image")
+    __slots__ = ("blocks", "generations", "sequences", "push", "swept", "undone", "applied", "image", "tick")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +353,7 @@ class Operation(_message.Message):
     UNDONE_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
     blocks: _common_pb2.Array
     generations: _common_pb2.Array
     sequences: _common_pb2.Array
@@ -361,7 +362,8 @@ class Operation(_message.Message):
     undone: UndoneRows
     applied: AppliedStep
     image: BlockImage
-    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., push: _Optional[_Union[PushRequest, _Mapping]] = ..., swept: _Optional[_Union[SweptRows, _Mapping]] = ..., undone: _Optional[_Union[UndoneRows, _Mapping]] = ..., applied: _Optional[_Union[AppliedStep, _Mapping]] = ..., image: _Optional[_Union[BlockImage, _Mapping]] = ...) -> None: ...
+    tick: int
+    def __init__(self, blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., generations: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., push: _Optional[_Union[PushRequest, _Mapping]] = ..., swept: _Optional[_Union[SweptRows, _Mapping]] = ..., undone: _Optional[_Union[UndoneRows, _Mapping]] = ..., applied: _Optional[_Union[AppliedStep, _Mapping]] = ..., image: _Optional[_Union[BlockImage, _Mapping]] = ..., tick: _Optional[int] = ...) -> None: ...
 
 class SweptRows(_message.Message):
     __slots__ = ("gone", "decayed")

@@ -34,7 +34,10 @@ OPERATION_BYTES = 1024
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a group added to blocks: those of ``rows`` and then of ``dense``, in this order. ``rank``: whose parts were staged."""
+    """What a group added to blocks: those of ``rows`` and then of ``dense``, in this order.
+
+    ``rank``: whose parts were staged. ``tick``: from which step on its rows' age counts, at least ``step``; 0: from that.
+    """
 
     split: int
     group: int
@@ -42,6 +45,7 @@ class Pushed:
     rows: tuple[RowPush, ...]
     dense: tuple[DensePush, ...]
     rank: int = -1
+    tick: int = 0
 
     @property
     def numbers(self) -> NDArray[np.int32]:
@@ -170,6 +174,7 @@ class Done:
     split: int
     group: int
     step: int
+    tick: int
     listening: bool
     rows: list[RowPush] = field(default_factory=list)
     dense: list[DensePush] = field(default_factory=list)
@@ -189,12 +194,12 @@ class Done:
 
 
 @contextmanager
-def telling(shard: "Shard", split: int, group: int, step: int) -> Iterator[Done]:
+def telling(shard: "Shard", split: int, group: int, step: int, tick: int) -> Iterator[Done]:
     """Tell copies what of a group was applied, also if it fails in the middle. The push lock is held."""
-    done = Done(split, group, step, shard.told is not None)
+    done = Done(split, group, step, tick, shard.told is not None)
     try:
         yield done
     finally:
         if done.rows or done.dense:
-            pushed = Pushed(split, group, step, tuple(done.rows), tuple(done.dense))
+            pushed = Pushed(split, group, step, tuple(done.rows), tuple(done.dense), tick=tick)
             shard.did(pushed.numbers, pushed)

@@ -7,6 +7,7 @@ copies here are such that they can take it is ``apply``'s to check. Pure; any th
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ def encode(
     )
     if isinstance(does, Pushed):
         message.push.CopyFrom(_push(does, beside))
+        message.tick = does.tick
     elif isinstance(does, Swept):
         message.swept.CopyFrom(pb.SweptRows(gone=pack(does.gone, beside), decayed=pack(does.decayed, beside)))
     elif isinstance(does, Undone):
@@ -144,7 +146,7 @@ def decode(
     does: Does
     kind = message.WhichOneof("does")
     if kind == "push":
-        does = _read_push(layout, message.push, parts)
+        does = replace(_read_push(layout, message.push, parts), tick=_read_tick(message))
         _agree(numbers, does.numbers)
     elif kind == "swept":
         does = _read_swept(layout, message.swept, numbers, parts)
@@ -208,6 +210,12 @@ def _read_push(layout: Layout, message: pb.PushRequest, parts: Parts) -> Pushed:
         _check_keys(layout, part.keys)
     step = read_step(message.step)
     return Pushed(message.split, message.group, step, tuple(rows), tuple(dense), message.rank - 1)
+
+
+def _read_tick(message: pb.Operation) -> int:
+    if message.tick >= STEP_LIMIT:
+        raise Malformed(f"tick {message.tick} is beyond {STEP_LIMIT}")
+    return message.tick
 
 
 def _read_swept(layout: Layout, message: pb.SweptRows, numbers: NDArray[np.int32], parts: Parts) -> Swept:

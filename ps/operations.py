@@ -155,7 +155,7 @@ def _push(shard: "Shard", pushed: Pushed) -> None:
     marked = pushed.split not in shard.closed
     if marked:
         shard.marks.open(pushed.split)
-    reached(shard, pushed.step)
+    reached(shard, max(pushed.step, pushed.tick))
     for part in pushed.rows:
         keys = part.keys
         shard.tables[keys.table].push(
@@ -165,6 +165,7 @@ def _push(shard: "Shard", pushed: Pushed) -> None:
             part.gradients,
             rate=part.rate,
             step=pushed.step,
+            tick=pushed.tick,
             occurrences=part.occurrences,
             clicks=part.clicks,
         )

@@ -220,9 +220,10 @@ class Shard:
                 self.marks.open(split)
                 if not self.step:
                     self.sweeper.begin(step)
-                # A worker that was held up knows an old step; rows that it changes were last changed now, not then.
-                step = self.step = max(self.step, step)
-                with telling(self, split, group, step) as done:
+                # A worker that was held up knows an old step; rows that it changes were last changed now, not then. Their age is
+                # all that this count has a say in.
+                self.step = max(self.step, step)
+                with telling(self, split, group, step, self.step) as done:
                     for part, chosen in along(todo, rows):
                         self._push_rows(done, part.only(chosen), reply)
                     at = of_rows
@@ -265,6 +266,7 @@ class Shard:
                 part.gradients,
                 rate=part.rate,
                 step=to.step,
+                tick=to.tick,
                 occurrences=part.occurrences,
                 clicks=part.clicks,
             )

@@ -55,7 +55,7 @@ def messages(job, keyset):
     keys = Keys(0, keyset.keys[first : first + count], one, np.array([count], np.int32), one)
     none = np.empty(0, np.uint32), np.empty(0, np.float32)
     gradients = np.ones((count, job.layout.tables[0].dim), np.float32)
-    pushed = Pushed(1, 2, 5, (RowPush(keys, gradients, 0.1, *none),), ())
+    pushed = Pushed(1, 2, 5, (RowPush(keys, gradients, 0.1, *none),), (), tick=7)
     swept = Swept(keys.keys[:1], np.empty(0, np.uint64))
     generations, now = np.array([job.generation], np.int64), sequences_of(shard, one)
 

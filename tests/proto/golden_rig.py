@@ -268,7 +268,7 @@ MESSAGES: dict[str, Message] = {
             first=300,
             operations=[operation(applied=shard_pb2.AppliedStep(step=4, samples=5))],
         ),
-        operation(push=PushRequest(split=300, group=5, dense=[dense()])),
+        operation(push=PushRequest(split=300, group=5, dense=[dense()]), tick=70_000),
         shard_pb2.SweptRows(gone=pack(KEYS), decayed=pack(KEYS[:1])),
         shard_pb2.UndoneRows(keys=keys(), steps=2),
         shard_pb2.AppliedStep(step=70_000, samples=512),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations as bytes: what is no operation of this job is refused by name and changes nothing, however it is broken."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import rig
@@ -20,7 +22,7 @@ from oarlock.ps.operations import (
     nbytes,
     pieces,
 )
-from oarlock.ps.request import Keys, RowPush
+from oarlock.ps.request import STEP_LIMIT, Keys, RowPush
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,19 @@ def test_what_arrives_is_what_was_sent(told, kind, mode):
     assert again.SerializeToString(deterministic=True) == message.SerializeToString(deterministic=True)
     sent = told[kind, mode][1]
     assert nbytes(operation) == nbytes(sent) > 0
+
+
+def test_rows_age_as_their_owner_says(told):
+    """From the tick that came, and not from the step: a push may be of a worker that knows an old one."""
+    layout, message = message_of(told, "Pushed", "async")
+    operation, generations = decode(layout, message)
+    later = Operation(operation.numbers, operation.sequences, replace(operation.does, tick=12345))
+    again, _ = decode(layout, encode(layout, later, generations, None))
+    assert (again.does.step, again.does.tick) == (operation.does.step, 12345)
+    message.tick = STEP_LIMIT
+    with pytest.raises(Malformed, match="tick"):
+        decode(layout, message)
+    message.tick = 0
 
 
 @pytest.mark.parametrize(("kind", "mode"), KINDS)

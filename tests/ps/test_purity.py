@@ -14,6 +14,8 @@ import pytest
 import rig
 
 from oarlock.client.push import PushIdentity, PushMessage, RowGradients, cut_push, recut_push
+from oarlock.embedding.policy import Admission
+from oarlock.embedding.schedule import Schedule
 from oarlock.embedding.spec import DenseSpec, Initializer, OptimizerSpec, TableSpec
 from oarlock.proto.arrays import unpack
 from oarlock.proto.bulk import inlined
@@ -22,7 +24,14 @@ from oarlock.ps import view
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMAL = Initializer("normal", 0.1)
-OPTIMIZERS = [OptimizerSpec("sgd"), OptimizerSpec("adagrad"), OptimizerSpec("adam")]
+FADING = Schedule("exponential", gamma=0.5, every=100)
+OPTIMIZERS = [
+    OptimizerSpec("sgd", schedule=FADING),
+    OptimizerSpec("adagrad"),
+    OptimizerSpec("adam"),
+    OptimizerSpec("adam", bias="step"),
+]
+NAMES = ["sgd with a schedule", "adagrad", "adam", "adam by the step"]
 # What makes a shard's update: nothing of it may ask for the time, or draw. The spill file measures how long it reads.
 UPDATE = [
     *sorted(p for p in (ROOT / "embedding").glob("*.py") if p.stem != "spill_file"),
@@ -31,31 +40,40 @@ UPDATE = [
 
 
 def job_of(optimizer):
-    tables = (TableSpec("user", 3, optimizer, NORMAL, 4), TableSpec("other", 2, optimizer, NORMAL, 4))
+    drawn = Admission("probability", probability=0.5)
+    tables = (
+        TableSpec("user", 3, optimizer, NORMAL, 4),
+        TableSpec("rounded", 3, optimizer, NORMAL, 4, dtype="bfloat16", admission=drawn, absent="zeros"),
+        TableSpec("other", 2, optimizer, NORMAL, 4),
+    )
     return rig.Job(rig.spec_of(tables, (DenseSpec("w", (7,), optimizer, NORMAL),)), shards=1).place()
 
 
-def message_of(job, split, group, table, keys, value):
+def message_of(job, split, group, table, keys, value, step=None):
     keyset = rig.group_keys(job.layout, job.routes(), table, keys)
     dim = job.layout.tables[job.layout.table_index[table]].dim
     gradients = (np.arange(len(keyset.keys) * dim, dtype=np.float32).reshape(-1, dim) - 3) * np.float32(value)
     dense = np.linspace(-1, 1, 7, dtype=np.float32) if table == "user" else None
-    identity = PushIdentity(split, group, step=17 * group)
+    identity = PushIdentity(split, group, step=17 * group if step is None else step)
     (made,) = cut_push(job.layout, job.routes(), identity, {table: RowGradients(keyset, gradients, 0.1)}, dense, 0.05)
     made.request.header.CopyFrom(job.header(0))
     return made.bulk.SerializeToString()
 
 
 def user_blocks(job):
-    numbers = [*range(4), job.layout.dense_base]
+    numbers = [*range(8), job.layout.dense_base]
     images = [view.image_of(job.shards[0], n) for n in numbers]
     return [(i.keys.tobytes(), i.weights.tobytes(), i.state.tobytes(), i.marks, i.seq) for i in images]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.name)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=NAMES)
 def test_nothing_but_block_and_message_enters_an_update(optimizer, monkeypatch):
-    """U1: neither the clock, nor a generator, nor what else the shard has done."""
-    pushes = [message_of(job_of(optimizer), s, g, "user", range(g, 40, s + 1), 0.3) for s in range(3) for g in range(4)]
+    """U1: neither the clock, nor a generator, nor what else the shard has done, or at which steps."""
+    pushes = [
+        message_of(job_of(optimizer), s, g, table, range(g, 40, s + 1), 0.3)
+        for s, table in enumerate(("user", "rounded", "user", "rounded"))
+        for g in range(4)
+    ]
     quiet = job_of(optimizer)
     for push in pushes:
         quiet.services[0].push(PushRequest.FromString(push))
@@ -67,7 +85,7 @@ def test_nothing_but_block_and_message_enters_an_update(optimizer, monkeypatch):
     np.random.seed(99)
     for n, push in enumerate(pushes):
         # Work on other blocks, pulls of these ones, and draws that nobody should see.
-        other = message_of(busy, 50 + n, 0, "other", range(n, 30), 2.0)
+        other = message_of(busy, 50 + n, 0, "other", range(n, 30), 2.0, step=1000 * n)
         busy.services[0].push(PushRequest.FromString(other))
         busy.rows("user", range(60))
         random.random(), np.random.rand()
