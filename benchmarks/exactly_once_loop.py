@@ -93,7 +93,7 @@ class Side:
         spec = self._spec
         shards = {a.id: a for a in (process.address() for process in self._processes)}
         member = (Membership if self.marks else Nameless)(self._transport, "", WORKER, rng=random.Random(0))
-        member.spec, member.layout = spec, Layout(spec.tables, spec.dense)
+        member.take_up(spec)
         member.id, member.incarnation, member.run = 0, 9, RUN
         member.routes = make_routes(member.layout, 1, balanced(member.layout, list(shards)), shards)
         placement = pack_placement(1, member.routes.owners, shards)

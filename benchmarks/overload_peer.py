@@ -18,7 +18,6 @@ import numpy as np
 
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
-from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
 from oarlock.client.retry import Retry
 from oarlock.client.router import ShardAddress, make_routes, pack_placement
@@ -95,8 +94,8 @@ class Caller:
         retry = Retry(CALL_SECONDS, CALL_SECONDS, CALL_SECONDS, CALL_SECONDS)
         member = Membership(self.transport, "", WORKER, rng=random.Random(number), retry=retry)
         shards = {0: ShardAddress(0, address, INCARNATION)}
-        member.spec, member.run, member.incarnation = SPEC, 1, number + 1
-        member.layout = Layout(SPEC.tables, ())
+        member.take_up(SPEC)
+        member.run, member.incarnation = 1, number + 1
         member.routes = make_routes(member.layout, 1, np.zeros(BLOCKS, np.int32), shards)
         raw = np.random.default_rng(number).permutation(KEYS)[:ASKED].astype(np.uint64)
         self.keys = KeySorter().build(raw, table_salt("rows"), BLOCKS.bit_length() - 1, member.routes.ranks[0])

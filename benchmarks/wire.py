@@ -30,7 +30,6 @@ from oarlock.benchmarks.peer import PeerProcess
 from oarlock.benchmarks.wire_peer import DIM, FLIGHT, HEAD, KEYS, PING, PULL, PUSH, prepare, receive, send, view
 from oarlock.client.client import Client
 from oarlock.client.job import JobSpec
-from oarlock.client.layout import Layout
 from oarlock.client.membership import Membership
 from oarlock.client.push import RowGradients
 from oarlock.client.router import ShardAddress, make_routes
@@ -90,12 +89,12 @@ class Ours:
         self._address = address
         table = TableSpec("rows", DIM, OptimizerSpec("sgd"), Initializer("zeros"), BLOCKS)
         member = Membership(transport, "", WORKER, rng=random.Random(0))
-        member.spec = JobSpec(
+        spec = JobSpec(
             job="00" * 16, name="wire", seed=0, recipe="none:none", tables=(table,), dense=(), files=(), evaluation_files=(),
             splits=1, evaluation_splits=0, rows_per_split=1, evaluation_rows_per_split=1, batch_rows=1, epochs=1, servers=1,
             workers=1, metrics=("none",),
         )  # fmt: skip
-        member.layout = Layout((table,), ())
+        member.take_up(spec)
         shard = ShardAddress(0, address, 1)
         member.routes = make_routes(member.layout, 1, np.zeros(BLOCKS, np.int32), {0: shard})
         bits = BLOCKS.bit_length() - 1

@@ -49,7 +49,8 @@ def moves_line(status: dict[str, Any]) -> str:
 
 
 def _recovery(each: dict[str, Any]) -> str:
-    lost = f"; lost: {each['lost']}" if each["lost"] else ""
+    pushes = f"{'at least ' if each['more'] else ''}{each['pushes']:,} " if "pushes" in each else ""
+    lost = f"; lost: {pushes}{each['lost']}" if each["lost"] else ""
     # Of which shard nobody may know any more.
     whose = f" of shard {each['shard']}" if each["shard"] >= 0 else ""
     what = f"{each['kind']}: {_blocks(each['blocks'])}{whose}"

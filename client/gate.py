@@ -62,6 +62,7 @@ class Gate:
         """Take in what the coordinator says: the last gate that it opened, and the next one, which shuts in ``seconds``."""
         if opened > self.cut:
             self.cut = opened
+            self._member.acknowledged.opened(opened)
             self._changed.set()
         if gate > max(self.cut, self._announced):
             self._announced = gate

@@ -17,6 +17,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
+
+from oarlock.client.acknowledged import Acknowledged
 from oarlock.client.gate import Gate
 from oarlock.client.job import OVER, STOPPING, JobSpec
 from oarlock.client.layout import Layout
@@ -85,6 +88,8 @@ class Membership:
         self.gate = Gate(self)
         # Where each acknowledged push is noted, if somebody wants to know.
         self.push_notes: PushNotes | None = None
+        # How many pushes were acknowledged to this process, by block.
+        self.acknowledged: Acknowledged
         self._address = address
         self._reader = reader
         self._signature = signature
@@ -147,8 +152,7 @@ class Membership:
         self._clock = asyncio.get_running_loop().time
         sent = self._clock()
         reply: JoinReply = await self.call("Coordinator.Join", request)
-        self.spec = JobSpec.from_json(reply.spec)
-        self.layout = Layout(self.spec.tables, self.spec.dense)
+        self.take_up(JobSpec.from_json(reply.spec))
         self.id, self.incarnation, self.run, self.term = reply.id, reply.incarnation, reply.run, reply.term
         self._heartbeat_seconds, self._lease_seconds = reply.heartbeat_seconds, reply.lease_seconds
         self._lease_ends = sent + self._lease_seconds
@@ -163,6 +167,11 @@ class Membership:
             self.run,
         )
         return self.spec
+
+    def take_up(self, spec: JobSpec) -> None:
+        """Learn what the job is."""
+        self.spec, self.layout = spec, Layout(spec.tables, spec.dense)
+        self.acknowledged = Acknowledged(self.layout.blocks)
 
     async def keep(self, stats: Callable[[], dict[str, Any]]) -> None:
         """Renew the lease every heartbeat, for ever. Ends by raising what the coordinator refuses (LeaseLost, WrongRun, ...)."""
@@ -186,6 +195,7 @@ class Membership:
         """Send one heartbeat and take in what it answers. Also sent between others, when there is something to tell or to ask."""
         request = HeartbeatRequest(header=self.header(), stats="" if stats is None else json.dumps(stats))
         self.about(request)
+        request.losses.extend(self.acknowledged.answers.values())
         sent = self._clock()
         reply: HeartbeatReply = await self.transport.call(
             self.coordinator, "Coordinator.Heartbeat", request, timeout_seconds=self._lease_seconds / 4
@@ -200,6 +210,8 @@ class Membership:
         self.step = reply.step
         self.minimum = max(self.minimum, reply.minimum)
         self.committed = max(self.committed, reply.committed)
+        self.acknowledged.committed(self.committed)
+        self.acknowledged.asked(reply.lost)
         self.gate.hear(reply.opened, reply.gate, reply.gate_seconds)
         return reply
 
@@ -307,6 +319,9 @@ class Membership:
 
     def _know(self, routes: Routes) -> None:
         if routes is not self.routes:
+            if self.routes is not None:
+                moved = np.flatnonzero(routes.owners != self.routes.owners).astype(np.int32)
+                self.acknowledged.moved(moved, routes.generations[moved])
             self.routes = routes
             self._moved.set()
             self._moved = asyncio.Event()

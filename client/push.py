@@ -377,6 +377,7 @@ async def push(member: Membership, messages: list[PushMessage]) -> PushCounts:
         moved = unpack(reply.moved, np.int32, "moved blocks", parts=parts).astype(np.int32)
         if len(moved) and not np.isin(moved, message.numbers).all():
             raise Malformed(f"shard {message.shard.id} answered that blocks moved which were not sent to it")
+        member.acknowledged.note(message.numbers, moved)
         if member.push_notes is not None:
             member.push_notes.note(sent, request, message.shard.incarnation, message.numbers, moved)
         if reply.HasField("where"):

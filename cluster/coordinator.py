@@ -25,6 +25,7 @@ from oarlock.cluster.epoch_end import end_epoch_if_done
 from oarlock.cluster.events import Events
 from oarlock.cluster.going_back import GoingBack, end_run
 from oarlock.cluster.live_digest import LiveDigest
+from oarlock.cluster.losses import Losses
 from oarlock.cluster.members import MAX_ALIVE, Member, Members
 from oarlock.cluster.ranks import work_of
 from oarlock.cluster.record import Records
@@ -104,6 +105,7 @@ class Coordinator:
         self.scaling = Scaling(spec, self.members, self.records)
         self.autoscaling = Autoscaling(self)
         self.recoveries = Recoveries(self.copies.deaths.recovered)
+        self.losses = Losses(self.copies.deaths.counted)
         self.going_back = GoingBack(able=goes_back)
         # The file, for the coordinator of the next run: None while this one is in charge.
         self.handed_on: Store | None = None
@@ -288,6 +290,8 @@ class Coordinator:
                 # With it, or whoever starts after a death in between would not know that they were lost.
                 store.set_fact("counted", self.counted(sum(kind == "train" for kind, _ in leases)))
             self.clocks.gone(member.incarnation)
+            if member.role == "worker":
+                self.losses.gone(member.incarnation)
             if self.cuts.gate is not None:
                 self.cuts.gate.gone(member.incarnation)
             freed = len(leases)

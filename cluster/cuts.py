@@ -222,6 +222,7 @@ class Cuts:
         with c.lock:
             self.gate = None
             self.opened = self.last
+            c.losses.opened(self.opened, self.committed)
             if self.ends_together:
                 # Also one that was begun before anybody asked the job to stop.
                 self.ends_job = True

@@ -16,6 +16,7 @@ import numpy as np
 
 from oarlock.client.job import ROLLBACK
 from oarlock.cluster.holders import complete
+from oarlock.cluster.losses import Loss
 from oarlock.cluster.moving import Change
 from oarlock.cluster.recoveries import PROMOTION, RELOAD, REPLICATION
 
@@ -167,3 +168,10 @@ class Deaths:
         c.warn(f"shard {shard} is gone, and no copy of {len(blocks)} blocks is left: they go back; lost: {lost}")
         c.recoveries.begin(RELOAD, shard, len(blocks), c.clock(), lost=lost)
         self._begin_replication(shard, len(blocks))
+        workers = [member.incarnation for member in c.members.alive("worker")]
+        c.losses.begin(shard, self._records.generation, c.cuts.committed, np.array(blocks, np.int32), workers)
+
+    def counted(self, loss: Loss) -> None:
+        """The workers said how many pushes a shard took along."""
+        self._c.recoveries.count(RELOAD, loss.shard, loss.pushes, loss.more)
+        self._c.warn(f"shard {loss.shard} took {loss.words} pushes to {len(loss.blocks)} blocks along")

@@ -30,6 +30,9 @@ class Open:
     over: Callable[[], bool]
     # To which the job went back; None where it did not.
     cut: int | None = None
+    # Acknowledged pushes that are lost, as far as they are counted, and whether there were more.
+    pushes: int | None = None
+    more: bool = False
     # By the calendar, for a life that knows nothing of this one's clock.
     began: float = field(default_factory=lambda: datetime.now(UTC).timestamp())
 
@@ -71,6 +74,21 @@ class Recoveries:
                 return
         self.open.append(Open(kind, shard, blocks, lost, now, over, cut))
 
+    def count(self, kind: str, shard: int, pushes: int, more: bool) -> None:
+        """Add acknowledged pushes that the newest recovery from the death of ``shard`` lost; ``more``: there were others."""
+        for each in self.open:
+            if (each.kind, each.shard) == (kind, shard):
+                each.pushes, each.more = (each.pushes or 0) + pushes, each.more or more
+                self._changed = True
+                return
+        for number in reversed(range(len(self.all))):
+            known = self.all[number]
+            if (known["kind"], known["shard"]) == (kind, shard):
+                counted = {"pushes": known.get("pushes", 0) + pushes, "more": known.get("more", False) or more}
+                self.all = [*self.all[:number], {**known, **counted}, *self.all[number + 1 :]]
+                self._changed = True
+                return
+
     def look(self, store: Store, run: int, now: float) -> None:
         """Record those that are over by now, and those that are new."""
         ended = [each for each in self.open if each.over()]
@@ -79,7 +97,7 @@ class Recoveries:
         self.open = [each for each in self.open if each not in ended]
         for each in ended:
             self._note(each, run, now - each.since)
-        names = ("kind", "shard", "blocks", "lost", "began")
+        names = ("kind", "shard", "blocks", "lost", "began", "pushes", "more")
         kept = [each for each in self.open if each.kind != ROLLBACK]
         with store:
             store.set_fact(FACT, self.all)
@@ -93,6 +111,7 @@ class Recoveries:
             "blocks": each.blocks,
             "lost": each.lost,
             **({} if each.cut is None else {"cut": each.cut}),
+            **_counted(each),
             "seconds": round(seconds, 3),
             "run": run,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,4 +121,8 @@ class Recoveries:
     def told(self) -> list[dict[str, Any]]:
         """Return all, those that go on at the end, without the seconds that they will have taken."""
         names = ("kind", "shard", "blocks", "lost")
-        return [*self.all, *({name: getattr(each, name) for name in names} for each in self.open)]
+        return [*self.all, *({name: getattr(each, name) for name in names} | _counted(each) for each in self.open)]
+
+
+def _counted(each: Open) -> dict[str, Any]:
+    return {} if each.pushes is None else {"pushes": each.pushes, "more": each.more}

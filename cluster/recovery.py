@@ -56,6 +56,8 @@ def take_up(c: "Coordinator") -> None:
         c.autoscaling.take_up(store)
         c.recoveries.take_up(store, c.run, c.clock())
         c.going_back.take_up(store, c.run)
+        if c.term == 1:
+            c.losses.begin_run()
         c.going_back.tell(c)
         c.rollbacks.take_up(store)
         for value in store.members():
@@ -93,6 +95,7 @@ def go_back(c: "Coordinator", manifest: Manifest | None, path: str) -> None:
         c.phase, c.reason, c.stop_wanted, c.stop_reason = GATHERING, "", None, ""
         c.work.leases.clear()
         c.clocks = Clocks()
+        c.losses.begin_run()
         c.work.failures.clear()
         for member in c.members.all.values():
             if member.state == "alive":

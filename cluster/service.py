@@ -56,6 +56,7 @@ from oarlock.proto.errors import InvalidArgument, Malformed, Unavailable, WrongJ
 from oarlock.proto.version import check_protocol, hello
 
 MAX_SPLITS = 64
+MAX_LOSSES = 4096
 MAX_STATS = 1 << 16
 # Objects within objects: a shard's statistics have its tables' rows in them.
 MAX_STATS_LEVELS = 4
@@ -182,6 +183,8 @@ class CoordinatorService:
         c = self._coordinator
         member = self._member(request.header)
         stats = read_stats(request.stats)
+        if len(request.losses) > MAX_LOSSES:
+            raise InvalidArgument(f"more than {MAX_LOSSES} losses are counted")
         with c.lock:
             self._still(member)
             # One sent in the time of an earlier coordinator may have been on its way for long.
@@ -192,6 +195,7 @@ class CoordinatorService:
                 c.clocks.told(member.incarnation, request.clock.heard)
             if request.stats:
                 member.stats, member.told = stats, c.clock()
+            c.losses.heard(member.incarnation, request.losses)
             return HeartbeatReply(
                 term=c.term,
                 generation=c.generation if c.placed else 0,
@@ -203,6 +207,7 @@ class CoordinatorService:
                 gate_seconds=c.cuts.seconds_to_gate(),
                 committed=c.cuts.committed,
                 leave=member.role == "shard" and c.scaling.dismissed(member),
+                lost=c.losses.questions(member.incarnation),
             )
 
     def _stands(self, member: Member) -> bool:

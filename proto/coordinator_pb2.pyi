@@ -100,7 +100,7 @@ class Clock(_message.Message):
     def __init__(self, active: bool = ..., acknowledged: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("header", "stats", "clock", "held", "evaluations", "asking", "ranks")
+    __slots__ = ("header", "stats", "clock", "held", "evaluations", "asking", "ranks", "losses")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class HeartbeatRequest(_message.Message):
     EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     ASKING_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     stats: str
     clock: Clock
@@ -115,10 +116,21 @@ class HeartbeatRequest(_message.Message):
     evaluations: _containers.RepeatedScalarFieldContainer[int]
     asking: bool
     ranks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+    losses: _containers.RepeatedCompositeFieldContainer[LossCount]
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., stats: _Optional[str] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., held: _Optional[_Iterable[int]] = ..., evaluations: _Optional[_Iterable[int]] = ..., asking: bool = ..., ranks: _Optional[_Iterable[int]] = ..., losses: _Optional[_Iterable[_Union[LossCount, _Mapping]]] = ...) -> None: ...
+
+class LossCount(_message.Message):
+    __slots__ = ("generation", "pushes", "more")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    pushes: int
+    more: bool
+    def __init__(self, generation: _Optional[int] = ..., pushes: _Optional[int] = ..., more: bool = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds", "committed", "leave")
+    __slots__ = ("term", "generation", "phase", "step", "minimum", "opened", "gate", "gate_seconds", "committed", "leave", "lost")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +141,7 @@ class HeartbeatReply(_message.Message):
     GATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     phase: str
@@ -139,7 +152,18 @@ class HeartbeatReply(_message.Message):
     gate_seconds: float
     committed: int
     leave: bool
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., committed: _Optional[int] = ..., leave: bool = ...) -> None: ...
+    lost: _containers.RepeatedCompositeFieldContainer[LossQuestion]
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., minimum: _Optional[int] = ..., opened: _Optional[int] = ..., gate: _Optional[int] = ..., gate_seconds: _Optional[float] = ..., committed: _Optional[int] = ..., leave: bool = ..., lost: _Optional[_Iterable[_Union[LossQuestion, _Mapping]]] = ...) -> None: ...
+
+class LossQuestion(_message.Message):
+    __slots__ = ("generation", "cut", "blocks")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    cut: int
+    blocks: _common_pb2.Array
+    def __init__(self, generation: _Optional[int] = ..., cut: _Optional[int] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
     __slots__ = ("header", "whole")

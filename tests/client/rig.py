@@ -162,7 +162,7 @@ class Job:
         made = Membership(
             transport or self.transport, "coordinator", WORKER, rng=random.Random(seed), retry=retry or Retry()
         )
-        made.spec, made.layout = self.spec, self.layout
+        made.take_up(self.spec)
         made.id, made.incarnation, made.run = 0, 9, self.run
         if self.coordinator.message is not None:
             made.routes = unpack_placement(self.layout, self.coordinator.message)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import rig
 
+from oarlock.client.acknowledged import Acknowledged
 from oarlock.client.gate import Gate
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import GateReply
@@ -25,6 +26,7 @@ class Member:
         self.transport = self
         self.asked = []
         self._answers = list(answers)
+        self.acknowledged = Acknowledged(1)
         self.gate = Gate(self)
 
     def header(self):

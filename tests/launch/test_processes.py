@@ -224,6 +224,7 @@ def test_a_second_interrupt_does_not_wait(launch: Callable[..., Launched]) -> No
 def test_a_killed_launcher_leaves_no_process(launch: Callable[..., Launched]) -> None:
     job = launch("--epochs", str(ENDLESS))
     job.wait_for("epoch 2/")
+    wait_until(lambda: any(job.out.parent.glob("runs/job/checkpoints/*/manifest.json")), 90.0)
     job.process.kill()
     assert job.end() == -signal.SIGKILL
     status = json.loads(run_cli(job, "status", "job", "--json").stdout)

@@ -34,6 +34,8 @@ from oarlock.proto.coordinator_pb2 import (
     LeaseReply,
     LeaseRequest,
     LeaveRequest,
+    LossCount,
+    LossQuestion,
     PlacementRequest,
     ReleaseRequest,
 )
@@ -181,6 +183,9 @@ MEMBER = Member(id=300, address="127.0.0.1:5000", incarnation=(1 << 63) - 1)
 CLOSED = ClosedSplits(floor=1000, bitmap=b"\x05\x80")
 OPENED: dict[str, Any] = {"opened": 12, "gate": 13, "gate_seconds": 0.25}
 CLOCK = Clock(active=True, acknowledged=200, heard=190)
+HELD: dict[str, Any] = {"held": [300, 301], "evaluations": [40]}
+TOLD: dict[str, Any] = {"term": 6, "generation": 9, "phase": "training", "step": 70000, "minimum": 190}
+LOSS = LossCount(generation=300, pushes=70000, more=True)
 
 MESSAGES: dict[str, Message] = {
     type(message).__name__: message
@@ -322,17 +327,11 @@ MESSAGES: dict[str, Message] = {
         ),
         CLOCK,
         HeartbeatRequest(
-            header=FULL,
-            stats='{"batches": 8}',
-            clock=CLOCK,
-            held=[300, 301],
-            evaluations=[40],
-            asking=True,
-            ranks=[0, 2],
+            header=FULL, stats='{"batches": 8}', clock=CLOCK, **HELD, asking=True, ranks=[0, 2], losses=[LOSS]
         ),
-        HeartbeatReply(
-            term=6, generation=9, phase="training", step=70000, minimum=190, **OPENED, committed=11, leave=True
-        ),
+        LOSS,
+        LossQuestion(generation=300, cut=12, blocks=int32(3, 7)),
+        HeartbeatReply(**TOLD, **OPENED, committed=11, leave=True, lost=[LossQuestion(cut=12)]),
         PlacementRequest(header=FULL, whole=True),
         LeaseRequest(header=FULL, wanted=2, number=17, held=[300, 301], evaluations=[40], clock=CLOCK, ranks=[0, 2]),
         LeaseReply(
