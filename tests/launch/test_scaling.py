@@ -2,10 +2,13 @@
 """Real processes that come, go and die while a job counts: the count is exact, and no process is left."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from counting_job import Job, Scene, nobody_is_left
 
+from oarlock.client.layout import Layout
+from oarlock.client.push_notes import blocks_done, read_notes
 from oarlock.launch.folder import stored_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -84,3 +87,28 @@ def test_a_killed_shard_with_copies_costs_nothing(tmp_path: Path, seed: int, mon
         assert [r["shard"] for r in found] == [0, 1]
         assert all(r["blocks"] > 0 and r["seconds"] < 100 and r["lost"] == "" for r in found)
     assert stored_status(job.folder)["recoveries"] == final["recoveries"]
+
+
+def test_a_reload_counts_the_pushes_that_it_lost(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    job = Job(tmp_path, seed, notes=notes, on_loss="reload", epochs=8, checkpoint_epochs=0)
+    dead: dict[str, Any] = {}
+
+    def scene() -> Scene:
+        while not (job.status.get("epoch") and job.working(2, 2)):
+            yield
+        dead.update(job.kill_a_shard())
+        while not any("pushes" in each for each in job.status["recoveries"]):
+            yield
+
+    with nobody_is_left(monkeypatch):
+        final = job.play(scene())
+    (found,) = [each for each in final["recoveries"] if each["kind"] == "reload"]
+    # A line for every answer of it, a bit for each block.
+    blocks = Layout(job.spec.tables, job.spec.dense).blocks
+    lines = read_notes(notes, blocks)
+    mine = blocks_done(lines[lines["shard"] == dead["incarnation"]], blocks)
+    assert (found["pushes"], found["more"]) == (int(mine.sum()), False)
+    assert found["pushes"] > 0
+    assert any(f"took {found['pushes']} pushes" in text for text in final["warnings"])
