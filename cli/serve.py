@@ -36,7 +36,7 @@ from oarlock.serving.follow import Following
 from oarlock.serving.nearest import load_faiss
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
-from oarlock.serving.recall import RecallSpec, read_recall
+from oarlock.serving.recall import RecallSpec, check_recall, read_recall
 from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
@@ -86,7 +86,11 @@ def _follow(options: argparse.Namespace) -> int:
     store = place_of(spec).open(folder)
     transport = BlockingTransport(security=security)
     try:
-        following = Following(store, transport.call, lambda: read_address(folder), spec.job, trust=options.trust)
+        recall = _recall(options)
+        check_recall(recall, {table.name: table.dim for table in spec.tables})
+        following = Following(
+            store, transport.call, lambda: read_address(folder), spec.job, trust=options.trust, recall=recall
+        )
         return _serve(options, store, security, serving=following)
     finally:
         transport.close()
@@ -177,10 +181,6 @@ def _serve(
 def _recall(options: argparse.Namespace) -> tuple[RecallSpec, ...]:
     """Return which tables are asked for their nearest rows."""
     found = tuple(read_recall(text) for text in options.recall)
-    if found and options.follow:
-        raise InvalidArgument(
-            "--recall and --follow do not go together yet: serve the job's cuts, as oarlock serve JOB --follow-cuts does"
-        )
     if any(spec.ann for spec in found):
         load_faiss()
     return found

@@ -11,7 +11,7 @@ not fit is Malformed, and applied nowhere. Look-ups go on meanwhile; everything 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -95,6 +95,13 @@ class Live:
         self.complete = not blocks
         # Whether every block of a cut has been here.
         self.filled = False
+        # By table: who is told of keys whose rows changed, with the lock held.
+        self.notes: Mapping[str, Callable[[NDArray[np.uint64]], None]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks are here, of a cut or as shards told them."""
+        return self.filled or self.complete
 
     def lacks(self, name: str, block: int, sequence: int) -> bool:
         """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""
@@ -107,7 +114,7 @@ class Live:
         number = self.layout.table_base[self.layout.table_index[name]] + block
         with self.lock:
             if self._served[number] < sequence:
-                self.tables[name].replace(block, keys, rows)
+                self._replace(name, block, keys, rows)
                 self._forget([number])
                 self._served[number] = sequence
                 self._confirmed[number] = at if not self._there[number] else max(at, float(self._confirmed[number]))
@@ -251,7 +258,10 @@ class Live:
         for at in np.flatnonzero(follows & ~here).tolist():
             self._arriving[int(numbers[at])].then.append(change.only(np.arange(len(blocks)) == at))
         direct = change.only(follows & here)
-        table.change(direct)
+        try:
+            table.change(direct)
+        finally:
+            self._note(name, direct.keys, direct.gone)
         self._served[numbers[follows & here]] = after[follows & here]
         self.counts.rows += len(direct.keys)
         self.counts.tombstones += len(direct.gone)
@@ -270,11 +280,26 @@ class Live:
             self._oldest = float(self._confirmed.min())
             self.complete = bool(self._there.all())
 
+    def _replace(
+        self, name: str, block: int, keys: NDArray[np.uint64], rows: NDArray[np.uint8], then: Sequence[Change] = ()
+    ) -> None:
+        before = self.tables[name].keys_of(block) if name in self.notes else None
+        self.tables[name].replace(block, keys, rows, then)
+        if before is not None:
+            self._note(name, before, self.tables[name].keys_of(block))
+
+    def _note(self, name: str, *keys: NDArray[np.uint64]) -> None:
+        """Tell who wants to know which rows of a table may be others, or gone, by now."""
+        note = self.notes.get(name)
+        if note is not None:
+            for each in keys:
+                note(each)
+
     def _place(self, number: int) -> None:
         coming = self._arriving.pop(number)
         name, block = self.layout.name(number)
         try:
-            self.tables[name].replace(block, np.concatenate(coming.keys), np.concatenate(coming.rows), coming.then)
+            self._replace(name, block, np.concatenate(coming.keys), np.concatenate(coming.rows), coming.then)
         except Malformed:
             self._forget([number])
             raise

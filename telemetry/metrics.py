@@ -204,6 +204,17 @@ _SERVING = _metrics(
     ("followed_tombstones_total", "counter", "The same: keys whose rows left."),
     ("followed_bytes_total", "counter", "The same: bytes of the shards' answers."),
     ("followed_whole_blocks_total", "counter", "The same: blocks that came whole."),
+    (
+        "recall_lag_seconds",
+        "histogram",
+        "The same: how long rows that changed were not found by their new values among nearest ones.",
+    ),
+    ("recall_waiting_keys table", "gauge", "The same: changes that are still to be put into the index."),
+    (
+        "recall_rebuilds_total table",
+        "counter",
+        "The same: how often an index was made anew beside the one that answers.",
+    ),
     ("prediction_seconds", "histogram", "Time from encoded samples to their scores, the wait for a batch included."),
     ("predicted_samples_total", "counter", "Samples that were predicted."),
     ("batch_samples", "histogram", "Samples that were computed at once."),
