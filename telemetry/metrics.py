@@ -102,6 +102,7 @@ _SHARD = _metrics(
     ("feed_overflows_total", "counter", "How often more keys changed than are noted between two of their questions."),
     ("told_bytes_total", "counter", "Bytes of the answers to them, whole blocks included."),
     ("told_whole_bytes_total", "counter", "Bytes of blocks that they got whole."),
+    ("told_dense_bytes_total", "counter", "Bytes of dense values that they got."),
     (
         "cut_bytes state",
         "gauge",
