@@ -26,4 +26,13 @@ def fill(live: Live, store: Reading, manifest: Manifest, at: float, *, trust: bo
             live.fill(entry.name, entry.block, entry.seq, np.asarray(image.keys), rows, at)
         done += entry.total_bytes
         progress(done, total)
+    parameters = live.parameters
+    if parameters is not None:
+        for entry in manifest.blocks:
+            if entry.kind == "dense" and parameters.lacks(entry.name, entry.block, entry.seq):
+                values = np.asarray(store.load_block(manifest, entry, checked=trust).weights, np.float32)
+                with live.lock:
+                    parameters.fill(entry.name, entry.block, entry.seq, values.reshape(-1), at)
+        with live.lock:
+            parameters.publish()
     live.cut, live.filled = max(live.cut, manifest.cut), True

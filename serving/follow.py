@@ -73,12 +73,15 @@ class Following(Serving):
         look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         recall: Sequence[RecallSpec] = (),
+        dense: bool = False,
     ) -> None:
         super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall)
         self._call = call
         self._address = address
         self._job = job
         self._poll_seconds = poll_seconds
+        # Whether dense parameters are followed, too.
+        self._dense = dense
         self._clock = clock
         self._live: Live | None = None
         # Its indexes, or those of the run that is about to be served.
@@ -146,7 +149,7 @@ class Following(Serving):
             # Nobody trains, it seems; what the job had last is served until somebody does.
             self._begin_without(error, progress)
         self.follow()
-        while not (self.ready and self.recall_ready):
+        while not (self.ready and self._live_recall is not None and self._live_recall.ready):
             # Nobody knows how many bytes there will be.
             progress(0, 0)
             self._over.wait(WAIT_SECONDS)
@@ -156,11 +159,6 @@ class Following(Serving):
     def indexes(self) -> dict[str, LiveIndex]:
         """The indexes of what is followed, by table."""
         return {} if self._live_recall is None else self._live_recall.indexes
-
-    @property
-    def recall_ready(self) -> bool:
-        """Whether nearest rows of what is followed can be asked for, if they are to be."""
-        return self._live_recall is not None and self._live_recall.ready
 
     def _begin_without(self, error: PSError, progress: Progress) -> None:
         try:
@@ -208,7 +206,8 @@ class Following(Serving):
             return anew
 
     def _model(self, run: int, layout: Layout, seed: int) -> Live:
-        return Live(self._job, run, layout, seed, now=self._clock(), clock=self._clock, counts=self.counts)
+        clock, now = self._clock, self._clock()
+        return Live(self._job, run, layout, seed, now=now, clock=clock, counts=self.counts, with_dense=self._dense)
 
     def _exchange(self, made: Live) -> None:
         # First: no row of the run before is found near anything once the new one is served.
@@ -276,7 +275,8 @@ class Following(Serving):
         live, routes = self._live, self._routes
         if live is None or routes is None or routes.shards.get(shard.id) != shard:
             return False
-        numbers = np.flatnonzero(routes.owners[: live.layout.dense_base] == shard.id).astype(np.int32)
+        blocks = live.layout.blocks if self._dense else live.layout.dense_base
+        numbers = np.flatnonzero(routes.owners[:blocks] == shard.id).astype(np.int32)
         if not len(numbers):
             return False
         header = Header(

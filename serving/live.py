@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A live model: the tables of a job that trains, as far as its shards have told, in one run of its history.
+"""A live model: tables and dense parameters of a job that trains, as far as its shards have told, in one run of its history.
 
     of each block    who told last, the number of its operations that this has (``sequences``, + 1; 0: none yet), when that was
                      confirmed; pages of it that have come, until it is whole
@@ -23,8 +23,9 @@ from oarlock.client.router import ShardAddress
 from oarlock.embedding.fresh import Change, FreshTable
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import Array, Header
-from oarlock.proto.errors import Malformed
+from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import ChangesReply, ChangesRequest, TableChanges
+from oarlock.serving.live_dense import LiveDense
 from oarlock.serving.snapshot import Version, unknown_table
 
 Numbers = NDArray[np.int32]
@@ -57,7 +58,10 @@ class _Arriving:
 
 
 class Live:
-    """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``."""
+    """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``.
+
+    ``with_dense``: with its dense parameters, too, as predictions need them.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Live:
         now: float,
         clock: Callable[[], float] = time.monotonic,
         counts: Counts | None = None,
+        with_dense: bool = False,
     ) -> None:
         self.job = job
         self.run = run
@@ -91,7 +96,8 @@ class Live:
         self._oldest = now
         self._arriving: dict[int, _Arriving] = {}
         self._there: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
-        # Whether all blocks have been told by shards.
+        self.parameters = LiveDense(layout, now=now, clock=clock) if with_dense else None
+        # Whether all blocks of tables have been told by shards.
         self.complete = not blocks
         # Whether every block of a cut has been here.
         self.filled = False
@@ -101,7 +107,20 @@ class Live:
     @property
     def whole(self) -> bool:
         """Whether all blocks are here, of a cut or as shards told them."""
-        return self.filled or self.complete
+        parameters = self.parameters
+        return (self.filled or self.complete) and (parameters is None or parameters.values is not None)
+
+    @property
+    def dense(self) -> NDArray[np.float32]:
+        """All dense parameters: float32[P], which nobody changes; another array once they are others."""
+        values = None if self.parameters is None else self.parameters.values
+        if values is None:
+            raise Unavailable("the dense parameters of this model are not here: ask again")
+        return values
+
+    def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+        return self.table(table).lookup(keys, out)
 
     def lacks(self, name: str, block: int, sequence: int) -> bool:
         """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""
@@ -123,7 +142,8 @@ class Live:
     @property
     def age(self) -> float:
         """How many seconds ago the state was the shards' own, of the block of which that is longest ago."""
-        return max(0.0, self._clock() - self._oldest)
+        age = max(0.0, self._clock() - self._oldest)
+        return age if self.parameters is None else max(age, self.parameters.age)
 
     @property
     def version(self) -> Version:
@@ -147,7 +167,8 @@ class Live:
     # The exchange with a shard; the lock is held.
 
     def question(self, shard: ShardAddress, numbers: Numbers, header: Header) -> ChangesRequest:
-        """Return what to ask a shard about its blocks, numbers: int32[m] ascending, of tables."""
+        """Return what to ask a shard about its blocks, numbers: int32[m] ascending in the layout."""
+        numbers, of_dense = self._apart(numbers)
         anew = numbers[self._sources[numbers] != shard.incarnation]
         # What is served of them goes on to be, until the new owner has told all of it.
         self._forget(anew.tolist())
@@ -158,19 +179,34 @@ class Live:
             if coming is not None:
                 least[at] = coming.least
                 coming.asked = coming.all_here
-        return ChangesRequest(
+        request = ChangesRequest(
             header=header,
             blocks=pack(numbers),
             sequences=pack(self.sequences[numbers].astype(np.uint64)),
             takes=pack(self._takes[numbers].astype(np.uint64)),
             least=pack(least),
         )
+        if self.parameters is not None:
+            self.parameters.question(shard, of_dense, request)
+        return request
+
+    def _apart(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """Return which of ascending numbers are of tables, and which of dense parameters."""
+        at = int(np.searchsorted(numbers, self.layout.dense_base))
+        return numbers[:at], numbers[at:]
 
     def apply(self, shard: ShardAddress, numbers: Numbers, reply: ChangesReply, asked_at: float) -> bool:
         """Apply a shard's answer to what was asked at ``asked_at``; return whether to ask for more at once."""
+        numbers, of_dense = self._apart(numbers)
         mine = np.zeros(len(self.sequences), np.bool_)
         mine[numbers[self._sources[numbers] == shard.incarnation]] = True
-        moved, whole = self._named(reply.moved, "moved"), self._named(reply.whole, "whole")
+        moved, whole = self._named(reply.moved, "moved", self.layout.blocks), self._named(reply.whole, "whole")
+        at = asked_at - max(0.0, reply.age_seconds)
+        more = bool(reply.more)
+        if self.parameters is not None and len(of_dense):
+            more |= self.parameters.apply(shard, of_dense, reply, at)
+            self.parameters.moved(moved)
+        moved = moved[moved < self.layout.dense_base]
         mine[moved] = False
         self._forget(moved.tolist())
         self._forget([number for number in whole.tolist() if self.sequences[number] > 0])
@@ -181,15 +217,16 @@ class Live:
             else:
                 self._changed(part, mine, reply.take)
         if not reply.more:
-            self._confirm(mine, asked_at - max(0.0, reply.age_seconds))
-        return bool(reply.more) or any(part.whole for part in reply.tables)
+            self._confirm(mine, at)
+        return more or any(part.whole for part in reply.tables)
 
     # Inside
 
-    def _named(self, message: Array, what: str) -> Numbers:
+    def _named(self, message: Array, what: str, most: int | None = None) -> Numbers:
         found: Numbers = unpack(message, np.int32, f"{what} blocks")
-        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < len(self.sequences):
-            raise Malformed(f"{what} blocks are not all from 0 to below {len(self.sequences)}")
+        most = len(self.sequences) if most is None else most
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < most:
+            raise Malformed(f"{what} blocks are not all from 0 to below {most}")
         return found
 
     def _forget(self, numbers: list[int]) -> None:
