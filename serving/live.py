@@ -204,8 +204,8 @@ class Live:
         at = asked_at - max(0.0, reply.age_seconds)
         more = bool(reply.more)
         if self.parameters is not None and len(of_dense):
-            more |= self.parameters.apply(shard, of_dense, reply, at)
             self.parameters.moved(moved)
+            more |= self.parameters.apply(shard, of_dense, reply, at)
         moved = moved[moved < self.layout.dense_base]
         mine[moved] = False
         self._forget(moved.tolist())

@@ -114,8 +114,9 @@ def test_they_are_those_of_the_evaluation_and_then_of_the_shards(going):
         job.catch_up(following)
         before, found = found, scores(models, job, inputs)
         assert np.abs(found - before).max() > 1e-3
-        # The same samples in the same batches: to the bit.
-        want = models.predictor.predict(AsShardsHaveIt(job), arrays, rows).scores
+        # The same samples in the same batches, by a predictor that knows of nothing else: to the bit.
+        alone = predictor_of_job(job.trained.spec)
+        want = alone.predict(AsShardsHaveIt(job), arrays, rows).scores
         assert found.tobytes() == want.tobytes()
 
 

@@ -124,6 +124,56 @@ def test_any_history_is_followed_to_the_bit_and_of_one_instant_each(tmp_path, se
     following.close()
 
 
+def test_values_that_come_in_several_answers_come_all_though_they_change(tmp_path):
+    job = follow_rig.Job()
+    for shard in job.inner.shards.values():
+        shard.changes.dense._answer_bytes = 8
+    following = job.follower(tmp_path, dense=True)
+    rng = np.random.default_rng(0)
+    seen = [set() for _ in job.inner.layout.dense_blocks]
+    for _ in range(60):
+        job.train(range(5), dense=gradients(rng))
+        job.clock.now += 1.0
+        for shard in following._routes.shards.values():
+            following.poll(shard)
+        for found, block in zip(seen, job.inner.layout.dense_blocks, strict=True):
+            if following.ready:
+                found.add(following.current.dense[block.offset : block.offset + block.length].tobytes())
+    assert all(len(found) > 10 for found in seen)
+    following.close()
+
+
+def test_a_block_that_moved_is_not_said_to_be_fresh(followed):
+    job, following = followed
+    base = job.inner.layout.dense_base
+    number = next(n for n in range(base, job.inner.layout.blocks) if job.inner.owners[n] == 0)
+    job.inner.move(number, 1)
+    job.clock.now += 100
+    for shard in following._routes.shards.values():
+        following.poll(shard)
+    assert following.current.version.age() >= 100
+    following.look()
+    job.catch_up(following)
+    assert following.current.version.age() < 2.5
+    assert following.current.dense.tobytes() == job.inner.dense().tobytes()
+
+
+def test_no_push_comes_in_between(followed, monkeypatch):
+    job, following = followed
+    held = []
+    for shard in job.inner.shards.values():
+        pull = shard.dense_group.pull
+
+        def noted(blocks, out, shard=shard, pull=pull):
+            held.append(shard.push_lock.locked())
+            pull(blocks, out)
+
+        monkeypatch.setattr(shard.dense_group, "pull", noted)
+    job.train(range(5), dense=np.ones(SIZE, np.float32))
+    job.catch_up(following)
+    assert held == [True, True]
+
+
 def test_the_steps_of_a_sync_job_are_followed(tmp_path):
     job = follow_rig.Job(shards=1, mode="sync", ranks=1)
     following = job.follower(tmp_path, dense=True)
