@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from oarlock.client.security import security_of
 from oarlock.launch.folder import locate as find_job
 from oarlock.launch.folder import read_spec, stored_security
 from oarlock.launch.kernels import are_compiled
-from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, scorers
+from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, predictor_of_job, scorers
 from oarlock.proto.errors import InvalidArgument
 from oarlock.proto.rpc import BlockingTransport
 from oarlock.proto.rpc.server import check_address
@@ -36,7 +36,7 @@ from oarlock.serving.follow import Following
 from oarlock.serving.nearest import load_faiss
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
-from oarlock.serving.recall import RecallSpec, read_recall
+from oarlock.serving.recall import RecallSpec, check_recall, read_recall
 from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
@@ -69,7 +69,27 @@ def _run(options: argparse.Namespace) -> int:
     store, cut = locate_served(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
-    return _serve(options, store, security, cut=cut, job=job or job_beside(path))
+    folder = Path(options.job) if options.job else job or job_beside(path)
+
+    def predicts(model: Model) -> Predictor | None:
+        assert isinstance(model, Snapshot)
+        manifest = model.manifest
+        return _predictor(
+            options, lambda threads: predictor_of(manifest, job=folder, recipe=options.recipe, scorers=threads)
+        )
+
+    return _serve(options, store, security, cut=cut, predicts=predicts)
+
+
+def _predictor(options: argparse.Namespace, make: Callable[[int], Predictor]) -> Predictor | None:
+    """Return what ``make`` makes for so many threads, None, once it is said why, if there are no predictions."""
+    if options.recipe == "none":
+        return None
+    try:
+        return make(options.predict_threads or scorers())
+    except NoPrediction as error:
+        print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _follow(options: argparse.Namespace) -> int:
@@ -86,8 +106,19 @@ def _follow(options: argparse.Namespace) -> int:
     store = place_of(spec).open(folder)
     transport = BlockingTransport(security=security)
     try:
-        following = Following(store, transport.call, lambda: read_address(folder), spec.job, trust=options.trust)
-        return _serve(options, store, security, serving=following)
+        recall = _recall(options)
+        check_recall(recall, {table.name: table.dim for table in spec.tables})
+        predictor = _predictor(options, lambda threads: predictor_of_job(spec, recipe=options.recipe, scorers=threads))
+        following = Following(
+            store,
+            transport.call,
+            lambda: read_address(folder),
+            spec.job,
+            trust=options.trust,
+            recall=recall,
+            dense=predictor is not None,
+        )
+        return _serve(options, store, security, serving=following, predicts=lambda model: predictor)
     finally:
         transport.close()
 
@@ -97,9 +128,9 @@ def _serve(
     store: Reading,
     security: Security,
     *,
+    predicts: Callable[[Model], Predictor | None],
     cut: int | None = None,
     serving: Serving | None = None,
-    job: Path | None = None,
 ) -> int:
     recall = _recall(options)
     to_stream(options.log_level)
@@ -122,18 +153,9 @@ def _serve(
     )
     where: dict[str, str | None] = {"prediction": None}
 
-    def predicts(model: Model) -> Predictor | None:
-        if options.recipe == "none":
-            return None
-        threads, folder = options.predict_threads or scorers(), Path(options.job) if options.job else job
-        try:
-            if not isinstance(model, Snapshot):
-                raise NoPrediction("of a job that is followed rows are told, dense parameters are not: serve its cuts")
-            found = predictor_of(model.manifest, job=folder, recipe=options.recipe, scorers=threads)
-        except NoPrediction as error:
-            print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
-            return None
-        where["prediction"] = found.name
+    def noted(model: Model) -> Predictor | None:
+        found = predicts(model)
+        where["prediction"] = None if found is None else found.name
         return found
 
     def listening(address: str, metrics: str, http: str) -> None:
@@ -165,7 +187,7 @@ def _serve(
             store,
             settings,
             security=security,
-            predicts=predicts,
+            predicts=noted,
             listening=listening,
             progress=progress,
             ready=ready,
@@ -177,10 +199,6 @@ def _serve(
 def _recall(options: argparse.Namespace) -> tuple[RecallSpec, ...]:
     """Return which tables are asked for their nearest rows."""
     found = tuple(read_recall(text) for text in options.recall)
-    if found and options.follow:
-        raise InvalidArgument(
-            "--recall and --follow do not go together yet: serve the job's cuts, as oarlock serve JOB --follow-cuts does"
-        )
     if any(spec.ann for spec in found):
         load_faiss()
     return found

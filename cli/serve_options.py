@@ -40,7 +40,7 @@ def add_serve(commands: Any) -> None:
     run.add_argument(
         "--follow",
         metavar="JOB",
-        help="in place of CHECKPOINT: a job (its name or folder) whose rows are served as they change while it trains",
+        help="in place of CHECKPOINT: a job (its name or folder) which is served as it changes while it trains",
     )
     run.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: any free one (default)")
     run.add_argument(

@@ -136,6 +136,11 @@ class DenseGroup:
         with self._lock:
             self._found(blocks, pull_blocks(blocks, self._known, address_of(out)))
 
+    def lives(self, blocks: Numbers) -> Numbers:
+        """Return int64[m]: how often each of ``blocks`` int64[m] has come or gone here; pushes do not count."""
+        found: Numbers = self._ledger.lives[blocks]
+        return found
+
     def push(
         self, blocks: Numbers, starts: Numbers, gradients: Values, *, rate: float, step: int = 1
     ) -> NDArray[np.uint8]:

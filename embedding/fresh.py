@@ -24,6 +24,7 @@ from oarlock.embedding.fresh_kernels import (
     ROOM,
     change_blocks,
     change_rows,
+    find_fresh,
     look_up_fresh,
     stray,
 )
@@ -143,6 +144,18 @@ class FreshTable:
             look_up_fresh(frame.words.address, address_of(keys), len(keys), address_of(out), address_of(scratch))
         )
 
+    def find(self, keys: Keys, out: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Do as ``lookup`` does, at a slower pace, and return which of the keys have a row: bool[n]."""
+        keys = checked_keys(self.spec, keys, out)
+        present = np.empty(len(keys), np.uint8)
+        frame = self._frame
+        find_fresh(frame.words.address, address_of(keys), len(keys), address_of(out), address_of(present))
+        return present.view(np.bool_)
+
+    def keys_of(self, block: int) -> Keys:
+        """Return the keys that have rows in a block, in any order; whoever changes it waits."""
+        return self._frame.blocks[block].content()[0].copy()
+
     def replace(self, block: int, keys: Keys, rows: Rows, then: Sequence["Change"] = ()) -> None:
         """Have a block hold these rows and no others, keys: uint64[n], distinct, once ``then`` was done to them.
 
@@ -255,3 +268,4 @@ def warm_up() -> None:
         table.change(change)
         table.replace(0, change.keys, change.rows, [change])
         table.lookup(np.arange(5, dtype=np.uint64), np.empty((5, 2), np.float32))
+        table.find(np.arange(5, dtype=np.uint64), np.empty((5, 2), np.float32))

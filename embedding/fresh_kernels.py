@@ -59,6 +59,7 @@ from oarlock.embedding.pointer import (
     load_u32,
     load_u64,
     store_i64,
+    store_u8,
     store_u32,
     store_u64,
 )
@@ -169,6 +170,20 @@ def look_up_fresh(table: Int, keys: Int, n: Int, out: Int, scratch: Int) -> Int:
             missing += take_lap(table, keys, begin, end, scratch, out)
             missing += check_lap(table, keys, begin, end, scratch, out)
     return missing
+
+
+@jit
+def find_fresh(table: Int, keys: Int, n: Int, out: Int, present: Int) -> None:
+    """Write the weights of keys: uint64[n] to out: float32[n, dim], and which of them have a row to present: uint8[n]."""
+    salt = load_u64(table, SALT)
+    bits: Int = load_i64(table, BLOCK_BITS)
+    blocks: Int = load_i64(table, BLOCKS)
+    pitch = 4 * load_i64(table, DIM)
+    for i in range(n):
+        key = load_u64(keys, i)
+        mix = key_mix(salt, key)
+        descriptor = blocks + block_of_mix(mix, bits) * (8 * BLOCK_WORDS)
+        store_u8(present, i, np.uint8(take_one(table, key, descriptor, mix, out + i * pitch) == 0))
 
 
 @jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to its predictor: the recipe's own transforms and graph, as they were when the job was planned.
+"""From a checkpoint, or a job, to its predictor: the recipe's own transforms and graph, as they were when the job was planned.
 
 Invariant: what a checkpoint says is not believed: a recipe that is none of Oarlock's own is imported only if the user named it,
 the transforms have the digest of the manifest, and the graph has the tables and dense parameters that the cut has. NoPrediction
@@ -8,6 +8,7 @@ says why a model gives rows alone. Reads only.
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,29 @@ def predictor_of(manifest: Manifest, *, job: Path | None, recipe: str = "", scor
 
     NoPrediction where the checkpoint has none; InvalidArgument where what the user named does not go with it.
     """
-    name = manifest.recipe
+    return _unless_none(manifest.recipe, recipe, lambda name: _made(_spec_of(manifest, job), name, scorers))
+
+
+def predictor_of_job(spec: JobSpec, *, recipe: str = "", scorers: int = 1) -> Predictor:
+    """Return the predictor of a job, by what its folder has; ``recipe`` and errors as ``predictor_of`` has them."""
+    return _unless_none(spec.recipe, recipe, lambda name: _made(spec, name, scorers))
+
+
+def _unless_none(name: str, recipe: str, make: Callable[[str], Predictor]) -> Predictor:
     if recipe:
         if recipe_name(recipe) != name:
             raise InvalidArgument(f"--recipe {recipe}: the checkpoint is of recipe {name}")
     elif not name.startswith(OWN):
         raise NoPrediction(f"recipe {name} is none of Oarlock's own: give --recipe {name} to have it imported")
     try:
-        return _made(manifest, job, name, scorers)
+        return make(name)
     except PSError as error:
         if recipe:
             raise
         raise NoPrediction(str(error)) from None
 
 
-def _made(manifest: Manifest, job: Path | None, name: str, scorers: int) -> Predictor:
-    spec = _spec_of(manifest, job)
+def _made(spec: JobSpec, name: str, scorers: int) -> Predictor:
     try:
         workload = load_recipe(name).workload(spec)
     except TypeError as error:
@@ -69,13 +77,13 @@ def _made(manifest: Manifest, job: Path | None, name: str, scorers: int) -> Pred
     if not isinstance(workload, Predicts):
         raise NotFound(f"recipe {name} does not say what a prediction is asked with (inputs and unlabelled)")
     columns, model = tuple(workload.inputs), workload.model
-    tables = manifest.table_specs()
+    dims = {table.name: table.dim for table in spec.tables}
     for lookup in model.lookups:
-        if lookup.table not in tables or tables[lookup.table].dim != lookup.dim:
+        if dims.get(lookup.table) != lookup.dim:
             raise SpecMismatch(
                 f"recipe {name} looks up table {lookup.table} with dim {lookup.dim}, the cut has no such"
             )
-    if model.parameters != tuple(manifest.dense_specs().values()):
+    if model.parameters != spec.dense:
         raise SpecMismatch(f"the dense parameters of recipe {name} are not those of the cut")
     short = name.partition(":")[0].rpartition(".")[2]
     return Predictor(Recipe(short, model, columns, workload.unlabelled), scorers=scorers)

@@ -498,18 +498,22 @@ class ShardStatsRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
 
 class ChangesRequest(_message.Message):
-    __slots__ = ("header", "blocks", "sequences", "least", "takes")
+    __slots__ = ("header", "blocks", "sequences", "least", "takes", "dense", "dense_stamps")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
     TAKES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    DENSE_STAMPS_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     blocks: _common_pb2.Array
     sequences: _common_pb2.Array
     least: _common_pb2.Array
     takes: _common_pb2.Array
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., least: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., takes: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    dense: _common_pb2.Array
+    dense_stamps: _common_pb2.Array
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., sequences: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., least: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., takes: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense_stamps: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class TableChanges(_message.Message):
     __slots__ = ("table", "whole", "blocks", "before", "after", "counts", "keys", "rows", "gone_counts", "gone", "next")
@@ -538,7 +542,7 @@ class TableChanges(_message.Message):
     def __init__(self, table: _Optional[int] = ..., whole: bool = ..., blocks: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., before: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., after: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., rows: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gone_counts: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., gone: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., next: _Optional[int] = ...) -> None: ...
 
 class ChangesReply(_message.Message):
-    __slots__ = ("tables", "moved", "where", "more", "age_seconds", "take", "whole")
+    __slots__ = ("tables", "moved", "where", "more", "age_seconds", "take", "whole", "dense", "dense_stamps", "dense_values", "dense_left")
     TABLES_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     WHERE_FIELD_NUMBER: _ClassVar[int]
@@ -546,6 +550,10 @@ class ChangesReply(_message.Message):
     AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TAKE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    DENSE_STAMPS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_VALUES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_LEFT_FIELD_NUMBER: _ClassVar[int]
     tables: _containers.RepeatedCompositeFieldContainer[TableChanges]
     moved: _common_pb2.Array
     where: _common_pb2.Placement
@@ -553,7 +561,11 @@ class ChangesReply(_message.Message):
     age_seconds: float
     take: int
     whole: _common_pb2.Array
-    def __init__(self, tables: _Optional[_Iterable[_Union[TableChanges, _Mapping]]] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., where: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., more: bool = ..., age_seconds: _Optional[float] = ..., take: _Optional[int] = ..., whole: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    dense: _common_pb2.Array
+    dense_stamps: _common_pb2.Array
+    dense_values: _common_pb2.Array
+    dense_left: int
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableChanges, _Mapping]]] = ..., moved: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., where: _Optional[_Union[_common_pb2.Placement, _Mapping]] = ..., more: bool = ..., age_seconds: _Optional[float] = ..., take: _Optional[int] = ..., whole: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense_stamps: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense_values: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., dense_left: _Optional[int] = ...) -> None: ...
 
 class RowsRequest(_message.Message):
     __slots__ = ("header", "verb", "keys", "block", "least", "tick", "steps", "number")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes: what a shard answers to processes that serve its rows: what came since they asked last, or blocks whole.
+"""Changes: what a shard answers to processes that serve its model: what came since they asked last, or blocks whole.
 
 Invariant: nothing is changed. An answer has a bounded size, so one who is slow asks more often, and once it is farther behind
 than the feed reaches (``ps/feed.py``) it gets whole blocks: nothing is kept for it. Whole blocks leave at a bounded rate, for
-they cost the shard more than what changed does. Called from many threads.
+they cost the shard more than what changed does; so do dense values (``ps/dense_changes.py``). Called from many threads.
 """
 
 import time
@@ -20,6 +20,7 @@ from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import Malformed, PSError
 from oarlock.proto.shard_pb2 import ChangesReply, ChangesRequest, TableChanges
 from oarlock.proto.work import expects
+from oarlock.ps.dense_changes import DenseChanges
 from oarlock.ps.feed import Part
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Changes:
         self._next_whole = 0.0
         self.whole_bytes = 0
         self.bytes = 0
+        self.dense = DenseChanges(shard, clock=lambda: self._clock())
 
     def answer(self, request: ChangesRequest) -> ChangesReply:
         """Answer with what is news to the sender, of the blocks that it names and this shard owns."""
@@ -65,8 +67,9 @@ class Changes:
         take, age = feed.take()
         here = shard.owned[numbers]
         reply = ChangesReply(age_seconds=age, take=take)
-        if not here.all():
-            elsewhere = numbers[~here]
+        asked = np.concatenate([numbers, self.dense.asked(request)])
+        if not shard.owned[asked].all():
+            elsewhere = asked[~shard.owned[asked]]
             reply.moved.CopyFrom(pack(elsewhere))
             with shard.push_lock:
                 shard.holdings.tell_where(elsewhere, reply.where)
@@ -77,6 +80,7 @@ class Changes:
         whole = here & ~reached[numbers]
         reply.whole.CopyFrom(pack(numbers[whole]))
         size += self._whole(numbers[whole], least[whole], size, reply)
+        size += self.dense.add(request, reply)
         with self._counting:
             self.bytes += size
         return reply

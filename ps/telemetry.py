@@ -50,6 +50,7 @@ def shard_source(service: ShardService, shard: Shard) -> Source:
             "oarlock_shard_feed_overflows_total": shard.feed.overflows,
             "oarlock_shard_told_bytes_total": shard.changes.bytes,
             "oarlock_shard_told_whole_bytes_total": shard.changes.whole_bytes,
+            "oarlock_shard_told_dense_bytes_total": shard.changes.dense.bytes,
             "oarlock_shard_sweep_slices_total": shard.sweeper.slices,
             "oarlock_shard_cut_bytes": {
                 state: writing.get(name, 0) for state, name in (("written", "written_bytes"), ("in_all", "bytes"))

@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
@@ -26,13 +26,16 @@ from oarlock.checkpoint.reading import Reading
 from oarlock.client.job import OVER, JobSpec
 from oarlock.client.layout import Layout
 from oarlock.client.router import Routes, ShardAddress, unpack_changes, unpack_placement
-from oarlock.embedding.frozen import stored_rows
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import DescribeReply, DescribeRequest, StatusReply, StatusRequest
 from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import ChangesReply
+from oarlock.serving.filling import fill
 from oarlock.serving.live import Counts, Live
+from oarlock.serving.live_index import LiveIndex
+from oarlock.serving.live_recall import LAGS, Keeper, LiveRecall
+from oarlock.serving.recall import Asked, Recall, RecallSpec
 from oarlock.serving.snapshot import Model, Progress, created_of
 from oarlock.serving.swap import Serving
 from oarlock.telemetry.histogram import Histogram
@@ -69,14 +72,24 @@ class Following(Serving):
         poll_seconds: float = POLL_SECONDS,
         look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        recall: Sequence[RecallSpec] = (),
+        dense: bool = False,
     ) -> None:
-        super().__init__(store, trust=trust, look_seconds=look_seconds)
+        super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall)
         self._call = call
         self._address = address
         self._job = job
         self._poll_seconds = poll_seconds
+        # Whether dense parameters are followed, too.
+        self._dense = dense
         self._clock = clock
         self._live: Live | None = None
+        # Its indexes, or those of the run that is about to be served.
+        self._live_recall: LiveRecall | None = None
+        self._recall_specs = tuple(recall)
+        self._keeper = Keeper(lambda: self._live_recall, self._said)
+        # For how long changes of rows were not found yet, by their nearest ones.
+        self.recall_lags = Histogram(LAGS)
         self._routes: Routes | None = None
         self._routing = Lock()
         self._looking = Lock()
@@ -92,7 +105,7 @@ class Following(Serving):
 
     @property
     def ready(self) -> bool:
-        return self._live is not None and (self.pinned or self._live.filled or self._live.complete)
+        return self._live is not None and (self.pinned or self._live.whole)
 
     @property
     def current(self) -> Model:
@@ -104,6 +117,15 @@ class Following(Serving):
         return self._live
 
     @property
+    def recall(self) -> Asked:
+        """What is asked for nearest rows: the indexes of what is served."""
+        if self.pinned and self._snapshot is not None:
+            return self._recall
+        if self._live_recall is None:
+            raise Unavailable("this process is still getting its model from the job: ask again")
+        return self._live_recall
+
+    @property
     def live(self) -> Live | None:
         """The live model, also while another one is served; None before the first."""
         return self._live
@@ -113,7 +135,7 @@ class Following(Serving):
     def release(self) -> Model:
         """Serve the live model again."""
         with self._loading:
-            self.pinned, self._snapshot = False, None
+            self.pinned, self._snapshot, self._recall = False, None, Recall(self._recall_specs)
             self._refused.clear()
         return self.current
 
@@ -127,11 +149,16 @@ class Following(Serving):
             # Nobody trains, it seems; what the job had last is served until somebody does.
             self._begin_without(error, progress)
         self.follow()
-        while not self.ready:
+        while not (self.ready and self._live_recall is not None and self._live_recall.ready):
             # Nobody knows how many bytes there will be.
             progress(0, 0)
             self._over.wait(WAIT_SECONDS)
         return self.current
+
+    @property
+    def indexes(self) -> dict[str, LiveIndex]:
+        """The indexes of what is followed, by table."""
+        return {} if self._live_recall is None else self._live_recall.indexes
 
     def _begin_without(self, error: PSError, progress: Progress) -> None:
         try:
@@ -144,7 +171,7 @@ class Following(Serving):
         layout = Layout(tuple(manifest.table_specs().values()), tuple(manifest.dense_specs().values()))
         made = self._model(manifest.run, layout, manifest.seed)
         self._fill(made, manifest, progress)
-        self._live = made
+        self._exchange(made)
 
     def look(self) -> bool:
         """Ask the coordinator what the job's run, placement and cuts are; return whether the run was new. PSError: no answer."""
@@ -179,7 +206,13 @@ class Following(Serving):
             return anew
 
     def _model(self, run: int, layout: Layout, seed: int) -> Live:
-        return Live(self._job, run, layout, seed, now=self._clock(), clock=self._clock, counts=self.counts)
+        clock, now = self._clock, self._clock()
+        return Live(self._job, run, layout, seed, now=now, clock=clock, counts=self.counts, with_dense=self._dense)
+
+    def _exchange(self, made: Live) -> None:
+        # First: no row of the run before is found near anything once the new one is served.
+        self._live_recall = LiveRecall(self._recall_specs, made, clock=self._clock, lags=self.recall_lags)
+        self._live = made
 
     def _begin(self, run: int, layout: Layout, seed: int, status: dict[str, Any]) -> Live:
         """Serve the cut that a run began from, or has made, in place of what is served."""
@@ -197,7 +230,7 @@ class Following(Serving):
                 logger.warning("event=cut_not_loaded cut=%d error=%s", cut, error)
                 made = self._model(run, layout, seed)
         self.swaps += self._live is not None
-        self._live = made
+        self._exchange(made)
         self.load_seconds = time.monotonic() - begun
         logger.info("event=following run=%d cut=%d rows=%d seconds=%.2f", run, made.cut, made.rows, self.load_seconds)
         return made
@@ -232,18 +265,8 @@ class Following(Serving):
 
     def _fill(self, live: Live, manifest: Manifest, progress: Progress) -> None:
         """Give a model the blocks of a cut of its run, or of the one that it began from, that are newer than its own."""
-        specs = manifest.table_specs()
         at = self._clock() - max(0.0, time.time() - created_of(manifest))
-        entries = [entry for entry in manifest.blocks if entry.kind == "rows" and entry.name in live.tables]
-        done, total = 0, sum(entry.total_bytes for entry in entries)
-        for entry in entries:
-            if live.lacks(entry.name, entry.block, entry.seq):
-                image = self.store.load_block(manifest, entry, checked=self._trust)
-                rows = stored_rows(specs[entry.name], np.asarray(image.weights), np.asarray(image.state))
-                live.fill(entry.name, entry.block, entry.seq, np.asarray(image.keys), rows, at)
-            done += entry.total_bytes
-            progress(done, total)
-        live.cut, live.filled = max(live.cut, manifest.cut), True
+        fill(live, self.store, manifest, at, trust=self._trust, progress=progress)
 
     # What the shards say
 
@@ -252,7 +275,8 @@ class Following(Serving):
         live, routes = self._live, self._routes
         if live is None or routes is None or routes.shards.get(shard.id) != shard:
             return False
-        numbers = np.flatnonzero(routes.owners[: live.layout.dense_base] == shard.id).astype(np.int32)
+        blocks = live.layout.blocks if self._dense else live.layout.dense_base
+        numbers = np.flatnonzero(routes.owners[:blocks] == shard.id).astype(np.int32)
         if not len(numbers):
             return False
         header = Header(
@@ -291,6 +315,8 @@ class Following(Serving):
         """Go on in threads, until ``close``."""
         self._thread = Thread(target=self._follow, name="oarlock-follow", daemon=True)
         self._thread.start()
+        if self._recall_specs:
+            self._keeper.start()
 
     def _follow(self) -> None:
         while not self._over.is_set():
@@ -340,7 +366,7 @@ class Following(Serving):
             # The coordinator knows better; a pause, since it may not yet.
             self._wake.set()
             self._over.wait(self._poll_seconds)
-        except (PSError, OSError, ValueError, MemoryError) as error:
+        except (PSError, OSError, ValueError, RuntimeError, MemoryError) as error:
             self._troubles[who] = f"{who}: {error or type(error).__name__}"
         else:
             if not self._troubles.pop(who, None):
@@ -359,6 +385,7 @@ class Following(Serving):
         self._over.set()
         self._wake.set()
         super().close()
+        self._keeper.close()
 
 
 def _newer(before: Routes, placement: Any, routes: Routes) -> Routes:

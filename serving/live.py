@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A live model: the tables of a job that trains, as far as its shards have told, in one run of its history.
+"""A live model: tables and dense parameters of a job that trains, as far as its shards have told, in one run of its history.
 
     of each block    who told last, the number of its operations that this has (``sequences``, + 1; 0: none yet), when that was
                      confirmed; pages of it that have come, until it is whole
@@ -11,7 +11,7 @@ not fit is Malformed, and applied nowhere. Look-ups go on meanwhile; everything 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -23,8 +23,9 @@ from oarlock.client.router import ShardAddress
 from oarlock.embedding.fresh import Change, FreshTable
 from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.common_pb2 import Array, Header
-from oarlock.proto.errors import Malformed
+from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import ChangesReply, ChangesRequest, TableChanges
+from oarlock.serving.live_dense import LiveDense
 from oarlock.serving.snapshot import Version, unknown_table
 
 Numbers = NDArray[np.int32]
@@ -57,7 +58,10 @@ class _Arriving:
 
 
 class Live:
-    """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``."""
+    """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``.
+
+    ``with_dense``: with its dense parameters, too, as predictions need them.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Live:
         now: float,
         clock: Callable[[], float] = time.monotonic,
         counts: Counts | None = None,
+        with_dense: bool = False,
     ) -> None:
         self.job = job
         self.run = run
@@ -91,10 +96,31 @@ class Live:
         self._oldest = now
         self._arriving: dict[int, _Arriving] = {}
         self._there: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
-        # Whether all blocks have been told by shards.
+        self.parameters = LiveDense(layout, now=now, clock=clock) if with_dense else None
+        # Whether all blocks of tables have been told by shards.
         self.complete = not blocks
         # Whether every block of a cut has been here.
         self.filled = False
+        # By table: who is told of keys whose rows changed, with the lock held.
+        self.notes: Mapping[str, Callable[[NDArray[np.uint64]], None]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks are here, of a cut or as shards told them."""
+        parameters = self.parameters
+        return (self.filled or self.complete) and (parameters is None or parameters.values is not None)
+
+    @property
+    def dense(self) -> NDArray[np.float32]:
+        """All dense parameters: float32[P], which nobody changes; another array once they are others."""
+        values = None if self.parameters is None else self.parameters.values
+        if values is None:
+            raise Unavailable("the dense parameters of this model are not here: ask again")
+        return values
+
+    def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+        return self.table(table).lookup(keys, out)
 
     def lacks(self, name: str, block: int, sequence: int) -> bool:
         """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""
@@ -107,7 +133,7 @@ class Live:
         number = self.layout.table_base[self.layout.table_index[name]] + block
         with self.lock:
             if self._served[number] < sequence:
-                self.tables[name].replace(block, keys, rows)
+                self._replace(name, block, keys, rows)
                 self._forget([number])
                 self._served[number] = sequence
                 self._confirmed[number] = at if not self._there[number] else max(at, float(self._confirmed[number]))
@@ -116,7 +142,8 @@ class Live:
     @property
     def age(self) -> float:
         """How many seconds ago the state was the shards' own, of the block of which that is longest ago."""
-        return max(0.0, self._clock() - self._oldest)
+        age = max(0.0, self._clock() - self._oldest)
+        return age if self.parameters is None else max(age, self.parameters.age)
 
     @property
     def version(self) -> Version:
@@ -140,7 +167,8 @@ class Live:
     # The exchange with a shard; the lock is held.
 
     def question(self, shard: ShardAddress, numbers: Numbers, header: Header) -> ChangesRequest:
-        """Return what to ask a shard about its blocks, numbers: int32[m] ascending, of tables."""
+        """Return what to ask a shard about its blocks, numbers: int32[m] ascending in the layout."""
+        numbers, of_dense = self._apart(numbers)
         anew = numbers[self._sources[numbers] != shard.incarnation]
         # What is served of them goes on to be, until the new owner has told all of it.
         self._forget(anew.tolist())
@@ -151,19 +179,34 @@ class Live:
             if coming is not None:
                 least[at] = coming.least
                 coming.asked = coming.all_here
-        return ChangesRequest(
+        request = ChangesRequest(
             header=header,
             blocks=pack(numbers),
             sequences=pack(self.sequences[numbers].astype(np.uint64)),
             takes=pack(self._takes[numbers].astype(np.uint64)),
             least=pack(least),
         )
+        if self.parameters is not None:
+            self.parameters.question(shard, of_dense, request)
+        return request
+
+    def _apart(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """Return which of ascending numbers are of tables, and which of dense parameters."""
+        at = int(np.searchsorted(numbers, self.layout.dense_base))
+        return numbers[:at], numbers[at:]
 
     def apply(self, shard: ShardAddress, numbers: Numbers, reply: ChangesReply, asked_at: float) -> bool:
         """Apply a shard's answer to what was asked at ``asked_at``; return whether to ask for more at once."""
+        numbers, of_dense = self._apart(numbers)
         mine = np.zeros(len(self.sequences), np.bool_)
         mine[numbers[self._sources[numbers] == shard.incarnation]] = True
-        moved, whole = self._named(reply.moved, "moved"), self._named(reply.whole, "whole")
+        moved, whole = self._named(reply.moved, "moved", self.layout.blocks), self._named(reply.whole, "whole")
+        at = asked_at - max(0.0, reply.age_seconds)
+        more = bool(reply.more)
+        if self.parameters is not None and len(of_dense):
+            self.parameters.moved(moved)
+            more |= self.parameters.apply(shard, of_dense, reply, at)
+        moved = moved[moved < self.layout.dense_base]
         mine[moved] = False
         self._forget(moved.tolist())
         self._forget([number for number in whole.tolist() if self.sequences[number] > 0])
@@ -174,15 +217,16 @@ class Live:
             else:
                 self._changed(part, mine, reply.take)
         if not reply.more:
-            self._confirm(mine, asked_at - max(0.0, reply.age_seconds))
-        return bool(reply.more) or any(part.whole for part in reply.tables)
+            self._confirm(mine, at)
+        return more or any(part.whole for part in reply.tables)
 
     # Inside
 
-    def _named(self, message: Array, what: str) -> Numbers:
+    def _named(self, message: Array, what: str, most: int | None = None) -> Numbers:
         found: Numbers = unpack(message, np.int32, f"{what} blocks")
-        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < len(self.sequences):
-            raise Malformed(f"{what} blocks are not all from 0 to below {len(self.sequences)}")
+        most = len(self.sequences) if most is None else most
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < most:
+            raise Malformed(f"{what} blocks are not all from 0 to below {most}")
         return found
 
     def _forget(self, numbers: list[int]) -> None:
@@ -251,7 +295,10 @@ class Live:
         for at in np.flatnonzero(follows & ~here).tolist():
             self._arriving[int(numbers[at])].then.append(change.only(np.arange(len(blocks)) == at))
         direct = change.only(follows & here)
-        table.change(direct)
+        try:
+            table.change(direct)
+        finally:
+            self._note(name, direct.keys, direct.gone)
         self._served[numbers[follows & here]] = after[follows & here]
         self.counts.rows += len(direct.keys)
         self.counts.tombstones += len(direct.gone)
@@ -270,11 +317,26 @@ class Live:
             self._oldest = float(self._confirmed.min())
             self.complete = bool(self._there.all())
 
+    def _replace(
+        self, name: str, block: int, keys: NDArray[np.uint64], rows: NDArray[np.uint8], then: Sequence[Change] = ()
+    ) -> None:
+        before = self.tables[name].keys_of(block) if name in self.notes else None
+        self.tables[name].replace(block, keys, rows, then)
+        if before is not None:
+            self._note(name, before, self.tables[name].keys_of(block))
+
+    def _note(self, name: str, *keys: NDArray[np.uint64]) -> None:
+        """Tell who wants to know which rows of a table may be others, or gone, by now."""
+        note = self.notes.get(name)
+        if note is not None:
+            for each in keys:
+                note(each)
+
     def _place(self, number: int) -> None:
         coming = self._arriving.pop(number)
         name, block = self.layout.name(number)
         try:
-            self.tables[name].replace(block, np.concatenate(coming.keys), np.concatenate(coming.rows), coming.then)
+            self._replace(name, block, np.concatenate(coming.keys), np.concatenate(coming.rows), coming.then)
         except Malformed:
             self._forget([number])
             raise

@@ -4,7 +4,8 @@
     RECIPE     inputs: the raw columns of the recipe's data, [rows]; output: score FP32[rows]
     TABLE      input: keys UINT64[n]; output: rows FP32[n, dim]
 
-Invariant: an answer is of one snapshot, whose RUN.CUT is the model's version; another version is NotFound. A request that is
+Invariant: an answer is of one snapshot, or one run of a job that is followed, whose RUN.CUT is the model's version; another
+version is NotFound. A request that is
 wrong anywhere is refused whole, before memory is taken for it. What form messages have is others' business (inference.py).
 Any thread.
 """
@@ -19,7 +20,7 @@ from oarlock.data.columns import ColumnSpec, decode
 from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, Unavailable
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.service import ServingService
-from oarlock.serving.snapshot import Model, Snapshot, Version
+from oarlock.serving.snapshot import Model, Version
 from oarlock.serving.tensors import INTEGERS, Tensor, arrow_of
 
 SERVER = "oarlock"
@@ -80,7 +81,7 @@ class Models:
     def begin(self, predictor: Predictor | None) -> None:
         """Take a predictor, once it is warm; a snapshot is served."""
         if predictor is not None:
-            predictor.warm_up(_state(self._service.serving.current))
+            predictor.warm_up(self._service.serving.current)
         self.predictor = predictor
         self._begun = True
 
@@ -147,13 +148,15 @@ class Models:
             raise InvalidArgument(f"model {name} has no output {unknown[0][:200]!r}; it has {there!r}")
         if len(outputs) > 1:
             raise Malformed(f"output {there!r} is asked for {len(outputs)} times")
+        # What it is of at least, where rows change meanwhile.
+        of = snapshot.version
         if predictor is None:
             output, missing = self._rows(snapshot, name, given)
         else:
             arrays, rows = predictor.columns.read(given)
-            scores, missing = predictor.predict(_state(snapshot), arrays, rows)
+            scores, missing = predictor.predict(snapshot, arrays, rows)
             output = Tensor(SCORE, "FP32", (rows,), scores)
-        return Answer(name, snapshot.version, missing, (output,))
+        return Answer(name, of, missing, (output,))
 
     def _rows(self, snapshot: Model, name: str, given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         if set(given) != {KEYS}:
@@ -170,10 +173,3 @@ class Models:
         keys: Any = decode("request", 0, pa.table({KEYS: arrow_of(tensor)}), _KEY)[KEYS]
         rows, missing = self._service.rows_of(snapshot, name, keys)
         return Tensor(ROWS, "FP32", rows.shape, rows), missing
-
-
-def _state(model: Model) -> Snapshot:
-    """Return a model that predictions can be made of: who serves makes a predictor of no other."""
-    if not isinstance(model, Snapshot):
-        raise NotFound("this model gives rows alone: its dense parameters are not served")
-    return model

@@ -10,6 +10,7 @@ same keys whenever nobody writes; a search sees all of an update or nothing of i
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ LEAST_ROWS = 10_000
 MANY_LISTS, MOST_LISTS = 2048, 16_384
 # Vectors for each list from which centroids are found, and rounds of k-means.
 TRAIN_ROWS, ROUNDS = 40, 6
+# Vectors that are entered at once as it is built.
+ADD_ROWS = 1 << 16
 # What the index is adjusted by: this share of so many nearest ones, of so many rows taken as queries.
 RECALL, WANTED, QUERIES = 0.98, 100, 128
 
@@ -64,19 +67,29 @@ class NearestIndex:
         index = 0 if self._index is None else self._vectors.rows * (4 * self._vectors.dim + 8 + 32)
         return self._vectors.nbytes + index
 
-    def build(self, keys: Keys, rows: Floats, *, stamp: Any = None) -> None:
-        """Begin with rows: float32[n, dim] of distinct keys: uint64[n]. ``stamp``: what ``search`` says its answers are of."""
+    @property
+    def trained(self) -> bool:
+        """Whether there is an index, and a search need not look at all rows."""
+        return self._index is not None
+
+    def build(
+        self, keys: Keys, rows: Floats, *, stamp: Any = None, going_on: Callable[[], object] = lambda: None
+    ) -> None:
+        """Begin with rows: float32[n, dim] of distinct keys: uint64[n]. ``stamp``: what ``search`` says its answers are of.
+
+        ``going_on`` is called every second or few; what it raises ends it, and then this is to be thrown away.
+        """
         begun = time.perf_counter()
         with self._lock.writing():
             self._vectors = Vectors(self._vectors.dim, self._vectors.metric)
             self._index, self.recall, self.probes, self.changed = None, None, 0, 0
             self._vectors.put(keys, rows)
             if self._ann and len(keys) >= LEAST_ROWS:
-                self._train()
+                self._train(going_on)
             self.stamp = stamp
             self.build_seconds = time.perf_counter() - begun
 
-    def _train(self) -> None:
+    def _train(self, going_on: Callable[[], object]) -> None:
         vectors, faiss = self._vectors, self._faiss
         n = vectors.end
         root = math.sqrt(n)
@@ -89,12 +102,16 @@ class NearestIndex:
         index.train(matrix[rng.choice(n, min(n, TRAIN_ROWS * lists), replace=False)])
         # So that a vector is found in its list, to be removed, without a look at all of them.
         index.set_direct_map_type(faiss.DirectMap.Hashtable)
-        index.add_with_ids(matrix, np.arange(n))
+        for begin in range(0, n, ADD_ROWS):
+            going_on()
+            run = slice(begin, min(n, begin + ADD_ROWS))
+            index.add_with_ids(matrix[run], np.arange(run.start, run.stop))
         queries = matrix[rng.choice(n, min(n, QUERIES), replace=False)]
         truth = vectors.exact(queries, WANTED).keys
         self._index = index
         probes = 1
         while True:
+            going_on()
             found = self._search(queries, WANTED, probes, None).keys
             share = float(np.mean([len(np.intersect1d(*pair)) / WANTED for pair in zip(found, truth, strict=True)]))
             if share >= RECALL or probes >= lists:
@@ -138,6 +155,12 @@ class NearestIndex:
         """The keys that are there, uint64[n], ascending."""
         with self._lock.reading():
             return self._vectors.keys
+
+    def holds(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which of keys: uint64[n] are there."""
+        with self._lock.reading():
+            there: NDArray[np.bool_] = self._vectors.find(keys) >= 0
+            return there
 
     def differing(self, keys: Keys, rows: Floats) -> NDArray[np.bool_]:
         """Tell which of keys: uint64[n] are not there, or with another vector."""

@@ -16,7 +16,7 @@ from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.serving_pb2 import ModelVersion, NearestReply, NearestRequest
 from oarlock.proto.work import expects
-from oarlock.serving.recall import Recall
+from oarlock.serving.recall import Asked
 from oarlock.serving.vectors import BLOCK_ROWS
 
 # Of one request: vectors, and keys for each; keys of a filter are limited as those of a look-up.
@@ -63,7 +63,7 @@ def nearest_request(
     return request, (len(asked), int(k))
 
 
-def answer_nearest(recall: Recall, request: NearestRequest, max_keys: int) -> NearestReply:
+def answer_nearest(recall: Asked, request: NearestRequest, max_keys: int) -> NearestReply:
     """Return the answer to a request."""
     k = request.k
     if not 1 <= k <= MAX_NEAREST:
@@ -80,7 +80,9 @@ def answer_nearest(recall: Recall, request: NearestRequest, max_keys: int) -> Ne
         raise OutOfMemory(f"{len(vectors)} times {k} keys and scores take {size} bytes: ask for them in parts")
     # What is compared at once, its scores, and for how many of them it is sorted out where they are.
     compared = min(index.rows, BLOCK_ROWS)
-    expects(size + len(vectors) * (compared * 12 + 24 * k) + 4 * index.dim * min(len(among), BLOCK_ROWS))
+    # A live model's candidates are looked up, some more of them than are asked for.
+    rows = min(max(len(among), 2 * len(vectors) * k), BLOCK_ROWS)
+    expects(size + len(vectors) * (compared * 12 + 24 * k) + 8 * index.dim * rows)
     found, version = recall.nearest(
         request.table,
         vectors,

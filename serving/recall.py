@@ -8,16 +8,17 @@ answer is of one state of one table, whose version it carries; until an index is
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.frozen import FrozenBlock, FrozenTable
-from oarlock.proto.errors import InvalidArgument, Unavailable, UnknownTable
+from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, UnknownTable
 from oarlock.serving.nearest import NearestIndex
-from oarlock.serving.snapshot import Snapshot, Version
+from oarlock.serving.snapshot import Snapshot, Version, unknown_table
 from oarlock.serving.vectors import INNER, METRICS, Floats, Keys, Nearest
 
 _FORM = re.compile(r"([^:]+)(?::(?!exact)(\w+))?(?::(\d{1,9})-(\d{1,9}))?(?::(exact))?")
@@ -34,6 +35,13 @@ class RecallSpec:
     columns: tuple[int, int] | None = None
     ann: bool = True
 
+    def check_columns(self, dim: int) -> tuple[int, int]:
+        """Return from which column to before which a row of ``dim`` is the vector; InvalidArgument if it has no such."""
+        first, end = self.columns or (0, dim)
+        if end > dim:
+            raise InvalidArgument(f"columns {first}-{end} of table {self.table}: it has {dim}")
+        return first, end
+
 
 def read_recall(text: str) -> RecallSpec:
     """Return what ``TABLE[:METRIC][:FIRST-END][:exact]`` means."""
@@ -49,13 +57,70 @@ def read_recall(text: str) -> RecallSpec:
     return RecallSpec(found[1], found[2] or INNER, columns, found[5] is None)
 
 
+class Table(Protocol):
+    """A table whose nearest rows can be asked for: how many rows are compared, and how many values a vector has."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+
+
+class Asked(Protocol):
+    """What questions for nearest rows are put to: ``Recall``, or that of a live model."""
+
+    def index(self, table: str) -> Table: ...
+    def nearest(
+        self,
+        table: str,
+        vectors: Floats,
+        k: int,
+        *,
+        exact: bool = False,
+        among: Keys | None = None,
+        without: Keys | None = None,
+    ) -> tuple[Nearest, Version]: ...
+
+
+def by_table(specs: Sequence[RecallSpec]) -> dict[str, RecallSpec]:
+    """Return specs by table; InvalidArgument if one has two."""
+    found = {spec.table: spec for spec in specs}
+    if len(found) != len(specs):
+        raise InvalidArgument(f"a table is to be indexed twice: {', '.join(spec.table for spec in specs)}")
+    return found
+
+
+def check_recall(specs: Sequence[RecallSpec], dims: Mapping[str, int]) -> None:
+    """Raise unless a model whose tables have ``dims`` can have these indexes."""
+    for name, spec in by_table(specs).items():
+        if name not in dims:
+            raise unknown_table(name, dims)
+        spec.check_columns(dims[name])
+
+
+def no_index(specs: Mapping[str, RecallSpec], table: str) -> PSError:
+    """Return why a table has no index that could be asked."""
+    if table in specs:
+        return Unavailable(f"the index of table {table} is still being built: ask again")
+    have = ", ".join(specs) or "none; start `oarlock serve` with --recall TABLE"
+    return UnknownTable(
+        f"nearest rows of table {table[:200]!r} cannot be asked for; of these: {have}", table=table[:200]
+    )
+
+
+def check_vectors(table: str, dim: int, vectors: Floats) -> None:
+    """Raise unless vectors are float32[q, dim], all finite."""
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise InvalidArgument(f"vectors of {list(vectors.shape)}: those of table {table} have {dim} values")
+    if not np.isfinite(vectors).all():
+        raise InvalidArgument("a vector has a value that is not a finite number")
+
+
 class Recall:
     """The indexes of the tables of ``specs``."""
 
     def __init__(self, specs: Sequence[RecallSpec]) -> None:
-        self.specs = {spec.table: spec for spec in specs}
-        if len(self.specs) != len(specs):
-            raise InvalidArgument(f"a table is to be indexed twice: {', '.join(spec.table for spec in specs)}")
+        self.specs = by_table(specs)
         self.indexes: dict[str, NearestIndex] = {}
         self._tables: dict[str, FrozenTable] = {}
         # Tables whose rows have changed since their snapshot.
@@ -65,9 +130,7 @@ class Recall:
         """Bring all indexes to a snapshot; returns when they are there."""
         for name, spec in self.specs.items():
             table = snapshot.table(name)
-            dim = table.spec.dim
-            if spec.columns is not None and spec.columns[1] > dim:
-                raise InvalidArgument(f"columns {spec.columns[0]}-{spec.columns[1]} of table {name}: it has {dim}")
+            spec.check_columns(table.spec.dim)
             index = self.indexes.get(name)
             if index is None or not self._changed_in_place(spec, index, table, snapshot.version):
                 self.indexes[name] = self._built(spec, table, snapshot.version)
@@ -140,13 +203,8 @@ class Recall:
     def index(self, table: str) -> NearestIndex:
         """Return a table's index; UnknownTable says which there are."""
         found = self.indexes.get(table)
-        if found is None and table in self.specs:
-            raise Unavailable(f"the index of table {table} is still being built: ask again")
         if found is None:
-            have = ", ".join(self.specs) or "none; start `oarlock serve` with --recall TABLE"
-            raise UnknownTable(
-                f"nearest rows of table {table[:200]!r} cannot be asked for; of these: {have}", table=table[:200]
-            )
+            raise no_index(self.specs, table)
         return found
 
     def nearest(
@@ -161,10 +219,7 @@ class Recall:
     ) -> tuple[Nearest, Version]:
         """Return the ``k`` nearest rows of vectors: float32[q, dim], and the version that they are of."""
         index = self.index(table)
-        if vectors.ndim != 2 or vectors.shape[1] != index.dim:
-            raise InvalidArgument(f"vectors of {list(vectors.shape)}: those of table {table} have {index.dim} values")
-        if not np.isfinite(vectors).all():
-            raise InvalidArgument("a vector has a value that is not a finite number")
+        check_vectors(table, index.dim, vectors)
         found: tuple[Nearest, Version] = index.search(vectors, k, exact=exact, among=among, without=without)
         return found
 

@@ -2,7 +2,8 @@
 """A scorer: the bound graph of a model, fed with the rows and dense parameters of one state of it.
 
 Invariant: scores are those of training's evaluation for the same samples: the same graph, rows as a pull reads them, and the
-dense parameters of the same state. A scorer belongs to one thread at a time (batcher.py); what it returns is the caller's own.
+dense parameters of the same state, of which one array serves all of a batch. A scorer belongs to one thread at a time
+(batcher.py); what it returns is the caller's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from oarlock.nn import Model
 
 
 class State(Protocol):
-    """One state of a model, such as a Snapshot.
+    """One state of a model, such as a Snapshot, or the live model of one run of a job, whose rows and dense parameters go on.
 
     ``dense``: float32[P], all dense parameters, which are not changed: another state of them is another array.
     """
@@ -63,9 +64,11 @@ class Scorer:
 
     def score(self, state: State, parts: Sequence[Samples]) -> list[Scored]:
         """Return the scores of each part; one part may have any number of samples, several ``max_batch`` together."""
-        if self._dense is not state.dense:
-            self._program.flat_parameters[:] = state.dense
-            self._dense = state.dense
+        # Once: of a live model it may be another array at any moment.
+        dense = state.dense
+        if self._dense is not dense:
+            self._program.flat_parameters[:] = dense
+            self._dense = dense
         if len(parts) == 1 and (size := parts[0].samples) > self.max_batch:
             runs = [slice(at, min(at + self.max_batch, size)) for at in range(0, size, self.max_batch)]
             found = [self._scored(state, parts, run) for run in runs]

@@ -13,7 +13,7 @@ from threading import Event, Lock, Thread
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
-from oarlock.serving.recall import Recall, RecallSpec
+from oarlock.serving.recall import Asked, Recall, RecallSpec
 from oarlock.serving.snapshot import Model, Progress, Snapshot, open_snapshot
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Serving:
     ) -> None:
         self.store = store
         # The indexes of tables whose nearest rows may be asked for.
-        self.recall = Recall(recall)
+        self._recall = Recall(recall)
         self.pinned = False
         # Why a newer cut is not served; empty: nothing is wrong.
         self.problem = ""
@@ -54,6 +54,11 @@ class Serving:
     @property
     def ready(self) -> bool:
         return self._snapshot is not None
+
+    @property
+    def recall(self) -> Asked:
+        """What is asked for nearest rows."""
+        return self._recall
 
     @property
     def current(self) -> Model:
@@ -91,7 +96,7 @@ class Serving:
 
         try:
             made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=unless_over)
-            self.recall.follow(made)
+            self._recall.follow(made)
         except (PSError, OSError, MemoryError):
             self.failures += 1
             raise

@@ -35,6 +35,9 @@ def serving_source(service: ServingService) -> Source:
                 "oarlock_serving_followed_tombstones_total": serving.counts.tombstones,
                 "oarlock_serving_followed_bytes_total": serving.counts.bytes,
                 "oarlock_serving_followed_whole_blocks_total": serving.counts.whole_blocks,
+                "oarlock_serving_recall_lag_seconds": serving.recall_lags,
+                "oarlock_serving_recall_waiting_keys": {n: each.waiting for n, each in serving.indexes.items()},
+                "oarlock_serving_recall_rebuilds_total": {n: each.rebuilds for n, each in serving.indexes.items()},
             }
         if serving.ready:
             snapshot = serving.current

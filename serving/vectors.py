@@ -147,25 +147,30 @@ class Vectors:
             else:
                 scores = queries @ self.matrix[slots[run]].T
                 at = np.broadcast_to(slots[run], scores.shape)
-            top = _top(scores, k)
+            top = top_columns(scores, k)
             best = np.concatenate([best, np.take_along_axis(scores, top, 1)], axis=1)
             where = np.concatenate([where, np.take_along_axis(at, top, 1)], axis=1)
-        top = _top(best, k)
+        top = top_columns(best, k)
         return self.answer(np.take_along_axis(where, top, 1), np.take_along_axis(best, top, 1), k)
 
     def answer(self, slots: NDArray[np.int64], scores: Floats, k: int) -> Nearest:
         """Return slots: int64[q, m] with their scores as keys, best first; a score of -inf is no answer."""
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, slots = np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
-        there = np.isfinite(scores)
-        keys, out = np.zeros((len(scores), k), np.uint64), np.full((len(scores), k), -np.inf, np.float32)
-        width = scores.shape[1]
-        keys[:, :width][there] = self.key_of[slots[there]]
-        out[:, :width][there] = scores[there]
-        return Nearest(keys, out, there.sum(axis=1))
+        return best_of(self.key_of[slots], scores, k)
 
 
-def _top(scores: Floats, k: int) -> NDArray[np.int64]:
+def best_of(keys: Keys, scores: Floats, k: int) -> Nearest:
+    """Return the ``k`` best of keys: uint64[q, m] by their scores: float32[q, m]; one that is not finite is no answer."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    scores, keys = np.take_along_axis(scores, order, 1), np.take_along_axis(keys, order, 1)
+    there = np.isfinite(scores)
+    found, out = np.zeros((len(scores), k), np.uint64), np.full((len(scores), k), -np.inf, np.float32)
+    width = scores.shape[1]
+    found[:, :width][there] = keys[there]
+    out[:, :width][there] = scores[there]
+    return Nearest(found, out, there.sum(axis=1))
+
+
+def top_columns(scores: Floats, k: int) -> NDArray[np.int64]:
     """Return the columns of the ``k`` largest scores of each line, in any order."""
     if scores.shape[1] <= k:
         return np.broadcast_to(np.arange(scores.shape[1]), scores.shape)

@@ -102,6 +102,7 @@ _SHARD = _metrics(
     ("feed_overflows_total", "counter", "How often more keys changed than are noted between two of their questions."),
     ("told_bytes_total", "counter", "Bytes of the answers to them, whole blocks included."),
     ("told_whole_bytes_total", "counter", "Bytes of blocks that they got whole."),
+    ("told_dense_bytes_total", "counter", "Bytes of dense values that they got."),
     (
         "cut_bytes state",
         "gauge",
@@ -204,6 +205,17 @@ _SERVING = _metrics(
     ("followed_tombstones_total", "counter", "The same: keys whose rows left."),
     ("followed_bytes_total", "counter", "The same: bytes of the shards' answers."),
     ("followed_whole_blocks_total", "counter", "The same: blocks that came whole."),
+    (
+        "recall_lag_seconds",
+        "histogram",
+        "The same: how long rows that changed were not found by their new values among nearest ones.",
+    ),
+    ("recall_waiting_keys table", "gauge", "The same: changes that are still to be put into the index."),
+    (
+        "recall_rebuilds_total table",
+        "counter",
+        "The same: how often an index was made anew beside the one that answers.",
+    ),
     ("prediction_seconds", "histogram", "Time from encoded samples to their scores, the wait for a batch included."),
     ("predicted_samples_total", "counter", "Samples that were predicted."),
     ("batch_samples", "histogram", "Samples that were computed at once."),

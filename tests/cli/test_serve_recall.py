@@ -21,7 +21,10 @@ def test_what_cannot_be_indexed_is_said_in_one_line(
         (("runs/first", "--recall", "item:exact", "--recall", "item:exact"), "indexed twice"),
         (("runs/first", "--recall", "film:exact"), "no table 'film'"),
         (("runs/first", "--recall", "item:inner:0-999:exact"), "columns 0-999 of table item"),
-        (("--follow", "first", "--recall", "item:exact"), "--recall and --follow do not go together yet"),
+        (("--follow", "first", "--recall", "film:exact"), "no table 'film'"),
+        (("--follow", "first", "--recall", "item:inner:0-999:exact"), "columns 0-999 of table item"),
+        (("--follow", "first", "--recall", "item:exact", "--recall", "item"), "pip install"),
+        (("--follow", "first", "--recall", "item:exact", "--recall", "item:exact"), "indexed twice"),
     ):
         ended = oarlock("serve", *arguments)
         assert ended.code == 1

@@ -66,6 +66,26 @@ def test_it_is_a_dict_that_changes(dim, blocks, deeds, wanted):
         assert row.tobytes() == np.array(model.get(key, first), np.float32).tobytes()
 
 
+def test_who_has_a_row_is_told_beside_it():
+    spec = spec_of(blocks=4)
+    table = FreshTable(spec, seed=7)
+    rng = np.random.default_rng(0)
+    rows = {int(key): rng.random(3, np.float32) for key in rng.permutation(1000)[:300]}
+    gone = list(rows)[:100]
+    table.change(change_of(spec, rows, []))
+    table.change(change_of(spec, {}, gone))
+    keys = np.arange(1000, dtype=np.uint64)
+    out = np.empty((1000, 3), np.float32)
+    present = table.find(keys, out)
+    assert set(keys[present].tolist()) == set(rows) - set(gone)
+    assert out.tobytes() == lookup(table, keys)[0].tobytes()
+    held = [table.keys_of(block) for block in range(4)]
+    assert sorted(np.concatenate(held).tolist()) == keys[present].tolist()
+    assert len(table.find(keys[:0], out[:0])) == 0
+    with pytest.raises(Malformed, match="for 2 rows"):
+        table.find(keys[:2], out)
+
+
 def test_a_block_is_replaced_whole_with_what_changed_meanwhile():
     spec = spec_of(blocks=1)
     table = FreshTable(spec, seed=7)

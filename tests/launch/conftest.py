@@ -34,6 +34,7 @@ load_shared("telemetry/trace_check.py")
 load_shared("proto/security_rig.py")
 # A counting job of real processes.
 load_shared("launch/counting_job.py")
+load_shared("launch/serving_process.py")
 
 ADDRESS = "127.0.0.1:1"
 Script = Iterator[Any]

@@ -1,44 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`oarlock serve --follow` beside a job of real processes that is scaled: counts are served fresh, and never go back."""
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from counting_job import Job, Scene, nobody_is_left
+from serving_process import following
 
 from oarlock.benchmarks.counting import _counted
 from oarlock.serving import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KEYS = np.arange(5000, dtype=np.uint64)
-
-
-@contextmanager
-def following(folder: Path, log: Path) -> Iterator[Client]:
-    """Serve a job that runs, as people do."""
-    command = [sys.executable, "-P", "-m", "oarlock.cli.main", "serve", "--follow", str(folder), "--json"]
-    with (
-        log.open("w") as err,
-        subprocess.Popen([*command, "--log-level", "info"], stdout=subprocess.PIPE, stderr=err, text=True) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            with Client(json.loads(line)["address"]) as client:
-                yield client
-            process.terminate()
-            assert process.wait(60) == 0, log.read_text()
-        finally:
-            process.kill()
 
 
 class Prober:
@@ -71,7 +48,7 @@ def test_a_job_is_followed_while_it_is_scaled(tmp_path: Path, seed: int, monkeyp
     def scene() -> Scene:
         while not job.status.get("epoch") or not job.working(2, 1):
             yield
-        client = stack.enter_context(following(job.folder, tmp_path / "log"))
+        client, _ = stack.enter_context(following(job.folder, tmp_path / "log"))
         prober = Prober(client)
         followers.append(client)
         probers.append(prober)
@@ -108,7 +85,7 @@ def test_a_roll_back_is_followed_at_once(tmp_path: Path, seed: int, monkeypatch:
     def scene() -> Scene:
         while not job.status.get("epoch") or not job.working(2, 1) or not job.status["checkpoints"]:
             yield
-        with following(job.folder, tmp_path / "log") as client:
+        with following(job.folder, tmp_path / "log") as (client, _):
             prober = Prober(client)
             prober.ask()
             run = prober.version.run

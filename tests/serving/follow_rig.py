@@ -89,14 +89,15 @@ class Job:
         made.look()
         return made
 
-    def train(self, raw, value=1.0, *, name="user"):
+    def train(self, raw, value=1.0, *, name="user", dense=None):
+        """Push gradients of ``value`` for some rows, and ``dense`` float32[P], if there is any."""
         self.step += 1
         spec = self.spec.tables[0 if name == "user" else 1]
         keyset = rig.group_keys(self.inner.layout, self.inner.routes(), name, np.asarray(raw, np.uint64))
         gradients = np.full((len(keyset.keys), spec.dim), value, np.float32)
         rows = {name: rig.RowGradients(keyset, gradients, 0.5)}
         identity = rig.PushIdentity(1, self.step)
-        for message in rig.cut_push(self.inner.layout, self.inner.routes(), identity, rows, None, 1.0):
+        for message in rig.cut_push(self.inner.layout, self.inner.routes(), identity, rows, dense, 1.0):
             request = inlined(message.bulk)
             request.step = self.step
             request.header.CopyFrom(self.inner.header(message.shard.id))

@@ -34,13 +34,21 @@ def value_of(cut: int, keys: NDArray[np.uint64]) -> NDArray[np.float32]:
 
 
 class Model:
-    """Cuts of one job in ``folder``."""
+    """Cuts of one job in ``folder``; ``dense``: whose values say of which cut they are, in place of a bias of zeros."""
 
     def __init__(
-        self, folder: Path | str, *, specs: tuple[TableSpec, ...] = SPECS, job: str = JOB, **options: Any
+        self,
+        folder: Path | str,
+        *,
+        specs: tuple[TableSpec, ...] = SPECS,
+        dense: tuple[DenseSpec, ...] = (),
+        job: str = JOB,
+        **options: Any,
     ) -> None:
         self.folder = folder
         self.specs = specs
+        self.dense = dense or (DenseSpec("bias", (2,), OptimizerSpec("sgd")),)
+        self.first = 1.0 if dense else 0.0
         self.job = job
         self.store = open_store(folder, **options)
         self.keys = np.arange(7, 7 + ROWS, dtype=np.uint64)
@@ -53,10 +61,13 @@ class Model:
                 entries += [entry for entry in same.blocks if entry.name == "user"]
             else:
                 entries += [self.store.write_block(number, image) for image in self.images(spec, number)]
-        zero = np.zeros((1, 2), np.float32)
         none = np.empty((1, 0), np.float32)
-        bias = BlockImage("dense", "bias", 0, number, {}, np.empty(0, np.uint64), zero, none)
-        entries.append(self.store.write_block(number, bias))
+        for spec in self.dense:
+            for block in range(spec.blocks):
+                length = min(spec.slice, spec.size - block * spec.slice)
+                values = np.full((1, length), self.first * number, np.float32)
+                image = BlockImage("dense", spec.name, block, number, {}, np.empty(0, np.uint64), values, none)
+                entries.append(self.store.write_block(number, image))
         return self.commit(number, entries, run)
 
     def images(self, spec: TableSpec, cut: int) -> list[BlockImage]:
@@ -79,7 +90,7 @@ class Model:
             created=CREATED,
             seed=SEED,
             tables=tuple(to_json(spec) for spec in self.specs),
-            dense=(to_json(DenseSpec("bias", (2,), OptimizerSpec("sgd"))),),
+            dense=tuple(to_json(spec) for spec in self.dense),
             recipe="none:none",
             config={},
             files=(),

@@ -17,6 +17,7 @@ from oarlock.proto.rpc import BlockingTransport, GrpcServer
 from oarlock.proto.security import Security, SecuritySpec
 from oarlock.serving import Client
 from oarlock.serving.follow import Following
+from oarlock.serving.recall import RecallSpec
 
 KEYS = np.arange(150, dtype=np.uint64)
 SECONDS = 60.0
@@ -84,6 +85,7 @@ def test_it_is_followed_with_the_role_read(servers, tmp_path, serve):
         job.spec.job,
         look_seconds=0.05,
         poll_seconds=0.02,
+        recall=[RecallSpec("user", ann=False)],
     )
     try:
         following.load()
@@ -97,6 +99,13 @@ def test_it_is_followed_with_the_role_read(servers, tmp_path, serve):
             until(is_served)
             job.train(range(50, 150))
             until(is_served)
+
+            def is_found():
+                found = client.nearest("user", np.ones(2, np.float32), 200)
+                sums = np.sort(job.inner.rows("user", KEYS).sum(axis=1))[::-1]
+                return found.counts[0] == len(KEYS) and np.allclose(found.scores[0, : len(KEYS)], sums)
+
+            until(is_found)
             assert following.problem == ""
             servers.running[-1].stop()
             until(lambda: "the coordinator" in following.problem)
