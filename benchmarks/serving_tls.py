@@ -16,24 +16,22 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
-import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.benchmarks.by_tcp import as_from_another_machine
 from oarlock.benchmarks.security_peer import secrets_in
 from oarlock.benchmarks.serving_measures import Lookup, Turn, draw, take_turn
 from oarlock.benchmarks.serving_model import TABLE, row_values, write_model
 from oarlock.benchmarks.serving_sides import Serve
-from oarlock.proto.rpc import sockets
 from oarlock.proto.security import Security, SecuritySpec
 from oarlock.serving import Client
 
@@ -53,20 +51,6 @@ class Size:
 
 
 SIZES = {"full": Size(1_000_000, 15, 0.5), "quick": Size(200_000, 7, 0.12), "tiny": Size(2_000, 1, 0.02)}
-
-
-@contextlib.contextmanager
-def as_from_another_machine() -> Iterator[None]:
-    """Have connections of frames made by TCP: to a process of another machine the names of this one's sockets lead nowhere."""
-    connect = sockets.connect
-
-    def by_tcp(address: str, *called: Any) -> socket.socket:
-        if address.startswith(sockets.ABSTRACT):
-            raise ConnectionRefusedError("of this machine alone")
-        return connect(address, *called)
-
-    with mock.patch.object(sockets, "connect", by_tcp):
-        yield
 
 
 def measure(size: Size, folder: Path, say: Callable[[str], None], *, seed: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oarlock.benchmarks.serving_tls import BY, SIZES_OF_REQUESTS, as_from_another_machine
+from oarlock.benchmarks.by_tcp import as_from_another_machine
+from oarlock.benchmarks.serving_tls import BY, SIZES_OF_REQUESTS
 from oarlock.proto.rpc import sockets
 
 
