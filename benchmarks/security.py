@@ -2,8 +2,8 @@
 """`python -m oarlock.benchmarks.security [--json] [--quick]`: what tokens and TLS cost a call, and a pull.
 
 Processor microseconds of both sides, two processes, and microseconds, medians over turns: a small call, which gives its token
-every time, and pulls by frames and by streams, which give it once. ``tokens_vs_none`` and ``tls_vs_none`` are medians of
-ratios of processor time, each within one turn. The last line printed is the result.
+every time, and pulls by frames (by TCP, and as on one machine) and by streams, which give it once. ``tokens_vs_none`` and
+``tls_vs_none`` are medians of ratios of processor time, each within one turn. The last line printed is the result.
 """
 
 from oarlock.benchmarks.surroundings import settle, surroundings
@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -20,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from oarlock.benchmarks.by_tcp import as_from_another_machine
 from oarlock.benchmarks.peer import PeerProcess
 from oarlock.proto.bulk import Bulk
 from oarlock.proto.common_pb2 import HelloRequest
@@ -29,6 +31,7 @@ from oarlock.proto.security import Security, SecuritySpec
 from oarlock.proto.shard_pb2 import PullRequest
 
 HOW = ("none", "tokens", "tls")
+FAR = "pull of 1 MB, frames by TCP"
 
 
 @dataclass
@@ -54,6 +57,7 @@ async def measure(turns: int, calls: int, most_seconds: float) -> dict[str, dict
         for what, frames, method, request, count in (
             ("call", False, "Shard.Hello", HelloRequest(protocol=PROTOCOL), calls),
             ("pull of 1 MB, stream", False, "Shard.Pull", PullRequest(), calls // 4),
+            (FAR, True, "Shard.Pull", Bulk(PullRequest(), ()), calls // 4),
             # Within one machine frames stay what they are, with TLS too.
             ("pull of 1 MB, frames", True, "Shard.Pull", Bulk(PullRequest(), ()), calls // 4),
         ):
@@ -65,7 +69,9 @@ async def measure(turns: int, calls: int, most_seconds: float) -> dict[str, dict
             first = number % len(HOW)
             for what, how, transport, method, request, count in (*ways[first:], *ways[:first]):
                 address = peer.started[how]["address"]
-                await transport.call(address, method, request, timeout_seconds=20.0)
+                # Connections are made by the first call.
+                with as_from_another_machine() if what == FAR else contextlib.nullcontext():
+                    await transport.call(address, method, request, timeout_seconds=20.0)
                 processor, wall = time.process_time() + peer.processor_seconds(), time.perf_counter()
                 for _ in range(count):
                     await transport.call(address, method, request, timeout_seconds=20.0)
@@ -107,7 +113,7 @@ def main() -> int:
     if not options.json:
         for what, reports in shown.items():
             for how, report in reports.items():
-                print(f"{what:22} {how:8} us {report['us']:9.1f}  cpu_us {report['cpu_us']:9.1f}", file=sys.stderr)
+                print(f"{what:28} {how:8} us {report['us']:9.1f}  cpu_us {report['cpu_us']:9.1f}", file=sys.stderr)
     print(json.dumps({"benchmark": "security", **ratios, "figures": shown, "surroundings": before}))
     return 0
 

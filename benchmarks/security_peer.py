@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from oarlock.proto.arrays import pack
+from oarlock.proto.arrays import Part, pack
 from oarlock.proto.bulk import Bulk
 from oarlock.proto.common_pb2 import HelloReply, HelloRequest
 from oarlock.proto.methods import PROTOCOL
@@ -41,8 +41,11 @@ class Handler:
     def hello(self, request: HelloRequest) -> HelloReply:
         return HelloReply(protocol=PROTOCOL)
 
-    def pull(self, sent: PullRequest | Bulk) -> PullReply:
-        return PullReply(rows=[pack(self._rows)])
+    def pull(self, sent: PullRequest | Bulk) -> PullReply | Bulk:
+        # Beside the message where that can be, as a shard does.
+        beside: list[Part] | None = [] if isinstance(sent, Bulk) else None
+        reply = PullReply(rows=[pack(self._rows, beside)])
+        return reply if beside is None else Bulk(reply, beside)
 
 
 def secrets_in(folder: Path) -> dict[str, SecuritySpec]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from oarlock.cli.numbers import between
 
-METHODS = ("int8", "int4", "pq", "prune")
+METHODS = ("int8", "int4", "pq", "mixed", "prune")
+RANKS = ("occurrences", "score", "change")
 MAX_DIM = 65536
 
 
@@ -25,15 +26,36 @@ def add_compress(commands: Any) -> None:
     )
     compress.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
     compress.add_argument(
-        "--method", required=True, choices=METHODS, help="in which form rows are kept, or which of them"
+        "--method",
+        choices=METHODS,
+        help="in which form rows are kept, or which of them, of all tables that --table gives no other method",
     )
     compress.add_argument(
-        "--table", action="append", default=[], metavar="T", help="only this one; may be repeated (default: all)"
+        "--table",
+        action="append",
+        default=[],
+        metavar="T[=METHOD]",
+        help="T: --method is for this one only; T=METHOD: another method for this one: int8, int4, pq:PARTS, mixed:SHARE:VALUES, "
+        "prune:SHARE; may be repeated (default: --method for all; without --method the others stay as they are)",
     )
     compress.add_argument(
-        "--parts", type=between(1, MAX_DIM), metavar="N", help="pq: bytes of a row (default: a quarter of the dim)"
+        "--parts",
+        type=between(1, MAX_DIM),
+        metavar="N",
+        help="pq: bytes of a row; mixed: values of a row that is not whole (default: a quarter of the dim)",
     )
-    compress.add_argument("--keep", type=_share, metavar="F", help="prune: the share of rows that stays (default 0.5)")
+    compress.add_argument(
+        "--keep",
+        type=_share,
+        metavar="F",
+        help="prune: the share of rows that stays (default 0.5); mixed: that stays whole (default 0.1)",
+    )
+    compress.add_argument(
+        "--by",
+        choices=RANKS,
+        help="prune, mixed: which rows those are (default: mixed: what the table keeps of occurrences or score, prune: change, "
+        "the distance from what a key without a row reads as)",
+    )
     compress.add_argument(
         "--no-evaluation", action="store_true", help="do not evaluate the model before and after on the job's data"
     )

@@ -40,7 +40,7 @@ from oarlock.embedding.frozen_kernels import (
 )
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.initial import constants, origin
-from oarlock.embedding.packed import FORMS, LINES, NO_CODEBOOK, NO_STARTS, PQ, row_bytes
+from oarlock.embedding.packed import FORMS, LINES, MIXED, NO_CODEBOOK, NO_STARTS, PQ, check_mixed, row_bytes
 from oarlock.embedding.pointer import address_of, check_output, kernel_array
 from oarlock.embedding.precision import FLOAT32, INT8, precision_code, weight_bytes
 from oarlock.embedding.spec import TableSpec
@@ -123,7 +123,7 @@ class FrozenTable:
     """A table of ``spec`` whose blocks, all of them in order, are ``blocks``. ``seed``: the job's.
 
     ``code``: in which form of ``embedding/packed.py`` its blocks are packed, if not in the spec's; ``codebook`` and ``starts``:
-    of product-quantised rows.
+    of product-quantised or mixed rows.
     """
 
     def __init__(
@@ -148,9 +148,21 @@ class FrozenTable:
             raise Malformed(f"table {spec.name}: rows of {wrong[0].stored.shape[1]} bytes for {size} as {FORMS[code]}")
         if code == PQ and codebook.shape != (LINES, spec.dim):
             raise Malformed(f"table {spec.name}: a codebook of {list(codebook.shape)} for [{LINES}, {spec.dim}]")
+        if code == MIXED:
+            values = len(starts) - 1
+            if codebook.ndim != 2 or codebook.shape[1] != spec.dim or len(codebook) < values:
+                raise Malformed(
+                    f"table {spec.name}: lines of {list(codebook.shape)} for {values} values and dim {spec.dim}"
+                )
+            for block in blocks:
+                check_mixed(block.stored, len(codebook) - values)
         self.form = FORMS[code]
         self.row_bytes = size
         self._codebook = kernel_array("codebook", codebook, np.float32, 2)
+        if codebook is not NO_CODEBOOK:
+            self.nbytes += self._codebook.nbytes
+        # Of all rows: values, scales and codes, and those of mixed dimensions that are kept whole.
+        self.values_bytes = self.rows * size + (self._codebook.nbytes if code == MIXED else 0)
         self._starts = kernel_array("starts", starts, np.int64)
         self._descriptors = np.stack([block.descriptor for block in blocks])
         self._words = TableWords(spec, seed, self._descriptors)
@@ -169,6 +181,7 @@ class FrozenTable:
         """Have all of it in memory."""
         for block in self.blocks:
             block.touch()
+        touch(address_of(self._codebook), self._codebook.nbytes)
 
 
 class TableWords:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows made smaller after training, which only frozen tables hold: int4 with a scale, and product quantisation.
+"""Rows made smaller after training, which only frozen tables hold: int4 with a scale, product quantisation, mixed dimensions.
 
     int4   q0 | q1 << 4, q2 | q3 << 4, ... zeros up to a multiple of 4, scale    w = (q - 8) * scale
     pq     c0 c1 ... c(m-1), zeros up to a multiple of 4                         w of part p = its columns of line c(p)
+    mixed  z0 z1 ... z(m-1), float32                                             w = z0 * line 0 + z1 * line 1 + ...
+           0xFFFFFFFF, n, zeros: as many bytes                                   w = line m + n, a row that is kept whole
 
-A codebook has the lines, float32[256, dim]; part p is the columns starts[p] to starts[p + 1]. int8: ``embedding/precision.py``.
+A codebook has the lines: of pq 256, float32[256, dim], where part p is the columns starts[p] to starts[p + 1]; of mixed m, and
+the rows that are whole behind them. int8: ``embedding/precision.py``.
 Invariant: reading is exact, packing rounds to what is nearest: for int4 under the one of some scales that errs least. Codes
 go on from those of ``precision``; a number never changes its meaning. Pure functions; kernels without bounds checks, any thread.
 """
@@ -27,13 +30,18 @@ from oarlock.embedding.pointer import (
     store_u32,
 )
 from oarlock.embedding.precision import INT8, decode_row, encode_nearest, weight_bytes
-from oarlock.proto.errors import InvalidArgument
+from oarlock.proto.errors import InvalidArgument, Malformed
 
 INT4 = 4
 PQ = 5
+MIXED = 6
 # Name of code n; the first four are those of ``precision``.
-FORMS = ("float32", "float16", "bfloat16", "int8", "int4", "pq")
+FORMS = ("float32", "float16", "bfloat16", "int8", "int4", "pq", "mixed")
 LINES = 256
+# Begins a mixed row that is kept whole; as a float32 it is none that a sum of products has.
+WHOLE = np.uint32(0xFFFFFFFF)
+# There has to be room for the number of a line.
+LEAST_VALUES = 2
 
 _SCALE_MIN = np.float32(2.0**-126)
 _SCALE_MAX = np.nextafter(np.float32(3.4028234663852886e38 / 127), np.float32(0))
@@ -42,11 +50,13 @@ _SHRINK = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 
 
 def row_bytes(code: int, dim: int, parts: int = 0) -> int:
-    """Return the bytes of a row; ``parts``: of a product-quantised one. They are a multiple of 4."""
+    """Return the bytes of a row; ``parts``: of a product-quantised one, values of a mixed one. They are a multiple of 4."""
     if code == INT4:
         return ((dim + 1) // 2 + 3) // 4 * 4 + 4
     if code == PQ:
         return (parts + 3) // 4 * 4
+    if code == MIXED:
+        return 4 * parts
     return weight_bytes(code, dim)
 
 
@@ -64,6 +74,20 @@ def decode_packed(row: Int, code: int, dim: int, codebook: Int, starts: Int, par
             line = codebook + np.int64(load_u8(row, part)) * 4 * dim
             for column in range(load_i64(starts, part), load_i64(starts, part + 1)):
                 store_u32(out, column, load_u32(line, column))
+    elif code == MIXED:
+        if load_u32(row, 0) == WHOLE:
+            line = codebook + (parts + np.int64(load_u32(row, 1))) * 4 * dim
+            for column in range(dim):
+                store_u32(out, column, load_u32(line, column))
+            return
+        value = load_f32(row, 0)
+        for column in range(dim):
+            store_f32(out, column, value * load_f32(codebook, column))
+        for part in range(1, parts):
+            value = load_f32(row, part)
+            line = codebook + part * 4 * dim
+            for column in range(dim):
+                store_f32(out, column, load_f32(out, column) + value * load_f32(line, column))
     else:
         decode_row(row, code, dim, out)
 
@@ -131,6 +155,35 @@ def pack_pq(weights: NDArray[np.float32], codebook: NDArray[np.float32], parts: 
     for part, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
         out[:, part] = nearest_lines(np.ascontiguousarray(weights[:, begin:end]), codebook[:, begin:end])
     return out
+
+
+def pack_mixed(
+    weights: NDArray[np.float32], whole: NDArray[np.bool_], lines: NDArray[np.float32], begin: int
+) -> NDArray[np.uint8]:
+    """Return weights: float32[n, dim] as mixed rows: the values of lines: float32[m, dim], orthonormal, that come nearest; those
+    of ``whole``, bool[n], as lines ``m + begin`` and on."""
+    out = np.ascontiguousarray(weights @ lines.T, np.float32)
+    words = out.view(np.uint32)
+    words[whole] = 0
+    words[whole, 0] = WHOLE
+    words[whole, 1] = begin + np.arange(int(whole.sum()), dtype=np.uint32)
+    return out.view(np.uint8)
+
+
+def check_mixed(rows: NDArray[np.uint8], lines: int) -> None:
+    """Raise Malformed if a mixed row says that it is a line beyond ``lines``, which are kept whole: the kernel believes it."""
+    if not len(rows):
+        return
+    words = rows.view(np.uint32)
+    if (words[words[:, 0] == WHOLE, 1] >= lines).any():
+        raise Malformed(f"a row is said to be kept whole beyond the {lines} that are")
+
+
+def mixed_values(values: int, dim: int) -> NDArray[np.int64]:
+    """Return what says that mixed rows have so many values, in place of the starts of parts: int64[values + 1]."""
+    if not LEAST_VALUES <= values <= dim:
+        raise InvalidArgument(f"{values} values of a mixed row: give {LEAST_VALUES} to {dim}, the dim of the table")
+    return np.zeros(values + 1, np.int64)
 
 
 def nearest_lines(points: NDArray[np.float32], lines: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -4,7 +4,8 @@
     int8     a byte a weight, a float32 scale a row
     int4     half a byte a weight, a float32 scale a row
     pq       product quantisation: a row is cut into parts, each the nearest of 256 vectors that k-means found; a byte a part
-    prune    only the rows that say most: those farthest from what their key would read as without a row
+    mixed    the rows that count most as they are, of the others fewer values, from which a matrix makes what is nearest to them
+    prune    only the rows that count most: those farthest from what their key would read as without a row
 
 Invariant: what is written is whole under its name or not there (``serving/compressed.py`` reads it); the checkpoint is read
 under its checksums and not changed. A table is in memory as it is packed, with one block of float32 beside it. One thread.
@@ -27,48 +28,23 @@ from oarlock.checkpoint.block_file import BlockImage
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.reading import Reading
 from oarlock.embedding.frozen import FrozenBlock, FrozenTable, stored_code
-from oarlock.embedding.packed import (
-    FORMS,
-    INT4,
-    PQ,
-    pack_int4,
-    pack_int8,
-    pack_pq,
-    part_starts,
-    row_bytes,
-)
+from oarlock.embedding.packed import FORMS, INT4, MIXED, PQ, pack_int4, pack_int8, pack_mixed, pack_pq, row_bytes
 from oarlock.embedding.precision import INT8
 from oarlock.embedding.spec import TableSpec
 from oarlock.export.codebook import train_codebook
+from oarlock.export.lines import fit_lines
+from oarlock.export.method import NONE, SHARES, Method
 from oarlock.export.publish import refuse_existing
+from oarlock.export.ranking import chosen, ranks_of
 from oarlock.export.safetensors_file import SafetensorsFile
 from oarlock.export.tables import Progress, chosen_tables
-from oarlock.proto.errors import InvalidArgument
 from oarlock.serving.compressed import COMPRESSED, FORMAT, SOURCE, TABLES, VERSION, Compressed, TableForm, checksum_of
 
-METHODS = ("int8", "int4", "pq", "prune")
-NONE = "none"
 # Rows that a codebook is made from.
 SAMPLE_ROWS = 65_536
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is done to a table. ``parts``: bytes of a row under pq, 0: a quarter of the dim; ``keep``: the share of rows that
-    prune leaves.
-    """
-
-    name: str
-    parts: int = 0
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.name not in (*METHODS, NONE):
-            raise InvalidArgument(f"method {self.name!r}: choose one of {', '.join(METHODS)}")
-        if not 0 < self.keep <= 1:
-            raise InvalidArgument(f"keep = {self.keep}: give a share from above 0 to 1")
-        if self.parts < 0:
-            raise InvalidArgument(f"parts = {self.parts}: give an integer from 1 to the dim of the table")
+_CODES = {"int8": INT8, "int4": INT4, "pq": PQ, "mixed": MIXED}
+_Arrays = tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.float32]]
+_Best = NDArray[np.bool_] | None
 
 
 def compress(
@@ -84,8 +60,7 @@ def compress(
     refuse_existing(to)
     specs = manifest.table_specs()
     for name, method in methods.items():
-        if method.name == "pq":
-            part_starts(specs[name].dim, _parts(method, specs[name]))
+        method.check(specs[name])
     partial = to.with_name(f".{to.name}.{os.getpid()}")
     (partial / TABLES).mkdir(parents=True)
     try:
@@ -136,10 +111,6 @@ def _copy_dense(store: Reading, manifest: Manifest, folder: Path) -> None:
                 target.write_bytes(bytes(store.files.read_file(file.path)))
 
 
-def _parts(method: Method, spec: TableSpec) -> int:
-    return method.parts or max(1, spec.dim // 4)
-
-
 class _Work:
     """One compression: what is read, and how far it is."""
 
@@ -160,38 +131,67 @@ class _Work:
                     self._done += entry.total_bytes
                     self._progress(self._done, self._total)
 
+    def _runs(self, spec: TableSpec, best: _Best, *, last: bool = False) -> Iterator[tuple[_Arrays, NDArray[np.bool_]]]:
+        """Go through keys, weights and state of the blocks, each with what ``best`` says of its rows."""
+        begin = 0
+        for image in self._images(spec, last=last):
+            end = begin + len(image.keys)
+            yield (
+                (image.keys, image.weights, image.state),
+                (np.ones(len(image.keys), np.bool_) if best is None else best[begin:end]),
+            )
+            begin = end
+
+    def _best(self, spec: TableSpec, method: Method) -> _Best:
+        """Return which rows, block after block, a method keeps: bool[rows]; None: it does not choose."""
+        if method.name not in SHARES:
+            return None
+        by, seed = method.rank_of(spec), self._manifest.seed
+        found = [ranks_of(spec, by, image, seed) for image in self._images(spec, last=False)]
+        return chosen(np.concatenate([*found, np.empty(0)]), method.share)
+
     def write(self, spec: TableSpec, method: Method, folder: Path) -> TableForm:
         """Write a table's file; return how it is kept."""
-        code = {"int8": INT8, "int4": INT4, "pq": PQ}.get(method.name, stored_code(spec))
-        parts = _parts(method, spec) if code == PQ else 0
-        codebook = train_codebook(self._sample(spec), parts) if code == PQ else None
-        least = self._least(spec, method.keep) if method.name == "prune" else None
+        code = _CODES.get(method.name, stored_code(spec))
+        parts = method.parts_of(spec)
+        best = self._best(spec, method)
+        # What rows are made of again: all of it stands before the rows.
+        codebook = []
+        if code == PQ:
+            codebook = [train_codebook(self._sample(spec), parts)]
+        elif code == MIXED:
+            others = (weights[~mine] for (_, weights, _), mine in self._runs(spec, best))
+            codebook = [fit_lines(others, spec.dim, parts)]
         keys, rows, counts = [], [], []
-        for image in self._images(spec):
-            own, weights, state = image.keys, image.weights, image.state
-            if least is not None:
-                kept = _change(spec, self._manifest.seed, own, weights) >= least
-                own, weights, state = own[kept], weights[kept], state[kept]
+        whole = 0
+        for (own, weights, state), mine in self._runs(spec, best, last=True):
+            if method.name == "prune":
+                own, weights, state = own[mine], weights[mine], state[mine]
             keys.append(own.copy())
             counts.append(len(own))
-            if code == PQ and codebook is not None:
-                rows.append(pack_pq(weights, codebook, parts))
+            if code == PQ:
+                rows.append(pack_pq(weights, codebook[0], parts))
+            elif code == MIXED:
+                rows.append(pack_mixed(weights, mine, codebook[0], whole))
+                codebook.append(weights[mine])
+                whole += len(codebook[-1])
             elif method.name in ("int8", "int4"):
                 rows.append(pack_int8(weights) if code == INT8 else pack_int4(weights))
             else:
                 rows.append(FrozenBlock(spec, own, weights, state).stored.copy())
         n, size = sum(counts), row_bytes(code, spec.dim, parts)
         tensors: dict[str, Any] = {"keys": (np.uint64, (n,)), "rows": (np.uint8, (n, size))}
-        if codebook is not None:
+        if codebook:
             # Before the rows, whose end may lie anywhere.
-            tensors = {"keys": tensors["keys"], "codebook": (np.float32, codebook.shape), "rows": tensors["rows"]}
+            lines = sum(map(len, codebook))
+            tensors = {"keys": tensors["keys"], "codebook": (np.float32, (lines, spec.dim)), "rows": tensors["rows"]}
         name = f"{TABLES}/{spec.name}.safetensors"
         with SafetensorsFile(folder / name, tensors, {"form": FORMS[code]}) as file:
             for one, packed in zip(keys, rows, strict=True):
                 file.write("keys", one)
                 file.write("rows", packed)
-            if codebook is not None:
-                file.write("codebook", codebook)
+            for each in codebook:
+                file.write("codebook", each)
         return TableForm(method.name, FORMS[code], name, tuple(counts), parts)
 
     def _sample(self, spec: TableSpec) -> NDArray[np.float32]:
@@ -205,29 +205,15 @@ class _Work:
             found.append(image.weights[rng.permutation(n)[:take]])
         return np.concatenate(found)
 
-    def _least(self, spec: TableSpec, keep: float) -> np.float32:
-        """Return the change that the rows have at least which are the share ``keep`` of all."""
-        found = [_change(spec, self._manifest.seed, i.keys, i.weights) for i in self._images(spec, last=False)]
-        changes = np.sort(np.concatenate(found))
-        return np.float32(changes[len(changes) - max(1, round(keep * len(changes)))]) if len(changes) else np.float32(0)
-
-
-def _change(spec: TableSpec, seed: int, keys: NDArray[np.uint64], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how far each row is from what its key reads as without a row: float32[n]."""
-    none = np.empty(0, np.uint64), np.empty((0, spec.dim), np.float32), np.empty((0, 1), np.float32)
-    bare = FrozenTable(spec, [FrozenBlock(spec, *none) for _ in range(spec.blocks)], seed=seed)
-    first = np.empty_like(weights)
-    bare.lookup(keys, first)
-    change: NDArray[np.float32] = np.sqrt(np.square(weights - first).sum(axis=1))
-    return change
-
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a table as it is served: bytes of its rows and of all, and microseconds of a look-up of 1,000 of its keys."""
+    """Of a table as it is served: bytes of a row, of the values of all rows, and of all with keys and index; microseconds of a
+    look-up of 1,000 of its keys."""
 
     rows: int
     row_bytes: int
+    values_bytes: int
     bytes: int
     lookup_us: float
 
@@ -244,4 +230,4 @@ def cost(table: FrozenTable, *, turns: int = 15) -> Cost:
         begun = time.perf_counter()
         table.lookup(keys, out)
         times.append(time.perf_counter() - begun)
-    return Cost(table.rows, table.row_bytes, table.nbytes, float(np.median(times)) * 1e6)
+    return Cost(table.rows, table.row_bytes, table.values_bytes, table.nbytes, float(np.median(times)) * 1e6)

@@ -9,14 +9,14 @@ own machine alone. Any thread.
 
 import ipaddress
 import ssl
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from oarlock.proto.errors import InvalidArgument, PermissionDenied
 from oarlock.proto.roles import ADMIN, OWN, READ, ROLES
-from oarlock.proto.tls import Pem, context_of, read_pem
+from oarlock.proto.tls import Pem, client_context_of, context_of, read_pem
 from oarlock.proto.tokens import Tokens, read_tokens
 from oarlock.proto.watched import LOOK_SECONDS, Watched
 
@@ -91,7 +91,8 @@ class Security:
         self._look_seconds = look_seconds
         self._tokens: Watched[Tokens] | None = None
         self._pem: Watched[Pem] | None = None
-        self._context: tuple[int, ssl.SSLContext] | None = None
+        # By what they are for, each with the version of the files that it was made of.
+        self._contexts: dict[str, tuple[int, ssl.SSLContext]] = {}
 
     def open(self) -> "Security":
         """Read the files; InvalidArgument says which of them cannot be used, and why."""
@@ -149,20 +150,35 @@ class Security:
 
     def http_context(self) -> ssl.SSLContext | None:
         """Return what a page over HTTPS is served with, None for HTTP. Certificates are asked for where there are no tokens."""
+        if not self.serves_tls:
+            return None
+        return self._context("http", lambda: self._server_context(ask=self.spec.mutual_tls and self._tokens is None))
+
+    def frames_context(self) -> ssl.SSLContext | None:
+        """Return what frames from other machines are served with, None for no TLS. Certificates are asked for as by gRPC."""
+        if not self.serves_tls:
+            return None
+        return self._context("frames", lambda: self._server_context(ask=self.spec.mutual_tls))
+
+    def _server_context(self, *, ask: bool) -> ssl.SSLContext:
+        spec = self.spec
+        return context_of(Path(spec.tls_cert), Path(spec.tls_key), Path(spec.tls_ca) if ask else None)
+
+    def _context(self, of: str, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext | None:
+        """Return the context of the newest files, None without any."""
         pem = self._pem
-        if pem is None or not self.serves_tls:
+        if pem is None:
             return None
         pem.now()
-        if self._context is None or self._context[0] != pem.version:
-            spec, ask = self.spec, self.spec.mutual_tls and self._tokens is None
+        version, found = pem.version, self._contexts.get(of)
+        if found is None or found[0] != version:
             try:
-                made = context_of(Path(spec.tls_cert), Path(spec.tls_key), Path(spec.tls_ca) if ask else None)
-                self._context = (pem.version, made)
+                found = self._contexts[of] = (version, make())
             except InvalidArgument:
                 # The files are being replaced again.
-                if self._context is None:
+                if found is None:
                     raise
-        return self._context[1]
+        return found[1]
 
     # Of both sides
 
@@ -184,6 +200,11 @@ class Security:
     @property
     def calls_tls(self) -> bool:
         return bool(self.spec.tls_ca or self.spec.tls_cert)
+
+    def calling_context(self) -> ssl.SSLContext | None:
+        """Return what frames go to other machines with, None for no TLS."""
+        paths = [Path(each) if each else None for each in (self.spec.tls_cert, self.spec.tls_key, self.spec.tls_ca)]
+        return self._context("calling", lambda: client_context_of(*paths)) if self.calls_tls else None
 
     def authorization(self, roles: Collection[str], address: str, method: str) -> str | None:
         """Return the header with which to call a method that ``roles`` may call, None without tokens; PermissionDenied."""

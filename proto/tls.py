@@ -42,6 +42,25 @@ def read_pem(certificate: Path | None, key: Path | None, authorities: Path | Non
 def context_of(certificate: Path | None, key: Path | None, authorities: Path | None) -> ssl.SSLContext:
     """Return a server's context, which asks for a certificate if ``authorities`` are given; InvalidArgument."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    _load(context, certificate, key, authorities)
+    if authorities is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context_of(certificate: Path | None, key: Path | None, authorities: Path | None) -> ssl.SSLContext:
+    """Return a client's context, which shows the certificate to who asks; without ``authorities`` it believes whom the system
+    does. InvalidArgument."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    _load(context, certificate, key, authorities)
+    if authorities is None:
+        context.load_default_certs()
+    return context
+
+
+def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, authorities: Path | None) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if certificate is not None and key is not None:
         try:
@@ -57,8 +76,6 @@ def context_of(certificate: Path | None, key: Path | None, authorities: Path | N
             raise InvalidArgument(f"TLS authorities {authorities} cannot be used: {_words(error)}") from None
         if not context.get_ca_certs():
             raise InvalidArgument(f"TLS authorities {authorities} hold no certificate of an authority")
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def _no_password() -> str:

@@ -3,7 +3,7 @@
 
     compressed.json          what is here: format, form and file of each table, size and sha256 of every file, its own checksum
     tables/source.json       the manifest of the cut that it was made of, as it was
-    tables/NAME.safetensors  keys: U64[n], rows: U8[n, bytes of a row], block after block; codebook: F32[256, dim] if there is one
+    tables/NAME.safetensors  keys: U64[n], rows: U8[n, bytes of a row], block after block; codebook: F32[lines, dim], if any
     cut-000012/dense-...     the dense parameters' files of that cut
 
 Invariant: a folder that is open had a whole ``compressed.json``, and what is read of it has the checksum that stands
@@ -25,7 +25,7 @@ from oarlock.checkpoint.reading import Reading
 from oarlock.checkpoint.store import is_url, locate
 from oarlock.embedding.frozen import FrozenBlock, FrozenTable
 from oarlock.embedding.hashing import blocks_of, table_salt
-from oarlock.embedding.packed import FORMS, NO_CODEBOOK, NO_STARTS, PQ, part_starts
+from oarlock.embedding.packed import FORMS, MIXED, NO_CODEBOOK, NO_STARTS, PQ, mixed_values, part_starts
 from oarlock.embedding.pointer import kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, VersionMismatch
@@ -33,14 +33,14 @@ from oarlock.serving.tensor_file import corrupt, read_tensors
 
 COMPRESSED, TABLES = "compressed.json", "tables"
 SOURCE = f"{TABLES}/source.json"
-FORMAT, VERSION = "oarlock-compressed", (1, 0)
+FORMAT, VERSION = "oarlock-compressed", (1, 1)
 _NOTHING = np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
 class TableForm:
     """How a table is kept. ``method``: what was done; ``form``: of ``packed.FORMS``; ``block_rows``: rows of each block;
-    ``parts``: of a product-quantised row.
+    ``parts``: of a product-quantised row; values of a mixed one.
     """
 
     method: str
@@ -136,14 +136,17 @@ class Compressed(Reading):
                 blocks.append(FrozenBlock(spec, keys[run], _NOTHING, _NOTHING, packed=rows[run]))
             if begin != len(keys):
                 raise corrupt(kept.file, f"its blocks have {begin} rows, its keys are {len(keys)}")
-            quantised = kept.form == PQ_FORM
+            code = FORMS.index(kept.form)
+            starts = NO_STARTS
+            if code in WITH_CODEBOOK:
+                starts = part_starts(spec.dim, kept.parts) if code == PQ else mixed_values(kept.parts, spec.dim)
             return FrozenTable(
                 spec,
                 blocks,
                 seed=seed,
-                code=FORMS.index(kept.form),
-                codebook=data["codebook"] if quantised else NO_CODEBOOK,
-                starts=part_starts(spec.dim, kept.parts) if quantised else NO_STARTS,
+                code=code,
+                codebook=data["codebook"] if code in WITH_CODEBOOK else NO_CODEBOOK,
+                starts=starts,
             )
         except KeyError as error:
             raise corrupt(kept.file, f"it has no {error}") from None
@@ -151,7 +154,7 @@ class Compressed(Reading):
             raise error if isinstance(error, CorruptCheckpoint) else corrupt(kept.file, error.message) from None
 
 
-PQ_FORM = FORMS[PQ]
+WITH_CODEBOOK = (PQ, MIXED)
 
 
 def _check_block(spec: TableSpec, number: int, keys: Any, count: int) -> None:

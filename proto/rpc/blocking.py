@@ -27,11 +27,12 @@ from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
 from oarlock.proto.errors import DeadlineExceeded, Malformed, NotFound, PSError, Unavailable, VersionMismatch
 from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, Method
 from oarlock.proto.rpc import sockets
-from oarlock.proto.rpc.client import OFFER_SECONDS, error_of, reachable, read_answer, roles_of_sockets
+from oarlock.proto.rpc.client import OFFER_SECONDS, error_of, read_answer, roles_of_sockets
 from oarlock.proto.rpc.connection import MAX_ADDRESSES
 from oarlock.proto.rpc.credentials import open_blocking_channel
 from oarlock.proto.rpc.frame_client import ABSENT_SECONDS
 from oarlock.proto.rpc.guard import AUTHORIZATION
+from oarlock.proto.rpc.tls_socket import TlsSocket
 from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class _Peer:
             if offer is None:
                 offer, asked = self._asked(roles, until), True
                 self._offer = offer
-            exchange = None if offer is None else _opened(offer, self._address)
+            exchange = None if offer is None else _opened(offer, self._address, self._security)
             if exchange is not None:
                 with self._lock:
                     if not self._closed:
@@ -193,7 +194,8 @@ class _Peer:
         data = SocketsRequest(protocol=PROTOCOL).SerializeToString()
         try:
             answer = self.single(method, roles, data, min(OFFER_SECONDS, until - time.monotonic()))
-            return reachable(read_answer(self._address, method, answer), self._security)
+            offer: SocketsReply = read_answer(self._address, method, answer)
+            return offer
         except (NotFound, VersionMismatch, Malformed):
             return None
 
@@ -271,6 +273,10 @@ class _Exchange:
         # It need not be exact, but not less either: then the same serves for most calls.
         if not seconds <= self._seconds <= 1.1 * seconds:
             self._seconds = 1.05 * seconds
+            if isinstance(connection, TlsSocket):
+                # TLS asks the system anew where that gave up.
+                connection.settimeout(self._seconds)
+                return
             whole = int(self._seconds)
             limit = _TIME.pack(whole, int((self._seconds - whole) * 1e6) + 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -281,12 +287,12 @@ class _Exchange:
         self._shared.end()
 
 
-def _opened(offer: SocketsReply, called: str) -> _Exchange | None:
+def _opened(offer: SocketsReply, called: str, security: Security) -> _Exchange | None:
     """Return a connection to the first of the offered addresses that lets this process in, None if none does."""
     for address in offer.addresses[:MAX_ADDRESSES]:
         with contextlib.ExitStack() as stack:
             try:
-                made = _Exchange(sockets.connect(address, called))
+                made = _Exchange(sockets.connect(address, called, security))
                 stack.callback(made.end)
                 made.greet(offer.token)
             except (OSError, frames.Closed, PSError) as error:

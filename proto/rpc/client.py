@@ -27,7 +27,6 @@ from oarlock.proto.rpc.credentials import open_channel
 from oarlock.proto.rpc.frame_client import FramePeer
 from oarlock.proto.rpc.guard import AUTHORIZATION
 from oarlock.proto.rpc.lane import Lane
-from oarlock.proto.rpc.sockets import ABSTRACT
 from oarlock.proto.rpc.status import FAILURE_KEY, from_failure, from_status
 from oarlock.proto.security import Security
 
@@ -175,11 +174,11 @@ class GrpcTransport:
             try:
                 request = SocketsRequest(protocol=PROTOCOL)
                 answer: SocketsReply = await self.call(address, SOCKETS, request, timeout_seconds=OFFER_SECONDS)
-                return reachable(answer, self._security)
+                return answer
             except (NotFound, VersionMismatch, Malformed):
                 return None
 
-        return FramePeer(address, offer)
+        return FramePeer(address, offer, security=self._security)
 
     async def _single(
         self, address: str, method: Method, data: bytes, metadata: tuple[tuple[str, str], ...], timeout_seconds: float
@@ -230,15 +229,6 @@ class GrpcTransport:
 def roles_of_sockets(method: Method) -> frozenset[str]:
     """Return who is told of the sockets on which ``method`` travels."""
     return next(each.roles for each in methods_of(method.service) if each.name == SOCKETS)
-
-
-def reachable(offer: SocketsReply, security: Security) -> SocketsReply | None:
-    """Return what of an offer of sockets may be used, None if nothing of it: frames have no TLS, so where calls do, only those
-    that cannot leave this machine."""
-    if not security.calls_tls:
-        return offer
-    there = [each for each in offer.addresses if each.startswith(ABSTRACT)]
-    return SocketsReply(addresses=there, token=offer.token) if there else None
 
 
 class _Reader:

@@ -17,6 +17,8 @@ from oarlock.proto.buffers import Buffers
 from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import Malformed, PSError
 from oarlock.proto.rpc import sockets
+from oarlock.proto.rpc.tls_socket import ahead
+from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class Late(Exception):
 class Connection:
     """One connection; ``open`` is called in a thread, all else on the event loop. ``ended``: whether it is of no use."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security | None = None) -> None:
+        self._security = security
         self._shared: sockets.Shared | None = None
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -58,7 +61,7 @@ class Connection:
             if self._ended.is_set():
                 break
             try:
-                made = sockets.connect(address, called)
+                made = sockets.connect(address, called, self._security)
             except (OSError, PSError) as error:
                 logger.debug("event=no_socket address=%s called=%s error=%s", address, called, error)
                 continue
@@ -68,7 +71,7 @@ class Connection:
                     frames.send(connection, hello)
                     receiver = frames.Receiver(connection)
                     _checked(receiver.receive())
-                    if receiver.ahead:
+                    if receiver.ahead or ahead(connection):
                         raise Malformed(_MORE)
                     connection.setblocking(False)
             except (OSError, frames.Closed, PSError) as error:
@@ -199,12 +202,17 @@ class _Answer:
 
     def more(self, connection: socket.socket) -> None:
         """Take in what is there, but leave the loop to others after a while; OSError, Malformed, OutOfMemory."""
-        for _ in range(TURNS):
+        turn = 0
+        # What TLS has read ahead wakes nobody.
+        while turn < TURNS or ahead(connection):
+            turn += 1
             if self._body is None:
                 self._begin(connection)
             else:
                 self._body.took(_some(connection.recvmsg_into(self._body.room)[0]))
             if self._body is not None and not self._body.room:
+                if ahead(connection):
+                    raise Malformed(_MORE)
                 self.done.set_result(self._body.frame())
                 return
 

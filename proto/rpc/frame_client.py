@@ -18,6 +18,7 @@ from oarlock.proto.common_pb2 import SocketsReply
 from oarlock.proto.errors import DeadlineExceeded, Unavailable
 from oarlock.proto.rpc.connection import Connection, Late
 from oarlock.proto.rpc.turns import Turns
+from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,17 @@ class _Full(Exception):
 
 
 class FramePeer:
-    """A process at ``address`` that may take frames; ``offer`` asks it on which sockets."""
+    """A process at ``address`` that may take frames; ``offer`` asks it on which sockets. ``security``: as for other calls."""
 
-    def __init__(self, address: str, offer: Callable[[], Awaitable[SocketsReply | None]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        offer: Callable[[], Awaitable[SocketsReply | None]],
+        *,
+        security: Security | None = None,
+    ) -> None:
         self._address = address
+        self._security = security
         self._ask = offer
         self._offer: SocketsReply | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="oarlock-exchange")
@@ -130,7 +138,7 @@ class FramePeer:
                     asked = True
                 if self._offer is None:
                     break
-                connection = Connection()
+                connection = Connection(self._security)
                 if await self._in_thread(connection, connection.open, self._offer, self._address):
                     self._open.add(connection)
                     return connection

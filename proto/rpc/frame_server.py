@@ -12,6 +12,7 @@ import logging
 import secrets
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from oarlock.proto.errors import PSError
 from oarlock.proto.methods import Method
 from oarlock.proto.pending import Waits
 from oarlock.proto.rpc.places import STALL_SECONDS, Place, Places
-from oarlock.proto.rpc.sockets import ABSTRACT, Shared, prepare, settle
+from oarlock.proto.rpc.sockets import ABSTRACT, Shared, greet, prepare, settle
+from oarlock.proto.rpc.tls_socket import wrapped
 from oarlock.proto.work import Memory, Work
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ REST_SECONDS = 0.1
 class FrameServer:
     """Listens at a TCP port beside ``host`` and at a name that only processes of this host (network namespace) can reach.
 
-    ``host`` empty: only the latter.
+    ``host`` empty: only the latter. ``tls``: gives what TCP goes over TLS with; what cannot leave this machine needs none.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class FrameServer:
         connections: int,
         memory: Memory | None = None,
         stall_seconds: float = STALL_SECONDS,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
     ) -> None:
+        self._tls = tls
         self._memory = Memory() if memory is None else memory
         self._methods = methods
         self._answer = answer
@@ -74,6 +78,8 @@ class FrameServer:
         name = f"oarlock-{secrets.token_hex(16)}"
         self._listen(ABSTRACT + name, socket.AF_UNIX, "\0" + name)
         if self._host:
+            # What cannot be used is said now.
+            self._tls()
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
             self._listen("", family, (self._host.strip("[]"), 0))
         self._wake = socket.socketpair()
@@ -110,13 +116,18 @@ class FrameServer:
                     return
                 for each in (each for each in self._listening if each in ready):
                     try:
-                        self._welcome(each.accept()[0])
+                        self._welcome(self._secured(each.accept()[0]))
                     except (BlockingIOError, ConnectionError):
                         # The newcomer has gone again.
                         continue
                     except (OSError, RuntimeError) as error:
                         logger.warning("event=nobody_let_in error=%s", error)
                         ending.select(REST_SECONDS)
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        """Return a newcomer's connection with TLS, if it is to have any; OSError."""
+        context = None if connection.family == socket.AF_UNIX else self._tls()
+        return connection if context is None else wrapped(connection, context)
 
     def _welcome(self, connection: socket.socket) -> None:
         """Give a newcomer a place and a thread, or close the connection."""
@@ -154,6 +165,7 @@ class FrameServer:
             self._places.leave(place)
 
     def _converse(self, connection: socket.socket, shared: Shared, place: Place) -> None:
+        greet(connection)
         receiver = frames.Receiver(connection, self._memory.buffers)
         hello = receiver.receive(most=4 * TOKEN_BYTES)
         if hello.kind != frames.HELLO or not hmac.compare_digest(hello.message, self.token):
@@ -242,7 +254,8 @@ class FrameServer:
 def _gone(connection: socket.socket) -> bool:
     """Tell whether the other side has ended the connection."""
     try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        # Of TLS, too, the bare socket tells it.
+        return not socket.socket.recv(connection, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:

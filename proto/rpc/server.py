@@ -84,11 +84,16 @@ class GrpcServer:
         self._singles = Places(self._threads - spare - streams, stall_seconds=stall_seconds)
         # A connection of frames has a thread of its own; nobody has both such connections and streams.
         bulk = {m.frame: m for m in self._methods if m.frame} if frames else {}
-        # Frames have no TLS: where there is some, they stay on this machine, and bulk data from others comes over gRPC.
-        host = "" if listen.startswith("unix:") or self._security.serves_tls else listen.rpartition(":")[0]
+        host = "" if listen.startswith("unix:") else listen.rpartition(":")[0]
         self._frames = (
             FrameServer(
-                bulk, self._framed, host=host, connections=streams, memory=self.memory, stall_seconds=stall_seconds
+                bulk,
+                self._framed,
+                host=host,
+                connections=streams,
+                memory=self.memory,
+                stall_seconds=stall_seconds,
+                tls=self._security.frames_context,
             )
             if bulk
             else None

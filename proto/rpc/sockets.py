@@ -13,6 +13,8 @@ from threading import Lock
 
 from oarlock.proto.errors import Malformed
 from oarlock.proto.rpc.options import SILENT_SECONDS
+from oarlock.proto.rpc.tls_socket import TlsSocket, wrapped
+from oarlock.proto.security import Security
 
 # Before the name of a socket that has no file, reachable within one network namespace (Linux).
 ABSTRACT = "unix-abstract:"
@@ -89,6 +91,12 @@ def prepare(connection: socket.socket) -> None:
             connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
+def greet(connection: socket.socket) -> None:
+    """Make the handshake of TLS, if there is any, within the time of the first exchange; OSError."""
+    if isinstance(connection, TlsSocket):
+        connection.do_handshake()
+
+
 def silent(connection: socket.socket) -> bool:
     """Tell whether the other side's system has confirmed nothing for too long though it was asked: the link is cut, most likely.
 
@@ -110,8 +118,9 @@ def settle(connection: socket.socket) -> None:
     connection.setblocking(True)
 
 
-def connect(address: str, called: str) -> socket.socket:
-    """Connect to ``address``, as a process that was called at ``called`` (of gRPC) told it; OSError, Malformed."""
+def connect(address: str, called: str, security: Security | None = None) -> socket.socket:
+    """Connect to ``address``, as a process that was called at ``called`` (of gRPC) told it. What could leave this
+    machine goes over TLS if calls do. OSError, PSError."""
     if address.startswith(ABSTRACT):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -126,9 +135,14 @@ def connect(address: str, called: str) -> socket.socket:
         host = host or ("" if called.startswith("unix:") else called.rpartition(":")[0])
         if not port.isdecimal() or int(port) > 65535 or not host:
             raise Malformed(f"{called} offers a socket at {address[:80]!r}, which is no address")
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+        host = host.strip("[]")
+        connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        context = None if security is None else security.calling_context()
+        if security is not None and context is not None:
+            connection = wrapped(connection, context, name=security.spec.tls_name or host)
     try:
         prepare(connection)
+        greet(connection)
     except BaseException:
         connection.close()
         raise

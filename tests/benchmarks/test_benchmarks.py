@@ -53,7 +53,12 @@ def test_wire(tmp_path: Path) -> None:
 
 def test_security(tmp_path: Path) -> None:
     result = run("security", tmp_path)
-    assert set(result["figures"]) == {"call", "pull of 1 MB, stream", "pull of 1 MB, frames"}
+    assert set(result["figures"]) == {
+        "call",
+        "pull of 1 MB, stream",
+        "pull of 1 MB, frames by TCP",
+        "pull of 1 MB, frames",
+    }
     for by_how in result["figures"].values():
         assert set(by_how) == {"none", "tokens", "tls"}
         assert all(figures["us"] > 0 and figures["cpu_us"] > 0 for figures in by_how.values())

@@ -11,7 +11,7 @@ import pytest
 
 from oarlock.cli import compress_options, export_options
 from oarlock.embedding.spec import MAX_DIM
-from oarlock.export import compress, onnx, tables
+from oarlock.export import method, onnx, tables
 
 Oarlock = Callable[..., Any]
 
@@ -20,7 +20,8 @@ def test_options_offer_what_there_is() -> None:
     # They are written again, so that `oarlock --help` imports none of it.
     assert (*tables.FORMATS, "onnx") == export_options.FORMATS
     assert export_options.MAX_ROW_BYTES == onnx.MAX_ROW_BYTES
-    assert (compress_options.METHODS, compress_options.MAX_DIM) == (compress.METHODS, MAX_DIM)
+    assert compress_options.RANKS == method.RANKS
+    assert (compress_options.METHODS, compress_options.MAX_DIM) == (method.METHODS, MAX_DIM)
 
 
 def test_rows_and_model_of_a_job_become_files(oarlock: Oarlock, train: Oarlock, tmp_path: Path) -> None:

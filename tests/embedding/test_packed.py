@@ -10,11 +10,16 @@ from oarlock.embedding.packed import (
     FORMS,
     INT4,
     LINES,
+    MIXED,
     NO_CODEBOOK,
     NO_STARTS,
     PQ,
+    WHOLE,
+    check_mixed,
+    mixed_values,
     pack_int4,
     pack_int8,
+    pack_mixed,
     pack_pq,
     part_starts,
     row_bytes,
@@ -23,6 +28,7 @@ from oarlock.embedding.packed import (
 from oarlock.embedding.precision import INT8, PRECISIONS
 from oarlock.embedding.spec import TableSpec
 from oarlock.export.codebook import train_codebook
+from oarlock.export.lines import fit_lines
 from oarlock.proto.errors import InvalidArgument, Malformed
 
 DIMS = (1, 2, 3, 7, 8, 16, 17, 64)
@@ -34,9 +40,9 @@ def weights_of(n, dim, seed=0):
 
 
 def test_codes_never_change_their_meaning():
-    assert FORMS == ("float32", "float16", "bfloat16", "int8", "int4", "pq")
+    assert FORMS == ("float32", "float16", "bfloat16", "int8", "int4", "pq", "mixed")
     assert FORMS[: len(PRECISIONS)] == PRECISIONS
-    assert [row_bytes(code, 16, 4) for code in range(6)] == [64, 32, 32, 20, 12, 4]
+    assert [row_bytes(code, 16, 4) for code in range(7)] == [64, 32, 32, 20, 12, 4, 16]
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -96,16 +102,60 @@ def test_a_codebook_of_few_rows_has_them():
         train_codebook(weights, 5)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "pq"])
+@pytest.mark.parametrize(("dim", "values"), [(2, 2), (3, 2), (16, 4), (17, 5), (64, 16), (16, 16)])
+def test_mixed_rows_read_as_numpys_truncated_svd_and_the_whole_ones_to_the_bit(dim, values):
+    rng = np.random.default_rng(6)
+    weights = (rng.normal(0, 1, (500, dim)) @ rng.normal(0, 1, (dim, dim))).astype(np.float32)
+    whole = rng.random(500) < 0.2
+    # As they come: in parts, of which one has no row.
+    lines = fit_lines([weights[:0], weights[:123][~whole[:123]], weights[123:][~whole[123:]]], dim, values)
+    assert np.allclose(lines @ lines.T, np.eye(values), atol=1e-5)
+    rows = pack_mixed(weights, whole, lines, 0)
+    assert rows.shape == (500, row_bytes(MIXED, dim, values))
+    codebook = np.concatenate([lines, weights[whole]])
+    found = unpack(rows, MIXED, dim, codebook, mixed_values(values, dim))
+    assert found[whole].tobytes() == weights[whole].tobytes()
+    # What a row says, product by product.
+    said = rows.view(np.float32)[~whole]
+    want = said[:, :1] * lines[0]
+    for each in range(1, values):
+        want = want + said[:, each : each + 1] * lines[each]
+    assert np.allclose(found[~whole], want, rtol=1e-5, atol=1e-5)
+    rest = weights[~whole].astype(np.float64)
+    u, s, vt = np.linalg.svd(rest, full_matrices=False)
+    best = (u[:, :values] * s[:values]) @ vt[:values]
+    error, least = (np.square(each - rest).sum() for each in (found[~whole], best))
+    assert error <= least * 1.0001 + 1e-6 * np.square(rest).sum()
+
+
+def test_a_mixed_row_that_means_no_line_is_refused():
+    weights = weights_of(10, 4)
+    whole = np.arange(10) < 3
+    rows = pack_mixed(weights, whole, np.eye(4, dtype=np.float32)[:2], 5)
+    assert rows.view(np.uint32)[:3, 1].tolist() == [5, 6, 7]
+    assert (rows.view(np.uint32)[:3, 0] == WHOLE).all()
+    check_mixed(rows, 8)
+    check_mixed(np.empty((0, 3), np.uint8), 0)
+    with pytest.raises(Malformed, match="beyond the 7"):
+        check_mixed(rows, 7)
+    for values in (1, 5, 0, -1, 1 << 40):
+        with pytest.raises(InvalidArgument, match="give 2 to 4"):
+            mixed_values(values, 4)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "pq", "mixed"])
 def test_a_frozen_table_reads_packed_rows(form):
     spec = TableSpec("t", 6, blocks=4)
     code = FORMS.index(form)
     keys = np.sort(np.random.default_rng(2).integers(0, 1 << 63, 500).astype(np.uint64))
     weights = weights_of(500, 6)
     codebook = train_codebook(weights, 3)
-    rows = {"int8": pack_int8, "int4": pack_int4, "pq": lambda w: pack_pq(w, codebook, 3)}[form](weights)
-    starts = part_starts(6, 3) if form == "pq" else NO_STARTS
-    book = codebook if form == "pq" else NO_CODEBOOK
+    whole = np.arange(500) % 7 == 0
+    lines = fit_lines([weights[~whole]], 6, 3)
+    packs = {"int8": pack_int8, "int4": pack_int4, "pq": lambda w: pack_pq(w, codebook, 3)}
+    rows = (packs | {"mixed": lambda w: pack_mixed(w, whole, lines, 0)})[form](weights)
+    starts = {"pq": part_starts(6, 3), "mixed": mixed_values(3, 6)}.get(form, NO_STARTS)
+    book = {"pq": codebook, "mixed": np.concatenate([lines, weights[whole]])}.get(form, NO_CODEBOOK)
     number = np.empty(500, np.int32)
     blocks_of(keys, table_salt("t"), 2, number)
     none = np.empty((0, 0), np.float32)
@@ -128,5 +178,11 @@ def test_a_frozen_table_reads_packed_rows(form):
     if form == "pq":
         with pytest.raises(Malformed, match=f"for \\[{LINES}, 6\\]"):
             FrozenTable(spec, [block(n) for n in range(4)], seed=3, code=code, starts=starts)
+    if form == "mixed":
+        assert table.values_bytes == 500 * 12 + book.nbytes
+        assert table.nbytes == sum(block(n).nbytes for n in range(4)) + book.nbytes
+        for wrong in (book[:2], book[:-1], np.ones((80, 5), np.float32), book.astype(np.float64)):
+            with pytest.raises(Malformed, match=r"lines of|beyond the|expected an array"):
+                FrozenTable(spec, [block(n) for n in range(4)], seed=3, code=code, codebook=wrong, starts=starts)
     with pytest.raises(Malformed, match="packed rows of"):
         FrozenBlock(spec, keys, none, none, packed=rows[:1])

@@ -12,8 +12,9 @@ import pytest
 
 from oarlock.checkpoint.store import open_checkpoint
 from oarlock.embedding.packed import pack_int4, pack_int8
-from oarlock.export.compress import METHODS, Method, compress, cost
+from oarlock.export.compress import compress, cost
 from oarlock.export.evaluation import evaluate
+from oarlock.export.method import METHODS, Method
 from oarlock.export.tables import dense_values
 from oarlock.launch.folder import read_spec
 from oarlock.proto.errors import CorruptCheckpoint, InvalidArgument, NotFound, UnknownTable, VersionMismatch
@@ -35,7 +36,11 @@ def made(model: Any, to: Path, **methods: Method) -> Compressed:
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_served_as_it_should_read(model: Any, tmp_path: Path, name: str) -> None:
     before = open_snapshot(model.store, model.store.load_manifest(None))
-    made(model, tmp_path / "out", item=Method(name, parts=16 if name == "pq" else 0))
+    made(
+        model,
+        tmp_path / "out",
+        item=Method(name, parts=16 if name == "pq" else 0, by="change" if name == "mixed" else ""),
+    )
     store, cut = locate_served(str(tmp_path / "out"))
     assert isinstance(store, Compressed)
     assert cut is None
@@ -63,6 +68,14 @@ def test_it_is_served_as_it_should_read(model: Any, tmp_path: Path, name: str) -
         assert np.abs(now[0] - was[0]).max() <= np.abs(was[0]).max() / 254
         assert after.tables["item"].row_bytes == 20
         assert 20 / before.tables["item"].row_bytes <= 0.32
+    elif name == "mixed":
+        # All weights of a row are equal, so one value is enough for those that are not whole.
+        assert np.allclose(now[0], was[0], rtol=1e-4)
+        whole = (now[0] == was[0]).all(axis=1)
+        largest = np.sort(was[0][:-2, 0])[-20:]
+        assert whole[:-2][np.isin(was[0][:-2, 0], largest)].all()
+        assert after.tables["item"].row_bytes == 16
+        assert after.tables["item"].values_bytes == 200 * 16 + (4 + 20) * 64
     elif name == "int4":
         assert np.allclose(now[0], was[0], rtol=0.002)  # weights of a row are equal, so the scale is all
     else:
@@ -93,9 +106,24 @@ def test_what_is_there_stays_and_what_is_wrong_is_refused(model: Any, tmp_path: 
         made(model, tmp_path / "new", film=Method("int8"))
     with pytest.raises(InvalidArgument, match="give 1 to 16"):
         made(model, tmp_path / "new", item=Method("pq", parts=17))
-    for wrong in ({"name": "zip"}, {"name": "prune", "keep": 0.0}, {"name": "pq", "parts": -1}):
+    for wrong in (
+        {"name": "zip"},
+        {"name": "prune", "keep": 1.5},
+        {"name": "mixed", "by": "luck"},
+        {"name": "pq", "parts": -1},
+    ):
         with pytest.raises(InvalidArgument):
             Method(**wrong)  # type: ignore[arg-type]
+    for by, words in (
+        ("", "does not keep how often"),
+        ("occurrences", "keeps no occurrences"),
+        ("score", "keeps no score"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            made(model, tmp_path / "new", item=Method("mixed", by=by))
+    for parts in (1, 17):
+        with pytest.raises(InvalidArgument, match="give 2 to 16"):
+            made(model, tmp_path / "new", item=Method("mixed", parts=parts, by="change"))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "out"}
 
 
@@ -181,6 +209,41 @@ def test_a_damaged_copy_is_not_served(model: Any, tmp_path: Path) -> None:
         Serving(damaged(edit(format_version="2.0"))).load()
     with pytest.raises(NotFound, match="made of cut 2"):
         Serving(Compressed(tmp_path / "out")).load(1)
+
+
+def test_a_damaged_mixed_copy_is_not_served(model: Any, tmp_path: Path) -> None:
+    """The kernel believes what a row and the header say of lines, so nothing of it is believed before."""
+    made(model, tmp_path / "out", item=Method("mixed", by="change"))
+    manifest, path = model.store.load_manifest(None), tmp_path / "out/tables/item.safetensors"
+    document, data = json.loads((tmp_path / "out" / COMPRESSED).read_text()), path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    begin = 8 + length + header["rows"]["data_offsets"][0]
+    words = np.frombuffer(data[begin:], np.uint32).reshape(200, 4)
+    (number,) = np.flatnonzero(words[:, 1] == 19)  # the last of the 20 that are whole
+    del document["checksum"], header["__metadata__"]
+
+    def refused(words: str, *, parts: int = 4, data: bytes = data, **tensors: Any) -> None:
+        document["tables"]["item"]["parts"] = parts
+        (tmp_path / "out" / COMPRESSED).write_text(json.dumps({**document, "checksum": checksum_of(document)}))
+        text = json.dumps(header | tensors, separators=(",", ":")).encode().ljust(length)
+        path.write_bytes(data[:8] + text + data[8 + length :])
+        with pytest.raises(CorruptCheckpoint, match=words):
+            open_snapshot(Compressed(tmp_path / "out"), manifest, trust=True)
+
+    for parts in (0, 1, 17, 1 << 39):
+        refused("give 2 to 16", parts=parts)
+    refused("rows of 16 bytes for 20", parts=5)
+    for line in (20, 1 << 31, (1 << 32) - 1):
+        at = begin + int(number) * 16 + 4
+        refused("beyond the 20", data=data[:at] + struct.pack("<I", line) + data[at + 4 :])
+    book = header["codebook"]
+    first, last = book["data_offsets"]
+    refused("beyond the 19", codebook={**book, "shape": [23, 16], "data_offsets": [first, last - 64]})
+    refused("lines of", codebook={**book, "shape": [48, 8]})
+    refused("lines of", codebook={**book, "shape": [3, 16], "data_offsets": [first, first + 192]})
+    refused("lines of", codebook={**book, "shape": [24 * 16]})
+    refused("its header is damaged", codebook={**book, "shape": [25, 16]})
 
 
 def test_evaluation_is_that_of_training_and_smaller_rows_cost_little(trained: Any, tmp_path: Path) -> None:

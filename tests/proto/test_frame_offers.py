@@ -65,7 +65,7 @@ def test_few_addresses_are_tried(server, monkeypatch):
     """A server that offers a million keeps nobody busy."""
     tried = []
 
-    def refuse(address, called):
+    def refuse(address, *called):
         tried.append(address)
         raise ConnectionRefusedError
 
