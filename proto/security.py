@@ -164,11 +164,12 @@ class Security:
         spec = self.spec
         return context_of(Path(spec.tls_cert), Path(spec.tls_key), Path(spec.tls_ca) if ask else None)
 
-    def _context(self, of: str, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext | None:
-        """Return the context of the newest files, None without any."""
+    def _context(self, of: str, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        """Return the context of the newest files."""
         pem = self._pem
         if pem is None:
-            return None
+            # None would mean that nothing is to be encrypted.
+            raise RuntimeError("the files of TLS were not read: open() comes first")
         pem.now()
         version, found = pem.version, self._contexts.get(of)
         if found is None or found[0] != version:

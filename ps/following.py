@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.proto.arrays import Part, pack
-from oarlock.proto.errors import PSError, Unavailable
+from oarlock.proto.errors import Malformed, PSError, Unavailable
 from oarlock.proto.shard_pb2 import ReplicateReply, ReplicateRequest
 from oarlock.ps.blocks import drop
 from oarlock.ps.images import Ready, fill, take
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Senders whose streams are known; one that was forgotten begins another one.
 MOST_STREAMS = 4096
+# Of one stream; the number behind the last one still has to fit into an answer.
+MOST_OPERATIONS = 1 << 62
 # What becomes of an image.
 TAKE, HAVE, REFUSE, LATER = "take", "have", "refuse", "later"
 
@@ -47,6 +49,8 @@ class Following:
     def take(self, request: ReplicateRequest, parts: Sequence[Part]) -> ReplicateReply:
         """Do what is told and was not done before; answer how far that came."""
         shard = self._shard
+        if request.first >= MOST_OPERATIONS:
+            raise Malformed(f"a stream whose next operation is number {request.first}: none has that many")
         operations = [
             decode(shard.layout, message, parts, window=shard.closed_window) for message in request.operations
         ]

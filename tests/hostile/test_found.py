@@ -18,7 +18,7 @@ from oarlock.proto.arrays import unpack
 from oarlock.proto.common_pb2 import FLOAT32, Array, ClosedSplits, Member
 from oarlock.proto.errors import InvalidArgument, LeaseLost, Malformed, PSError, Unavailable, WrongJob
 from oarlock.proto.methods import PROTOCOL
-from oarlock.proto.shard_pb2 import CloseRequest, PullRequest, PushRequest, TableKeys, WriteRequest
+from oarlock.proto.shard_pb2 import CloseRequest, PullRequest, PushRequest, ReplicateRequest, TableKeys, WriteRequest
 
 
 @pytest.fixture
@@ -261,3 +261,13 @@ def test_a_heartbeat_whose_clock_is_refused_brings_no_statistics(coordinator):
     )
     refused(Malformed, "a clock of 1 groups is below the minimum of 2", coordinator.handler.heartbeat, request)
     assert coordinator.fingerprint() == before
+
+
+def test_a_stream_at_the_last_number_changes_nothing(tmp_path, seed):
+    """Its operation was done, and the number behind it could not be told."""
+    target = targets.ShardTarget(seed, tmp_path / "shard")
+    request = ReplicateRequest.FromString(target.good["Shard.Replicate"][0])
+    for first in ((1 << 64) - 1, 1 << 62):
+        request.first = first
+        refused(Malformed, "stream", target.handler.replicate, request)
+    assert target.fingerprint() == target.state
