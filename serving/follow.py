@@ -35,6 +35,7 @@ from oarlock.serving.filling import fill
 from oarlock.serving.live import Counts, Live
 from oarlock.serving.live_index import LiveIndex
 from oarlock.serving.live_recall import LAGS, Keeper, LiveRecall
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.recall import Asked, Recall, RecallSpec
 from oarlock.serving.snapshot import Model, Progress, created_of
 from oarlock.serving.swap import Serving
@@ -71,18 +72,18 @@ class Following(Serving):
         trust: bool = False,
         poll_seconds: float = POLL_SECONDS,
         look_seconds: float = LOOK_SECONDS,
+        part: ModelPart = WHOLE,
         clock: Callable[[], float] = time.monotonic,
         recall: Sequence[RecallSpec] = (),
         dense: bool = False,
     ) -> None:
-        super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall)
+        super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall, part=part, clock=clock)
         self._call = call
         self._address = address
         self._job = job
         self._poll_seconds = poll_seconds
         # Whether dense parameters are followed, too.
         self._dense = dense
-        self._clock = clock
         self._live: Live | None = None
         # Its indexes, or those of the run that is about to be served.
         self._live_recall: LiveRecall | None = None
@@ -130,11 +131,17 @@ class Following(Serving):
         """The live model, also while another one is served; None before the first."""
         return self._live
 
+    def _served(self) -> list[Model]:
+        # Behind a cut that somebody went back to, other parts may still serve what is live.
+        found, live = super()._served(), self._live
+        return found if live is None or live in found else [*found, live]
+
     # Going back, and on again
 
     def release(self) -> Model:
         """Serve the live model again."""
         with self._loading:
+            self._keep(self._snapshot)
             self.pinned, self._snapshot, self._recall = False, None, Recall(self._recall_specs)
             self._refused.clear()
         return self.current
@@ -206,12 +213,22 @@ class Following(Serving):
             return anew
 
     def _model(self, run: int, layout: Layout, seed: int) -> Live:
-        clock, now = self._clock, self._clock()
-        return Live(self._job, run, layout, seed, now=now, clock=clock, counts=self.counts, with_dense=self._dense)
+        return Live(
+            self._job,
+            run,
+            layout,
+            seed,
+            now=self._clock(),
+            clock=self._clock,
+            counts=self.counts,
+            with_dense=self._dense,
+            part=self.part,
+        )
 
     def _exchange(self, made: Live) -> None:
         # First: no row of the run before is found near anything once the new one is served.
         self._live_recall = LiveRecall(self._recall_specs, made, clock=self._clock, lags=self.recall_lags)
+        self._keep(self._live)
         self._live = made
 
     def _begin(self, run: int, layout: Layout, seed: int, status: dict[str, Any]) -> Live:
@@ -275,8 +292,9 @@ class Following(Serving):
         live, routes = self._live, self._routes
         if live is None or routes is None or routes.shards.get(shard.id) != shard:
             return False
-        blocks = live.layout.blocks if self._dense else live.layout.dense_base
-        numbers = np.flatnonzero(routes.owners[:blocks] == shard.id).astype(np.int32)
+        mine = routes.owners[: live.layout.blocks if self._dense else live.layout.dense_base] == shard.id
+        mine[: live.layout.dense_base] &= live.mine
+        numbers = np.flatnonzero(mine).astype(np.int32)
         if not len(numbers):
             return False
         header = Header(
@@ -324,6 +342,7 @@ class Following(Serving):
                 if self._routes is None or self._wake.is_set() or not self._over.wait(self._look_seconds):
                     self._wake.clear()
                     self.look()
+            self._let_go()
             self._tend()
             if self._troubles:
                 self.take_last_cut()
