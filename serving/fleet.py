@@ -29,6 +29,8 @@ MAX_SERVERS = 4096
 PAUSE_SECONDS = 0.1
 MOST_PAUSE_SECONDS = 5.0
 MAX_BLOCKS = 1 << 31
+# A server whose last answer came too late is as good as one with so many more requests under way.
+LATE_COUNTS = 2
 
 
 @dataclass
@@ -284,8 +286,8 @@ class Fleet:
             self.counts.asked_again += 1
 
 
-def _rank(replica: Replica) -> tuple[int, int, int]:
-    return (replica.late, replica.in_flight, replica.place)
+def _rank(replica: Replica) -> tuple[int, int]:
+    return (replica.in_flight + LATE_COUNTS * replica.late, replica.place)
 
 
 def _is_address(text: str) -> bool:

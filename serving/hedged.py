@@ -8,7 +8,7 @@ as long as a server is to be asked what it has (`Tender`). Any thread, any numbe
 import math
 import select
 import time
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any
 
 from oarlock.proto.errors import DeadlineExceeded, PSError
@@ -99,7 +99,11 @@ class Tender:
     def __init__(self, fleet: Fleet, transport: BlockingTransport) -> None:
         self._fleet = fleet
         self._transport = transport
-        self._changed = Condition()
+        lock = Lock()
+        # For those who wait for servers, and for the thread.
+        self._changed = Condition(lock)
+        self._due = Condition(lock)
+        self._sleeps_until = 0.0
         self._thread: Thread | None = None
         self._closed = False
 
@@ -115,9 +119,15 @@ class Tender:
             self._begin()
 
     def _begin(self) -> None:
-        if self._thread is None and not self._closed and self._fleet.seconds_to_due() is not None:
+        seconds = self._fleet.seconds_to_due()
+        if seconds is None or self._closed:
+            return
+        if self._thread is None:
             self._thread = Thread(target=self._run, name="oarlock-servers", daemon=True)
             self._thread.start()
+        elif time.monotonic() + seconds < self._sleeps_until:
+            # Another one is to be asked before those that it waits for.
+            self._due.notify()
 
     def _run(self) -> None:
         while True:
@@ -127,7 +137,9 @@ class Tender:
                     self._thread = None
                     return
                 if seconds > 0:
-                    self._changed.wait(seconds)
+                    self._sleeps_until = time.monotonic() + seconds
+                    self._due.wait(seconds)
+                    self._sleeps_until = 0.0
                     continue
             self._describe(self._fleet.due())
 
@@ -171,6 +183,7 @@ class Tender:
         with self._changed:
             self._closed = True
             thread = self._thread
+            self._due.notify()
             self._changed.notify_all()
         if thread is not None:
             thread.join()

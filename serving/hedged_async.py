@@ -77,6 +77,8 @@ class AsyncTender:
         self._fleet = fleet
         self._transport = transport
         self._changed = asyncio.Event()
+        self._due = asyncio.Event()
+        self._sleeps_until = 0.0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -89,13 +91,24 @@ class AsyncTender:
 
     def wake(self) -> None:
         """Have servers asked that are to be."""
-        if (self._task is None or self._task.done()) and not self._closed and self._fleet.seconds_to_due() is not None:
+        seconds = self._fleet.seconds_to_due()
+        if seconds is None or self._closed:
+            return
+        if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._run())
+        elif time.monotonic() + seconds < self._sleeps_until:
+            # Another one is to be asked before those that it waits for.
+            self._due.set()
 
     async def _run(self) -> None:
         while (seconds := self._fleet.seconds_to_due()) is not None:
             if seconds > 0:
-                await asyncio.sleep(seconds)
+                self._due.clear()
+                self._sleeps_until = time.monotonic() + seconds
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self._due.wait()
+                self._sleeps_until = 0.0
             else:
                 await asyncio.gather(*(self._describe(each) for each in self._fleet.due()))
 
