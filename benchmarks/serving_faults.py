@@ -105,7 +105,8 @@ class Server:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def wait(self) -> None:
-        assert self._process is not None and self._process.stdout is not None, "started with a pipe"
+        assert self._process is not None, "started"
+        assert self._process.stdout is not None, "made with a pipe"
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"oarlock serve ended with {self._process.wait()}")

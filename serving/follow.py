@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from oarlock.checkpoint.line import line_of, restores_in
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.reading import Reading
 from oarlock.client.job import OVER, JobSpec
@@ -31,6 +30,7 @@ from oarlock.proto.coordinator_pb2 import DescribeReply, DescribeRequest, Status
 from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import ChangesReply
+from oarlock.serving.coordinator_told import line_in, newer_routes, newest_cut
 from oarlock.serving.filling import fill
 from oarlock.serving.live import Counts, Live
 from oarlock.serving.live_index import LiveIndex
@@ -201,12 +201,12 @@ class Following(Serving):
             anew = live is None or live.run != described.run
             if live is None or anew:
                 live = self._begin(described.run, layout, spec.seed, status)
-            live.cut = max([live.cut, *_cuts_in(status)])
+            live.cut = max(live.cut, newest_cut(status))
             routes = unpack_placement(layout, described.placement) if described.placement.shards else None
             with self._routing:
                 before = None if anew else self._routes
                 self._routes = (
-                    routes if before is None or routes is None else _newer(before, described.placement, routes)
+                    routes if before is None or routes is None else newer_routes(before, described.placement, routes)
                 )
             if status.get("phase") in OVER:
                 raise Unavailable(f"job {spec.name} is {status['phase']}: nothing new comes")
@@ -235,7 +235,7 @@ class Following(Serving):
         """Serve the cut that a run began from, or has made, in place of what is served."""
         begun = time.monotonic()
         made = self._model(run, layout, seed)
-        for cut in reversed(self._line(status)):
+        for cut in reversed(line_in(self.store, status)):
             try:
                 manifest = self.store.load_manifest(cut)
                 if manifest.job != self._job:
@@ -272,13 +272,6 @@ class Following(Serving):
                 return False
         logger.info("event=last_cut run=%d cut=%d rows=%d", live.run, live.cut, live.rows)
         return True
-
-    def _line(self, status: dict[str, Any]) -> list[int]:
-        try:
-            return line_of(self.store.cuts(), restores_in(status.get("events")))
-        except OSError as error:
-            logger.warning("event=cuts_not_read error=%s", error)
-            return []
 
     def _fill(self, live: Live, manifest: Manifest, progress: Progress) -> None:
         """Give a model the blocks of a cut of its run, or of the one that it began from, that are newer than its own."""
@@ -405,15 +398,3 @@ class Following(Serving):
         self._wake.set()
         super().close()
         self._keeper.close()
-
-
-def _newer(before: Routes, placement: Any, routes: Routes) -> Routes:
-    """Return what is known of the placement: a shard may have told of what the coordinator is about to tell."""
-    changes = unpack_changes(before.layout, placement)
-    return before.after(changes) if len(before.owners) == len(routes.owners) else routes
-
-
-def _cuts_in(status: dict[str, Any]) -> list[int]:
-    found = status.get("checkpoints")
-    cuts = [known.get("cut") for known in found if isinstance(known, dict)] if isinstance(found, list) else []
-    return [cut for cut in cuts if isinstance(cut, int)][-1:]

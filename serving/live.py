@@ -61,8 +61,8 @@ class _Arriving:
 class Live:
     """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``.
 
-    ``with_dense``: with its dense parameters, too, as predictions need them. Of a ``part`` that is not all of the model, the blocks
-    of other parts stay empty.
+    ``with_dense``: with its dense parameters, too, as predictions need them. Of a ``part`` that is not all of the model,
+    blocks of other parts stay empty.
     """
 
     def __init__(
