@@ -27,6 +27,7 @@ MODULES = (
     "elasticity",
     "scaling",
     "serving",
+    "serving_faults",
     "serving_tls",
 )
 

@@ -91,7 +91,7 @@ def _started(stack: contextlib.ExitStack, module: str, *arguments: str) -> dict[
     return found
 
 
-class _Pusher:
+class Pusher:
     """Pushes groups of one split to one table, one after the other."""
 
     def __init__(self, transport: BlockingTransport, address: str, table: int, over: Event) -> None:
@@ -124,7 +124,7 @@ class _Pusher:
         self.pushed += len(found.keys)
 
 
-class _Load(_Pusher):
+class _Load(Pusher):
     """The load, at its rate: who comes late makes up for it."""
 
     def __init__(self, transport: BlockingTransport, address: str, rows: int, seed: int, over: Event) -> None:
@@ -142,7 +142,7 @@ class _Load(_Pusher):
                 return
 
 
-class _Marks(_Pusher):
+class _Marks(Pusher):
     """Rows that come, and leave when there are too many: mark n is key n, whose value is n + 1."""
 
     def __init__(self, transport: BlockingTransport, address: str, over: Event) -> None:

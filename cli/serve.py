@@ -34,6 +34,7 @@ from oarlock.serving.client import Client
 from oarlock.serving.compressed import locate_served
 from oarlock.serving.follow import Following
 from oarlock.serving.nearest import load_faiss
+from oarlock.serving.part import WHOLE, ModelPart, read_part
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
 from oarlock.serving.recall import RecallSpec, check_recall, read_recall
@@ -58,8 +59,9 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    part = _part(options)
     if options.follow:
-        return _follow(options)
+        return _follow(options, part)
     path, job = _checkpoints_of(options.checkpoint)
     security = security_of(options, stored_security(job))
     check_address(options.listen)
@@ -75,15 +77,15 @@ def _run(options: argparse.Namespace) -> int:
         assert isinstance(model, Snapshot)
         manifest = model.manifest
         return _predictor(
-            options, lambda threads: predictor_of(manifest, job=folder, recipe=options.recipe, scorers=threads)
+            options, part, lambda threads: predictor_of(manifest, job=folder, recipe=options.recipe, scorers=threads)
         )
 
-    return _serve(options, store, security, cut=cut, predicts=predicts)
+    return _serve(options, store, security, part, cut=cut, predicts=predicts)
 
 
-def _predictor(options: argparse.Namespace, make: Callable[[int], Predictor]) -> Predictor | None:
+def _predictor(options: argparse.Namespace, part: ModelPart, make: Callable[[int], Predictor]) -> Predictor | None:
     """Return what ``make`` makes for so many threads, None, once it is said why, if there are no predictions."""
-    if options.recipe == "none":
+    if options.recipe == "none" or not part.whole:
         return None
     try:
         return make(options.predict_threads or scorers())
@@ -92,7 +94,21 @@ def _predictor(options: argparse.Namespace, make: Callable[[int], Predictor]) ->
         return None
 
 
-def _follow(options: argparse.Namespace) -> int:
+def _part(options: argparse.Namespace) -> ModelPart:
+    """Return which part of a model is to be served; InvalidArgument names an option that goes with all of a model alone."""
+    part = read_part(options.part) if options.part else WHOLE
+    recipe = "" if options.recipe == "none" else options.recipe
+    whole = {"--recall": options.recall, "--job": options.job, "--recipe": recipe, "--http": options.http}
+    if not part.whole:
+        for name, given in {**whole, "--predict-threads": options.predict_threads}.items():
+            if given:
+                raise InvalidArgument(
+                    f"{name} goes with all of a model: {part} answers look-ups alone, for clients that have all parts"
+                )
+    return part
+
+
+def _follow(options: argparse.Namespace, part: ModelPart) -> int:
     """Serve a job that trains."""
     folder, _ = find_job(options.follow)
     if folder is None:
@@ -108,7 +124,9 @@ def _follow(options: argparse.Namespace) -> int:
     try:
         recall = _recall(options)
         check_recall(recall, {table.name: table.dim for table in spec.tables})
-        predictor = _predictor(options, lambda threads: predictor_of_job(spec, recipe=options.recipe, scorers=threads))
+        predictor = _predictor(
+            options, part, lambda threads: predictor_of_job(spec, recipe=options.recipe, scorers=threads)
+        )
         following = Following(
             store,
             transport.call,
@@ -117,8 +135,9 @@ def _follow(options: argparse.Namespace) -> int:
             trust=options.trust,
             recall=recall,
             dense=predictor is not None,
+            part=part,
         )
-        return _serve(options, store, security, serving=following, predicts=lambda model: predictor)
+        return _serve(options, store, security, part, serving=following, predicts=lambda model: predictor)
     finally:
         transport.close()
 
@@ -127,6 +146,7 @@ def _serve(
     options: argparse.Namespace,
     store: Reading,
     security: Security,
+    part: ModelPart,
     *,
     predicts: Callable[[Model], Predictor | None],
     cut: int | None = None,
@@ -150,6 +170,7 @@ def _serve(
         threads=options.threads,
         request_memory_bytes=options.request_memory_bytes,
         recall=recall,
+        part=part,
     )
     where: dict[str, str | None] = {"prediction": None}
 
@@ -174,10 +195,12 @@ def _serve(
             "cut": snapshot.version.cut,
             "rows": snapshot.rows,
         }
+        facts |= {"part": part.number, "parts": part.parts} if not part.whole else {}
         facts |= {"bytes": snapshot.nbytes, "seconds": round(seconds, 3)}
         text = (
             f"ready: cut {snapshot.version.cut} of run {snapshot.version.run}, {len(snapshot.tables)} tables, "
             f"{snapshot.rows:,} rows, {snapshot.nbytes / 1e6:,.0f} MB, after {seconds:.1f} s"
+            + ("" if part.whole else f"; {part}")
             + (f"; predictions of {where['prediction']}" if where["prediction"] else "")
         )
         print(json.dumps(facts) if options.json else text, flush=True)
@@ -255,6 +278,8 @@ def _facts(found: ModelReply) -> dict[str, object]:
         "pinned": found.pinned,
         "cuts": list(found.cuts),
         "problem": found.problem,
+        "part": found.part,
+        "parts": max(1, found.parts),
         "tables": [
             {"name": t.name, "dim": t.dim, "rows": t.rows, "dtype": t.dtype, "bytes": t.bytes, "absent": t.absent}
             for t in found.tables
@@ -266,6 +291,7 @@ def _text(found: ModelReply) -> str:
     version = found.version
     lines = [
         f"cut {version.cut} of run {version.run}, {version.seconds_since:,.0f} s old"
+        + (f", part {found.part} of {found.parts}" if found.parts > 1 else "")
         + (", pinned: newer ones are not taken" if found.pinned else "")
     ]
     lines += [

@@ -55,6 +55,13 @@ def add_serve(commands: Any) -> None:
         help="take newer cuts of the folder as they are committed, without a pause",
     )
     run.add_argument(
+        "--part",
+        default="",
+        metavar="I/N",
+        help="hold only the blocks of each table whose number modulo N is I (0/2 and 1/2 for two processes); clients are given "
+        "the addresses of all parts",
+    )
+    run.add_argument(
         "--trust",
         action="store_true",
         help="do not compute the files' checksums, which is most of the time to be ready",

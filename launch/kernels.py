@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from oarlock.embedding.frozen import warm_up as warm_up_serving
 from oarlock.embedding.jit import kernel_folder
+from oarlock.embedding.partition import warm_up as warm_up_parts
 from oarlock.embedding.warmup import warm_up as warm_up_shard
 from oarlock.worker.warmup import warm_up as warm_up_worker
 
@@ -24,6 +25,7 @@ def compile_or_load() -> None:
     warm_up_shard()
     warm_up_worker()
     warm_up_serving()
+    warm_up_parts()
     (kernel_folder() / _READY).touch()
 
 

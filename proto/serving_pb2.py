@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from oarlock.proto import common_pb2 as oarlock_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boarlock/proto/serving.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"?\n\x0cModelVersion\x12\x0b\n\x03run\x18\x01 \x01(\r\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x15\n\rseconds_since\x18\x03 \x01(\x01\":\n\x0bTableLookup\x12\r\n\x05table\x18\x01 \x01(\t\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\"G\n\rLookupRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06tables\x18\x02 \x03(\x0b\x32\x14.oarlock.TableLookup\";\n\nTableFound\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0f\n\x07missing\x18\x02 \x01(\r\"}\n\x0bLookupReply\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12#\n\x06tables\x18\x02 \x03(\x0b\x32\x13.oarlock.TableFound\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\" \n\x0cModelRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"d\n\x0bServedTable\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x06 \x01(\t\"\x96\x01\n\nModelReply\x12\x0b\n\x03job\x18\x01 \x01(\t\x12&\n\x07version\x18\x02 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12$\n\x06tables\x18\x03 \x03(\x0b\x32\x14.oarlock.ServedTable\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0c\n\x04\x63uts\x18\x05 \x03(\x04\x12\x0f\n\x07problem\x18\x06 \x01(\t\"@\n\x0fServeCutRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x0e\n\x06newest\x18\x03 \x01(\x08\"\xac\x01\n\x0eNearestRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05table\x18\x02 \x01(\t\x12\x1f\n\x07vectors\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\t\n\x01k\x18\x04 \x01(\r\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x1d\n\x05\x61mong\x18\x06 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x07without\x18\x07 \x01(\x0b\x32\x0e.oarlock.Array\"\xa7\x01\n\x0cNearestReply\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06scores\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure2\xef\x01\n\x07Serving\x12\x36\n\x06Lookup\x12\x16.oarlock.LookupRequest\x1a\x14.oarlock.LookupReply\x12\x36\n\x08\x44\x65scribe\x12\x15.oarlock.ModelRequest\x1a\x13.oarlock.ModelReply\x12\x39\n\x07Nearest\x12\x17.oarlock.NearestRequest\x1a\x15.oarlock.NearestReply\x12\x39\n\x08Rollback\x12\x18.oarlock.ServeCutRequest\x1a\x13.oarlock.ModelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boarlock/proto/serving.proto\x12\x07oarlock\x1a\x1aoarlock/proto/common.proto\"M\n\x0cModelVersion\x12\x0b\n\x03run\x18\x01 \x01(\r\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x15\n\rseconds_since\x18\x03 \x01(\x01\x12\x0c\n\x04live\x18\x04 \x01(\x08\":\n\x0bTableLookup\x12\r\n\x05table\x18\x01 \x01(\t\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\"|\n\rLookupRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06tables\x18\x02 \x03(\x0b\x32\x14.oarlock.TableLookup\x12&\n\x07version\x18\x03 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12\x0b\n\x03job\x18\x04 \x01(\t\";\n\nTableFound\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0f\n\x07missing\x18\x02 \x01(\r\"}\n\x0bLookupReply\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12#\n\x06tables\x18\x02 \x03(\x0b\x32\x13.oarlock.TableFound\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure\" \n\x0cModelRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\"\x82\x01\n\x0bServedTable\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x06 \x01(\t\x12\x0e\n\x06\x62locks\x18\x07 \x01(\r\x12\x0c\n\x04salt\x18\x08 \x01(\x06\"\xb3\x01\n\nModelReply\x12\x0b\n\x03job\x18\x01 \x01(\t\x12&\n\x07version\x18\x02 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12$\n\x06tables\x18\x03 \x03(\x0b\x32\x14.oarlock.ServedTable\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0c\n\x04\x63uts\x18\x05 \x03(\x04\x12\x0f\n\x07problem\x18\x06 \x01(\t\x12\x0c\n\x04part\x18\x07 \x01(\r\x12\r\n\x05parts\x18\x08 \x01(\r\"@\n\x0fServeCutRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03\x63ut\x18\x02 \x01(\x04\x12\x0e\n\x06newest\x18\x03 \x01(\x08\"\xac\x01\n\x0eNearestRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05table\x18\x02 \x01(\t\x12\x1f\n\x07vectors\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\t\n\x01k\x18\x04 \x01(\r\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x1d\n\x05\x61mong\x18\x06 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1f\n\x07without\x18\x07 \x01(\x0b\x32\x0e.oarlock.Array\"\xa7\x01\n\x0cNearestReply\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x15.oarlock.ModelVersion\x12\x1c\n\x04keys\x18\x02 \x01(\x0b\x32\x0e.oarlock.Array\x12\x1e\n\x06scores\x18\x03 \x01(\x0b\x32\x0e.oarlock.Array\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12!\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x10.oarlock.Failure2\xef\x01\n\x07Serving\x12\x36\n\x06Lookup\x12\x16.oarlock.LookupRequest\x1a\x14.oarlock.LookupReply\x12\x36\n\x08\x44\x65scribe\x12\x15.oarlock.ModelRequest\x1a\x13.oarlock.ModelReply\x12\x39\n\x07Nearest\x12\x17.oarlock.NearestRequest\x1a\x15.oarlock.NearestReply\x12\x39\n\x08Rollback\x12\x18.oarlock.ServeCutRequest\x1a\x13.oarlock.ModelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,27 +33,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oarlock.proto.serving_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELVERSION']._serialized_start=68
-  _globals['_MODELVERSION']._serialized_end=131
-  _globals['_TABLELOOKUP']._serialized_start=133
-  _globals['_TABLELOOKUP']._serialized_end=191
-  _globals['_LOOKUPREQUEST']._serialized_start=193
-  _globals['_LOOKUPREQUEST']._serialized_end=264
-  _globals['_TABLEFOUND']._serialized_start=266
-  _globals['_TABLEFOUND']._serialized_end=325
-  _globals['_LOOKUPREPLY']._serialized_start=327
-  _globals['_LOOKUPREPLY']._serialized_end=452
-  _globals['_MODELREQUEST']._serialized_start=454
-  _globals['_MODELREQUEST']._serialized_end=486
-  _globals['_SERVEDTABLE']._serialized_start=488
-  _globals['_SERVEDTABLE']._serialized_end=588
-  _globals['_MODELREPLY']._serialized_start=591
-  _globals['_MODELREPLY']._serialized_end=741
-  _globals['_SERVECUTREQUEST']._serialized_start=743
-  _globals['_SERVECUTREQUEST']._serialized_end=807
-  _globals['_NEARESTREQUEST']._serialized_start=810
-  _globals['_NEARESTREQUEST']._serialized_end=982
-  _globals['_NEARESTREPLY']._serialized_start=985
-  _globals['_NEARESTREPLY']._serialized_end=1152
-  _globals['_SERVING']._serialized_start=1155
-  _globals['_SERVING']._serialized_end=1394
+  _globals['_MODELVERSION']._serialized_end=145
+  _globals['_TABLELOOKUP']._serialized_start=147
+  _globals['_TABLELOOKUP']._serialized_end=205
+  _globals['_LOOKUPREQUEST']._serialized_start=207
+  _globals['_LOOKUPREQUEST']._serialized_end=331
+  _globals['_TABLEFOUND']._serialized_start=333
+  _globals['_TABLEFOUND']._serialized_end=392
+  _globals['_LOOKUPREPLY']._serialized_start=394
+  _globals['_LOOKUPREPLY']._serialized_end=519
+  _globals['_MODELREQUEST']._serialized_start=521
+  _globals['_MODELREQUEST']._serialized_end=553
+  _globals['_SERVEDTABLE']._serialized_start=556
+  _globals['_SERVEDTABLE']._serialized_end=686
+  _globals['_MODELREPLY']._serialized_start=689
+  _globals['_MODELREPLY']._serialized_end=868
+  _globals['_SERVECUTREQUEST']._serialized_start=870
+  _globals['_SERVECUTREQUEST']._serialized_end=934
+  _globals['_NEARESTREQUEST']._serialized_start=937
+  _globals['_NEARESTREQUEST']._serialized_end=1109
+  _globals['_NEARESTREPLY']._serialized_start=1112
+  _globals['_NEARESTREPLY']._serialized_end=1279
+  _globals['_SERVING']._serialized_start=1282
+  _globals['_SERVING']._serialized_end=1521
 # @@protoc_insertion_point(module_scope)

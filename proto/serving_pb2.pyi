@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ModelVersion(_message.Message):
-    __slots__ = ("run", "cut", "seconds_since")
+    __slots__ = ("run", "cut", "seconds_since", "live")
     RUN_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     SECONDS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     run: int
     cut: int
     seconds_since: float
-    def __init__(self, run: _Optional[int] = ..., cut: _Optional[int] = ..., seconds_since: _Optional[float] = ...) -> None: ...
+    live: bool
+    def __init__(self, run: _Optional[int] = ..., cut: _Optional[int] = ..., seconds_since: _Optional[float] = ..., live: bool = ...) -> None: ...
 
 class TableLookup(_message.Message):
     __slots__ = ("table", "keys")
@@ -26,12 +28,16 @@ class TableLookup(_message.Message):
     def __init__(self, table: _Optional[str] = ..., keys: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("protocol", "tables")
+    __slots__ = ("protocol", "tables", "version", "job")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     tables: _containers.RepeatedCompositeFieldContainer[TableLookup]
-    def __init__(self, protocol: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableLookup, _Mapping]]] = ...) -> None: ...
+    version: ModelVersion
+    job: str
+    def __init__(self, protocol: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableLookup, _Mapping]]] = ..., version: _Optional[_Union[ModelVersion, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class TableFound(_message.Message):
     __slots__ = ("rows", "missing")
@@ -58,36 +64,44 @@ class ModelRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class ServedTable(_message.Message):
-    __slots__ = ("name", "dim", "rows", "dtype", "bytes", "absent")
+    __slots__ = ("name", "dim", "rows", "dtype", "bytes", "absent", "blocks", "salt")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
     name: str
     dim: int
     rows: int
     dtype: str
     bytes: int
     absent: str
-    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., rows: _Optional[int] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., absent: _Optional[str] = ...) -> None: ...
+    blocks: int
+    salt: int
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., rows: _Optional[int] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., absent: _Optional[str] = ..., blocks: _Optional[int] = ..., salt: _Optional[int] = ...) -> None: ...
 
 class ModelReply(_message.Message):
-    __slots__ = ("job", "version", "tables", "pinned", "cuts", "problem")
+    __slots__ = ("job", "version", "tables", "pinned", "cuts", "problem", "part", "parts")
     JOB_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     CUTS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     job: str
     version: ModelVersion
     tables: _containers.RepeatedCompositeFieldContainer[ServedTable]
     pinned: bool
     cuts: _containers.RepeatedScalarFieldContainer[int]
     problem: str
-    def __init__(self, job: _Optional[str] = ..., version: _Optional[_Union[ModelVersion, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[ServedTable, _Mapping]]] = ..., pinned: bool = ..., cuts: _Optional[_Iterable[int]] = ..., problem: _Optional[str] = ...) -> None: ...
+    part: int
+    parts: int
+    def __init__(self, job: _Optional[str] = ..., version: _Optional[_Union[ModelVersion, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[ServedTable, _Mapping]]] = ..., pinned: bool = ..., cuts: _Optional[_Iterable[int]] = ..., problem: _Optional[str] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class ServeCutRequest(_message.Message):
     __slots__ = ("protocol", "cut", "newest")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients of a serving process: rows of many tables by key, and the version of the model that they are of.
+"""Clients of serving processes: rows of many tables by key, and the version of the model that they are of.
 
     client = Client("127.0.0.1:8500")
     found = client.lookup({"user": user_keys, "item": item_keys})
     found["user"]            float32[n, dim], in the order of the keys
     found.version.cut        the checkpoint that they are all of
+
+    client = Client(["a:8500", "b:8500", "c:8500", "d:8500"])      servers of the parts of one model, with replicas
 
 Invariant: nothing is kept of an answer, so each one is as fresh as its server; what can be mended by asking again (a connection
 that broke, a server that begins) is asked again until the time is over. Client: any thread, any number at once. AsyncClient: one
@@ -12,31 +14,29 @@ event loop.
 """
 
 import asyncio
-import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from oarlock.proto.arrays import Part, pack, unpack
-from oarlock.proto.bulk import Bulk, opened
-from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, Malformed, Unavailable
+from oarlock.embedding.partition import warm_up_once
+from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, NotFound, PSError, Unavailable
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import BlockingTransport, GrpcTransport
 from oarlock.proto.security import Security
-from oarlock.proto.serving_pb2 import (
-    LookupRequest,
-    ModelReply,
-    ModelRequest,
-    NearestRequest,
-    ServeCutRequest,
-    TableLookup,
-)
+from oarlock.proto.serving_pb2 import ModelReply, ModelRequest, NearestRequest, ServeCutRequest
+from oarlock.serving.asking import Question
+from oarlock.serving.fleet import Counts, Fleet, ServedModel
+from oarlock.serving.gather import looking_up, merged
+from oarlock.serving.hedged import Hedged, Tender
+from oarlock.serving.hedged_async import AsyncHedged, AsyncTender
+from oarlock.serving.hedging import SHARE
+from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, checked_keys, lookup_request, read_found
 from oarlock.serving.nearest_wire import Neighbours, nearest_request, read_nearest
 
-Keys = NDArray[np.uint64] | Sequence[int]
+T = TypeVar("T")
+
+__all__ = ["AsyncClient", "Client", "Found", "ModelVersion", "lookup_request", "read_found"]
+
 # How long a call may take, unless it is told otherwise.
 TIMEOUT_SECONDS = 5.0
 # A cut of many gigabytes is opened before the call that asked for it ends.
@@ -45,63 +45,75 @@ PAUSE_SECONDS = 0.02
 MOST_PAUSE_SECONDS = 0.5
 
 
-class ModelVersion(NamedTuple):
-    """Which state of the model an answer is of. ``seconds_since``: how old it was by the server's clock."""
-
-    run: int
-    cut: int
-    seconds_since: float
-
-
-class Found(Mapping[str, NDArray[np.float32]]):
-    """Rows by table: float32[n, dim] each, in the order of its keys; ``missing``: by table, how many keys have no row.
-
-    What a key without a row reads as is the table's rule, as in training: its first value, or zeros.
-    """
-
-    __slots__ = ("_rows", "missing", "version")
-
-    def __init__(self, rows: dict[str, NDArray[np.float32]], missing: dict[str, int], version: ModelVersion) -> None:
-        self._rows = rows
-        self.missing = missing
-        self.version = version
-
-    def __getitem__(self, table: str) -> NDArray[np.float32]:
-        return self._rows[table]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {list(rows.shape)}" for name, rows in self._rows.items())
-        return f"Found({shapes}; {self.version})"
-
-
 class Client:
-    """Asks the server at ``address`` and waits for it. ``frames`` = False: by gRPC alone.
+    """Asks the server at ``address`` and waits for it, or (a sequence, in any order) the servers of a model's parts, of which a
+    part may have several. ``frames`` = False: by gRPC alone.
 
     ``security``: the token that each call gives, and how the server has to show who it is; opened.
+
+    ``hedge_share``: of the requests to several servers so many may go to two, where one is slow. ``counts``: what came of that.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         timeout_seconds: float = TIMEOUT_SECONDS,
         frames: bool = True,
         security: Security | None = None,
+        hedge_share: float = SHARE,
     ) -> None:
-        self.address = address
         self._timeout_seconds = timeout_seconds
         self._transport = BlockingTransport(frames=frames, security=security)
+        self.address = address if isinstance(address, str) else ""
+        self._fleet = None if isinstance(address, str) else Fleet(address, hedge_share=hedge_share)
+        self.counts = Counts() if self._fleet is None else self._fleet.counts
+        if self._fleet is not None:
+            self._hedged = Hedged(self._fleet, self._transport)
+            self._tender = Tender(self._fleet, self._transport)
 
     def lookup(self, tables: Mapping[str, Keys], *, timeout_seconds: float | None = None) -> Found:
         """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
+        if self._fleet is not None:
+            return self._of_fleet(
+                lambda fleet, model, until: self._gathered(fleet, model, tables, until), timeout_seconds
+            )
         request = lookup_request(tables)
         return read_found(tables, self._call("Serving.Lookup", request, timeout_seconds))
+
+    def _gathered(self, fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys], until: float) -> Found:
+        steps = looking_up(fleet, model, tables)
+        try:
+            questions = next(steps)
+            while True:
+                try:
+                    answers = self._hedged.ask(questions, until)
+                except NotFound as error:
+                    questions = steps.throw(error)
+                else:
+                    questions = steps.send(answers)
+        except StopIteration as done:
+            found: Found = done.value
+            return found
+
+    def _of_fleet(self, work: Callable[[Fleet, ServedModel, float], T], timeout_seconds: float | None) -> T:
+        """Return what ``work`` returns, done again while that may help."""
+        assert self._fleet is not None, "asked only with several servers"
+        # Not within the time of a call.
+        warm_up_once()
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        while True:
+            try:
+                found = work(self._fleet, self._fleet.model(), tries.until)
+            except PSError as error:
+                if not error.retryable:
+                    raise
+                pause = tries.pause_after(error)
+            else:
+                if self._fleet.unsettled:
+                    self._tender.wake()
+                return found
+            self._tender.wait(pause)
 
     def nearest(
         self,
@@ -119,15 +131,28 @@ class Client:
         ``among``: only of these keys; ``without``: none of these. ``exact``: by comparing all rows, not by the index.
         """
         request, shape = _nearest_request(table, vectors, k, exact, among, without)
-        return read_nearest(self._call("Serving.Nearest", request, timeout_seconds), shape)
+        if self._fleet is None:
+            return read_nearest(self._call("Serving.Nearest", request, timeout_seconds), shape)
+
+        def ask(fleet: Fleet, model: ServedModel, until: float) -> Any:
+            return self._hedged.ask(_nearest_question(model, request), until)[0]
+
+        return read_nearest(self._of_fleet(ask, timeout_seconds), shape)
 
     def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
-        """Return what is served: tables, rows, version, cuts."""
-        reply: ModelReply = self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
-        return reply
+        """Return what is served: tables, rows, version, cuts; of a model in parts what all of them have."""
+        if self._fleet is None:
+            reply: ModelReply = self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
+            return reply
+
+        def ask(fleet: Fleet, model: ServedModel, until: float) -> ModelReply:
+            return merged(model, list(self._hedged.ask(_describe_questions(model), until).values()))
+
+        return self._of_fleet(ask, timeout_seconds)
 
     def rollback(self, cut: int = 0, *, newest: bool = False, timeout_seconds: float = LOAD_SECONDS) -> ModelReply:
         """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
+        _check_one(self._fleet)
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
         reply: ModelReply = self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
@@ -145,6 +170,8 @@ class Client:
 
     def close(self) -> None:
         """Give back connections; idempotent."""
+        if self._fleet is not None:
+            self._tender.close()
         self._transport.close()
 
     def __enter__(self) -> "Client":
@@ -159,20 +186,66 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         timeout_seconds: float = TIMEOUT_SECONDS,
         frames: bool = True,
         security: Security | None = None,
+        hedge_share: float = SHARE,
     ) -> None:
-        self.address = address
         self._timeout_seconds = timeout_seconds
         self._transport = GrpcTransport(frames=frames, security=security)
+        self.address = address if isinstance(address, str) else ""
+        self._fleet = None if isinstance(address, str) else Fleet(address, hedge_share=hedge_share)
+        self.counts = Counts() if self._fleet is None else self._fleet.counts
+        if self._fleet is not None:
+            self._hedged = AsyncHedged(self._fleet, self._transport)
+            self._tender = AsyncTender(self._fleet, self._transport)
 
     async def lookup(self, tables: Mapping[str, Keys], *, timeout_seconds: float | None = None) -> Found:
         """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
+        if self._fleet is not None:
+            return await self._of_fleet(
+                lambda fleet, model, until: self._gathered(fleet, model, tables, until), timeout_seconds
+            )
         request = lookup_request(tables)
         return read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds))
+
+    async def _gathered(self, fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys], until: float) -> Found:
+        steps = looking_up(fleet, model, tables)
+        try:
+            questions = next(steps)
+            while True:
+                try:
+                    answers = await self._hedged.ask(questions, until)
+                except NotFound as error:
+                    questions = steps.throw(error)
+                else:
+                    questions = steps.send(answers)
+        except StopIteration as done:
+            found: Found = done.value
+            return found
+
+    async def _of_fleet(
+        self, work: Callable[[Fleet, ServedModel, float], Awaitable[T]], timeout_seconds: float | None
+    ) -> T:
+        """Return what ``work`` returns, done again while that may help."""
+        assert self._fleet is not None, "asked only with several servers"
+        # Not within the time of a call.
+        warm_up_once()
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        while True:
+            try:
+                found = await work(self._fleet, self._fleet.model(), tries.until)
+            except PSError as error:
+                if not error.retryable:
+                    raise
+                pause = tries.pause_after(error)
+            else:
+                if self._fleet.unsettled:
+                    self._tender.wake()
+                return found
+            await self._tender.wait(pause)
 
     async def nearest(
         self,
@@ -187,17 +260,30 @@ class AsyncClient:
     ) -> Neighbours:
         """Return the ``k`` rows nearest to each of vectors, as ``Client.nearest`` does."""
         request, shape = _nearest_request(table, vectors, k, exact, among, without)
-        return read_nearest(await self._call("Serving.Nearest", request, timeout_seconds), shape)
+        if self._fleet is None:
+            return read_nearest(await self._call("Serving.Nearest", request, timeout_seconds), shape)
+
+        async def ask(fleet: Fleet, model: ServedModel, until: float) -> Any:
+            return (await self._hedged.ask(_nearest_question(model, request), until))[0]
+
+        return read_nearest(await self._of_fleet(ask, timeout_seconds), shape)
 
     async def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
-        """Return what is served: tables, rows, version, cuts."""
-        reply: ModelReply = await self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
-        return reply
+        """Return what is served: tables, rows, version, cuts; of a model in parts what all of them have."""
+        if self._fleet is None:
+            reply: ModelReply = await self._call("Serving.Describe", ModelRequest(protocol=PROTOCOL), timeout_seconds)
+            return reply
+
+        async def ask(fleet: Fleet, model: ServedModel, until: float) -> ModelReply:
+            return merged(model, list((await self._hedged.ask(_describe_questions(model), until)).values()))
+
+        return await self._of_fleet(ask, timeout_seconds)
 
     async def rollback(
         self, cut: int = 0, *, newest: bool = False, timeout_seconds: float = LOAD_SECONDS
     ) -> ModelReply:
         """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
+        _check_one(self._fleet)
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
         reply: ModelReply = await self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
@@ -215,6 +301,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Give back connections; idempotent."""
+        if self._fleet is not None:
+            await self._tender.close()
         await self._transport.close()
 
     async def __aenter__(self) -> "AsyncClient":
@@ -229,13 +317,13 @@ class _Tries:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._until = time.monotonic() + seconds
+        self.until = time.monotonic() + seconds
         self._pause = PAUSE_SECONDS
 
-    def pause_after(self, error: Unavailable) -> float:
+    def pause_after(self, error: PSError) -> float:
         """Return how long to wait before the next try; DeadlineExceeded if that leaves no time for it."""
         pause, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE_SECONDS)
-        self.seconds = self._until - time.monotonic() - pause
+        self.seconds = self.until - time.monotonic() - pause
         if self.seconds <= 0:
             raise DeadlineExceeded(f"not answered in time; the last try: {error}", **error.details) from None
         return pause
@@ -245,56 +333,23 @@ def _nearest_request(
     table: str, vectors: Any, k: int, exact: bool, among: Keys | None, without: Keys | None
 ) -> tuple[NearestRequest, tuple[int, ...]]:
     """Return the request for nearest rows, and the shape of its answer."""
-    filters = (None if keys is None else _keys(f"a filter of {table}", keys) for keys in (among, without))
+    filters = (None if keys is None else checked_keys(f"a filter of {table}", keys) for keys in (among, without))
     only, never = filters
     return nearest_request(table, vectors, k, exact=exact, among=only, without=never)
 
 
-def lookup_request(tables: Mapping[str, Keys]) -> Bulk:
-    """Return the request for keys of tables; InvalidArgument names a table whose keys are none."""
-    parts: list[Part] = []
-    asked = [TableLookup(table=name, keys=pack(_keys(name, keys), parts)) for name, keys in tables.items()]
-    return Bulk(LookupRequest(protocol=PROTOCOL, tables=asked), parts)
+def _nearest_question(model: ServedModel, request: NearestRequest) -> dict[int, Question]:
+    if model.parts > 1:
+        raise InvalidArgument(
+            f"nearest rows are not to be had of a model in {model.parts} parts: ask a server that has all of it"
+        )
+    return {0: Question("Serving.Nearest", request, int(request.vectors.shape[0]) if request.vectors.shape else 1)}
 
 
-def _keys(name: str, keys: Keys) -> NDArray[np.uint64]:
-    if isinstance(keys, np.ndarray):
-        if keys.dtype == np.uint64 and keys.ndim == 1:
-            return keys
-        right = keys.ndim == 1 and keys.dtype.kind in "iu" and not (keys.size and keys.min() < 0)
-        found = keys
-    else:
-        try:
-            # Not numpy's own way, by which integers on both sides of 2^63 become floating-point numbers.
-            values = [operator.index(key) for key in keys]
-        except TypeError:
-            values = [-1]
-        right = not values or (min(values) >= 0 and max(values) < 1 << 64)
-        found = np.array(values if right else [], np.uint64)
-    if not right:
-        raise InvalidArgument(f"keys of {name}: give integers from 0 to 2^64 - 1, in one dimension")
-    return found.astype(np.uint64)
+def _describe_questions(model: ServedModel) -> dict[int, Question]:
+    return {part: Question("Serving.Describe", ModelRequest(protocol=PROTOCOL), 1) for part in range(model.parts)}
 
 
-def read_found(tables: Mapping[str, Keys], reply: Any) -> Found:
-    """Return what an answer says; Malformed if it is not one to this question."""
-    message, parts = opened(reply)
-    if len(message.tables) != len(tables):
-        raise Malformed(f"rows of {len(message.tables)} tables came, {len(tables)} were asked for")
-    rows, missing = {}, {}
-    for (name, keys), found in zip(tables.items(), message.tables, strict=True):
-        values = unpack(found.rows, np.float32, f"rows of {name}", dims=2, parts=parts)
-        if len(values) != len(keys):
-            raise Malformed(f"{len(values)} rows of {name} came for {len(keys)} keys")
-        rows[name], missing[name] = _own(values), found.missing
-    version = message.version
-    return Found(rows, missing, ModelVersion(version.run, version.cut, version.seconds_since))
-
-
-def _own(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return values that their reader may change: where they were received, if that is memory of their own."""
-    try:
-        values.flags.writeable = True
-    except ValueError:
-        return values.copy()
-    return values
+def _check_one(fleet: Fleet | None) -> None:
+    if fleet is not None:
+        raise InvalidArgument("each server goes back by itself: tell them one after the other, by a Client of each")

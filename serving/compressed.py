@@ -29,6 +29,7 @@ from oarlock.embedding.packed import FORMS, MIXED, NO_CODEBOOK, NO_STARTS, PQ, m
 from oarlock.embedding.pointer import kernel_array
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, VersionMismatch
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.tensor_file import corrupt, read_tensors
 
 COMPRESSED, TABLES = "compressed.json", "tables"
@@ -101,15 +102,15 @@ class Compressed(Reading):
             raise corrupt(COMPRESSED, "altered: its checksum does not fit")
         return dict(found)
 
-    def checked(self, name: str, *, trust: bool = False) -> Any:
-        """Return the bytes of a file, which are as they were written; ``trust``: as many, at least."""
+    def checked(self, name: str, *, trust: bool = False, mapped: bool = False) -> Any:
+        """Return the bytes of a file, which are as they were written; ``trust``: as many, at least; ``mapped``: in place."""
         try:
             told = self.document()["files"][name]
             size, digest = told["bytes"], told["sha256"]
         except (KeyError, TypeError):
             raise corrupt(COMPRESSED, f"it does not know {name}") from None
         try:
-            data = self.files.map_file(name) if trust else self.files.read_file(name)
+            data = self.files.map_file(name) if trust or mapped else self.files.read_file(name)
             data = self.files.read_file(name) if data is None else data
         except OSError as error:
             raise corrupt(name, f"cannot be read: {error.strerror}") from None
@@ -119,12 +120,14 @@ class Compressed(Reading):
             raise corrupt(name, "altered: its checksum does not fit")
         return data
 
-    def open_table(self, name: str, spec: TableSpec, seed: int, *, trust: bool = False) -> FrozenTable:
-        """Return a table to be looked up."""
+    def open_table(
+        self, name: str, spec: TableSpec, seed: int, *, trust: bool = False, part: ModelPart = WHOLE
+    ) -> FrozenTable:
+        """Return a table to be looked up; blocks of other parts than ``part`` are empty."""
         kept = self.tables().get(name)
         if kept is None or kept.form not in FORMS or len(kept.block_rows) != spec.blocks:
             raise corrupt(COMPRESSED, f"table {name} is not told whole")
-        data = read_tensors(self.checked(kept.file, trust=trust), kept.file)
+        data = read_tensors(self.checked(kept.file, trust=trust, mapped=not part.whole), kept.file)
         try:
             keys, rows = data["keys"], data["rows"]
             if (keys.ndim, rows.ndim) != (1, 2):
@@ -132,8 +135,14 @@ class Compressed(Reading):
             blocks, begin = [], 0
             for number, count in enumerate(kept.block_rows):
                 run = slice(begin, begin := begin + count)
-                _check_block(spec, number, keys[run], count)
-                blocks.append(FrozenBlock(spec, keys[run], _NOTHING, _NOTHING, packed=rows[run]))
+                if part.whole:
+                    own = (keys[run], rows[run])
+                else:
+                    # Copied, so that the file's memory goes.
+                    run, count = (run, count) if part.has(number) else (slice(0, 0), 0)
+                    own = (keys[run].copy(), rows[run].copy())
+                _check_block(spec, number, own[0], count)
+                blocks.append(FrozenBlock(spec, own[0], _NOTHING, _NOTHING, packed=own[1]))
             if begin != len(keys):
                 raise corrupt(kept.file, f"its blocks have {begin} rows, its keys are {len(keys)}")
             code = FORMS.index(kept.form)

@@ -17,7 +17,11 @@ from oarlock.serving.snapshot import Progress
 def fill(live: Live, store: Reading, manifest: Manifest, at: float, *, trust: bool, progress: Progress) -> None:
     """Give a model the blocks of a cut of its run, or of the one that it began from, which were so ``at``."""
     specs = manifest.table_specs()
-    entries = [entry for entry in manifest.blocks if entry.kind == "rows" and entry.name in live.tables]
+    entries = [
+        entry
+        for entry in manifest.blocks
+        if entry.kind == "rows" and entry.name in live.tables and live.part.has(entry.block)
+    ]
     done, total = 0, sum(entry.total_bytes for entry in entries)
     for entry in entries:
         if live.lacks(entry.name, entry.block, entry.seq):

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from oarlock.checkpoint.line import line_of, restores_in
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.reading import Reading
 from oarlock.client.job import OVER, JobSpec
@@ -31,10 +30,12 @@ from oarlock.proto.coordinator_pb2 import DescribeReply, DescribeRequest, Status
 from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import ChangesReply
+from oarlock.serving.coordinator_told import line_in, newer_routes, newest_cut
 from oarlock.serving.filling import fill
 from oarlock.serving.live import Counts, Live
 from oarlock.serving.live_index import LiveIndex
 from oarlock.serving.live_recall import LAGS, Keeper, LiveRecall
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.recall import Asked, Recall, RecallSpec
 from oarlock.serving.snapshot import Model, Progress, created_of
 from oarlock.serving.swap import Serving
@@ -71,18 +72,18 @@ class Following(Serving):
         trust: bool = False,
         poll_seconds: float = POLL_SECONDS,
         look_seconds: float = LOOK_SECONDS,
+        part: ModelPart = WHOLE,
         clock: Callable[[], float] = time.monotonic,
         recall: Sequence[RecallSpec] = (),
         dense: bool = False,
     ) -> None:
-        super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall)
+        super().__init__(store, trust=trust, look_seconds=look_seconds, recall=recall, part=part, clock=clock)
         self._call = call
         self._address = address
         self._job = job
         self._poll_seconds = poll_seconds
         # Whether dense parameters are followed, too.
         self._dense = dense
-        self._clock = clock
         self._live: Live | None = None
         # Its indexes, or those of the run that is about to be served.
         self._live_recall: LiveRecall | None = None
@@ -130,11 +131,17 @@ class Following(Serving):
         """The live model, also while another one is served; None before the first."""
         return self._live
 
+    def _served(self) -> list[Model]:
+        # Behind a cut that somebody went back to, other parts may still serve what is live.
+        found, live = super()._served(), self._live
+        return found if live is None or live in found else [*found, live]
+
     # Going back, and on again
 
     def release(self) -> Model:
         """Serve the live model again."""
         with self._loading:
+            self._keep(self._snapshot)
             self.pinned, self._snapshot, self._recall = False, None, Recall(self._recall_specs)
             self._refused.clear()
         return self.current
@@ -194,31 +201,41 @@ class Following(Serving):
             anew = live is None or live.run != described.run
             if live is None or anew:
                 live = self._begin(described.run, layout, spec.seed, status)
-            live.cut = max([live.cut, *_cuts_in(status)])
+            live.cut = max(live.cut, newest_cut(status))
             routes = unpack_placement(layout, described.placement) if described.placement.shards else None
             with self._routing:
                 before = None if anew else self._routes
                 self._routes = (
-                    routes if before is None or routes is None else _newer(before, described.placement, routes)
+                    routes if before is None or routes is None else newer_routes(before, described.placement, routes)
                 )
             if status.get("phase") in OVER:
                 raise Unavailable(f"job {spec.name} is {status['phase']}: nothing new comes")
             return anew
 
     def _model(self, run: int, layout: Layout, seed: int) -> Live:
-        clock, now = self._clock, self._clock()
-        return Live(self._job, run, layout, seed, now=now, clock=clock, counts=self.counts, with_dense=self._dense)
+        return Live(
+            self._job,
+            run,
+            layout,
+            seed,
+            now=self._clock(),
+            clock=self._clock,
+            counts=self.counts,
+            with_dense=self._dense,
+            part=self.part,
+        )
 
     def _exchange(self, made: Live) -> None:
         # First: no row of the run before is found near anything once the new one is served.
         self._live_recall = LiveRecall(self._recall_specs, made, clock=self._clock, lags=self.recall_lags)
+        self._keep(self._live)
         self._live = made
 
     def _begin(self, run: int, layout: Layout, seed: int, status: dict[str, Any]) -> Live:
         """Serve the cut that a run began from, or has made, in place of what is served."""
         begun = time.monotonic()
         made = self._model(run, layout, seed)
-        for cut in reversed(self._line(status)):
+        for cut in reversed(line_in(self.store, status)):
             try:
                 manifest = self.store.load_manifest(cut)
                 if manifest.job != self._job:
@@ -256,13 +273,6 @@ class Following(Serving):
         logger.info("event=last_cut run=%d cut=%d rows=%d", live.run, live.cut, live.rows)
         return True
 
-    def _line(self, status: dict[str, Any]) -> list[int]:
-        try:
-            return line_of(self.store.cuts(), restores_in(status.get("events")))
-        except OSError as error:
-            logger.warning("event=cuts_not_read error=%s", error)
-            return []
-
     def _fill(self, live: Live, manifest: Manifest, progress: Progress) -> None:
         """Give a model the blocks of a cut of its run, or of the one that it began from, that are newer than its own."""
         at = self._clock() - max(0.0, time.time() - created_of(manifest))
@@ -275,8 +285,9 @@ class Following(Serving):
         live, routes = self._live, self._routes
         if live is None or routes is None or routes.shards.get(shard.id) != shard:
             return False
-        blocks = live.layout.blocks if self._dense else live.layout.dense_base
-        numbers = np.flatnonzero(routes.owners[:blocks] == shard.id).astype(np.int32)
+        mine = routes.owners[: live.layout.blocks if self._dense else live.layout.dense_base] == shard.id
+        mine[: live.layout.dense_base] &= live.mine
+        numbers = np.flatnonzero(mine).astype(np.int32)
         if not len(numbers):
             return False
         header = Header(
@@ -324,6 +335,7 @@ class Following(Serving):
                 if self._routes is None or self._wake.is_set() or not self._over.wait(self._look_seconds):
                     self._wake.clear()
                     self.look()
+            self._let_go()
             self._tend()
             if self._troubles:
                 self.take_last_cut()
@@ -386,15 +398,3 @@ class Following(Serving):
         self._wake.set()
         super().close()
         self._keeper.close()
-
-
-def _newer(before: Routes, placement: Any, routes: Routes) -> Routes:
-    """Return what is known of the placement: a shard may have told of what the coordinator is about to tell."""
-    changes = unpack_changes(before.layout, placement)
-    return before.after(changes) if len(before.owners) == len(routes.owners) else routes
-
-
-def _cuts_in(status: dict[str, Any]) -> list[int]:
-    found = status.get("checkpoints")
-    cuts = [known.get("cut") for known in found if isinstance(known, dict)] if isinstance(found, list) else []
-    return [cut for cut in cuts if isinstance(cut, int)][-1:]

@@ -26,6 +26,7 @@ from oarlock.proto.common_pb2 import Array, Header
 from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import ChangesReply, ChangesRequest, TableChanges
 from oarlock.serving.live_dense import LiveDense
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.snapshot import Version, unknown_table
 
 Numbers = NDArray[np.int32]
@@ -60,7 +61,8 @@ class _Arriving:
 class Live:
     """The tables of ``layout`` in ``run`` of ``job``, empty at first, as they were ``now`` by the monotonic ``clock``.
 
-    ``with_dense``: with its dense parameters, too, as predictions need them.
+    ``with_dense``: with its dense parameters, too, as predictions need them. Of a ``part`` that is not all of the model,
+    blocks of other parts stay empty.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Live:
         clock: Callable[[], float] = time.monotonic,
         counts: Counts | None = None,
         with_dense: bool = False,
+        part: ModelPart = WHOLE,
     ) -> None:
         self.job = job
+        self.part = part
         self.run = run
         self.layout = layout
         self.seed = seed
@@ -86,6 +90,10 @@ class Live:
         self._by_number = list(self.tables.values())
         self._clock = clock
         blocks = layout.dense_base
+        # Which blocks are kept up to date here.
+        self.mine: NDArray[np.bool_] = np.concatenate(
+            [np.zeros(0, np.bool_), *(part.mask(spec.blocks) for spec in layout.tables)]
+        )
         self.sequences: Longs = np.zeros(blocks, np.int64)
         self._takes: Longs = np.zeros(blocks, np.int64)
         # After how many operations rows are as they are served, whoever told that.
@@ -98,7 +106,7 @@ class Live:
         self._there: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         self.parameters = LiveDense(layout, now=now, clock=clock) if with_dense else None
         # Whether all blocks of tables have been told by shards.
-        self.complete = not blocks
+        self.complete = not self.mine.any()
         # Whether every block of a cut has been here.
         self.filled = False
         # By table: who is told of keys whose rows changed, with the lock held.
@@ -137,7 +145,11 @@ class Live:
                 self._forget([number])
                 self._served[number] = sequence
                 self._confirmed[number] = at if not self._there[number] else max(at, float(self._confirmed[number]))
-                self._oldest = float(self._confirmed.min())
+                self._look_at_oldest()
+
+    def _look_at_oldest(self) -> None:
+        if self.mine.any():
+            self._oldest = float(self._confirmed[self.mine].min())
 
     @property
     def age(self) -> float:
@@ -147,7 +159,7 @@ class Live:
 
     @property
     def version(self) -> Version:
-        return Version(self.run, self.cut, time.time() - self.age)
+        return Version(self.run, self.cut, time.time() - self.age, live=True)
 
     @property
     def rows(self) -> int:
@@ -313,9 +325,8 @@ class Live:
         known[list(self._arriving)] = False
         self._confirmed[known] = np.maximum(self._confirmed[known], at)
         self._there |= known
-        if len(self._confirmed):
-            self._oldest = float(self._confirmed.min())
-            self.complete = bool(self._there.all())
+        self._look_at_oldest()
+        self.complete = bool(self._there[self.mine].all())
 
     def _replace(
         self, name: str, block: int, keys: NDArray[np.uint64], rows: NDArray[np.uint8], then: Sequence[Change] = ()

@@ -99,8 +99,10 @@ class Models:
         return __version__
 
     def names(self) -> list[str]:
-        """Return the names of all models."""
+        """Return the names of all models: none where there is a part of a model alone."""
         snapshot = self._current()
+        if not snapshot.part.whole:
+            return []
         return [*([self._prediction(snapshot)] if self.predictor else []), *snapshot.tables]
 
     def _prediction(self, snapshot: Model) -> str:
@@ -112,6 +114,10 @@ class Models:
     def _found(self, name: str, version: str) -> tuple[Model, Predictor | None]:
         """Return the snapshot, and the predictor if ``name`` is its model's; NotFound says what there is."""
         snapshot = self._current()
+        if not snapshot.part.whole:
+            raise NotFound(
+                f"there are no models here: this process has {snapshot.part} of one, and answers oarlock.Serving's Lookup alone"
+            )
         predicts = self.predictor is not None and name == self._prediction(snapshot)
         if not predicts and name not in snapshot.tables:
             raise NotFound(f"there is no model {name[:200]!r}; the models are {', '.join(self.names())}"[:1000])

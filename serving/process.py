@@ -21,6 +21,7 @@ from oarlock.client.processors import limit_blas
 from oarlock.client.telemetry import observed, server_source
 from oarlock.embedding.fresh import warm_up as warm_up_fresh
 from oarlock.embedding.frozen import warm_up
+from oarlock.embedding.partition import warm_up as warm_up_parts
 from oarlock.proto.rpc import GrpcServer
 from oarlock.proto.security import Security
 from oarlock.proto.work import REQUEST_MEMORY_BYTES
@@ -29,6 +30,7 @@ from oarlock.serving.http_server import HttpServer
 from oarlock.serving.inference import InferenceService
 from oarlock.serving.models import Models
 from oarlock.serving.openapi import description
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.recall import RecallSpec
 from oarlock.serving.rest import Rest
@@ -55,6 +57,7 @@ class Settings:
     ``drain_seconds``: how long it answers on after a signal, with a health of NOT_SERVING, so that callers go elsewhere.
     ``http``: where the Open Inference Protocol is spoken over HTTP, too; empty: nowhere.
     ``recall``: of which tables the nearest rows may be asked for.
+    ``part``: of the model, which this process serves.
     Performance: ``threads``: calls and connections at once.
     """
 
@@ -70,6 +73,7 @@ class Settings:
     threads: int = THREADS
     request_memory_bytes: int = REQUEST_MEMORY_BYTES
     recall: tuple[RecallSpec, ...] = ()
+    part: ModelPart = WHOLE
 
 
 def run(
@@ -92,7 +96,7 @@ def run(
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     over = Event()
-    serving = serving or Serving(store, trust=settings.trust, recall=settings.recall)
+    serving = serving or Serving(store, trust=settings.trust, recall=settings.recall, part=settings.part)
     service = ServingService(serving, max_keys=settings.max_keys)
     models = Models(service)
     server = GrpcServer(
@@ -133,6 +137,7 @@ def run(
             listening(address, telemetry.address, http.start() if http else "")
             warm_up()
             warm_up_fresh()
+            warm_up_parts()
             serving.load(settings.cut, progress=unless_over)
             serving.pinned = settings.cut is not None and not settings.follow_cuts
             models.begin(predicts(serving.current))

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oarlock.embedding.hashing import table_salt
 from oarlock.proto.arrays import MAX_MESSAGE_BYTES, Part, pack, unpack
 from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, opened
-from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, Unavailable
+from oarlock.proto.errors import InvalidArgument, Malformed, OutOfMemory, Unavailable, WrongJob
 from oarlock.proto.serving_pb2 import (
     LookupReply,
     LookupRequest,
@@ -62,7 +63,7 @@ class ServingService:
         """Return the rows of keys, of one snapshot."""
         message, parts = opened(request)
         _check_version(message.protocol)
-        snapshot = self.serving.current
+        snapshot = self._asked_of(message)
         wanted = self._wanted(snapshot, message, parts)
         beside: list[Part] | None = [] if isinstance(request, Bulk) else None
         reply = LookupReply(version=_version(snapshot.version))
@@ -76,6 +77,17 @@ class ServingService:
             counts.append((name, len(keys), missing))
         self._count(counts, time.perf_counter() - begun)
         return reply if beside is None else Bulk(reply, beside)
+
+    def _asked_of(self, message: LookupRequest) -> Model:
+        """Return what a request is to be answered from; WrongJob, NotFound where that is not served here."""
+        serving = self.serving
+        snapshot = serving.current
+        if message.job and message.job != snapshot.job:
+            raise WrongJob(f"what is served here is of job {snapshot.job}, and not of {message.job[:64]!r}")
+        if message.HasField("version"):
+            wanted = message.version
+            return serving.version(Version(wanted.run, wanted.cut, 0.0, wanted.live))
+        return snapshot
 
     def rows_of(self, snapshot: Model, name: str, keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], int]:
         """Return the rows of keys of one table, for whoever speaks another protocol, and how many keys have none."""
@@ -97,6 +109,8 @@ class ServingService:
             size += 4 * len(found) * table.spec.dim
             wanted.append((each.table, found))
         self.check_keys(keys, size)
+        for name, found in wanted:
+            snapshot.part.check(snapshot.tables[name].spec, found)
         return wanted
 
     def check_keys(self, keys: int, size: int) -> None:
@@ -121,7 +135,8 @@ class ServingService:
     def nearest(self, request: NearestRequest) -> NearestReply:
         """Return the rows nearest to vectors."""
         _check_version(request.protocol)
-        self.serving.current  # noqa: B018 - Unavailable until there is one
+        # Unavailable until there is one.
+        self.serving.current.part.refuse("nearest rows")
         begun = time.perf_counter()
         reply = answer_nearest(self.serving.recall, request, self._max_keys)
         with self._lock:
@@ -161,12 +176,16 @@ class ServingService:
                     dtype=table.form,
                     bytes=table.nbytes,
                     absent=table.spec.absent,
+                    blocks=table.spec.blocks,
+                    salt=int(table_salt(name)),
                 )
                 for name, table in snapshot.tables.items()
             ],
             pinned=serving.pinned,
             cuts=cuts,
             problem=serving.problem,
+            part=snapshot.part.number,
+            parts=snapshot.part.parts,
         )
 
 
@@ -177,4 +196,4 @@ def _check_version(protocol: int) -> None:
 
 
 def _version(version: Version) -> ModelVersion:
-    return ModelVersion(run=version.run, cut=version.cut, seconds_since=version.age())
+    return ModelVersion(run=version.run, cut=version.cut, seconds_since=version.age(), live=version.live)

@@ -24,6 +24,7 @@ from oarlock.embedding.precision import FLOAT32
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import UnknownTable
 from oarlock.serving.compressed import Compressed
+from oarlock.serving.part import WHOLE, ModelPart
 
 # Told of bytes that are opened, and of all.
 Progress = Callable[[int, int], object]
@@ -31,11 +32,20 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Version:
-    """Which state of the model it is. ``created``: seconds since the epoch of Unix."""
+    """Which state of the model it is. ``created``: seconds since the epoch of Unix; ``live``: of a job that is followed."""
 
     run: int
     cut: int
     created: float
+    live: bool = False
+
+    def __str__(self) -> str:
+        return f"run {self.run}, live" if self.live else f"cut {self.cut} of run {self.run}"
+
+    def stands_for(self, wanted: "Version") -> bool:
+        """Tell whether it is what is wanted: the same cut of the same run; what is followed is of a run alone."""
+        same = (self.live, self.run) == (wanted.live, wanted.run)
+        return same and (self.live or self.cut == wanted.cut)
 
     def age(self, now: float | None = None) -> float:
         """Return how many seconds old it is; a clock that is behind makes it 0."""
@@ -62,6 +72,8 @@ class Model(Protocol):
     @property
     def job(self) -> str: ...
     @property
+    def part(self) -> ModelPart: ...
+    @property
     def version(self) -> Version: ...
     @property
     def tables(self) -> Mapping[str, Served]: ...
@@ -81,7 +93,10 @@ def created_of(manifest: Manifest) -> float:
 
 
 class Snapshot:
-    """The tables of a cut; ``open_snapshot`` makes one. ``dense``: float32[P], all dense parameters in the manifest's order."""
+    """The tables of a cut; ``open_snapshot`` makes one. ``dense``: float32[P], all dense parameters in the manifest's order.
+
+    Of a ``part`` that is not all of a model there are no dense parameters, and other parts' blocks are empty.
+    """
 
     def __init__(
         self,
@@ -89,8 +104,10 @@ class Snapshot:
         tables: Mapping[str, FrozenTable],
         blocks: Mapping[tuple[str, ...], FrozenBlock],
         dense: NDArray[np.float32],
+        part: ModelPart = WHOLE,
     ) -> None:
         self.manifest = manifest
+        self.part = part
         self.job = manifest.job
         self.dense = dense
         self.version = Version(manifest.run, manifest.cut, created_of(manifest))
@@ -124,21 +141,22 @@ def open_snapshot(
     *,
     before: Snapshot | None = None,
     trust: bool = False,
+    part: ModelPart = WHOLE,
     progress: Progress = lambda done, total: None,
 ) -> Snapshot:
-    """Return the model of a cut, all of it in memory; CorruptCheckpoint names a file that is not as it was written.
+    """Return the model of a cut, all of ``part`` in memory; CorruptCheckpoint names a file that is not as it was written.
 
-    ``before``: of the same job, lends the blocks whose files are the same. ``trust``: do not compute checksums.
+    ``before``: of the same job and part, lends the blocks whose files are the same. ``trust``: do not compute checksums.
     """
     if isinstance(store, Compressed):
-        return _open_compressed(store, manifest, trust, progress)
+        return _open_compressed(store, manifest, trust, part, progress)
     specs = manifest.table_specs()
-    entries = [entry for entry in manifest.blocks if entry.kind == "rows"]
-    store.check_sizes(manifest, manifest.blocks)
+    entries = [entry for entry in manifest.blocks if entry.kind == "rows" and part.has(entry.block)]
+    store.check_sizes(manifest, manifest.blocks if part.whole else entries)
     known = {} if before is None or before.job != manifest.job else before.blocks
     done, total = 0, sum(entry.total_bytes for entry in entries)
     blocks: dict[tuple[str, ...], FrozenBlock] = {}
-    by_table: dict[str, list[FrozenBlock]] = {name: [] for name in specs}
+    by_table = {name: _empty_blocks(spec, part) for name, spec in specs.items()}
     for entry in entries:
         spec = specs[entry.name]
         identity = _identity(spec, entry)
@@ -147,15 +165,28 @@ def open_snapshot(
             found = _open_block(store, manifest, entry, spec, trust)
             found.touch()
         blocks[identity] = found
-        by_table[entry.name].append(found)  # entries of a table ascend by block
+        by_table[entry.name][entry.block] = found
         done += entry.total_bytes
         progress(done, total)
-    tables = {name: FrozenTable(specs[name], by_table[name], seed=manifest.seed) for name in specs}
-    return Snapshot(manifest, tables, blocks, _open_dense(store, manifest, trust))
+    tables = {name: FrozenTable(specs[name], list(by_table[name].values()), seed=manifest.seed) for name in specs}
+    return Snapshot(manifest, tables, blocks, _open_dense(store, manifest, trust, part), part)
 
 
-def _open_dense(store: Reading, manifest: Manifest, trust: bool) -> NDArray[np.float32]:
-    """Return float32[P]: the slices of each dense parameter in their order, the parameters in that of the manifest."""
+def _empty_blocks(spec: TableSpec, part: ModelPart) -> dict[int, FrozenBlock]:
+    """Return by number what stands for a table's blocks of other parts: one block without rows. Those of ``part`` are to come."""
+    if part.whole:
+        return {}
+    empty = FrozenBlock(spec, np.empty(0, np.uint64), np.empty((0, spec.dim), np.float32), np.empty((0, 1), np.float32))
+    return dict.fromkeys(range(spec.blocks), empty)
+
+
+def _open_dense(store: Reading, manifest: Manifest, trust: bool, part: ModelPart) -> NDArray[np.float32]:
+    """Return float32[P]: the slices of each dense parameter in their order, the parameters in that of the manifest.
+
+    They are for predictions, which no part of a model makes: there are none of it.
+    """
+    if not part.whole:
+        return np.empty(0, np.float32)
     slices: dict[str, list[NDArray[np.float32]]] = {name: [] for name in manifest.dense_specs()}
     for entry in manifest.blocks:  # those of a parameter ascend by block
         if entry.kind == "dense":
@@ -164,14 +195,16 @@ def _open_dense(store: Reading, manifest: Manifest, trust: bool) -> NDArray[np.f
     return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
-def _open_compressed(store: Compressed, manifest: Manifest, trust: bool, progress: Progress) -> Snapshot:
+def _open_compressed(
+    store: Compressed, manifest: Manifest, trust: bool, part: ModelPart, progress: Progress
+) -> Snapshot:
     specs = manifest.table_specs()
     tables = {}
     for number, (name, spec) in enumerate(specs.items(), 1):
-        tables[name] = store.open_table(name, spec, manifest.seed, trust=trust)
+        tables[name] = store.open_table(name, spec, manifest.seed, trust=trust, part=part)
         tables[name].touch()
         progress(number, len(specs))
-    return Snapshot(manifest, tables, {}, _open_dense(store, manifest, trust))
+    return Snapshot(manifest, tables, {}, _open_dense(store, manifest, trust, part), part)
 
 
 def _identity(spec: TableSpec, entry: BlockEntry) -> tuple[str, ...]:

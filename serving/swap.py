@@ -3,23 +3,27 @@
 
 Invariant: from the first load on there is always a snapshot, whole, and ``current`` is never one that is still being opened. A
 cut that cannot be opened changes nothing: what was served goes on to be served, and ``problem`` says why. Once a cut was asked
-for by name, newer ones are not taken (``pinned``). ``current`` may be read by any thread, without a lock; loads take turns.
+for by name, newer ones are not taken (``pinned``). Of a part of a model, what was served before is kept for a while, since other
+parts are behind. ``current`` may be read by any thread, without a lock; loads take turns.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Event, Lock, Thread
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import CorruptCheckpoint, NotFound, PSError, Unavailable, VersionMismatch, WrongJob
+from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.recall import Asked, Recall, RecallSpec
-from oarlock.serving.snapshot import Model, Progress, Snapshot, open_snapshot
+from oarlock.serving.snapshot import Model, Progress, Snapshot, Version, open_snapshot
 
 logger = logging.getLogger(__name__)
 
 # Between two looks at the folder.
 LOOK_SECONDS = 1.0
+# How long what was served before is kept of a part of a model: other parts may take longer to open theirs.
+KEEP_SECONDS = 300.0
 
 
 class Serving:
@@ -32,8 +36,11 @@ class Serving:
         trust: bool = False,
         look_seconds: float = LOOK_SECONDS,
         recall: Sequence[RecallSpec] = (),
+        part: ModelPart = WHOLE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
+        self.part = part
         # The indexes of tables whose nearest rows may be asked for.
         self._recall = Recall(recall)
         self.pinned = False
@@ -44,7 +51,10 @@ class Serving:
         self.load_seconds = 0.0
         self._trust = trust
         self._look_seconds = look_seconds
+        self._clock = clock
         self._snapshot: Snapshot | None = None
+        # What was served before, and until when it is kept.
+        self._before: tuple[Model, float] | None = None
         self._loading = Lock()
         # Cuts that cannot be opened, and that it makes no sense to try again.
         self._refused: set[int] = set()
@@ -67,6 +77,31 @@ class Serving:
         if found is None:
             raise Unavailable("this process is still opening its model: ask again")
         return found
+
+    def version(self, wanted: Version) -> Model:
+        """Return what is served of a version, or was until lately; NotFound says what there is."""
+        found = self._served()
+        for model in found:
+            if model.version.stands_for(wanted):
+                return model
+        have = " and ".join(dict.fromkeys(str(model.version) for model in found))
+        raise NotFound(f"{wanted} is not served here; {have} is", cut=wanted.cut, run=wanted.run)
+
+    def _served(self) -> list[Model]:
+        """Return the models that may be asked for by version, the one that is served first."""
+        before = self._before
+        return [self.current] if before is None or self._clock() > before[1] else [self.current, before[0]]
+
+    def _keep(self, model: Model | None) -> None:
+        """Keep what another one takes the place of, if that is one part of what is served together."""
+        if model is not None and not self.part.whole:
+            self._before = (model, self._clock() + KEEP_SECONDS)
+
+    def _let_go(self) -> None:
+        """Give back the memory of what was kept for long enough."""
+        before = self._before
+        if before is not None and self._clock() > before[1]:
+            self._before = None
 
     def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Open ``cut`` (None: the newest) and serve it; whatever goes wrong leaves what is served as it was."""
@@ -95,11 +130,14 @@ class Serving:
             progress(done, total)
 
         try:
-            made = open_snapshot(self.store, manifest, before=before, trust=self._trust, progress=unless_over)
+            made = open_snapshot(
+                self.store, manifest, before=before, trust=self._trust, part=self.part, progress=unless_over
+            )
             self._recall.follow(made)
         except (PSError, OSError, MemoryError):
             self.failures += 1
             raise
+        self._keep(before)
         self._snapshot = made
         self.swaps += before is not None
         self.load_seconds = time.monotonic() - begun
@@ -146,6 +184,7 @@ class Serving:
         while not self._over.wait(self._look_seconds):
             # Whatever happens to a folder, what is served goes on, and newer cuts are looked for.
             try:
+                self._let_go()
                 self.look()
             except Exception as error:
                 self._complain(f"the folder of cuts cannot be followed: {type(error).__name__}: {error}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transport of programs without an event loop: each call is made, and waited for, in the thread that calls.
+"""The transport of programs without an event loop: each call is made, and waited for, in the thread that calls; or begun by
+``begin``, so that one thread has several under way.
 
 A bulk method travels as a frame on a socket that the thread has to itself meanwhile: one call of the system there, one or two
 back, and no thread is woken but the server's. All else, and bulk methods where the other side offers no sockets or none can be
@@ -7,41 +8,32 @@ reached, goes through gRPC. Invariant: every failure leaves as a PSError; a conn
 and never used again, so an answer always belongs to the question before it. Any thread, any number at once.
 """
 
-import contextlib
 import logging
-import socket
-import struct
+import os
 import time
-from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
 
 from oarlock.proto import frames
 from oarlock.proto.arrays import encoded
-from oarlock.proto.buffers import Buffers
 from oarlock.proto.bulk import Bulk, Parts, inlined, opened
 from oarlock.proto.common_pb2 import SocketsReply, SocketsRequest
-from oarlock.proto.errors import DeadlineExceeded, Malformed, NotFound, PSError, Unavailable, VersionMismatch
+from oarlock.proto.errors import DeadlineExceeded, Malformed, NotFound, Unavailable, VersionMismatch
 from oarlock.proto.methods import METHODS, PROTOCOL, SOCKETS, Method
-from oarlock.proto.rpc import sockets
 from oarlock.proto.rpc.client import OFFER_SECONDS, error_of, read_answer, roles_of_sockets
-from oarlock.proto.rpc.connection import MAX_ADDRESSES
 from oarlock.proto.rpc.credentials import open_blocking_channel
+from oarlock.proto.rpc.exchange import Exchange, opened_exchange
 from oarlock.proto.rpc.frame_client import ABSENT_SECONDS
 from oarlock.proto.rpc.guard import AUTHORIZATION
-from oarlock.proto.rpc.tls_socket import TlsSocket
 from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
 
 # Connections to a process that are kept when nobody uses them.
 MOST_IDLE = 16
-# An answer of so many bytes is taken in by one call of the system.
-FIRST_BYTES = 1 << 14
-_TIME = struct.Struct("@ll")
 
 
 class BlockingTransport:
@@ -75,6 +67,20 @@ class BlockingTransport:
         message = read_answer(address, found, peer.single(found, found.roles, data, until - time.monotonic()))
         return Bulk(message, ()) if isinstance(request, Bulk) else message
 
+    def begin(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> "Begun":
+        """Send a request and return the call, whose answer is to be taken; as ``call`` else."""
+        found = METHODS.get(method)
+        if found is None:
+            raise NotFound(f"there is no method {method}", method=method)
+        peer = self._peers.get(address) or self._peer(address)
+        until = time.monotonic() + timeout_seconds
+        if found.frame and self._frames:
+            begun = peer.begin_framed(found, request, until)
+            if begun is not None:
+                return begun
+        data = encoded(inlined(request), f"{method} to {address}: the request")
+        return peer.begin_single(found, data, until - time.monotonic(), bulk=isinstance(request, Bulk))
+
     def _peer(self, address: str) -> "_Peer":
         with self._lock:
             if self._closed:
@@ -99,10 +105,10 @@ class _Peer:
         # The version of the certificates that the channel was made with.
         self._version = security.pem_version
         self._channel = open_blocking_channel(address, security)
-        self._calls: dict[str, Callable[..., bytes]] = {}
+        self._calls: dict[str, Any] = {}
         self._offer: SocketsReply | None = None
-        self._idle: list[_Exchange] = []
-        self._open: set[_Exchange] = set()
+        self._idle: list[Exchange] = []
+        self._open: set[Exchange] = set()
         self._lock = Lock()
         self._closed = False
         # Until when it counts as one that takes no frames, or that none can reach from here.
@@ -110,6 +116,11 @@ class _Peer:
 
     def framed(self, method: Method, request: Message | Bulk, until: float) -> Any:
         """Return the answer, or None if there are no sockets for frames."""
+        begun = self.begin_framed(method, request, until)
+        return None if begun is None else begun.take()
+
+    def begin_framed(self, method: Method, request: Message | Bulk, until: float) -> "_Framed | None":
+        """Send a frame and return the call, or None if there are no sockets for frames."""
         message, parts = opened(request)
         kind = method.frame | (frames.BESIDE if isinstance(request, Bulk) else 0)
         data = encoded(message, f"{method.name} to {self._address}: the request")
@@ -117,35 +128,46 @@ class _Peer:
         if exchange is None:
             return None
         try:
-            frame = exchange.run(frames.encode(kind, data, parts), until)
+            exchange.start(frames.encode(kind, data, parts), until)
         except BaseException as error:
-            self._end(exchange)
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(
-                    f"{method.name} at {self._address}: no answer in time", address=self._address
-                ) from None
-            if isinstance(error, OSError | frames.Closed):
-                # The process may be another one by now: ask it anew, on new connections.
-                self._forget()
-                words = "it was ended" if isinstance(error, frames.Closed) else error
-                raise Unavailable(f"the connection to {self._address} broke: {words}", address=self._address) from None
-            raise
+            raise self._broken(exchange, method, error) from None
+        return _Framed(self, exchange, method, until, bulk=isinstance(request, Bulk))
+
+    def finish_framed(self, exchange: Exchange, method: Method, until: float, *, bulk: bool) -> Any:
+        """Return the answer to a frame that was sent."""
+        try:
+            frame = exchange.finish(until)
+        except BaseException as error:
+            raise self._broken(exchange, method, error) from None
         self._give_back(exchange)
         reply = Bulk(read_answer(self._address, method, frame.message), Parts(frame.parts))
-        return reply if isinstance(request, Bulk) else inlined(reply)
+        return reply if bulk else inlined(reply)
 
-    def _idle_one(self) -> "_Exchange | None":
+    def _broken(self, exchange: Exchange, method: Method, error: BaseException) -> BaseException:
+        """End a connection whose exchange failed; return what that is to the caller."""
+        self.end(exchange)
+        if isinstance(error, TimeoutError):
+            return DeadlineExceeded(f"{method.name} at {self._address}: no answer in time", address=self._address)
+        if isinstance(error, OSError | frames.Closed):
+            # The process may be another one by now: ask it anew, on new connections.
+            self._forget()
+            words = "it was ended" if isinstance(error, frames.Closed) else error
+            return Unavailable(f"the connection to {self._address} broke: {words}", address=self._address)
+        return error
+
+    def _idle_one(self) -> Exchange | None:
         with self._lock:
             return self._idle.pop() if self._idle else None
 
-    def _give_back(self, exchange: "_Exchange") -> None:
+    def _give_back(self, exchange: Exchange) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < MOST_IDLE and exchange in self._open:
                 self._idle.append(exchange)
                 return
-        self._end(exchange)
+        self.end(exchange)
 
-    def _end(self, exchange: "_Exchange") -> None:
+    def end(self, exchange: Exchange) -> None:
+        """End a connection, which is not used again."""
         with self._lock:
             self._open.discard(exchange)
         exchange.end()
@@ -158,7 +180,7 @@ class _Peer:
         for each in idle:
             each.end()
 
-    def _connect(self, roles: frozenset[str], until: float) -> "_Exchange | None":
+    def _connect(self, roles: frozenset[str], until: float) -> Exchange | None:
         """Return a new connection, or None if frames cannot travel to the other side; DeadlineExceeded, Unavailable.
 
         ``roles``: who is told of the sockets there.
@@ -171,7 +193,7 @@ class _Peer:
             if offer is None:
                 offer, asked = self._asked(roles, until), True
                 self._offer = offer
-            exchange = None if offer is None else _opened(offer, self._address, self._security)
+            exchange = None if offer is None else opened_exchange(offer, self._address, until, self._security)
             if exchange is not None:
                 with self._lock:
                     if not self._closed:
@@ -204,13 +226,24 @@ class _Peer:
         header = self._security.authorization(roles, self._address, method.name)
         metadata = () if header is None else ((AUTHORIZATION, header),)
         try:
-            return self._call_of(method)(data, timeout=max(0.0, seconds), metadata=metadata)
+            answer: bytes = self._call_of(method)(data, timeout=max(0.0, seconds), metadata=metadata)
+            return answer
         except grpc.RpcError as error:
             raise error_of(error, self._address, method.name) from None
         except ValueError as error:
             raise Unavailable(f"the connection to {self._address} is closed: {error}", address=self._address) from None
 
-    def _call_of(self, method: Method) -> Callable[..., bytes]:
+    def begin_single(self, method: Method, data: bytes, seconds: float, *, bulk: bool) -> "_Single":
+        """Begin a call of gRPC."""
+        header = self._security.authorization(method.roles, self._address, method.name)
+        metadata = () if header is None else ((AUTHORIZATION, header),)
+        try:
+            future = self._call_of(method).future(data, timeout=max(0.0, seconds), metadata=metadata)
+        except ValueError as error:
+            raise Unavailable(f"the connection to {self._address} is closed: {error}", address=self._address) from None
+        return _Single(self._address, method, future, bulk=bulk)
+
+    def _call_of(self, method: Method) -> Any:
         version = self._security.pem_version
         with self._lock:
             if version != self._version and not self._closed:
@@ -233,79 +266,77 @@ class _Peer:
         self._channel.close()
 
 
-class _Exchange:
-    """A connection, for one exchange at a time."""
+class Begun(Protocol):
+    """A call under way. ``fileno``: what becomes readable once there is something to ``take``; one thread at a time."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._shared = sockets.Shared(connection)
-        self._receiver = frames.Receiver(connection, Buffers(frames.MOST_KEPT), first_bytes=FIRST_BYTES)
-        self._seconds = 0.0
+    def fileno(self) -> int: ...
 
-    def greet(self, token: bytes) -> None:
-        """Have this process let in; OSError, PSError, Closed."""
-        with self._shared.used() as connection:
-            frames.send(connection, frames.encode(frames.HELLO, token))
-            _checked(self._receiver.receive(), self._receiver)
-            sockets.settle(connection)
+    def take(self) -> Any:
+        """Return the reply, or raise the error; waits for what is not there yet."""
 
-    def run(self, buffers: list[memoryview], until: float) -> frames.Frame:
-        """Send a frame and return the answer; TimeoutError once the monotonic clock says ``until``, OSError, Closed, PSError."""
-
-        def moved() -> None:
-            if time.monotonic() > until:
-                raise TimeoutError
-
-        with self._shared.used() as connection:
-            seconds = until - time.monotonic()
-            if seconds <= 0:
-                raise TimeoutError
-            self._limit(connection, seconds)
-            try:
-                frames.send(connection, frames.stamped(buffers, seconds), moved)
-                head = self._receiver.head()
-                return _checked(self._receiver.body(head, moved), self._receiver)
-            except BlockingIOError:
-                # What the system says at the end of the time that it was given.
-                raise TimeoutError from None
-
-    def _limit(self, connection: socket.socket, seconds: float) -> None:
-        """Have the system wait for so long at most; by a limit of its own, which costs nothing for each call."""
-        # It need not be exact, but not less either: then the same serves for most calls.
-        if not seconds <= self._seconds <= 1.1 * seconds:
-            self._seconds = 1.05 * seconds
-            if isinstance(connection, TlsSocket):
-                # TLS asks the system anew where that gave up.
-                connection.settimeout(self._seconds)
-                return
-            whole = int(self._seconds)
-            limit = _TIME.pack(whole, int((self._seconds - whole) * 1e6) + 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def end(self) -> None:
-        """Close; whoever uses it gets an error."""
-        self._shared.end()
+    def drop(self) -> None:
+        """Have no answer; in place of ``take``."""
 
 
-def _opened(offer: SocketsReply, called: str, security: Security) -> _Exchange | None:
-    """Return a connection to the first of the offered addresses that lets this process in, None if none does."""
-    for address in offer.addresses[:MAX_ADDRESSES]:
-        with contextlib.ExitStack() as stack:
-            try:
-                made = _Exchange(sockets.connect(address, called, security))
-                stack.callback(made.end)
-                made.greet(offer.token)
-            except (OSError, frames.Closed, PSError) as error:
-                logger.info("event=socket_refused address=%s called=%s error=%s", address, called, error)
-                continue
-            stack.pop_all()
-            return made
-    return None
+class _Framed:
+    """A call that travels as a frame."""
+
+    def __init__(self, peer: _Peer, exchange: Exchange, method: Method, until: float, *, bulk: bool) -> None:
+        self._peer = peer
+        self._exchange = exchange
+        self._method = method
+        self._until = until
+        self._bulk = bulk
+
+    def fileno(self) -> int:
+        return self._exchange.fileno()
+
+    def take(self) -> Any:
+        return self._peer.finish_framed(self._exchange, self._method, self._until, bulk=self._bulk)
+
+    def drop(self) -> None:
+        self._exchange.leave()
+        self._peer.end(self._exchange)
 
 
-def _checked(reply: frames.Frame, receiver: frames.Receiver) -> frames.Frame:
-    if reply.kind != frames.REPLY:
-        raise Malformed(f"a frame of kind {reply.kind} came as an answer")
-    if receiver.ahead:
-        raise Malformed("more came than an answer")
-    return reply
+class _Single:
+    """A call of gRPC, whose threads say by a descriptor that it is over."""
+
+    def __init__(self, address: str, method: Method, future: Any, *, bulk: bool) -> None:
+        self._address = address
+        self._method = method
+        self._future = future
+        self._bulk = bulk
+        self._lock = Lock()
+        self._over = False
+        self._told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        future.add_done_callback(self._tell)
+
+    def _tell(self, future: Any) -> None:
+        with self._lock:
+            if not self._over:
+                os.eventfd_write(self._told, 1)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._over = True
+            os.close(self._told)
+
+    def fileno(self) -> int:
+        return self._told
+
+    def take(self) -> Any:
+        try:
+            data = self._future.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            if isinstance(error, grpc.RpcError):
+                raise error_of(error, self._address, self._method.name) from None
+            raise Unavailable(f"the connection to {self._address} is closed", address=self._address) from None
+        finally:
+            self._end()
+        message = read_answer(self._address, self._method, data)
+        return Bulk(message, ()) if self._bulk else message
+
+    def drop(self) -> None:
+        self._end()
+        self._future.cancel()

@@ -40,20 +40,30 @@ class Shared:
     @contextlib.contextmanager
     def used(self) -> Iterator[socket.socket]:
         """Use the socket within the body; OSError if it was ended."""
+        connection = self.enter()
+        try:
+            yield connection
+        finally:
+            self.leave()
+
+    def enter(self) -> socket.socket:
+        """Use the socket until ``leave``; OSError if it was ended."""
         with self._lock:
             if self._ended:
                 raise ConnectionAbortedError("the connection was ended")
             self._used = True
-        try:
-            yield self._connection
-        finally:
-            self._leave()
+        return self._connection
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Use it no more."""
         with self._lock:
             self._used = False
             if self._ended:
                 self._connection.close()
+
+    def fileno(self) -> int:
+        """Return the number of the socket, which is its own as long as somebody uses it."""
+        return self._connection.fileno()
 
     def hush(self) -> None:
         """Hear nothing more; what is being sent goes on."""

@@ -13,11 +13,12 @@ from oarlock.proto.arrays import pack
 
 
 def model_version() -> serving_pb2.ModelVersion:
-    return serving_pb2.ModelVersion(run=2, cut=300, seconds_since=1.5)
+    return serving_pb2.ModelVersion(run=2, cut=300, seconds_since=1.5, live=True)
 
 
 def served_table() -> serving_pb2.ServedTable:
-    return serving_pb2.ServedTable(name="user", dim=16, rows=70_000, dtype="bfloat16", bytes=1 << 33, absent="first")
+    told = {"name": "user", "dim": 16, "rows": 70_000, "dtype": "bfloat16", "bytes": 1 << 33, "absent": "first"}
+    return serving_pb2.ServedTable(**told, blocks=64, salt=1 << 63)
 
 
 def table_changes() -> shard_pb2.TableChanges:
@@ -44,6 +45,8 @@ SERVING: dict[str, Message] = {
         serving_pb2.LookupRequest(
             protocol=1,
             tables=[serving_pb2.TableLookup(table="user", keys=pack(KEYS)), serving_pb2.TableLookup(table="b")],
+            version=model_version(),
+            job=JOB.hex(),
         ),
         serving_pb2.TableFound(rows=pack(GRADIENTS), missing=300),
         serving_pb2.LookupReply(
@@ -76,6 +79,8 @@ SERVING: dict[str, Message] = {
             pinned=True,
             cuts=[12, 300],
             problem="cut 301: damaged",
+            part=1,
+            parts=300,
         ),
         serving_pb2.ServeCutRequest(protocol=1, cut=300, newest=True),
         shard_pb2.ChangesRequest(

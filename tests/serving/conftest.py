@@ -18,9 +18,11 @@ load_shared("serving/serving_rig.py")
 for _name in ("rig", "rows_rig"):
     load_shared(f"client/{_name}.py")
 load_shared("serving/follow_rig.py")
+load_shared("serving/fleet_rig.py")
 load_shared("serving/predict_rig.py")
 load_shared("serving/http_rig.py")
 
+import fleet_rig  # noqa: E402
 import serving_rig  # noqa: E402
 
 
@@ -46,3 +48,11 @@ def serve() -> Iterator[Callable[..., tuple[ServingService, str]]]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def servers() -> Iterator[Any]:
+    """Servers of parts, which are stopped at the end."""
+    made = fleet_rig.Servers()
+    yield made
+    made.stop()

@@ -259,7 +259,7 @@ class Rows:
     """Tables of another make than a snapshot's, as a job that is followed has them."""
 
     def __init__(self, snapshot: Any) -> None:
-        self.job, self.version, self.tables = snapshot.job, snapshot.version, snapshot.tables
+        self.job, self.part, self.version, self.tables = snapshot.job, snapshot.part, snapshot.version, snapshot.tables
         self.table, self.rows, self.nbytes = snapshot.table, snapshot.rows, snapshot.nbytes
 
 

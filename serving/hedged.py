@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks several servers from one thread: requests are sent without waiting, and the first answers are taken.
+
+Invariant: when `ask` is over, nothing that it sent is under way any more. No request has a thread; there is one, for
+as long as a server is to be asked what it has (`Tender`). Any thread, any number at once.
+"""
+
+import math
+import select
+import time
+from threading import Condition, Lock, Thread
+from typing import Any
+
+from oarlock.proto.errors import DeadlineExceeded, PSError
+from oarlock.proto.methods import PROTOCOL
+from oarlock.proto.rpc import BlockingTransport
+from oarlock.proto.serving_pb2 import ModelRequest
+from oarlock.serving.asking import Asking, Attempt, Question
+from oarlock.serving.fleet import Fleet, Replica
+
+DESCRIBE_SECONDS = 2.0
+
+
+class Hedged:
+    """Asks the servers of ``fleet``."""
+
+    def __init__(self, fleet: Fleet, transport: BlockingTransport) -> None:
+        self._fleet = fleet
+        self._transport = transport
+
+    def ask(self, questions: dict[int, Question], until: float) -> dict[int, Any]:
+        """Return the answer of each part, ``until`` then by the monotonic clock; PSError."""
+        poll = select.poll()
+        under_way: dict[int, tuple[Asking, Attempt]] = {}
+        answers: dict[int, Any] = {}
+        askings = [Asking(self._fleet, part, question, until) for part, question in questions.items()]
+
+        def send(asking: Asking, attempt: Attempt | None) -> None:
+            """Send what an attempt asks, and what follows it while sending fails."""
+            while attempt is not None:
+                question = asking.question
+                try:
+                    sent = self._transport.begin(
+                        attempt.replica.address,
+                        question.method,
+                        question.request,
+                        timeout_seconds=attempt.until - time.monotonic(),
+                    )
+                except PSError as error:
+                    attempt = asking.failed(attempt, error)
+                    continue
+                attempt.sent = sent
+                under_way[sent.fileno()] = (asking, attempt)
+                poll.register(sent.fileno(), select.POLLIN)
+                return
+
+        def drop(attempt: Attempt) -> None:
+            if attempt.sent is not None:
+                poll.unregister(attempt.sent.fileno())
+                del under_way[attempt.sent.fileno()]
+                attempt.sent.drop()
+
+        try:
+            for asking in askings:
+                send(asking, asking.begin())
+            while len(answers) < len(questions):
+                wake = min(asking.wake for asking in askings if asking.part not in answers)
+                for number, _ in poll.poll(math.ceil(1000 * max(0.0, wake - time.monotonic()))):
+                    if number not in under_way:
+                        # Dropped, since another answer came in the same turn.
+                        continue
+                    asking, attempt = under_way.pop(number)
+                    poll.unregister(number)
+                    sent, attempt.sent = attempt.sent, None
+                    try:
+                        answers[asking.part] = sent.take()
+                    except PSError as error:
+                        send(asking, asking.failed(attempt, error))
+                        continue
+                    for loser in asking.answered(attempt):
+                        drop(loser)
+                for asking in askings:
+                    if asking.part not in answers:
+                        for attempt in asking.late():
+                            drop(attempt)
+                            late = f"{asking.question.method} at {attempt.replica.address}: no answer in time"
+                            send(asking, asking.failed(attempt, DeadlineExceeded(late)))
+                        send(asking, asking.hedge())
+            return answers
+        finally:
+            for asking in askings:
+                for attempt in asking.give_up():
+                    drop(attempt)
+
+
+class Tender:
+    """Asks servers what they have, in a thread that is there only while there is one to be asked."""
+
+    def __init__(self, fleet: Fleet, transport: BlockingTransport) -> None:
+        self._fleet = fleet
+        self._transport = transport
+        lock = Lock()
+        # For those who wait for servers, and for the thread.
+        self._changed = Condition(lock)
+        self._due = Condition(lock)
+        self._sleeps_until = 0.0
+        self._thread: Thread | None = None
+        self._closed = False
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something was learnt, or so long."""
+        with self._changed:
+            self._begin()
+            self._changed.wait(seconds)
+
+    def wake(self) -> None:
+        """Have servers asked that are to be."""
+        with self._changed:
+            self._begin()
+
+    def _begin(self) -> None:
+        seconds = self._fleet.seconds_to_due()
+        if seconds is None or self._closed:
+            return
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="oarlock-servers", daemon=True)
+            self._thread.start()
+        elif time.monotonic() + seconds < self._sleeps_until:
+            # Another one is to be asked before those that it waits for.
+            self._due.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                seconds = self._fleet.seconds_to_due()
+                if self._closed or seconds is None:
+                    self._thread = None
+                    return
+                if seconds > 0:
+                    self._sleeps_until = time.monotonic() + seconds
+                    self._due.wait(seconds)
+                    self._sleeps_until = 0.0
+                    continue
+            self._describe(self._fleet.due())
+
+    def _describe(self, replicas: list[Replica]) -> None:
+        asked: dict[int, tuple[Replica, Any]] = {}
+        poll = select.poll()
+        until = time.monotonic() + DESCRIBE_SECONDS
+        for replica in replicas:
+            try:
+                sent = self._transport.begin(
+                    replica.address,
+                    "Serving.Describe",
+                    ModelRequest(protocol=PROTOCOL),
+                    timeout_seconds=DESCRIBE_SECONDS,
+                )
+            except PSError as error:
+                self._fleet.silent(replica, error)
+                continue
+            asked[sent.fileno()] = (replica, sent)
+            poll.register(sent.fileno(), select.POLLIN)
+        while asked and not self._closed and (left := until - time.monotonic()) > 0:
+            for number, _ in poll.poll(min(100, math.ceil(1000 * left))):
+                replica, sent = asked.pop(number)
+                poll.unregister(number)
+                try:
+                    self._fleet.learn(replica, sent.take())
+                except PSError as error:
+                    self._fleet.silent(replica, error)
+            self._tell()
+        for replica, sent in asked.values():
+            sent.drop()
+            self._fleet.silent(replica, DeadlineExceeded(f"{replica.address} does not say in time what it serves"))
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ask no more; idempotent."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._due.notify()
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join()
