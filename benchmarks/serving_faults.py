@@ -72,7 +72,7 @@ class Size:
 
 
 QUICK = Size(1_000, 12.0, 18.0, cut_seconds=1.0, calm_seconds=1.0)
-FULL = Size(1_000_000, 60.0, 560.0, cut_seconds=2.0, calm_seconds=5.0)
+FULL = Size(1_000_000, 60.0, 560.0, cut_seconds=2.0, calm_seconds=10.0)
 
 
 def main() -> int:
