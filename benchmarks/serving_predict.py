@@ -13,6 +13,7 @@ import http.client
 import importlib
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -185,6 +186,8 @@ def _against_onnx(
     turns: int,
 ) -> tuple[dict[str, float], str]:
     """Return how many requests each side answers for one of onnxruntime's on the dense graph, and why that is not known."""
+    # It tells its maker of its use otherwise, and leaves a file where temporary ones are.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         runtime = importlib.import_module("onnxruntime")
         importlib.import_module("onnx")
