@@ -37,6 +37,8 @@ MISSING = (*OPTIONAL, "shared data", "network namespaces")
 LASTING_FILES = ("anon_inode:", "/dev/", "/proc/", "/sys/")
 FAILED = pytest.StashKey[bool]()
 
+# onnxruntime tells its maker of its use otherwise.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same-every-time")
