@@ -35,6 +35,7 @@ NO_PATHS = {
     "Shard.Replace": {"table"},
     "Shard.Hello": {"version"},
     "Coordinator.Hello": {"version"},
+    "Serving.Lookup": {"job"},
     "Serving.Nearest": {"table"},
     "GRPCInferenceService.ModelReady": {"name", "version"},
     "GRPCInferenceService.ModelMetadata": {"name", "version"},
