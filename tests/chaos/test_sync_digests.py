@@ -68,7 +68,7 @@ def test_digests_are_equal_whoever_was_killed_whenever(
     run = config(data, servers=2, workers=2, checkpoint_every="1s", **changes)
     # In the last one some are stopped, too.
     kinds = ("kill worker", "kill worker", "kill coordinator") if seed < 3 else STRIKES
-    fate = Fate(strikes=16, deaths=4, at_cuts=False, spread=1.0, kinds=kinds)
+    fate = Fate(strikes=20, deaths=4, at_cuts=False, spread=1.0, kinds=kinds)
     found, lived = harmed(tmp_path / "harmed", run, fate, seed)
     assert found == wanted
     assert sum(lived.done.values()) >= KILLS
