@@ -324,10 +324,15 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(handler, fields, far):
     """Places are few: those who stall give theirs up."""
     server = serve(handler, **fields)
     places = server._frames._places._limit
-    crowd = [socket.create_connection(("127.0.0.1", port_of(server))) for _ in range(2 * places)]
+    crowd = [socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) for _ in range(places)]
 
     async def body(transport):
         await until(lambda: by_frames(server)[0] == places)
+        for _ in range(places):
+            # Nobody has stalled for long enough yet.
+            with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as late:
+                with contextlib.suppress(ConnectionResetError):
+                    assert late.recv(1) == b""
         for place in tuple(server._frames._places._held):
             place.stalled_since -= 10
         return await pull(transport, server.address, 5), by_frames(server)[1]
