@@ -330,9 +330,9 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(handler, fields, far):
         await until(lambda: by_frames(server)[0] == places)
         for _ in range(places):
             # Nobody has stalled for long enough yet.
-            with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as late:
-                with contextlib.suppress(ConnectionResetError):
-                    assert late.recv(1) == b""
+            late = socket.create_connection(("127.0.0.1", port_of(server)), timeout=30)
+            with late, contextlib.suppress(ConnectionResetError):
+                assert late.recv(1) == b""
         for place in tuple(server._frames._places._held):
             place.stalled_since -= 10
         return await pull(transport, server.address, 5), by_frames(server)[1]
