@@ -31,7 +31,9 @@ class Acknowledged:
         # As they were when blocks got the owner that they have, and in which generation that was.
         self._before: Longs = np.zeros(blocks, np.int64)
         self._generations: Longs = np.full(blocks, -1, np.int64)
+        # As they were when gates opened, and the newest cut that is committed.
         self._at: dict[int, Longs] = {}
+        self._committed = 0
         # What was asked and is answered, by generation.
         self.answers: dict[int, LossCount] = {}
 
@@ -44,9 +46,13 @@ class Acknowledged:
     def opened(self, cut: int) -> None:
         """Note that pushes go on after a cut."""
         self._at[cut] = self._counts.copy()
+        # One that came to nothing is never committed; of the one before it may not be known yet that it is.
+        kept = {self._committed, *sorted(self._at)[-2:]}
+        self._at = {known: counts for known, counts in self._at.items() if known in kept}
 
     def committed(self, cut: int) -> None:
         """Forget what came before the newest cut that is committed."""
+        self._committed = cut
         for older in [known for known in self._at if known < cut]:
             del self._at[older]
 

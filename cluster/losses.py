@@ -56,7 +56,8 @@ class Losses:
 
     def opened(self, cut: int, committed: int) -> None:
         """Note that the gate of ``cut`` opened; ``committed``: the newest one that blocks may go back to."""
-        self._ended_at = {known: ended for known, ended in self._ended_at.items() if known >= committed}
+        # Those between came to nothing.
+        self._ended_at = {known: ended for known, ended in self._ended_at.items() if known == committed}
         self._ended_at[cut] = self._ended
 
     def begin(self, shard: int, generation: int, cut: int, blocks: NDArray[np.int32], workers: Iterable[int]) -> None:

@@ -74,6 +74,18 @@ def test_cuts_before_the_committed_one_are_forgotten():
     assert seen.since(2, numbers(0), 9) == (2, True)
 
 
+def test_cuts_that_came_to_nothing_take_no_memory():
+    seen = Acknowledged(4)
+    seen.opened(1)
+    seen.committed(1)
+    for cut in range(2, 50):
+        seen.note(numbers(0), NONE)
+        seen.opened(cut)
+    assert sorted(seen._at) == [1, 48, 49]
+    seen.moved(numbers(0), np.array([9]))
+    assert seen.since(1, numbers(0), 9) == (48, True)
+
+
 @pytest.mark.parametrize("blocks", [(-1,), (8,)])
 def test_blocks_that_are_not_the_jobs(blocks):
     with pytest.raises(Malformed, match="a loss of blocks"):

@@ -64,6 +64,12 @@ def test_workers_that_ended_since_the_cut_had_more(losses: Losses, told: list[An
     assert words == {7: "5", 8: "at least 5", 10: "at least 0", 9: "at least 1"}
 
 
+def test_cuts_that_came_to_nothing_are_forgotten(losses: Losses) -> None:
+    for cut in range(1, 50):
+        losses.opened(cut, 3 if cut > 3 else 0)
+    assert sorted(losses._ended_at) == [3, 49]
+
+
 def test_one_that_ends_or_cannot_tell_had_more(losses: Losses, told: list[Any]) -> None:
     losses.opened(2, 0)
     losses.begin(0, 7, 2, BLOCKS, [11, 12])
