@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of smaller rows comes to its end and leaves nothing; Frappe's files become tabular data."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,19 +12,8 @@ from oarlock.data.tabular import tabular_files
 
 
 @pytest.mark.slow
-def test_it_comes_to_its_end(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "oarlock.benchmarks.compress_rows", "--tiny", "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert list(tmp_path.iterdir()) == [], "something was left behind"
-    result = json.loads(ended.stdout.splitlines()[-1])
+def test_it_comes_to_its_end(run_tiny: Any) -> None:
+    result, _ = run_tiny("compress_rows")
     assert result["int8_bytes_ratio"] == 0.3125
     assert result["methods"].keys() == METHODS.keys()
     assert abs(result["int8_loss"]) < 0.01

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of serving comes to its end, with Redis and without, leaves nothing behind, and finds wrong answers."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +16,8 @@ RATIOS = {"lookup_vs_redis", "lookup_1000_vs_redis", "lookup_100_vs_redis", "p99
 
 
 @pytest.mark.slow
-def test_it_comes_to_its_end(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "oarlock.benchmarks.serving", "--tiny", "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert list(tmp_path.iterdir()) == [], "something was left behind"
-    result = json.loads(ended.stdout.splitlines()[-1])
+def test_it_comes_to_its_end(run_tiny: Any) -> None:
+    result, said = run_tiny("serving")
     assert result["failed"] == 0
     assert set(result) >= RATIOS
     followed = result["followed"]
@@ -46,7 +32,7 @@ def test_it_comes_to_its_end(tmp_path: Path) -> None:
     if result["recall_at_100"] is not None:
         assert result["recall_at_100"] >= 0.9
         assert result["ann_speedup"] == min(result["recall"][when]["speedup"] for when in ("before", "after_changes"))
-    assert ("NO COMPARISON WITH REDIS" in ended.stderr) == bool(why)
+    assert ("NO COMPARISON WITH REDIS" in said) == bool(why)
     predicted = result["predict"]
     assert set(predicted["by_batch"]) == {"1", "32", "256"}
     assert result["predict_p99_ms"] > 0

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of look-ups over TLS comes to its end, leaves nothing behind, and goes by TCP where it says so."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,19 +11,8 @@ from oarlock.proto.rpc import sockets
 
 
 @pytest.mark.slow
-def test_it_comes_to_its_end(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "oarlock.benchmarks.serving_tls", "--tiny", "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert list(tmp_path.iterdir()) == [], "something was left behind"
-    result = json.loads(ended.stdout.splitlines()[-1])
+def test_it_comes_to_its_end(run_tiny: Any) -> None:
+    result, _ = run_tiny("serving_tls")
     assert result["failed"] == 0
     sizes = {str(n) for n in SIZES_OF_REQUESTS}
     for name in ("tls_vs_none", "tls_vs_none_rows_per_second"):
