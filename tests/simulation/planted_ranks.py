@@ -153,7 +153,7 @@ def update_that_failed_begins_anew(patch: Patch) -> None:
         before = [list(of) for of in parts.rows], [list(of) for of in parts.dense], parts.have.copy()
         try:
             original(self, numbers, step, samples, **named)
-        except PSError:
+        except (PSError, MemoryError):
             parts.rows, parts.dense, parts.have = before
             self._marks.steps[numbers] = step - 1
             raise

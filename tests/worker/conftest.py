@@ -32,7 +32,7 @@ from oarlock.data.reader import open_reader
 from oarlock.data.splits import plan_splits
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.keys import KeySorter
-from oarlock.proto.errors import Unavailable
+from oarlock.proto.errors import StalePlacement, Unavailable
 from oarlock.proto.methods import METHODS
 from oarlock.proto.transport import InProcess
 from oarlock.ps.process import run_shard
@@ -108,8 +108,8 @@ class Wire:
 
     async def _again(self, address: str, method: str, data: bytes) -> None:
         await asyncio.sleep(self.rng.random() * 20)
-        # After the end of the job a shard has no lease any more, and nobody hears what it answers.
-        with contextlib.suppress(Unavailable):
+        # After the end of the job a shard has no lease any more, or its blocks went elsewhere, and nobody hears what it answers.
+        with contextlib.suppress(Unavailable, StalePlacement):
             await self.inner.call(address, method, METHODS[method].request.FromString(data), timeout_seconds=1)
 
     def calls(self, method: str, event: str = "sent") -> list[Any]:
