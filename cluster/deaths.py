@@ -79,6 +79,9 @@ class Deaths:
                 self._begin_replication(shard, len(changes))
             orphans = [b for b in blocks[owns].tolist() if b not in self._copies.promotion.blocks]
             if orphans:
+                # Who came while the dead one still counted is needed now.
+                with self._c.store as store:
+                    self._copies.look(store)
                 self.lost_owner(shard, orphans)
 
     def _end_required(self, shard: int) -> None:

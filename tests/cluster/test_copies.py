@@ -212,6 +212,22 @@ def test_reload_makes_lost_blocks_anew_and_says_what_that_lost(make_cluster: Any
     assert not c.copies.creating
 
 
+def test_a_shard_that_came_before_all_others_were_known_to_be_dead_is_given_their_blocks(make_cluster: Any) -> None:
+    cluster = make_cluster(on_loss="reload")
+    joined = cluster.shards()
+    cluster.commit(1)
+    c = cluster.coordinator
+    come(cluster, "a:9")
+    assert sorted(c.shards) == [0, 1]
+    assert c.copies.at_rest
+    for one in joined:
+        cluster.leave(one, "killed")
+    for _ in range(3):
+        c.copies.step()
+        cluster.adopt()
+    assert (c.records.owners == 2).all()
+
+
 def test_a_shard_that_is_not_wanted_is_told_to_leave(pair: Any) -> None:
     c = pair.coordinator
     third = come(pair, "a:9")
