@@ -22,6 +22,7 @@ from oarlock.checkpoint.entry import BlockEntry
 from oarlock.checkpoint.format import MANIFEST, cut_folder
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.store import CheckpointStore
+from oarlock.checkpoint.transforms_file import read_transforms
 from oarlock.cli.show import result_console
 from oarlock.launch.place import find, find_cut
 from oarlock.proto.errors import CorruptCheckpoint, NotFound
@@ -82,6 +83,13 @@ def _verify_cut(path: str, store: CheckpointStore, cut: int, known: dict[str, st
         errors.append(CorruptCheckpoint(error.message, file=f"{cut_folder(cut)}/{MANIFEST}", older=older and older.cut))
     if manifest is not None:
         errors += store.damage(manifest, known=known, progress=told)
+        try:
+            read_transforms(store.files, manifest)
+        except CorruptCheckpoint as error:
+            errors.append(CorruptCheckpoint(error.message, **{**error.details, "older": cut}))
+        except NotFound:
+            # Of jobs of older releases, and of those without any.
+            pass
     return {
         "path": path,
         "cut": cut,
@@ -108,10 +116,13 @@ def _say_verified(found: dict[str, Any]) -> None:
         print(f"{found['path']}: damaged: {each['problem']}")
     olds = {each["older"] for each in found["damage"]}
     back = None if None in olds else min(olds)
-    print(
-        f"{found['path']}: cut {found['cut']} is damaged: "
-        + ("no older cut can be read" if back is None else f"go back to cut {back}, and verify it first")
-    )
+    where = f"{found['path']}: cut {found['cut']} is damaged"
+    if back == found["cut"]:
+        print(f"{where} beside its blocks: it can be restored, but predictions want the job's folder")
+    else:
+        print(
+            f"{where}: {'no older cut can be read' if back is None else f'go back to cut {back}, and verify it first'}"
+        )
 
 
 def _describe(options: argparse.Namespace) -> int:

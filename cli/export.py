@@ -11,9 +11,11 @@ from typing import Any
 
 from oarlock.cli.export_options import FORMATS
 from oarlock.cli.export_progress import bytes_progress
+from oarlock.client.job import JobSpec
 from oarlock.export.model import export_model
 from oarlock.export.tables import chosen_tables, export_tables
 from oarlock.launch.origin import Origin, find_origin, reading
+from oarlock.launch.prediction import NoPrediction, predictor_of, spec_of
 from oarlock.proto.errors import InvalidArgument
 
 
@@ -53,16 +55,28 @@ def _tables(origin: Origin, to: Path, format: str, options: argparse.Namespace) 
 
 
 def _model(origin: Origin, to: Path, options: argparse.Namespace) -> dict[str, Any]:
-    if origin.spec is None:
-        raise InvalidArgument(
-            f"{origin.path} has no job.json of its job beside it, which says what the graph is: give the job's folder"
-        )
     size = export_model(
         origin.store,
         origin.manifest,
-        origin.spec,
+        _spec_of(origin),
         to,
         rows=options.with_rows,
         max_row_bytes=options.max_row_bytes,
     )
     return {"format": "onnx", "files": [{"file": str(to), "bytes": size}]}
+
+
+def _spec_of(origin: Origin) -> JobSpec:
+    """Return the job whose graph is exported: what is beside the checkpoint, or what that says itself."""
+    if origin.spec is not None:
+        return origin.spec
+    files = origin.store.files
+    try:
+        # Whether there is such a recipe here, that may be imported, and whether the cut is of its graph.
+        predictor_of(origin.manifest, files=files)
+    except NoPrediction as error:
+        raise InvalidArgument(
+            f"{origin.path} has no job.json of its job beside it, and does not say itself what the graph is ({error}): give the "
+            "job's folder"
+        ) from None
+    return spec_of(origin.manifest, files)

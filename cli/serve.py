@@ -77,7 +77,11 @@ def _run(options: argparse.Namespace) -> int:
         assert isinstance(model, Snapshot)
         manifest = model.manifest
         return _predictor(
-            options, part, lambda threads: predictor_of(manifest, job=folder, recipe=options.recipe, scorers=threads)
+            options,
+            part,
+            lambda threads: predictor_of(
+                manifest, files=store.files, job=folder, recipe=options.recipe, scorers=threads
+            ),
         )
 
     return _serve(options, store, security, part, cut=cut, predicts=predicts)

@@ -76,7 +76,7 @@ def add_serve(commands: Any) -> None:
         "--job",
         default="",
         metavar="FOLDER",
-        help="the job's folder, if the checkpoint is elsewhere: transforms are in it",
+        help="the job's folder, for a checkpoint that has no transforms beside it",
     )
     run.add_argument(
         "--predict-threads", type=between(0, 64), default=0, metavar="N",

@@ -27,6 +27,7 @@ from oarlock.checkpoint.line import line_of
 from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.place import check_owner, place_of
 from oarlock.checkpoint.store import CheckpointStore
+from oarlock.checkpoint.transforms_file import write_transforms
 from oarlock.client.job import TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
@@ -235,6 +236,7 @@ class Cutting:
     def _commit(self, manifest: Manifest) -> None:
         """Make the cut exist. Once it is there it is not given up for an error after that: it is made to stay."""
         store = self._store()
+        write_transforms(store.files, self._c.spec.transforms)
         try:
             store.commit(manifest)
         except OSError:

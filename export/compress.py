@@ -11,6 +11,7 @@ Invariant: what is written is whole under its name or not there (``serving/compr
 under its checksums and not changed. A table is in memory as it is packed, with one block of float32 beside it. One thread.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,8 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.checkpoint.block_file import BlockImage
+from oarlock.checkpoint.files import LocalFiles
 from oarlock.checkpoint.manifest import Manifest
 from oarlock.checkpoint.reading import Reading
+from oarlock.checkpoint.transforms_file import read_transforms, write_transforms
 from oarlock.embedding.frozen import FrozenBlock, FrozenTable, stored_code
 from oarlock.embedding.packed import FORMS, INT4, MIXED, PQ, pack_int4, pack_int8, pack_mixed, pack_pq, row_bytes
 from oarlock.embedding.precision import INT8
@@ -38,6 +41,7 @@ from oarlock.export.publish import refuse_existing
 from oarlock.export.ranking import chosen, ranks_of
 from oarlock.export.safetensors_file import SafetensorsFile
 from oarlock.export.tables import Progress, chosen_tables
+from oarlock.proto.errors import NotFound
 from oarlock.serving.compressed import COMPRESSED, FORMAT, SOURCE, TABLES, VERSION, Compressed, TableForm, checksum_of
 
 # Rows that a codebook is made from.
@@ -68,6 +72,7 @@ def compress(
         tables = {name: work.write(spec, methods.get(name, Method(NONE)), partial) for name, spec in specs.items()}
         (partial / SOURCE).write_bytes(manifest.encode())
         _copy_dense(store, manifest, partial)
+        _copy_transforms(store, manifest, partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         document: dict[str, Any] = {
             "format": FORMAT,
@@ -109,6 +114,12 @@ def _copy_dense(store: Reading, manifest: Manifest, folder: Path) -> None:
                 target = folder / file.path
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(bytes(store.files.read_file(file.path)))
+
+
+def _copy_transforms(store: Reading, manifest: Manifest, folder: Path) -> None:
+    """Take along what raw rows are turned into inputs with, where the checkpoint has it."""
+    with contextlib.suppress(NotFound):
+        write_transforms(LocalFiles(folder), read_transforms(store.files, manifest))
 
 
 class _Work:

@@ -6,17 +6,18 @@ the transforms have the digest of the manifest, and the graph has the tables and
 says why a model gives rows alone. Reads only.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from oarlock.checkpoint.files import Files
 from oarlock.checkpoint.line import PLAN
 from oarlock.checkpoint.manifest import Manifest
+from oarlock.checkpoint.transforms_file import digest_of, read_transforms
 from oarlock.client.job import JobSpec
 from oarlock.launch.folder import read_spec
-from oarlock.proto.errors import InvalidArgument, NotFound, PSError, SpecMismatch
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, SpecMismatch, Unavailable
 from oarlock.serving.predictor import Predictor, Recipe
 from oarlock.worker.recipe import Predicts, load_recipe, recipe_name
 
@@ -42,12 +43,14 @@ def job_beside(path: str) -> Path | None:
     return next((each for each in (folder.parent, folder.parent.parent) if (each / "job.json").is_file()), None)
 
 
-def predictor_of(manifest: Manifest, *, job: Path | None, recipe: str = "", scorers: int = 1) -> Predictor:
-    """Return the predictor of a cut; ``job``: its job's folder, if there is one, ``recipe``: what the user says it is.
+def predictor_of(
+    manifest: Manifest, *, files: Files | None = None, job: Path | None = None, recipe: str = "", scorers: int = 1
+) -> Predictor:
+    """Return the predictor of a cut in ``files``; ``job``: its job's folder, ``recipe``: what the user says it is.
 
     NoPrediction where the checkpoint has none; InvalidArgument where what the user named does not go with it.
     """
-    return _unless_none(manifest.recipe, recipe, lambda name: _made(_spec_of(manifest, job), name, scorers))
+    return _unless_none(manifest.recipe, recipe, lambda name: _made(spec_of(manifest, files, job), name, scorers))
 
 
 def predictor_of_job(spec: JobSpec, *, recipe: str = "", scorers: int = 1) -> Predictor:
@@ -89,8 +92,11 @@ def _made(spec: JobSpec, name: str, scorers: int) -> Predictor:
     return Predictor(Recipe(short, model, columns, workload.unlabelled), scorers=scorers)
 
 
-def _spec_of(manifest: Manifest, job: Path | None) -> JobSpec:
-    """Return the job as far as a workload needs it that predicts: identity, parameters, configuration, transforms."""
+def spec_of(manifest: Manifest, files: Files | None, job: Path | None = None) -> JobSpec:
+    """Return the job as far as a workload needs it that predicts: identity, parameters, configuration, transforms.
+
+    These are beside the cuts, in ``files``; of a job that kept none there in the folder ``job``. NotFound if nobody has them.
+    """
     plan = manifest.metrics.get(PLAN)
     known: dict[str, Any] = plan if isinstance(plan, dict) else {}
     names = ("splits", "evaluation_splits", "rows_per_split", "evaluation_rows_per_split", "batch_rows", "epochs")
@@ -108,20 +114,26 @@ def _spec_of(manifest: Manifest, job: Path | None) -> JobSpec:
         workers=1,
         metrics=tuple(known.get("metrics", ())),
         config=manifest.config,
-        transforms=_transforms(manifest, job, known.get("transforms")),
+        transforms=_transforms(manifest, files, job, known.get("transforms")),
         **counts,
     )
 
 
-def _transforms(manifest: Manifest, job: Path | None, digest: object) -> str:
-    """Return the fitted transforms, which the job's folder has; a manifest has their digest alone."""
-    if digest == hashlib.sha256(b"").hexdigest():
+def _transforms(manifest: Manifest, files: Files | None, job: Path | None, digest: object) -> str:
+    """Return the fitted transforms, of which a manifest has the digest alone."""
+    if digest == digest_of(""):
         return ""
+    if files is not None:
+        try:
+            return read_transforms(files, manifest)
+        except NotFound:
+            # Older jobs kept them in their folder alone.
+            pass
+        except OSError as error:
+            raise Unavailable(f"the transforms in {files.root} cannot be read: {error}") from None
     if job is None:
         raise NotFound("the transforms of its data are in the job's folder: serve that, or give it by --job")
     spec = read_spec(job)
-    if spec.job != manifest.job or (
-        digest is not None and hashlib.sha256(spec.transforms.encode()).hexdigest() != digest
-    ):
+    if spec.job != manifest.job or (digest is not None and digest_of(spec.transforms) != digest):
         raise NotFound(f"{job} is the folder of another job than the checkpoint is of: give that of its own by --job")
     return spec.transforms

@@ -3,12 +3,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from oarlock.checkpoint.store import LocalStore
 from oarlock.cli import compress_options, export_options
 from oarlock.embedding.spec import MAX_DIM
 from oarlock.export import method, onnx, tables
@@ -44,18 +46,26 @@ def test_rows_and_model_of_a_job_become_files(oarlock: Oarlock, train: Oarlock, 
         assert facts["files"][0]["rows"] == len(rows)
         Path("user.arrow").unlink()
     pytest.importorskip("onnx")
-    for more in ((), ("--with-rows",)):
+    for more in (("--with-rows",), ()):
+        Path("first.onnx").unlink(missing_ok=True)
         ended = oarlock("export", "first", "--to", "first.onnx", *more)
         assert ended.code == 0, ended.err
         assert ended.out == f"first.onnx: {Path('first.onnx').stat().st_size:,} bytes\n"
         assert "is there already" in oarlock("export", "first", "--to", "first.onnx").line
-        Path("first.onnx").unlink()
     assert "--max-row-bytes" in oarlock("export", "first", "--to", "a.onnx", "--with-rows", "--max-row-bytes", "9").line
-    # Without its job beside it a checkpoint does not say what its graph is.
+    # A checkpoint says itself what its graph is, but not which code of others is to be imported.
     Path("runs/first/checkpoints").rename("alone")
-    assert "job.json" in oarlock("export", "alone", "--to", "a.onnx").line
     assert oarlock("export", "alone", "--to", "a.safetensors", "--table", "user").code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "alone", "rows", "a.safetensors"}
+    assert oarlock("export", "alone", "--to", "a.onnx").code == 0
+    assert Path("a.onnx").read_bytes() == Path("first.onnx").read_bytes()
+    store = LocalStore("alone")
+    manifest = store.load_manifest()
+    foreign = replace(manifest, cut=2, recipe="evil:recipe", blocks=manifest.blocks)
+    store.commit(foreign)
+    assert "job.json" in oarlock("export", "alone", "--to", "b.onnx").line
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("runs", "alone", "rows", "first.onnx", "a.safetensors", "a.onnx")
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from predict_rig import Job
 
-from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of
+from oarlock.checkpoint.store import open_checkpoint
+from oarlock.export.compress import compress
+from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, spec_of
 from oarlock.proto.errors import InvalidArgument, NotFound, SpecMismatch
 
 EVIL = "predict_evil:recipe"
@@ -43,6 +45,28 @@ def test_transforms_are_those_of_the_checkpoint_or_none(job: Job, tmp_path: Any)
     (other / "job.json").write_text(text.replace(job.manifest.job, "0" * 32), encoding="utf-8")
     with pytest.raises(NoPrediction, match="is the folder of another job"):
         predictor_of(job.manifest, job=other)
+
+
+def test_transforms_come_with_the_checkpoint(job: Job, tmp_path: Any) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(job.folder / "checkpoints", alone)
+    store, manifest = open_checkpoint(str(alone))
+    found = predictor_of(manifest, files=store.files)
+    assert found.name == "dlrm"
+    small = compress(store, manifest, {}, tmp_path / "small")
+    for files in (store.files, small.files):
+        assert spec_of(manifest, files).transforms == job.spec.transforms
+    (file,) = (alone / "plan").iterdir()
+    text = file.read_bytes()
+    for wrong in (text[:-1], text.replace(b"true", b"frue"), b""):
+        assert wrong != text
+        file.write_bytes(wrong)
+        with pytest.raises(NoPrediction, match="its checksum is not the one in its name"):
+            predictor_of(manifest, files=store.files)
+    file.unlink()
+    with pytest.raises(NoPrediction, match="give it by --job"):
+        predictor_of(manifest, files=store.files)
+    assert predictor_of(manifest, files=store.files, job=job.folder).name == "dlrm"
 
 
 def test_a_checkpoint_does_not_say_what_is_imported(job: Job, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
