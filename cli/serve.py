@@ -52,7 +52,8 @@ def serve(options: argparse.Namespace) -> int:
     """Run a server, or ask one."""
     if options.verb == "run":
         return _run(options)
-    with Client(options.address, security=security_of(options)) as client:
+    address = options.address if len(options.address) > 1 else options.address[0]
+    with Client(address, security=security_of(options)) as client:
         found = client.rollback(options.cut, newest=options.newest) if options.verb == "rollback" else client.describe()
     print(json.dumps(_facts(found)) if options.json else _text(found))
     return 0

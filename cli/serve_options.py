@@ -134,15 +134,22 @@ def add_serve(commands: Any) -> None:
     )
     rollback = verbs.add_parser(
         "rollback",
-        help="have a server serve an older cut",
+        help="have a server, or all of them, serve an older cut",
         description="Have a server serve an older cut, and keep to it: newer ones are not taken until --newest says so. It\nends "
-        "once that cut is served.",
+        "once that cut is served. Several servers are told at the same time, once each has said that it has the cut.",
     )
     which = rollback.add_mutually_exclusive_group()
-    which.add_argument("--cut", type=between(1, 1 << 62), default=0, metavar="N", help="default: the next older one")
+    which.add_argument(
+        "--cut", type=between(1, 1 << 62), default=0, metavar="N", help="default: the next older one, that all have"
+    )
     which.add_argument("--newest", action="store_true", help="the newest, and newer ones again as they come")
     for verb in (status, rollback):
-        verb.add_argument("address", metavar="HOST:PORT", help="where the server listens")
+        verb.add_argument(
+            "address",
+            nargs="+",
+            metavar="HOST:PORT",
+            help="where the server listens; or all servers of a model, with its parts and replicas",
+        )
     for verb in (run, status, rollback):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         add_security(verb, listens=verb is run)

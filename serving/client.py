@@ -32,6 +32,7 @@ from oarlock.serving.hedged_async import AsyncHedged, AsyncTender
 from oarlock.serving.hedging import SHARE
 from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, checked_keys, lookup_request, read_found
 from oarlock.serving.nearest_wire import Neighbours, nearest_request, read_nearest
+from oarlock.serving.rolling import roll_back, roll_back_async, rolling_back
 
 T = TypeVar("T")
 
@@ -151,8 +152,12 @@ class Client:
         return self._of_fleet(ask, timeout_seconds)
 
     def rollback(self, cut: int = 0, *, newest: bool = False, timeout_seconds: float = LOAD_SECONDS) -> ModelReply:
-        """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
-        _check_one(self._fleet)
+        """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there.
+
+        Of several servers all are told, once each has said that it has the cut; 0: the newest older one that all of them have.
+        """
+        if self._fleet is not None:
+            return roll_back(self._transport, self._fleet.addresses, rolling_back(cut, newest=newest), timeout_seconds)
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
         reply: ModelReply = self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
@@ -282,8 +287,10 @@ class AsyncClient:
     async def rollback(
         self, cut: int = 0, *, newest: bool = False, timeout_seconds: float = LOAD_SECONDS
     ) -> ModelReply:
-        """Have the server serve ``cut`` (0: the next older one) and keep to it, or the ``newest`` and follow on from there."""
-        _check_one(self._fleet)
+        """Have the server, or all of several, serve another cut, as ``Client.rollback`` does."""
+        if self._fleet is not None:
+            steps = rolling_back(cut, newest=newest)
+            return await roll_back_async(self._transport, self._fleet.addresses, steps, timeout_seconds)
         request = ServeCutRequest(protocol=PROTOCOL, cut=cut, newest=newest)
         reply: ModelReply = await self._call("Serving.Rollback", request, timeout_seconds, again=False)
         return reply
@@ -348,8 +355,3 @@ def _nearest_question(model: ServedModel, request: NearestRequest) -> dict[int, 
 
 def _describe_questions(model: ServedModel) -> dict[int, Question]:
     return {part: Question("Serving.Describe", ModelRequest(protocol=PROTOCOL), 1) for part in range(model.parts)}
-
-
-def _check_one(fleet: Fleet | None) -> None:
-    if fleet is not None:
-        raise InvalidArgument("each server goes back by itself: tell them one after the other, by a Client of each")

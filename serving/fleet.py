@@ -112,6 +112,10 @@ class Fleet:
         self._hedging = Hedging(hedge_share)
         self.counts = Counts()
 
+    @property
+    def addresses(self) -> list[str]:
+        return [each.address for each in self.replicas]
+
     # What each has
 
     def due(self) -> list[Replica]:
@@ -137,13 +141,13 @@ class Fleet:
     def learn(self, replica: Replica, reply: ModelReply) -> None:
         """Take note of what a server says that it has."""
         try:
-            told, part = _read_model(reply)
+            told, part = read_model(reply)
         except PSError as error:
             self.silent(replica, error)
             return
         with self._lock:
             replica.asking, replica.asked = False, True
-            if self._model is not None and (wrong := _differs(told, self._model)):
+            if self._model is not None and (wrong := differs(told, self._model)):
                 if not replica.problem:
                     logger.warning("event=server_left_out address=%s problem=%r", replica.address, wrong)
                 replica.problem = f"{replica.address}: {wrong}"
@@ -197,7 +201,7 @@ class Fleet:
         first, model = told[0]
         try:
             for each, other in told[1:]:
-                if wrong := _differs(other, model):
+                if wrong := differs(other, model):
                     raise InvalidArgument(
                         f"{each.address} and {first.address} do not go together: {each.address} {wrong}"
                     )
@@ -297,7 +301,7 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16 and text.isprintable()
 
 
-def _read_model(reply: ModelReply) -> tuple[ServedModel, int]:
+def read_model(reply: ModelReply) -> tuple[ServedModel, int]:
     """Return what a server says that it is part of, and which part it has; Malformed."""
     parts = reply.parts or 1
     if parts > MAX_PARTS or reply.part >= parts:
@@ -312,7 +316,7 @@ def _read_model(reply: ModelReply) -> tuple[ServedModel, int]:
     return ServedModel(reply.job, parts, tables), reply.part
 
 
-def _differs(told: ServedModel, model: ServedModel) -> str:
+def differs(told: ServedModel, model: ServedModel) -> str:
     """Return in what a server differs from the others, empty if in nothing."""
     if told.job != model.job:
         return f"serves job {told.job[:64]}, not {model.job[:64]}"

@@ -53,8 +53,6 @@ def test_rows_of_all_parts_come_in_the_order_of_the_keys(model, servers, kind, p
         assert (sum(table.rows for table in found.tables), list(found.cuts), found.parts) == (400, [1], parts)
         with pytest.raises(UnknownTable, match="its tables are: user, item"):
             client.lookup({"shop": [1]})
-        with pytest.raises(InvalidArgument, match="each server goes back by itself"):
-            client.rollback()
         with pytest.raises((InvalidArgument, UnknownTable), match=r"in [23] parts|oarlock serve"):
             client.nearest("user", [[0.0] * 4])
 
