@@ -21,6 +21,7 @@ from oarlock.proto.errors import PSError
 from oarlock.simulation.data import Data
 from oarlock.simulation.faults import GATE_SECONDS, KILL_SHARD, SYNC, WIRE, Fault, Outcome, Schedule
 from oarlock.simulation.loop import Process
+from oarlock.simulation.quick import quick
 from oarlock.simulation.restored import go_on
 from oarlock.simulation.resuming import LOOK_SECONDS
 from oarlock.simulation.state import WatchedStore
@@ -150,7 +151,7 @@ def watched(world: Failing) -> Iterator[None]:
 def run_failing(mode: str, data: Data, kind: str, at: int) -> tuple[Outcome, int]:
     """Run the job with one step that fails, and go on from one of its cuts; return what came of it, and how many steps it had."""
     schedule = job(mode)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with quick(), tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         world = Failing(schedule, data, Path(name), kind, at)
         with watched(world):
             outcome = world.run()

@@ -15,6 +15,7 @@ from oarlock.ps.shard import Shard
 from oarlock.simulation.campaign import files, run_seeds
 from oarlock.simulation.faults import SYNC, Outcome, draw
 from oarlock.simulation.loop import Process
+from oarlock.simulation.quick import quick
 from oarlock.simulation.restored import run
 from oarlock.simulation.wire import Call
 from oarlock.simulation.world import World
@@ -62,7 +63,8 @@ def run_torn(seed: int, folder: Path) -> Outcome:
     quiet = replace(draw(seed, (SYNC,)), faults=(), at_gates=(), at_cuts=(), checkpoint_steps=0, checkpoint_seconds=0.0)
     schedule = replace(quiet, shards=3, latency=0.1)
     (folder / str(seed)).mkdir()
-    return Torn(schedule, files(), folder / str(seed)).run()
+    with quick():
+        return Torn(schedule, files(), folder / str(seed)).run()
 
 
 @pytest.mark.slow
