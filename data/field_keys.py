@@ -71,3 +71,14 @@ def write_keys(codes: Hashes, salt: np.uint64, out: Hashes, column: int) -> None
     """Write the keys of a field's codes to ``out[:, column]``."""
     for i in range(codes.shape[0]):
         out[i, column] = mix64(codes[i] ^ salt)
+
+
+@jit
+def write_plain_keys(codes: Hashes, replaced: Hashes, by: np.uint64, salt: np.uint64, out: Hashes, column: int) -> None:
+    """Write the keys of a field's codes to ``out[:, column]``, with ``by`` in place of those among ``replaced``, a few."""
+    for i in range(codes.shape[0]):
+        code = codes[i]
+        for j in range(replaced.shape[0]):
+            if code == replaced[j]:
+                code = by
+        out[i, column] = mix64(code ^ salt)

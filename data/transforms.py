@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from oarlock.data.categories import NULL_CATEGORY, Hashes, hash_text, replace_codes
 from oarlock.data.columns import Arrays, ColumnSpec, codes_of
-from oarlock.data.field_keys import add_to_cross, begin_cross, bucket_codes, field_salt, fold_codes, write_keys
+from oarlock.data.field_keys import (
+    add_to_cross,
+    begin_cross,
+    bucket_codes,
+    field_salt,
+    fold_codes,
+    write_keys,
+    write_plain_keys,
+)
 from oarlock.data.files import DataFile
 from oarlock.data.quantiles import QuantileSample
 from oarlock.data.reader import check_columns, open_reader
@@ -55,7 +63,12 @@ class Fitted:
         self.bounds = bounds
         self.vocabularies = vocabularies
         self._members = {i: Membership(values) for i, values in vocabularies.items()}
+        # Read with every batch, and made of the schema each time that it is asked.
+        self._columns = schema.specs
+        self._inputs = tuple(spec for spec in self._columns if spec.name != schema.label.column)
         self._salts = [field_salt(field.name) for field in schema.fields]
+        # Most of them: one pass writes their keys.
+        self._plain = [not (one.is_number or one.is_cross or one.hash or one.vocabulary) for one in schema.fields]
         self._missing = _hashes_of(schema.missing)
         self._positive = _hashes_of(schema.label.positive)
         self._negative = _hashes_of(schema.label.negative)
@@ -63,12 +76,12 @@ class Fitted:
     @property
     def columns(self) -> tuple[ColumnSpec, ...]:
         """Return the columns to read for training and evaluation."""
-        return self.schema.specs
+        return self._columns
 
     @property
     def inputs(self) -> tuple[ColumnSpec, ...]:
         """Return the columns without the label, as serving has them."""
-        return tuple(spec for spec in self.schema.specs if spec.name != self.schema.label.column)
+        return self._inputs
 
     @property
     def width(self) -> int:
@@ -95,8 +108,12 @@ class Fitted:
                 )
         keys = np.empty((rows, len(self.schema.fields)), np.uint64)
         cleaned: dict[str, Hashes] = {}
-        for i in range(len(self.schema.fields)):
-            write_keys(self._codes(i, arrays, cleaned), self._salts[i], keys, i)
+        for i, (field, salt) in enumerate(zip(self.schema.fields, self._salts, strict=True)):
+            if self._plain[i]:
+                codes = arrays[codes_of(field.columns[0])]
+                write_plain_keys(codes, self._missing, NULL_CATEGORY, salt, keys, i)
+            else:
+                write_keys(self._codes(i, arrays, cleaned), salt, keys, i)
         return Features(dense, keys, self._label(arrays, rows) if label else np.empty(0, np.float32))
 
     def raw_codes(self, column: str, arrays: Arrays, cleaned: dict[str, Hashes]) -> Hashes:
