@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from oarlock.proto.methods import METHODS, methods_of
-from oarlock.proto.rpc import GrpcServer
+from oarlock.proto.rpc import GrpcServer, sockets
 from oarlock.proto.security import Security, SecuritySpec
 from oarlock.proto.tokens import new_tokens, read_tokens
 
@@ -138,6 +138,20 @@ def raw(channel, path, metadata=(), data=b""):
 
 def bearer(text):
     return (("authorization", f"Bearer {text}"),)
+
+
+def from_elsewhere(monkeypatch):
+    """Have connections of frames made as from another machine; return those that were made."""
+    made, connect = [], sockets.connect
+
+    def by_tcp(address, *called):
+        if address.startswith(sockets.ABSTRACT):
+            raise ConnectionRefusedError
+        made.append(connect(address, *called))
+        return made[-1]
+
+    monkeypatch.setattr(sockets, "connect", by_tcp)
+    return made
 
 
 def serve(handler, service="Shard", **fields):

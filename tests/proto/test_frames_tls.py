@@ -4,6 +4,7 @@ handshake waiting keeps nobody else."""
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from client_rig import by_frames, entered, failure, pull, until
 from frame_rig import Handler
-from security_rig import Authority, opened, serve, tls_fields, write_tokens
+from security_rig import Authority, from_elsewhere, opened, serve, tls_fields, write_tokens
 
 from oarlock.proto import frames
 from oarlock.proto.arrays import pack, unpack
@@ -91,17 +92,7 @@ def server(handler, fields):
 
 @pytest.fixture
 def far(monkeypatch):
-    """Connections as from another machine; returns those that were made."""
-    made = []
-
-    def by_tcp(address, *called):
-        if address.startswith(sockets.ABSTRACT):
-            raise ConnectionRefusedError
-        made.append(CONNECT(address, *called))
-        return made[-1]
-
-    monkeypatch.setattr(sockets, "connect", by_tcp)
-    return made
+    return from_elsewhere(monkeypatch)
 
 
 def port_of(server):
@@ -174,6 +165,24 @@ def test_who_waits_too_long_is_told_so_and_the_next_call_is_answered(server, han
 
         assert secured_call(fields, body) == 2
     assert len(far) == 2
+
+
+def test_a_call_that_was_begun_can_be_waited_for_beside_others(server, handler, fields, far):
+    """What TLS itself has to say on a new connection is no answer: who waits for several would stay with the slow one."""
+    handler.hold(1)
+    transport = BlockingTransport(security=opened(own=True, **fields))
+    try:
+        request = Bulk(PullRequest(header=Header(run=1), dense=pack(np.ones(3, np.float32))), ())
+        begun = transport.begin(server.address, "Shard.Pull", request, timeout_seconds=SECONDS)
+        poll = select.poll()
+        poll.register(begun.fileno(), select.POLLIN)
+        assert poll.poll(200) == []
+        handler.gate.set()
+        assert poll.poll(1000 * SECONDS)
+        assert begun.take().message.pushes == 1
+        assert [type(each) for each in far] == [TlsSocket]
+    finally:
+        transport.close()
 
 
 def test_nothing_is_on_the_wire_in_the_clear(server, fields, monkeypatch):

@@ -38,10 +38,10 @@ class Held(ServingService):
 class Server:
     """One server of what ``serving`` serves."""
 
-    def __init__(self, serving, listen="127.0.0.1:0"):
+    def __init__(self, serving, listen="127.0.0.1:0", **options):
         self.serving = serving
         self.service = Held(self.serving)
-        self.server = GrpcServer(self.service, "Serving", listen=listen, serving=lambda: self.serving.ready)
+        self.server = GrpcServer(self.service, "Serving", listen=listen, serving=lambda: self.serving.ready, **options)
         self.address = self.server.start()
 
     def stop(self):
@@ -65,9 +65,9 @@ class Servers:
         self._all.append(Server(serving, **options))
         return self._all[-1]
 
-    def parts(self, store, parts, replicas=1):
+    def parts(self, store, parts, replicas=1, **options):
         """Return servers of all parts, part after part."""
-        return [self.start(store, part, parts) for part in range(parts) for _ in range(replicas)]
+        return [self.start(store, part, parts, **options) for part in range(parts) for _ in range(replicas)]
 
     def stop(self):
         for each in self._all:
