@@ -23,7 +23,7 @@ from oarlock.client.membership import Membership
 from oarlock.client.router import Routes, ShardAddress
 from oarlock.proto.arrays import unpack
 from oarlock.proto.bulk import Bulk, opened
-from oarlock.proto.errors import Malformed, StalePlacement
+from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable
 from oarlock.proto.shard_pb2 import PullReply, PullRequest, RanksReply, RanksRequest
 
 # The first pause before a shard is asked again; later ones are a part of the time waited, so that little is waited for nothing.
@@ -62,6 +62,8 @@ class Commit:
         self.state = state
         self.samples = samples
         self._news = news
+        # Shards that did not answer when they were told last.
+        self._untold: set[ShardAddress] = set()
         # The newest placement by which each shard has reported its blocks at the step.
         self._reported: dict[ShardAddress, int] = {}
         # What is known of blocks by placements before ``_routes``: bool[blocks].
@@ -101,7 +103,7 @@ class Commit:
         request: PullRequest = sent.message
         self._write(request)
         while True:
-            answered = await member.transport.call(shard.address, "Shard.Pull", sent, timeout_seconds=timeout)
+            answered = await self._tell(member, shard, sent, timeout)
             reply: PullReply = opened(answered)[0]
             if not reply.waits:
                 break
@@ -109,20 +111,34 @@ class Commit:
         self._check(member, shard, sent, reply)
         return answered
 
+    async def _tell(self, member: Membership, shard: ShardAddress, sent: Bulk, timeout: float) -> Any:
+        """Send a request to a shard, and remember if it did not hear it."""
+        self._untold.discard(shard)
+        try:
+            return await member.transport.call(shard.address, "Shard.Pull", sent, timeout_seconds=timeout)
+        except PSError:
+            self._untold.add(shard)
+            self._news.tell()
+            raise
+
     def _write(self, request: PullRequest) -> None:
         request.rank, request.state, request.samples = 1 + self.rank, self.state, self.samples
 
     async def _wait(self, member: Membership, shard: ShardAddress, timeout: float) -> None:
-        """Ask without keys, which is little to say again and again, until the shard waits no more."""
+        """Ask without keys, which is little to say again and again, until the shard waits no more.
+
+        Unavailable once another one did not hear of the commit: that is told again when all who were asked with it are done, and
+        two ranks that wait where the other one was not heard would wait for ever.
+        """
         clock = asyncio.get_running_loop().time
         begun, most = clock(), member.spec.heartbeat_seconds / 4
         while True:
+            if deaf := [s.id for s in self._untold if member.routes is None or is_there(member.routes, s)]:
+                raise Unavailable(f"shard {shard.id} waits for a step, of which shard {deaf[0]} has not heard")
             await self._news.heard(min(most, max(FIRST_SECONDS, (clock() - begun) / PART_OF_WAIT)))
             request = PullRequest(header=member.header(shard.incarnation))
             self._write(request)
-            answered = await member.transport.call(
-                shard.address, "Shard.Pull", Bulk(request, []), timeout_seconds=timeout
-            )
+            answered = await self._tell(member, shard, Bulk(request, []), timeout)
             if not opened(answered)[0].waits:
                 return
 

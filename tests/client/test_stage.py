@@ -235,6 +235,50 @@ def test_blocks_without_an_owner_are_waited_for():
     assert max(world.times()) < 30
 
 
+class Ranks(World):
+    """Shards at the step once both of two ranks have told them of it. ``first``: what (rank, shard) is told the first time."""
+
+    def __init__(self, first):
+        super().__init__(2)
+        self.first = first
+        self.told = {shard: set() for shard in self.shards}
+
+    def _answer(self, address, method, request):
+        shard = int(address.removeprefix("shard-")) if address != "coordinator" else -1
+        if error := self.first.pop((request.rank - 1, shard), None) if shard >= 0 else None:
+            raise error
+        if shard >= 0:
+            self.told[shard].add(request.rank)
+            self.ready[:] = [0 if len(self.told[owner]) == 2 else 1e18 for owner in self.owners]
+        return super()._answer(address, method, request)
+
+    def committing(self, *ranks):
+        news, routes = News(), self.member.routes
+        commits = [Commit(rank, STEP, 10, news) for rank in ranks]
+        return asyncio.gather(*(pull(self.member, routes, {}, {}, None, commit=each) for each in commits))
+
+
+def test_ranks_whose_words_to_different_shards_were_lost_do_not_wait_for_each_other():
+    world = Ranks({(0, 0): Unavailable("lost"), (1, 1): Unavailable("lost")})
+
+    async def body():
+        await asyncio.wait_for(world.committing(0, 1), 5)
+
+    rig.run(body())
+    assert world.told == {0: {1, 2}, 1: {1, 2}}
+    assert sum(world.times()) < 60
+
+
+def test_what_nothing_can_mend_is_raised_though_another_shard_waits():
+    world = Ranks({(0, 0): Malformed("other samples than before")})
+
+    async def body():
+        with pytest.raises(Malformed, match="other samples"):
+            await asyncio.wait_for(world.committing(0), 5)
+
+    rig.run(body())
+
+
 def test_an_id_in_another_life_has_reported_nothing():
     routes = World().member.routes
     commit = Commit(0, STEP, 10, News())

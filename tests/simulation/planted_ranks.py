@@ -133,6 +133,19 @@ def commits_go_where_keys_are(patch: Patch) -> None:
     patch.setattr(Commit, "missing", lambda self, routes: [])
 
 
+def waits_where_another_shard_was_not_told(patch: Patch) -> None:
+    """A rank waits at one shard for a step though its word to another one was lost, and tells that when the wait is over."""
+    original = Commit._tell
+
+    async def tell(self: Commit, *arguments: Any) -> Any:
+        try:
+            return await original(self, *arguments)
+        finally:
+            self._untold.clear()
+
+    patch.setattr(Commit, "_tell", tell)
+
+
 def rows_are_answered_before_the_step(patch: Patch) -> None:
     """A pull is answered at once, with the rows of the step before."""
     patch.setattr(Staged, "_without_rows", lambda self, state: None)

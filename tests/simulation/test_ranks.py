@@ -83,6 +83,14 @@ def test_a_successor_that_believes_blocks_alone_is_found(tmp_path: Path, monkeyp
     assert not any(re.search(r"(Attribute|Type|Name|Import)Error", violation) for violation in violations)
 
 
+def test_ranks_whose_words_were_lost_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two words have to be lost at one step, of two ranks and to two shards: in a thousand schedules that was once."""
+    schedule = draw(20_684, (SYNC,))
+    assert run(schedule, files()).violation == ""
+    planted_ranks.waits_where_another_shard_was_not_told(monkeypatch)
+    assert "L1: the job is not over" in run(schedule, files()).violation
+
+
 def test_no_invariant_breaks() -> None:
     tally = run_seeds(range(10_000, 10_004), (SYNC,))
     assert tally.violations == []
