@@ -98,6 +98,13 @@ class Resuming(Strikes):
 
     # A shard dies
 
+    def _struck(self, member: Any) -> None:
+        """A shard was judged; a coordinator that died before that was on disk has not judged it."""
+        recorded = self.committed.members.get(member.incarnation, {}).get("state")
+        if member.role == "shard" and recorded != "alive":
+            joined = enumerate(service._joined for service in self.services)
+            self._lost_sight(*(n for n, each in joined if each and each[0].incarnation == member.incarnation))
+
     def _kill_shard(self, fault: Fault) -> None:
         living = [process for process in self.shards_now if process.alive]
         if living and self.committed.facts.get("phase") not in OVER:

@@ -178,8 +178,7 @@ class World(Resuming):
             self.violation = what
 
     def _unhandled(self, loop: Any, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if isinstance(error, Violation):
+        if isinstance(error := context.get("exception"), Violation):
             self._violated(str(error))
         elif not self.wire.closed:
             self._violated(f"L2: {context['message']}: {type(error).__name__}: {error}")
@@ -279,8 +278,7 @@ class World(Resuming):
 
     def _start_coordinator(self) -> None:
         process = self.coordinator_process = self._process("coordinator")
-        self.store = self._make_store(process)
-        self._able_since = self.loop.now
+        self.store, self._able_since = self._make_store(process), self.loop.now
 
         def begin() -> None:
             self.store.open()
@@ -290,11 +288,16 @@ class World(Resuming):
             gone = c.member_gone
 
             def member_gone(member: Any, state: str, error: str = "") -> None:
-                if member.state == "alive":
-                    self._judge(member, error)
-                    self.bound.gone(member.incarnation)
-                    self.residuals.ended(c, member.incarnation)
-                gone(member, state, error)
+                if member.state != "alive":
+                    gone(member, state, error)
+                    return
+                self._judge(member, error)
+                self.bound.gone(member.incarnation)
+                self.residuals.ended(c, member.incarnation)
+                try:
+                    gone(member, state, error)
+                finally:
+                    self._struck(member)
 
             c.member_gone = member_gone  # type: ignore[method-assign]
             self.wire.serve(process, COORDINATOR, CoordinatorService(c))
@@ -314,9 +317,6 @@ class World(Resuming):
 
     def _judge(self, member: Any, error: str) -> None:
         self._note(f"member gone: {member.role} {member.id} {error}")
-        if member.role == "shard":
-            joined = enumerate(service._joined for service in self.services)
-            self._lost_sight(*(n for n, each in joined if each and each[0].incarnation == member.incarnation))
         if error == "its lease ended":
             silent = self.loop.now - max(self._heard.get(member.incarnation, BEGIN), self._able_since)
             self.checker.judged(f"{member.role} {member.id}", silent)
@@ -385,9 +385,9 @@ class World(Resuming):
         if error is None:
             return
         self.counts[f"worker ended by {type(error).__name__}"] += 1
-        over = self.committed.facts.get("phase") in OVER
+        late = isinstance(error, PSError) and self.committed.facts.get("phase") in OVER
         memory = isinstance(error, OutOfMemory) and self.counts["refuse"]
-        if not (memory or isinstance(error, LeaseLost | WrongRun) or (over and isinstance(error, PSError))):
+        if not (memory or late or isinstance(error, LeaseLost | WrongRun)):
             self._violated(f"L2: {process.name} ended by {type(error).__name__}: {error}")
         self._later(RESTART_SECONDS, self._start_worker)
 
