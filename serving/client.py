@@ -108,6 +108,8 @@ class Client:
                 found = work(self._fleet, self._fleet.model(), tries.until)
             except PSError as error:
                 if not error.retryable:
+                    # Servers that do not go together, too, which somebody may put right.
+                    self._tender.wake()
                     raise
                 pause = tries.pause_after(error)
             else:
@@ -244,6 +246,8 @@ class AsyncClient:
                 found = await work(self._fleet, self._fleet.model(), tries.until)
             except PSError as error:
                 if not error.retryable:
+                    # Servers that do not go together, too, which somebody may put right.
+                    self._tender.wake()
                     raise
                 pause = tries.pause_after(error)
             else:

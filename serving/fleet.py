@@ -214,9 +214,10 @@ class Fleet:
                     f"none of {len(self.replicas)} servers has {which}: give the addresses of all parts"
                 )
         except InvalidArgument:
-            # Somebody may put it right: who asks next has them asked again.
+            # Somebody may put it right: who is told of it has them asked again, once for however many are told meanwhile.
             for each in self.replicas:
-                self._set_aside(each)
+                if each.ready:
+                    self._set_aside(each)
             raise
         return model
 

@@ -87,6 +87,13 @@ class Asked:
         call = getattr(self.client, name)
         return call if self._loop is None else lambda *given, **named: self._loop.run(call(*given, **named))
 
+    def go_on(self):
+        """Have done for a moment what the client does beside calls."""
+        if self._loop is None:
+            threading.Event().wait(0.01)
+        else:
+            self._loop.run(asyncio.sleep(0.01))
+
     def __enter__(self):
         return self
 

@@ -108,6 +108,25 @@ def test_sets_that_are_not_whole_or_do_not_fit_are_refused(model, servers, kind,
         assert again.service.lookups
 
 
+def test_servers_that_did_not_fit_are_asked_again_once_somebody_put_it_right(model, servers, kind, tmp_path):
+    other = serving_rig.Model(tmp_path / "other", job="f" * 32)
+    other.cut(1)
+    first, stranger = servers.start(model.store, 0, 2), servers.start(other.store, 1, 2)
+    with Asked(kind, [first.address, stranger.address]) as client:
+        with pytest.raises(InvalidArgument, match="do not go together"):
+            client.lookup({"user": [7]})
+        stranger.stop()
+        servers.start(model.store, 1, 2, listen=stranger.address)
+        for _ in range(3000):
+            try:
+                found = client.lookup(both(model.keys))
+            except InvalidArgument:
+                client.go_on()
+            else:
+                break
+        check(found, model, model.keys, 1)
+
+
 def test_addresses_that_are_none_are_refused():
     for wrong in (
         [],
