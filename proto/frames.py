@@ -296,8 +296,8 @@ class Receiver:
         """
         return self.body(self.head(most))
 
-    def head(self, most: int | None = None) -> Head:
-        """Wait for the head of a frame; as ``receive``. `body` or `skip` comes next."""
+    def head(self, most: int | None = None, moved: Callable[[], object] = lambda: None) -> Head:
+        """Wait for the head of a frame; as ``receive``. `body` or `skip` comes next. ``moved`` hears of steps but the last."""
         while self._at < HEAD_BYTES:
             got = self._connection.recv_into(self._first[self._at :])
             if not got:
@@ -305,6 +305,8 @@ class Receiver:
                     raise Closed
                 raise _broken_off()
             self._at += got
+            if self._at < HEAD_BYTES:
+                moved()
         return read_head(self._first[:HEAD_BYTES], most)
 
     def body(self, head: Head, moved: Callable[[], object] = lambda: None) -> Frame:

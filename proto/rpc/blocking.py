@@ -32,6 +32,8 @@ from oarlock.proto.security import Security
 
 logger = logging.getLogger(__name__)
 
+# A process that lets nobody in within so long has no sockets for frames, as far as one can tell.
+HASTY_SECONDS = 0.5
 # Connections to a process that are kept when nobody uses them.
 MOST_IDLE = 16
 
@@ -187,7 +189,7 @@ class _Peer:
         """
         if time.monotonic() < self._absent_until:
             return None
-        asked = False
+        asked, begun = False, time.monotonic()
         while True:
             offer = self._offer
             if offer is None:
@@ -203,8 +205,12 @@ class _Peer:
                 raise Unavailable(f"the connection to {self._address} is closed", address=self._address)
             # What was offered earlier may have been another process.
             self._offer = None
+            now = time.monotonic()
+            if now >= until and now - begun < HASTY_SECONDS:
+                # Who waits for no time says nothing about the other side.
+                raise DeadlineExceeded(f"{self._address}: no answer in time", address=self._address)
             if asked:
-                self._absent_until = time.monotonic() + ABSENT_SECONDS
+                self._absent_until = now + ABSENT_SECONDS
                 logger.warning(
                     "event=no_frames address=%s (bulk data goes through gRPC, which is slower)", self._address
                 )

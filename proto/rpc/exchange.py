@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 # An answer of so many bytes is taken in by one call of the system.
 FIRST_BYTES = 1 << 14
 _TIME = struct.Struct("@ll")
+_LEAST_SECONDS = 0.001
 
 
 class Exchange:
     """A connection, for one exchange at a time."""
 
     def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._shared = sockets.Shared(connection)
         self._receiver = frames.Receiver(connection, Buffers(frames.MOST_KEPT), first_bytes=FIRST_BYTES)
         self._seconds = 0.0
@@ -38,7 +40,7 @@ class Exchange:
     def greet(self, token: bytes, until: float) -> None:
         """Have this process let in; OSError, PSError, Closed."""
         with self._shared.used() as connection:
-            connection.settimeout(max(0.001, min(sockets.HELLO_SECONDS, until - time.monotonic())))
+            connection.settimeout(sockets.within(sockets.HELLO_SECONDS, until))
             frames.send(connection, frames.encode(frames.HELLO, token))
             _checked(self._receiver.receive(), self._receiver)
             sockets.settle(connection)
@@ -53,8 +55,8 @@ class Exchange:
             seconds = until - time.monotonic()
             if seconds <= 0:
                 raise TimeoutError
-            self._limit(connection, seconds)
-            frames.send(connection, frames.stamped(buffers, seconds), lambda: _check_time(until))
+            self._limit(seconds)
+            frames.send(connection, frames.stamped(buffers, seconds), lambda: self._go_on(until))
         except BlockingIOError:
             # What the system says at the end of the time that it was given.
             self._shared.leave()
@@ -66,8 +68,10 @@ class Exchange:
     def finish(self, until: float) -> frames.Frame:
         """Return the answer; as ``start``, and Closed, PSError."""
         try:
-            head = self._receiver.head()
-            return _checked(self._receiver.body(head, lambda: _check_time(until)), self._receiver)
+            # What has come is taken in, however late it is.
+            self._limit(max(_LEAST_SECONDS, until - time.monotonic()))
+            head = self._receiver.head(moved=lambda: self._go_on(until))
+            return _checked(self._receiver.body(head, lambda: self._go_on(until)), self._receiver)
         except BlockingIOError:
             raise TimeoutError from None
         finally:
@@ -77,8 +81,16 @@ class Exchange:
         """Wait for no answer any more; the connection is to be ended."""
         self._shared.leave()
 
-    def _limit(self, connection: socket.socket, seconds: float) -> None:
+    def _go_on(self, until: float) -> None:
+        """Have the system wait no longer than ``until``, after some bytes went or came; TimeoutError if that is over."""
+        seconds = until - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self._limit(seconds)
+
+    def _limit(self, seconds: float) -> None:
         """Have the system wait for so long at most; by a limit of its own, which costs nothing for each call."""
+        connection = self._connection
         # It need not be exact, but not less either: then the same serves for most calls.
         if not seconds <= self._seconds <= 1.1 * seconds:
             self._seconds = 1.05 * seconds
@@ -96,17 +108,12 @@ class Exchange:
         self._shared.end()
 
 
-def _check_time(until: float) -> None:
-    if time.monotonic() > until:
-        raise TimeoutError
-
-
 def opened_exchange(offer: SocketsReply, called: str, until: float, security: Security) -> Exchange | None:
     """Return a connection to the first of the offered addresses that lets this process in, None if none does ``until`` then."""
     for address in offer.addresses[:MAX_ADDRESSES]:
         with contextlib.ExitStack() as stack:
             try:
-                made = Exchange(sockets.connect(address, called, security))
+                made = Exchange(sockets.connect(address, called, security, until))
                 stack.callback(made.end)
                 made.greet(offer.token, until)
             except (OSError, frames.Closed, PSError) as error:

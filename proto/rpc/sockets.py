@@ -6,8 +6,10 @@ its number.
 """
 
 import contextlib
+import math
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from threading import Lock
 
@@ -128,14 +130,19 @@ def settle(connection: socket.socket) -> None:
     connection.setblocking(True)
 
 
-def connect(address: str, called: str, security: Security | None = None) -> socket.socket:
+def within(seconds: float, until: float) -> float:
+    """Return ``seconds``, or what is left ``until`` then by the monotonic clock; more than 0, which would mean not to wait."""
+    return max(0.001, min(seconds, until - time.monotonic()))
+
+
+def connect(address: str, called: str, security: Security | None = None, until: float = math.inf) -> socket.socket:
     """Connect to ``address``, as a process that was called at ``called`` (of gRPC) told it. What could leave this
-    machine goes over TLS if calls do. OSError, PSError."""
+    machine goes over TLS if calls do. It takes no longer than ``until``, by the monotonic clock. OSError, PSError."""
     if address.startswith(ABSTRACT):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # It would wait without end for a process that was stopped.
-            connection.settimeout(CONNECT_SECONDS)
+            connection.settimeout(within(CONNECT_SECONDS, until))
             connection.connect("\0" + address.removeprefix(ABSTRACT))
         except BaseException:
             connection.close()
@@ -146,12 +153,13 @@ def connect(address: str, called: str, security: Security | None = None) -> sock
         if not port.isdecimal() or int(port) > 65535 or not host:
             raise Malformed(f"{called} offers a socket at {address[:80]!r}, which is no address")
         host = host.strip("[]")
-        connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        connection = socket.create_connection((host, int(port)), timeout=within(CONNECT_SECONDS, until))
         context = None if security is None else security.calling_context()
         if security is not None and context is not None:
             connection = wrapped(connection, context, name=security.spec.tls_name or host)
     try:
         prepare(connection)
+        connection.settimeout(within(HELLO_SECONDS, until))
         greet(connection)
     except BaseException:
         connection.close()

@@ -7,8 +7,10 @@ is one handshake, so a read never waits until something can be written, nor the 
 `shutdown`, `getsockopt` and bare peeks.
 """
 
+import math
 import socket
 import ssl
+import time
 from typing import Any
 
 # One record of TLS; less than that goes together with what follows, since each has a head, a seal and calls of the system.
@@ -33,10 +35,12 @@ class TlsSocket(ssl.SSLSocket):
             raise ConnectionAbortedError(f"the connection was ended: {error}") from None
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        """Take in some bytes (with MSG_WAITALL: as many as there is room for, or as come); 0: no more come. OSError."""
+        """Take in some bytes (with MSG_WAITALL: as many as there is room for, or as come in time); 0: no more come. OSError."""
         view = memoryview(buffer)[: nbytes or None]
+        seconds = self.gettimeout()
+        until = math.inf if seconds is None else time.monotonic() + seconds
         got = self._some(view)
-        while got and flags & socket.MSG_WAITALL and got < view.nbytes:
+        while got and flags & socket.MSG_WAITALL and got < view.nbytes and time.monotonic() < until:
             more = self._some(view[got:])
             if not more:
                 break
