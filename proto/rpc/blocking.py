@@ -244,10 +244,15 @@ class _Peer:
         header = self._security.authorization(method.roles, self._address, method.name)
         metadata = () if header is None else ((AUTHORIZATION, header),)
         try:
+            told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise Unavailable(f"{self._address} cannot be called now: {error}", address=self._address) from None
+        try:
             future = self._call_of(method).future(data, timeout=max(0.0, seconds), metadata=metadata)
         except ValueError as error:
+            os.close(told)
             raise Unavailable(f"the connection to {self._address} is closed: {error}", address=self._address) from None
-        return _Single(self._address, method, future, bulk=bulk)
+        return _Single(self._address, method, future, told, bulk=bulk)
 
     def _call_of(self, method: Method) -> Any:
         version = self._security.pem_version
@@ -306,16 +311,16 @@ class _Framed:
 
 
 class _Single:
-    """A call of gRPC, whose threads say by a descriptor that it is over."""
+    """A call of gRPC, whose threads say by a descriptor, ``told``, that it is over."""
 
-    def __init__(self, address: str, method: Method, future: Any, *, bulk: bool) -> None:
+    def __init__(self, address: str, method: Method, future: Any, told: int, *, bulk: bool) -> None:
         self._address = address
         self._method = method
         self._future = future
         self._bulk = bulk
         self._lock = Lock()
         self._over = False
-        self._told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._told = told
         future.add_done_callback(self._tell)
 
     def _tell(self, future: Any) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model in parts with replicas behind one client: whole answers of one version, whoever hangs, dies or swaps when."""
 
+import errno
+import os
 import threading
 
 import fleet_rig
@@ -203,6 +205,22 @@ def test_a_replica_that_dies_is_done_without_and_comes_back(model, servers, kind
         for _ in range(20):
             check(client.lookup(both(model.keys)), model, model.keys, 1)
         assert back.service.lookups > 0
+
+
+def test_a_process_that_had_no_file_left_for_a_moment_goes_on(model, servers, monkeypatch):
+    two = servers.parts(model.store, 2)
+    make, refused = os.eventfd, []
+
+    def eventfd(*given):
+        if len(refused) < 3:
+            refused.append(given)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return make(*given)
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    with Client([each.address for each in two], timeout_seconds=5.0, frames=False) as client:
+        check(client.lookup(both(model.keys)), model, model.keys, 1)
+    assert len(refused) == 3
 
 
 def test_who_comes_back_as_another_is_left_out(model, servers, kind, tmp_path):
