@@ -61,6 +61,11 @@ def from_json(text: str) -> Fitted:
         raise InvalidArgument(f"transforms: version {values.get('version')!r}, this Oarlock reads {VERSION}; fit again")
     if set(values) != _KEYS:
         raise InvalidArgument(f"transforms: expected exactly {', '.join(sorted(_KEYS))}")
+    try:
+        # JSON can write half a character, which is no text.
+        json.dumps(values["schema"], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"transforms: schema: a name is no text ({error}); restore what was saved") from None
     schema = schema_form.from_values(values["schema"], "transforms: schema")
     return Fitted(
         schema,

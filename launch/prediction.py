@@ -73,8 +73,11 @@ def _unless_none(name: str, recipe: str, make: Callable[[str], Predictor]) -> Pr
 
 
 def _made(spec: JobSpec, name: str, scorers: int) -> Predictor:
+    recipe = load_recipe(name)
+    if not hasattr(recipe, "workload"):
+        raise NotFound(f"{name} is no recipe")
     try:
-        workload = load_recipe(name).workload(spec)
+        workload = recipe.workload(spec)
     except TypeError as error:
         raise SpecMismatch(f"the configuration of recipe {name} is not this release's: {error}") from None
     if not isinstance(workload, Predicts):
@@ -109,14 +112,18 @@ def spec_of(manifest: Manifest, files: Files | None, job: Path | None = None) ->
         tables=tuple(manifest.table_specs().values()),
         dense=tuple(manifest.dense_specs().values()),
         files=manifest.files,
-        evaluation_files=tuple(known.get("evaluation_files", ())),
+        evaluation_files=_listed(known.get("evaluation_files")),
         servers=1,
         workers=1,
-        metrics=tuple(known.get("metrics", ())),
+        metrics=_listed(known.get("metrics")),
         config=manifest.config,
         transforms=_transforms(manifest, files, job, known.get("transforms")),
         **counts,
     )
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else ()
 
 
 def _transforms(manifest: Manifest, files: Files | None, job: Path | None, digest: object) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a predictor comes from: the job's folder, the recipe's own code, and what is refused of both."""
 
+import contextlib
 import shutil
 import sys
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from predict_rig import Job
 
+from oarlock.checkpoint.files import LocalFiles
 from oarlock.checkpoint.store import open_checkpoint
+from oarlock.checkpoint.transforms_file import digest_of, write_transforms
 from oarlock.export.compress import compress
 from oarlock.launch.prediction import NoPrediction, job_beside, predictor_of, spec_of
 from oarlock.proto.errors import InvalidArgument, NotFound, SpecMismatch
@@ -80,6 +83,36 @@ def test_a_checkpoint_does_not_say_what_is_imported(job: Job, tmp_path: Any, mon
         predictor_of(manifest, job=job.folder, recipe=EVIL)
     with pytest.raises(InvalidArgument, match="the checkpoint is of recipe oarlock"):
         predictor_of(job.manifest, job=job.folder, recipe=EVIL)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"evaluation_files": 5}, {"metrics": 7}, {"splits": "x"}, {"batch_rows": None}, {"transforms": [1]}, None, []],
+    ids=str,
+)
+def test_a_plan_that_is_none_leaves_rows_alone_or_is_not_looked_at(job: Job, wrong: Any) -> None:
+    plan = {**job.manifest.metrics["plan"], **wrong} if isinstance(wrong, dict) else wrong
+    manifest = replace(job.manifest, metrics={**job.manifest.metrics, "plan": plan})
+    with contextlib.suppress(NoPrediction):
+        assert predictor_of(manifest, job=job.folder).name == "dlrm"
+
+
+@pytest.mark.parametrize("attribute", ["plan_click", "model", "np"])
+def test_what_is_no_recipe_is_not_taken_for_one(job: Job, attribute: str) -> None:
+    manifest = replace(job.manifest, recipe=f"oarlock.recipes.dlrm:{attribute}")
+    with pytest.raises(NoPrediction, match=r"is no recipe|has no 'np'"):
+        predictor_of(manifest, job=job.folder)
+
+
+def test_transforms_with_a_name_that_is_no_text_are_refused(job: Job, tmp_path: Any) -> None:
+    text = job.spec.transforms.replace('"city"', '"\\ud800"')
+    assert text != job.spec.transforms
+    files = LocalFiles(tmp_path)
+    write_transforms(files, text)
+    plan = {**job.manifest.metrics["plan"], "transforms": digest_of(text)}
+    manifest = replace(job.manifest, metrics={**job.manifest.metrics, "plan": plan})
+    with pytest.raises(NoPrediction, match="surrogates not allowed"):
+        predictor_of(manifest, files=files)
 
 
 def test_a_graph_that_is_not_the_cuts_is_refused(job: Job) -> None:
