@@ -223,6 +223,27 @@ def test_what_goes_wrong_with_an_index_makes_it_anew(followed, monkeypatch):
     check(job, following, np.random.default_rng(0))
 
 
+def test_an_index_that_was_not_told_of_all_changes_never_answers(followed, monkeypatch):
+    """Something went wrong with the one that answers while another one was made, so all are given up."""
+    job, following = followed
+    index = following.indexes["user"]
+    build = NearestIndex.build
+
+    def slowly(made, *given, **more):
+        build(made, *given, **more)
+        index.stop()
+        job.train(range(100, 200))
+        job.catch_up(following)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NearestIndex, "build", slowly)
+        patch.setattr(live_index, "NearestIndex", lambda dim, metric, ann: NearestIndex(dim, metric, ann=False))
+        index.rebuild()
+    job.clock.now += live_index.FAILED_SECONDS
+    keep(following)
+    check(job, following, np.random.default_rng(0))
+
+
 def test_an_index_is_made_beside_the_one_that_answers(tmp_path, monkeypatch):
     pytest.importorskip("faiss")
     monkeypatch.setattr("oarlock.serving.live_index.LEAST_ROWS", 50)
