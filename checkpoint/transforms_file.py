@@ -60,7 +60,10 @@ def read_transforms(files: Files, manifest: Manifest) -> str:
             file=path,
             cut=manifest.cut,
         )
-    return data.decode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise CorruptCheckpoint(f"{path}: it is no text, though its checksum fits", file=path) from None
 
 
 def _path(digest: str) -> str:

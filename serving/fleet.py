@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
 
+from oarlock.embedding.spec import MAX_DIM
 from oarlock.proto.errors import InvalidArgument, Malformed, PSError, Unavailable
 from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.hedging import Hedging
@@ -311,7 +312,12 @@ def read_model(reply: ModelReply) -> tuple[ServedModel, int]:
     for each in reply.tables:
         # Servers from before there were parts do not say it, and need not.
         blocks = each.blocks or 1
-        if blocks > MAX_BLOCKS or blocks & (blocks - 1) or not each.dim or (parts > 1 and not each.blocks):
+        if (
+            blocks > MAX_BLOCKS
+            or blocks & (blocks - 1)
+            or not 1 <= each.dim <= MAX_DIM
+            or (parts > 1 and not each.blocks)
+        ):
             raise Malformed(f"it says that table {each.name[:80]!r} has {each.blocks} blocks and {each.dim} columns")
         tables[each.name] = TableForm(each.dim, blocks, each.salt)
     return ServedModel(reply.job, parts, tables), reply.part

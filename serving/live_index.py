@@ -87,6 +87,8 @@ class LiveIndex:
         self._form = Vectors(self.dim, spec.metric)
         # Those that are told of changes, and the one of them that answers.
         self._told: tuple[_Kept, ...] = ()
+        # To change these: one may be given up while another one is made.
+        self._changing = Lock()
         self._answers: _Kept | None = None
         self._not_before = clock()
         self.rebuilds = 0
@@ -134,8 +136,9 @@ class LiveIndex:
 
     def stop(self) -> None:
         """Have nothing, and answer nothing, until ``begin``: what went wrong may have left it in any state."""
-        self._answers, self._told = None, ()
-        self._not_before = self._clock() + FAILED_SECONDS
+        with self._changing:
+            self._answers, self._told = None, ()
+            self._not_before = self._clock() + FAILED_SECONDS
 
     def step(self) -> bool:
         """Put some of what was noted in place; return whether there was any."""
@@ -163,21 +166,27 @@ class LiveIndex:
         for _ in range(made.backlog.waiting // LAP_KEYS + 1):
             self._going_on()
             self._lap(made)
-        self._answers, self._told = made, (made,)
-        self.rebuilds += 1
-        ended = self._clock()
-        self._not_before = ended + (ended - begun) * (1 / REBUILD_SHARE - 1)
+        with self._changing:
+            if made not in self._told:
+                # All were given up meanwhile, and it has heard of nothing since.
+                return
+            self._answers, self._told = made, (made,)
+            self.rebuilds += 1
+            ended = self._clock()
+            self._not_before = ended + (ended - begun) * (1 / REBUILD_SHARE - 1)
 
     def _made(self, *, ann: bool) -> _Kept:
         """Return an index that is told of changes from before it has any row on."""
         made = _Kept(NearestIndex(self.dim, self.spec.metric, ann=ann), lambda keys: self._rows(keys)[1])
-        self._told = (*self._told, made)
+        with self._changing:
+            self._told = (*self._told, made)
         try:
             keys = self._keys()
             rows, present = self._rows(keys)
             made.build(keys[present], rows[present], self._going_on)
         except BaseException:
-            self._told = tuple(kept for kept in self._told if kept is not made)
+            with self._changing:
+                self._told = tuple(kept for kept in self._told if kept is not made)
             raise
         return made
 

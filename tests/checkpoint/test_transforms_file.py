@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms beside the cuts: written once, found by what a manifest says, and never others than it says."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def test_others_are_refused_by_name(files: LocalFiles, path: Path, naming: Any, 
     monkeypatch.setattr(transforms_file, "MOST_BYTES", 5)
     with pytest.raises(CorruptCheckpoint, match="altered or truncated"):
         read_transforms(files, naming(digest_of('{"other": 1}')))
+
+
+def test_what_is_no_text_is_refused(files: LocalFiles, naming: Any) -> None:
+    data = b"\xff\xfe"
+    digest = hashlib.sha256(data).hexdigest()
+    files.write_file(f"{FOLDER}/transforms-{digest}.json", [data])
+    with pytest.raises(CorruptCheckpoint, match="no text"):
+        read_transforms(files, naming(digest))
 
 
 @pytest.mark.parametrize("digest", [None, 7, "", "../" * 21 + "x", "A" * 64, "0" * 63, "0" * 64, ["0" * 64]])
