@@ -71,7 +71,7 @@ class ViewMachine(machine.TableMachine):
         elif kind == "sweep":
             self.sweep(block=seed % 4, tick=seed % 31, buckets=1 + seed % 3)
         elif kind == "undo" and self.spec.guard.undo:
-            self.undo(keys=keys, steps=1)
+            self.undo(keys=keys, trained=0, steps=1)
         elif kind == "move" and seed % 3:
             self.export_and_import(block=seed % 4, version=seed % 10)
         elif kind == "move":
