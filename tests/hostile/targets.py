@@ -53,8 +53,8 @@ from oarlock.proto.work import Work
 from oarlock.ps.feed import NOTED_KEYS, RING_BYTES
 from oarlock.ps.rows import ANSWERS_KEPT
 
-# Of who waits for an answer.
-PATIENCE_SECONDS = 0.2
+# Of who waits for an answer: some thousands of a million wait for copies that a forged record names.
+PATIENCE_SECONDS = 0.02
 
 READ_ONLY = (
     "Shard.Held",
