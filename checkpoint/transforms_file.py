@@ -18,7 +18,6 @@ FOLDER = "plan"
 # More than a job's description can be.
 MOST_BYTES = 64 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NONE = hashlib.sha256(b"").hexdigest()
 
 
 def digest_of(text: str) -> str:
@@ -44,7 +43,7 @@ def read_transforms(files: Files, manifest: Manifest) -> str:
     """Return the transforms of a cut's job. NotFound if they are not kept here, CorruptCheckpoint if they are others."""
     plan = manifest.metrics.get(PLAN)
     digest = plan.get("transforms") if isinstance(plan, dict) else None
-    if digest == _NONE:
+    if digest == digest_of(""):
         return ""
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise NotFound(f"cut {manifest.cut} does not say which transforms its data had", cut=manifest.cut)

@@ -13,8 +13,9 @@ from oarlock.checkpoint import transforms_file
 from oarlock.checkpoint.files import LocalFiles
 from oarlock.checkpoint.line import PLAN
 from oarlock.checkpoint.manifest import Manifest
-from oarlock.checkpoint.store import CheckpointStore
+from oarlock.checkpoint.store import CheckpointStore, open_store
 from oarlock.checkpoint.transforms_file import FOLDER, digest_of, read_transforms, write_transforms
+from oarlock.cli.main import main
 from oarlock.proto.errors import CorruptCheckpoint, NotFound
 
 TEXT = '{"columns": ["größe"]}'
@@ -47,6 +48,31 @@ def naming(make_manifest: Any) -> Any:
 def test_what_is_written_is_read(files: LocalFiles, naming: Any) -> None:
     assert read_transforms(files, naming(digest_of(TEXT))) == TEXT
     assert read_transforms(files, naming(digest_of(""))) == ""
+
+
+def test_they_may_lie_under_a_url(naming: Any) -> None:
+    files = open_store("memory://transforms").files
+    with pytest.raises(NotFound, match="are not in memory"):
+        read_transforms(files, naming(digest_of(TEXT)))
+    write_transforms(files, TEXT)
+    write_transforms(files, TEXT)
+    assert read_transforms(files, naming(digest_of(TEXT))) == TEXT
+
+
+def test_damage_is_told_and_is_none_of_the_blocks(
+    files: LocalFiles, path: Path, make_manifest: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(files)
+    entries = [store.write_block(1, block(number, 1, [number])) for number in (0, 1)]
+    plan = {PLAN: {"transforms": digest_of(TEXT)}}
+    store.commit(make_manifest(1, entries, tables=(SPEC,), dense=(), metrics=plan))
+    assert main(["checkpoint", "verify", files.root]) == 0
+    assert "cut 1 is whole" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes().replace(b"c", b"k"))
+    assert main(["checkpoint", "verify", files.root]) == 1
+    first, last = capsys.readouterr().out.splitlines()
+    assert path.name in first
+    assert last.endswith("it can be restored, but predictions want the job's folder")
 
 
 def test_it_is_written_once(files: LocalFiles, path: Path) -> None:

@@ -378,7 +378,6 @@ def test_ten_thousand_steps_of_a_table_are_those_of_a_dict(monkeypatch):
             ),
         )
     seen = TableMachine.seen
-    print(dict(seen))
     assert seen["steps"] >= 10_000
     happened = ("created", "refused", "waiting", "repeated keys", "trimmed", "swept", "undone", "imported", "spilled")
     happened += ("kept", "newer")
