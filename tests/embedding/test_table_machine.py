@@ -359,6 +359,21 @@ TestTable.settings = settings(
 )
 
 
+def run_long(machine, examples):
+    """Take ``examples`` times 100 steps with a machine, the same ones each time."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=100,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],  # making a failure shorter takes minutes: do it by hand
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_thousand_steps_of_a_table_are_those_of_a_dict(monkeypatch):
@@ -366,17 +381,7 @@ def test_ten_thousand_steps_of_a_table_are_those_of_a_dict(monkeypatch):
     # Each has its share of the steps, whatever would be drawn.
     for bound in sorted({*TableMachine.bounds}):
         monkeypatch.setattr(TableMachine, "bounds", [bound])
-        run_state_machine_as_test(
-            TableMachine,
-            settings=settings(
-                max_examples=50 if reference.JIT else 30,
-                stateful_step_count=100,
-                deadline=None,
-                derandomize=True,
-                phases=[Phase.generate],  # making a failure shorter takes minutes: do it by hand
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_long(TableMachine, 50 if reference.JIT else 30)
     seen = TableMachine.seen
     assert seen["steps"] >= 10_000
     happened = ("created", "refused", "waiting", "repeated keys", "trimmed", "swept", "undone", "imported", "spilled")

@@ -16,9 +16,9 @@ import embedding_reference as reference
 import numpy as np
 import pytest
 import view_rig
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 
 from oarlock.embedding import view
 from oarlock.embedding.descriptor import LIFE, STAMP
@@ -199,17 +199,7 @@ TestViews.settings = settings(
 @pytest.mark.timeout(900)
 def test_ten_thousand_steps_of_views_are_those_of_a_dict():
     ViewMachine.seen.clear()
-    run_state_machine_as_test(
-        ViewMachine,
-        settings=settings(
-            max_examples=200 if reference.JIT else 120,
-            stateful_step_count=100,
-            deadline=None,
-            derandomize=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    machine.run_long(ViewMachine, 200 if reference.JIT else 120)
     seen = ViewMachine.seen
     assert seen["steps"] >= 10_000
     happened = ("contents", "changes", "not known", "gone", "unwritten", "committed", "aborted", "spilled")
