@@ -194,6 +194,9 @@ class Membership:
     async def beat(self, stats: dict[str, Any] | None = None) -> HeartbeatReply:
         """Send one heartbeat and take in what it answers. Also sent between others, when there is something to tell or to ask."""
         request = HeartbeatRequest(header=self.header(), stats="" if stats is None else json.dumps(stats))
+        if self.minimum:
+            # Also of a worker without work so far, which says no more: it may be who alone knows it once others died.
+            request.clock.heard = self.minimum
         self.about(request)
         request.losses.extend(self.acknowledged.answers.values())
         sent = self._clock()

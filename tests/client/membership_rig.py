@@ -21,6 +21,7 @@ class Coordinator:
         self.failing = []
         self.joins, self.beats, self.asked, self.left = [], [], 0, []
         self.phase, self.generation = "training", 0
+        self.minimum = 0
 
     def _maybe_fail(self):
         if self.failing:
@@ -42,7 +43,7 @@ class Coordinator:
     def heartbeat(self, request):
         self.beats.append((asyncio.get_running_loop().time(), request))
         self._maybe_fail()
-        return HeartbeatReply(phase=self.phase, generation=self.generation, step=12)
+        return HeartbeatReply(phase=self.phase, generation=self.generation, step=12, minimum=self.minimum)
 
     def placement(self, request):
         self.asked += 1

@@ -9,7 +9,7 @@ import pytest
 import rig
 from membership_rig import Coordinator, member_of
 
-from oarlock.proto.coordinator_pb2 import WORKER
+from oarlock.proto.coordinator_pb2 import WORKER, Clock
 from oarlock.proto.errors import DeadlineExceeded, LeaseLost, Unavailable, WrongRun
 
 
@@ -47,6 +47,23 @@ def test_a_join_is_repeated_with_the_same_nonce(coordinator, member):
     rig.run(member.join())
     assert len({r.nonce for r in coordinator.joins}) == 1
     assert len(coordinator.joins) == 3
+
+
+def test_a_minimum_that_was_told_is_told_again_before_there_is_work(coordinator, member):
+    """A coordinator that begins anew learns it from whoever lives, and that may be somebody who has just joined."""
+
+    async def body():
+        await member.join()
+        coordinator.minimum = 3
+        await member.beat()
+        coordinator.minimum = 0
+        await member.beat()
+        member.about = lambda request: request.clock.CopyFrom(Clock(active=True, acknowledged=4, heard=3))
+        await member.beat()
+
+    rig.run(body())
+    told = [request.clock for _, request in coordinator.beats]
+    assert told == [Clock(), Clock(heard=3), Clock(active=True, acknowledged=4, heard=3)]
 
 
 def test_a_heartbeat_renews_and_tells(coordinator, member):
