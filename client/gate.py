@@ -2,8 +2,8 @@
 """The gate of a worker: its pushes pass through, and for a cut it shuts, so that every group is in all blocks or in none.
 
 Invariant: while it is shut no push is under way; it opens when the coordinator says so, or by itself once nothing was heard for
-``2 * gate_seconds``. By itself it keeps the number of the cut before, by which shards know that this worker did not wait. Only
-pushes wait: pulls, computing and reading go on. One event loop.
+``PATIENCE * gate_seconds``. By itself it keeps the number of the cut before, by which shards know that this worker did not wait.
+Only pushes wait: pulls, computing and reading go on. One event loop.
 """
 
 import asyncio
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Between two questions whether it is open; the more workers ask, the longer each one waits.
 PAUSE_SECONDS = 0.002
 PAUSE_OF_EACH_WORKER = 0.00025
+# Who has heard nothing for so many times ``gate_seconds`` opens by itself.
+PATIENCE = 2
 
 
 class Gate:
@@ -94,7 +96,7 @@ class Gate:
 
     async def _ask_until_open(self, cut: int) -> None:
         member, clock = self._member, asyncio.get_running_loop().time
-        patience = 2 * member.spec.gate_seconds
+        patience = PATIENCE * member.spec.gate_seconds
         pause = PAUSE_SECONDS + PAUSE_OF_EACH_WORKER * member.spec.workers
         heard = clock()
         while self.cut < cut:

@@ -28,6 +28,7 @@ from oarlock.checkpoint.manifest import BlockEntry, Manifest
 from oarlock.checkpoint.place import check_owner, place_of
 from oarlock.checkpoint.store import CheckpointStore
 from oarlock.checkpoint.transforms_file import write_transforms
+from oarlock.client.gate import PATIENCE
 from oarlock.client.job import TRAINING, WRITING
 from oarlock.client.router import ShardAddress
 from oarlock.cluster.coordinator import Coordinator
@@ -220,6 +221,11 @@ class Cutting:
                     at = cut_step(c, step)
                     logger.info("event=cut_step cut=%d step=%d at=%d", gate.cut, step, at)
         await self._cut(gate.cut, gate.workers, commits, at)
+        if gate.workers and not c.spec.ranks and c.clock() >= gate.shuts + PATIENCE * c.spec.gate_seconds:
+            # Whoever said that it stood at the gate may have opened it since: this process may have been stopped for a while.
+            raise Unavailable(
+                f"views began so late that workers may have opened their gates of cut {gate.cut} by themselves"
+            )
         with c.lock:
             # Not before: owners may have forgotten marks of splits that were closed since. Nor later: nobody pushes yet.
             moment = moment or moment_of(c, gate.cut)

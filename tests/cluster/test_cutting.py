@@ -113,6 +113,36 @@ def test_shards_are_told_whether_somebody_trains(training: Any, tmp_path: Path, 
     assert set(shards.alone) == {not busy}
 
 
+@pytest.mark.parametrize("stopped", ["before they came", "before the views", "shorter"])
+def test_a_coordinator_that_was_stopped_for_long_believes_nobody_who_stood_at_the_gate(
+    training: Any, tmp_path: Path, stopped: str
+) -> None:
+    """Who has heard nothing for so long pushes again, to one shard before its view begins and to another one after it."""
+    c, clock = training.coordinator, training.clock
+    worker = c.members.alive("worker")[0].incarnation
+    training.lease(worker)
+    shards = Answering()
+    gate = c.cuts.begin()
+    clock.now = (
+        gate.shuts
+        + (0.1 if stopped == "before the views" else 1.9 if stopped == "shorter" else 2) * c.spec.gate_seconds
+    )
+    gate.come(worker)
+    if stopped == "before the views":
+        call = shards.call
+
+        async def answer(address: str, method: str, request: Any, *, timeout_seconds: float) -> Any:
+            clock.now = gate.shuts + 2 * c.spec.gate_seconds
+            return await call(address, method, request, timeout_seconds=timeout_seconds)
+
+        shards.call = answer  # type: ignore[method-assign]
+    asyncio.run(Orders(c, shards, tmp_path).cutting._make(gate))
+    late = stopped != "shorter"
+    assert ("by themselves" in c.cuts.failed["error"]) == late
+    assert (("Shard.Write", 1) in shards.log) != late
+    assert shards.log.count(("Shard.Abort", 1)) == 2
+
+
 def test_a_store_that_hangs_before_a_cut_holds_up_nobody(
     training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
