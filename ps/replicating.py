@@ -181,6 +181,8 @@ class Replicating:
 
     async def _tell(self, matter: Matter, numbers: Numbers, generations: Generations) -> bool:
         """Tell the coordinator something of blocks; return whether it has answered."""
+        reports = self._shard.reports
+        term = reports.term
         request = ReportRequest(
             header=self._member.header(),
             told=matter.told,  # type: ignore[arg-type]
@@ -197,7 +199,7 @@ class Replicating:
         except PSError as error:
             logger.debug("event=not_reported told=%d error=%s", matter.told, error)
             return False
-        self._shard.reports.answered(matter, numbers, generations)
+        reports.answered(matter, numbers, generations, term)
         if reply.HasField("record"):
             await asyncio.get_running_loop().run_in_executor(self._executor, self._learn, reply)
         return True

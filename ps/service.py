@@ -254,6 +254,7 @@ class ShardService:
         create = read_blocks(shard.layout, request.create) if request.HasField("create") else None
         self._take(request.header)
         options = self._place.options_for(restore)
+        shard.reports.in_charge(request.header.term)
         adopt(shard, identity.id, told, closed, restore, create=create, options=options)
         return AdoptReply(generation=shard.generation, rows=sum(t.rows for t in shard.tables))
 

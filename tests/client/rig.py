@@ -106,6 +106,8 @@ class Job:
         self.transport.serve(self.coordinator, "coordinator")
         self.generation = 0
         self.run = run
+        # Of the coordinator that gives orders.
+        self.term = 1
         # Of pushes: the newest cut that was begun.
         self.cut = 0
         self.addresses = {s: ShardAddress(s, f"shard-{s}", 100 + s) for s in range(shards)}
@@ -118,7 +120,13 @@ class Job:
         self.owners = np.full(self.layout.blocks, -1, np.int32)
 
     def header(self, shard, **changes):
-        values = {"protocol": PROTOCOL, "job": self.spec.job_bytes, "run": self.run, "target": 100 + shard, "term": 1}
+        values = {
+            "protocol": PROTOCOL,
+            "job": self.spec.job_bytes,
+            "run": self.run,
+            "target": 100 + shard,
+            "term": self.term,
+        }
         values["cut"] = self.cut
         return Header(**{**values, **changes})
 

@@ -156,7 +156,8 @@ class Copies(Job):
     def heard(self, shard):
         """Answer all that a shard has to tell."""
         for matter, numbers, generations in self.shards[shard].reports.waiting():
-            self.shards[shard].reports.answered(matter, numbers, generations)
+            reports = self.shards[shard].reports
+            reports.answered(matter, numbers, generations, reports.term)
 
     def messages(self, split, group, *, raw=tuple(range(40)), value=1.0, dense=1.0, step=0):
         """Return the push of a group by shard, by the records."""

@@ -156,6 +156,47 @@ def test_a_hand_over_is_undone_by_its_own_order_alone():
     assert job.shards[0].owned[5]
 
 
+def handed(job):
+    return [each for each in job.reports(0) if each[0] == HANDED]
+
+
+@pytest.mark.parametrize("answered", ["before", "after"])
+def test_a_hand_over_that_was_heard_is_told_to_the_next_coordinator(answered):
+    """It stays closed until somebody records it or opens it again, and who was to do so may have died."""
+    job = pair()
+    job.hand_over(5, 1)
+    job.settle()
+    reports = job.shards[0].reports
+    told, term = [each for each in reports.waiting() if each[0].told == HANDED], reports.term
+    if answered == "before":
+        job.heard(0)
+        job.adopt(0, [5])
+        assert handed(job) == [], "nothing to say to the same one"
+    job.term += 1
+    job.adopt(0, [5])
+    for each in told if answered == "after" else ():
+        reports.answered(*each, term)
+    assert handed(job) == [(HANDED, 1, [5])]
+    assert not job.shards[0].owned[5]
+    job.heard(0)
+    job.reopen(5)
+    assert job.shards[0].owned[5]
+    job.term += 1
+    job.adopt(0, [5])
+    assert handed(job) == []
+
+
+def test_a_hand_over_that_was_recorded_is_told_no_more():
+    job = pair()
+    job.hand_over(5, 1)
+    job.settle()
+    job.heard(0)
+    job.record(5, (1, 0))
+    job.term += 1
+    job.adopt(0, [5])
+    assert handed(job) == []
+
+
 def test_a_record_that_goes_on_with_the_owner_opens_what_was_closed():
     job = pair()
     job.hand_over(5, 1)
@@ -339,7 +380,7 @@ def take_reports(job):
     """Record what owners report, as a coordinator does: only of the recorded generation."""
     for s, shard in job.shards.items():
         for matter, numbers, generations in shard.reports.waiting():
-            shard.reports.answered(matter, numbers, generations)
+            shard.reports.answered(matter, numbers, generations, shard.reports.term)
             for number, generation in zip(numbers.tolist(), generations.tolist(), strict=True):
                 members = job.sets[number]
                 if generation != job.of[number] or members[0] != s:
