@@ -177,6 +177,10 @@ async def pull(
         messages = cut_pull(layout, newer, keys, numbers, wanted)
         # Of a commit: those that ask for nothing.
         bare = [m for m, _ in left if not m.pieces and not len(m.dense) and is_there(newer, m.shard)]
+        if commit is not None:
+            # Who came since this began may hold up what others wait for, so it is told before all of them have answered.
+            asked_for = {message.shard.id for message in messages}
+            bare += [PullMessage(s, layout) for s in commit.strangers(newer) if s.id not in asked_for]
         return messages + bare
 
     def to_all(commit: Commit, newest: Routes, messages: list[PullMessage]) -> list[PullMessage]:

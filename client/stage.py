@@ -62,7 +62,8 @@ class Commit:
         self.state = state
         self.samples = samples
         self._news = news
-        # Shards that did not answer when they were told last.
+        # Shards that were told, and those of them that did not answer when they were told last.
+        self._told: set[ShardAddress] = set()
         self._untold: set[ShardAddress] = set()
         # The newest placement by which each shard has reported its blocks at the step.
         self._reported: dict[ShardAddress, int] = {}
@@ -113,6 +114,7 @@ class Commit:
 
     async def _tell(self, member: Membership, shard: ShardAddress, sent: Bulk, timeout: float) -> Any:
         """Send a request to a shard, and remember if it did not hear it."""
+        self._told.add(shard)
         self._untold.discard(shard)
         try:
             return await member.transport.call(shard.address, "Shard.Pull", sent, timeout_seconds=timeout)
@@ -121,19 +123,25 @@ class Commit:
             self._news.tell()
             raise
 
+    def strangers(self, routes: Routes) -> list[ShardAddress]:
+        """Return the shards that nobody has tried to tell so far."""
+        return [s for _, s in sorted(routes.shards.items()) if s not in self._told]
+
     def _write(self, request: PullRequest) -> None:
         request.rank, request.state, request.samples = 1 + self.rank, self.state, self.samples
 
     async def _wait(self, member: Membership, shard: ShardAddress, timeout: float) -> None:
         """Ask without keys, which is little to say again and again, until the shard waits no more.
 
-        Unavailable once another one did not hear of the commit: that is told again when all who were asked with it are done, and
-        two ranks that wait where the other one was not heard would wait for ever.
+        Unavailable once there is one that did not hear of the commit, or is new: two ranks that wait where the other one was not
+        heard would wait for ever.
         """
         clock = asyncio.get_running_loop().time
         begun, most = clock(), member.spec.heartbeat_seconds / 4
         while True:
-            if deaf := [s.id for s in self._untold if member.routes is None or is_there(member.routes, s)]:
+            routes = member.routes
+            deaf = [s.id for s in self._untold if routes is None or is_there(routes, s)]
+            if deaf := deaf + [s.id for s in (self.strangers(routes) if routes is not None else ())]:
                 raise Unavailable(f"shard {shard.id} waits for a step, of which shard {deaf[0]} has not heard")
             await self._news.heard(min(most, max(FIRST_SECONDS, (clock() - begun) / PART_OF_WAIT)))
             request = PullRequest(header=member.header(shard.incarnation))

@@ -269,6 +269,26 @@ def test_ranks_whose_words_to_different_shards_were_lost_do_not_wait_for_each_ot
     assert sum(world.times()) < 60
 
 
+def test_ranks_that_waited_at_different_shards_when_others_came_do_not_wait_for_each_other():
+    """Each was told a placement without the shard at which the other one waits, and both hear of the newest meanwhile."""
+    world = Ranks({})
+    layout, news = world.job.layout, News()
+    world.move(0, int(world.owners[0]))
+    world.member.routes = make_routes(layout, 2, world.owners.copy(), dict(world.shards))
+
+    def alone(shard):
+        owners = np.full(world.blocks, shard, np.int32)
+        return make_routes(layout, 1, owners, {shard: world.shards[shard]})
+
+    async def body():
+        commits = [pull(world.member, alone(n), {}, {}, None, commit=Commit(n, STEP, 10, news)) for n in (0, 1)]
+        await asyncio.wait_for(asyncio.gather(*commits), 5)
+
+    rig.run(body())
+    assert world.told == {0: {1, 2}, 1: {1, 2}}
+    assert sum(world.times()) < 60
+
+
 def test_what_nothing_can_mend_is_raised_though_another_shard_waits():
     world = Ranks({(0, 0): Malformed("other samples than before")})
 
