@@ -103,12 +103,12 @@ def _part(options: argparse.Namespace) -> ModelPart:
     """Return which part of a model is to be served; InvalidArgument names an option that goes with all of a model alone."""
     part = read_part(options.part) if options.part else WHOLE
     recipe = "" if options.recipe == "none" else options.recipe
-    whole = {"--recall": options.recall, "--job": options.job, "--recipe": recipe, "--http": options.http}
+    whole = {"--job": options.job, "--recipe": recipe, "--http": options.http}
     if not part.whole:
         for name, given in {**whole, "--predict-threads": options.predict_threads}.items():
             if given:
                 raise InvalidArgument(
-                    f"{name} goes with all of a model: {part} answers look-ups alone, for clients that have all parts"
+                    f"{name} goes with all of a model: {part} gives rows and nearest rows, to clients that have all parts"
                 )
     return part
 

@@ -114,7 +114,7 @@ class ServeCutRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., cut: _Optional[int] = ..., newest: bool = ...) -> None: ...
 
 class NearestRequest(_message.Message):
-    __slots__ = ("protocol", "table", "vectors", "k", "exact", "among", "without")
+    __slots__ = ("protocol", "table", "vectors", "k", "exact", "among", "without", "version", "job")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,8 @@ class NearestRequest(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     AMONG_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     table: str
     vectors: _common_pb2.Array
@@ -129,7 +131,9 @@ class NearestRequest(_message.Message):
     exact: bool
     among: _common_pb2.Array
     without: _common_pb2.Array
-    def __init__(self, protocol: _Optional[int] = ..., table: _Optional[str] = ..., vectors: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., k: _Optional[int] = ..., exact: bool = ..., among: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., without: _Optional[_Union[_common_pb2.Array, _Mapping]] = ...) -> None: ...
+    version: ModelVersion
+    job: str
+    def __init__(self, protocol: _Optional[int] = ..., table: _Optional[str] = ..., vectors: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., k: _Optional[int] = ..., exact: bool = ..., among: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., without: _Optional[_Union[_common_pb2.Array, _Mapping]] = ..., version: _Optional[_Union[ModelVersion, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class NearestReply(_message.Message):
     __slots__ = ("version", "keys", "scores", "counts", "failure")

@@ -7,8 +7,8 @@ answer. Decides alone: blocking and asynchronous clients send (hedged.py, hedged
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, PSError, WrongJob
 from oarlock.serving.fleet import Fleet, Replica
@@ -28,6 +28,11 @@ class Question(NamedTuple):
     request: Any
     size: int
     elsewhere: tuple[type[PSError], ...] = ()
+
+
+_T = TypeVar("_T")
+# What is asked of several parts, step after step: questions by part go out, answers by part come in.
+Steps = Generator[dict[int, Question], dict[int, Any], _T]
 
 
 class Attempt:
@@ -97,6 +102,10 @@ class Asking:
         """Return the attempts whose time is over."""
         now = self._clock()
         return [each for each in self.attempts if now >= each.until]
+
+    def no_answer(self, attempt: Attempt) -> DeadlineExceeded:
+        """Return the error that an attempt ends with whose time is over."""
+        return DeadlineExceeded(f"{self.question.method} at {attempt.replica.address}: no answer in time")
 
     def answered(self, attempt: Attempt) -> list[Attempt]:
         """Take note of a good answer; return the attempts that are to be dropped."""

@@ -23,15 +23,16 @@ from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, NotFound, PS
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.rpc import BlockingTransport, GrpcTransport
 from oarlock.proto.security import Security
-from oarlock.proto.serving_pb2 import ModelReply, ModelRequest, NearestRequest, ServeCutRequest
-from oarlock.serving.asking import Question
+from oarlock.proto.serving_pb2 import ModelReply, ModelRequest, ServeCutRequest
+from oarlock.serving.asking import Question, Steps
 from oarlock.serving.fleet import Counts, Fleet, ServedModel
 from oarlock.serving.gather import looking_up, merged
+from oarlock.serving.gather_nearest import NEAREST, Wanted, finding
 from oarlock.serving.hedged import Hedged, Tender
 from oarlock.serving.hedged_async import AsyncHedged, AsyncTender
 from oarlock.serving.hedging import SHARE
-from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, checked_keys, lookup_request, read_found
-from oarlock.serving.nearest_wire import Neighbours, nearest_request, read_nearest
+from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, lookup_request, read_found
+from oarlock.serving.nearest_wire import Neighbours, read_nearest
 from oarlock.serving.rolling import roll_back, roll_back_async, rolling_back
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class Client:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._transport = BlockingTransport(frames=frames, security=security)
+        self._closed = False
         self.address = address if isinstance(address, str) else ""
         self._fleet = None if isinstance(address, str) else Fleet(address, hedge_share=hedge_share)
         self.counts = Counts() if self._fleet is None else self._fleet.counts
@@ -77,13 +79,13 @@ class Client:
         """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
         if self._fleet is not None:
             return self._of_fleet(
-                lambda fleet, model, until: self._gathered(fleet, model, tables, until), timeout_seconds
+                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables), until), timeout_seconds
             )
         request = lookup_request(tables)
         return read_found(tables, self._call("Serving.Lookup", request, timeout_seconds))
 
-    def _gathered(self, fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys], until: float) -> Found:
-        steps = looking_up(fleet, model, tables)
+    def _gathered(self, steps: Steps[T], until: float) -> T:
+        """Ask what ``steps`` yields, and return what it returns."""
         try:
             questions = next(steps)
             while True:
@@ -94,7 +96,7 @@ class Client:
                 else:
                     questions = steps.send(answers)
         except StopIteration as done:
-            found: Found = done.value
+            found: T = done.value
             return found
 
     def _of_fleet(self, work: Callable[[Fleet, ServedModel, float], T], timeout_seconds: float | None) -> T:
@@ -102,7 +104,7 @@ class Client:
         assert self._fleet is not None, "asked only with several servers"
         # Not within the time of a call.
         warm_up_once()
-        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds, lambda: self._closed)
         while True:
             try:
                 found = work(self._fleet, self._fleet.model(), tries.until)
@@ -133,14 +135,13 @@ class Client:
 
         ``among``: only of these keys; ``without``: none of these. ``exact``: by comparing all rows, not by the index.
         """
-        request, shape = _nearest_request(table, vectors, k, exact, among, without)
-        if self._fleet is None:
-            return read_nearest(self._call("Serving.Nearest", request, timeout_seconds), shape)
-
-        def ask(fleet: Fleet, model: ServedModel, until: float) -> Any:
-            return self._hedged.ask(_nearest_question(model, request), until)[0]
-
-        return read_nearest(self._of_fleet(ask, timeout_seconds), shape)
+        wanted = Wanted(table, vectors, k, exact, among, without)
+        if self._fleet is not None:
+            return self._of_fleet(
+                lambda fleet, model, until: self._gathered(finding(fleet, model, wanted), until), timeout_seconds
+            )
+        request, shape = wanted.request()
+        return read_nearest(self._call(NEAREST, request, timeout_seconds), shape)
 
     def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
         """Return what is served: tables, rows, version, cuts; of a model in parts what all of them have."""
@@ -165,7 +166,7 @@ class Client:
         return reply
 
     def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
-        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds, lambda: self._closed)
         while True:
             try:
                 return self._transport.call(self.address, method, request, timeout_seconds=tries.seconds)
@@ -176,7 +177,8 @@ class Client:
             time.sleep(pause)
 
     def close(self) -> None:
-        """Give back connections; idempotent."""
+        """Give back connections; idempotent. Later calls are InvalidArgument."""
+        self._closed = True
         if self._fleet is not None:
             self._tender.close()
         self._transport.close()
@@ -202,6 +204,7 @@ class AsyncClient:
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._transport = GrpcTransport(frames=frames, security=security)
+        self._closed = False
         self.address = address if isinstance(address, str) else ""
         self._fleet = None if isinstance(address, str) else Fleet(address, hedge_share=hedge_share)
         self.counts = Counts() if self._fleet is None else self._fleet.counts
@@ -213,13 +216,12 @@ class AsyncClient:
         """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
         if self._fleet is not None:
             return await self._of_fleet(
-                lambda fleet, model, until: self._gathered(fleet, model, tables, until), timeout_seconds
+                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables), until), timeout_seconds
             )
         request = lookup_request(tables)
         return read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds))
 
-    async def _gathered(self, fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys], until: float) -> Found:
-        steps = looking_up(fleet, model, tables)
+    async def _gathered(self, steps: Steps[T], until: float) -> T:
         try:
             questions = next(steps)
             while True:
@@ -230,7 +232,7 @@ class AsyncClient:
                 else:
                     questions = steps.send(answers)
         except StopIteration as done:
-            found: Found = done.value
+            found: T = done.value
             return found
 
     async def _of_fleet(
@@ -240,7 +242,7 @@ class AsyncClient:
         assert self._fleet is not None, "asked only with several servers"
         # Not within the time of a call.
         warm_up_once()
-        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds, lambda: self._closed)
         while True:
             try:
                 found = await work(self._fleet, self._fleet.model(), tries.until)
@@ -268,14 +270,13 @@ class AsyncClient:
         timeout_seconds: float | None = None,
     ) -> Neighbours:
         """Return the ``k`` rows nearest to each of vectors, as ``Client.nearest`` does."""
-        request, shape = _nearest_request(table, vectors, k, exact, among, without)
-        if self._fleet is None:
-            return read_nearest(await self._call("Serving.Nearest", request, timeout_seconds), shape)
-
-        async def ask(fleet: Fleet, model: ServedModel, until: float) -> Any:
-            return (await self._hedged.ask(_nearest_question(model, request), until))[0]
-
-        return read_nearest(await self._of_fleet(ask, timeout_seconds), shape)
+        wanted = Wanted(table, vectors, k, exact, among, without)
+        if self._fleet is not None:
+            return await self._of_fleet(
+                lambda fleet, model, until: self._gathered(finding(fleet, model, wanted), until), timeout_seconds
+            )
+        request, shape = wanted.request()
+        return read_nearest(await self._call(NEAREST, request, timeout_seconds), shape)
 
     async def describe(self, *, timeout_seconds: float | None = None) -> ModelReply:
         """Return what is served: tables, rows, version, cuts; of a model in parts what all of them have."""
@@ -300,7 +301,7 @@ class AsyncClient:
         return reply
 
     async def _call(self, method: str, request: Any, timeout_seconds: float | None, *, again: bool = True) -> Any:
-        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        tries = _Tries(self._timeout_seconds if timeout_seconds is None else timeout_seconds, lambda: self._closed)
         while True:
             try:
                 return await self._transport.call(self.address, method, request, timeout_seconds=tries.seconds)
@@ -311,7 +312,8 @@ class AsyncClient:
             await asyncio.sleep(pause)
 
     async def close(self) -> None:
-        """Give back connections; idempotent."""
+        """Give back connections; idempotent. Later calls are InvalidArgument."""
+        self._closed = True
         if self._fleet is not None:
             await self._tender.close()
         await self._transport.close()
@@ -326,35 +328,21 @@ class AsyncClient:
 class _Tries:
     """The time of one call: ``seconds`` of it are left for the next try."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, closed: Callable[[], bool]) -> None:
         self.seconds = seconds
+        self._closed = closed
         self.until = time.monotonic() + seconds
         self._pause = PAUSE_SECONDS
 
     def pause_after(self, error: PSError) -> float:
-        """Return how long to wait before the next try; DeadlineExceeded if that leaves no time for it."""
+        """Return how long to wait before the next try; DeadlineExceeded if that leaves no time, InvalidArgument once closed."""
+        if self._closed():
+            raise InvalidArgument("this client is closed: make another one")
         pause, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE_SECONDS)
         self.seconds = self.until - time.monotonic() - pause
         if self.seconds <= 0:
             raise DeadlineExceeded(f"not answered in time; the last try: {error}", **error.details) from None
         return pause
-
-
-def _nearest_request(
-    table: str, vectors: Any, k: int, exact: bool, among: Keys | None, without: Keys | None
-) -> tuple[NearestRequest, tuple[int, ...]]:
-    """Return the request for nearest rows, and the shape of its answer."""
-    filters = (None if keys is None else checked_keys(f"a filter of {table}", keys) for keys in (among, without))
-    only, never = filters
-    return nearest_request(table, vectors, k, exact=exact, among=only, without=never)
-
-
-def _nearest_question(model: ServedModel, request: NearestRequest) -> dict[int, Question]:
-    if model.parts > 1:
-        raise InvalidArgument(
-            f"nearest rows are not to be had of a model in {model.parts} parts: ask a server that has all of it"
-        )
-    return {0: Question("Serving.Nearest", request, int(request.vectors.shape[0]) if request.vectors.shape else 1)}
 
 
 def _describe_questions(model: ServedModel) -> dict[int, Question]:

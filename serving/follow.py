@@ -10,7 +10,6 @@ from and nothing of the other run; what is served goes on to be while nobody ans
 cut, that cut is served, while the live model is kept up to date behind it. ``current`` is read by any thread without a lock.
 """
 
-import contextlib
 import json
 import logging
 import time
@@ -27,7 +26,7 @@ from oarlock.client.layout import Layout
 from oarlock.client.router import Routes, ShardAddress, unpack_changes, unpack_placement
 from oarlock.proto.common_pb2 import Header
 from oarlock.proto.coordinator_pb2 import DescribeReply, DescribeRequest, StatusReply, StatusRequest
-from oarlock.proto.errors import Malformed, PSError, StalePlacement, Unavailable, WrongIncarnation, WrongJob, WrongRun
+from oarlock.proto.errors import Malformed, NotFound, PSError, Unavailable, WrongJob
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.shard_pb2 import ChangesReply
 from oarlock.serving.coordinator_told import line_in, newer_routes, newest_cut
@@ -37,8 +36,9 @@ from oarlock.serving.live_index import LiveIndex
 from oarlock.serving.live_recall import LAGS, Keeper, LiveRecall
 from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.recall import Asked, Recall, RecallSpec
-from oarlock.serving.snapshot import Model, Progress, created_of
+from oarlock.serving.snapshot import Model, Progress, Version, created_of
 from oarlock.serving.swap import Serving
+from oarlock.serving.troubles import Pollers, Troubles
 from oarlock.telemetry.histogram import Histogram
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ CALL_SECONDS = 5.0
 WAIT_SECONDS = 0.1
 # A live model that is so old may be older than a cut.
 LAST_CUT_SECONDS = 3.0
-_ELSEWHERE = (WrongRun, WrongIncarnation, StalePlacement, WrongJob)
 
 
 class Call(Protocol):
@@ -88,16 +87,15 @@ class Following(Serving):
         # Its indexes, or those of the run that is about to be served.
         self._live_recall: LiveRecall | None = None
         self._recall_specs = tuple(recall)
-        self._keeper = Keeper(lambda: self._live_recall, self._said)
+        self._troubles = Troubles(self._tell, self._look_anew)
+        self._keeper = Keeper(lambda: self._live_recall, self._troubles.said)
         # For how long changes of rows were not found yet, by their nearest ones.
         self.recall_lags = Histogram(LAGS)
         self._routes: Routes | None = None
         self._routing = Lock()
         self._looking = Lock()
         self._wake = Event()
-        self._pollers: dict[ShardAddress, Thread] = {}
-        # What is wrong, by who it was noticed at.
-        self._troubles: dict[str, str] = {}
+        self._pollers = Pollers(lambda: self._routes, self.poll, self._troubles, self._over, poll_seconds, clock)
         self._counting = Lock()
         self.counts = Counts()
         self.polls = 0
@@ -126,6 +124,15 @@ class Following(Serving):
             raise Unavailable("this process is still getting its model from the job: ask again")
         return self._live_recall
 
+    def recall_of(self, wanted: Version) -> Asked:
+        """Return what is asked for nearest rows of a version: also of what is live, behind a cut that somebody went back to."""
+        found = self._live_recall
+        if not wanted.live:
+            return super().recall_of(wanted)
+        if found is None or not found.version.stands_for(wanted):
+            raise NotFound(f"nearest rows of {wanted} are not to be had here", run=wanted.run)
+        return found
+
     @property
     def live(self) -> Live | None:
         """The live model, also while another one is served; None before the first."""
@@ -142,7 +149,11 @@ class Following(Serving):
         """Serve the live model again."""
         with self._loading:
             self._keep(self._snapshot)
-            self.pinned, self._snapshot, self._recall = False, None, Recall(self._recall_specs)
+            self.pinned, self._snapshot, self._recall = (
+                False,
+                None,
+                Recall(self._recall_specs, keep=not self.part.whole),
+            )
             self._refused.clear()
         return self.current
 
@@ -331,66 +342,26 @@ class Following(Serving):
 
     def _follow(self) -> None:
         while not self._over.is_set():
-            with self._said("the coordinator"):
+            with self._troubles.said("the coordinator"):
                 if self._routes is None or self._wake.is_set() or not self._over.wait(self._look_seconds):
                     self._wake.clear()
                     self.look()
             self._let_go()
-            self._tend()
+            self._pollers.tend()
             if self._troubles:
                 self.take_last_cut()
                 self._over.wait(self._poll_seconds)
-        for thread in self._pollers.values():
-            thread.join()
+        self._pollers.join()
 
-    def _tend(self) -> None:
-        """Have a thread for each shard that there is."""
-        routes = self._routes
-        for shard, thread in list(self._pollers.items()):
-            if not thread.is_alive():
-                del self._pollers[shard]
-        for shard in routes.shards.values() if routes is not None else ():
-            if shard not in self._pollers and not self._over.is_set():
-                thread = Thread(target=self._follow_shard, args=(shard,), name=f"oarlock-shard-{shard.id}", daemon=True)
-                self._pollers[shard] = thread
-                thread.start()
-
-    def _follow_shard(self, shard: ShardAddress) -> None:
-        who = f"shard {shard.id}"
-        while not self._over.is_set():
-            routes = self._routes
-            if routes is None or routes.shards.get(shard.id) != shard:
-                self._troubles.pop(who, None)
-                self._say()
-                return
-            more, begun = False, self._clock()
-            with self._said(who):
-                more = self.poll(shard)
-            self._over.wait(0 if more else max(0.01, self._poll_seconds - (self._clock() - begun)))
-
-    @contextlib.contextmanager
-    def _said(self, who: str) -> Any:
-        """Have ``problem`` say what goes wrong at somebody, and no more once it goes well."""
-        try:
-            yield
-        except _ELSEWHERE as error:
-            self._troubles[who] = f"{who}: {error}"
-            # The coordinator knows better; a pause, since it may not yet.
-            self._wake.set()
-            self._over.wait(self._poll_seconds)
-        except (PSError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            self._troubles[who] = f"{who}: {error or type(error).__name__}"
-        else:
-            if not self._troubles.pop(who, None):
-                return
-        self._say()
-
-    def _say(self) -> None:
-        # A copy: other threads have troubles of their own meanwhile.
-        problem = "; ".join(text for _, text in sorted(self._troubles.copy().items()))
+    def _tell(self, problem: str) -> None:
         if problem and not self.problem:
-            logger.warning("event=not_fresh problem=%r", problem[:1000])
-        self.problem = problem[:1000]
+            logger.warning("event=not_fresh problem=%r", problem)
+        self.problem = problem
+
+    def _look_anew(self) -> None:
+        """The coordinator knows better than a shard that refuses; a pause, since it may not yet."""
+        self._wake.set()
+        self._over.wait(self._poll_seconds)
 
     def close(self) -> None:
         """Follow no more; idempotent."""

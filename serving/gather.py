@@ -8,7 +8,7 @@ several, all are asked for the oldest, then for a newer one; if nobody has kept 
 Pure, any thread.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from oarlock.proto.errors import NotFound, Unavailable
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.serving_pb2 import LookupRequest, ModelReply, TableLookup
 from oarlock.proto.serving_pb2 import ModelVersion as VersionMessage
-from oarlock.serving.asking import Question
+from oarlock.serving.asking import Question, Steps
 from oarlock.serving.fleet import Fleet, ServedModel, TableForm
 from oarlock.serving.lookup_wire import (
     Found,
@@ -39,38 +39,44 @@ from oarlock.serving.snapshot import unknown_table
 
 LOOKUP = "Serving.Lookup"
 # (live, run, cut): what the answers of parts have to have in common; the cut of what is followed is 0.
-_Kind = tuple[bool, int, int]
-
-Steps = Generator[dict[int, Question], dict[int, Any], Found]
+Kind = tuple[bool, int, int]
 
 
-def looking_up(fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys]) -> Steps:
+def looking_up(fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys]) -> Steps[Found]:
     """Yield questions by part, be sent the answers, or have NotFound thrown in where a version is not had; return the rows."""
     if model.parts == 1:
         request = lookup_request(tables, job=model.job)
         answers = yield {0: Question(LOOKUP, request, sum(len(keys) for keys in tables.values()))}
         return read_found(tables, answers[0])
     split = _Split(model, tables)
-    answers = yield {part: split.question(part) for part in split.parts}
+    answers = yield from of_one_version(fleet, split.parts, split.question)
+    return split.joined(answers)
+
+
+def of_one_version(
+    fleet: Fleet, parts: Iterable[int], question: Callable[[int, Kind | None], Question]
+) -> Steps[dict[int, Any]]:
+    """Yield what ``question`` says that each part is asked, of any version at first; return their answers, all of one."""
+    answers = yield {part: question(part, None) for part in parts}
     versions = {part: _kind(answer) for part, answer in answers.items()}
     kinds = sorted(set(versions.values()))
     if len(kinds) == 1:
-        return split.joined(answers)
+        return answers
     fleet.asked_again()
     for wanted in kinds:
         behind = [part for part, kind in versions.items() if kind != wanted]
         try:
-            again = yield {part: split.question(part, wanted) for part in behind}
+            again = yield {part: question(part, wanted) for part in behind}
         except NotFound:
             continue
         together = {**answers, **again}
         if all(_kind(answer) == wanted for answer in together.values()):
-            return split.joined(together)
+            return together
     have = ", ".join(f"{'live ' if live else ''}run {run} cut {cut}" for live, run, cut in kinds)
     raise Unavailable(f"the parts of this model are of several versions ({have}), and have kept none that all have")
 
 
-def _kind(answer: Any) -> _Kind:
+def _kind(answer: Any) -> Kind:
     version = opened(answer)[0].version
     return (version.live, version.run, 0 if version.live else version.cut)
 
@@ -109,7 +115,7 @@ class _Split:
     def _of(self, part: int) -> list[_Asked]:
         return [each for each in self._asked if each.count(part)]
 
-    def question(self, part: int, wanted: _Kind | None = None) -> Question:
+    def question(self, part: int, wanted: Kind | None) -> Question:
         """Return what a part is asked; ``wanted``: of this version."""
         beside: list[Part] = []
         tables = [

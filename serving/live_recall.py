@@ -72,6 +72,11 @@ class LiveRecall:
 
     # Asking
 
+    @property
+    def version(self) -> Version:
+        """Of which run they are."""
+        return Version(self._live.run, self._live.cut, 0.0, live=True)
+
     def index(self, table: str) -> LiveIndex:
         """Return a table's index; UnknownTable says which there are."""
         found = self.indexes.get(table)
@@ -93,7 +98,7 @@ class LiveRecall:
         """Return the ``k`` nearest rows of vectors: float32[q, dim], and the version that they are of at least."""
         index, live = self.index(table), self._live
         age = max(live.age, 0.0 if among is not None else index.lag)
-        version = Version(live.run, live.cut, time.time() - age)
+        version = Version(live.run, live.cut, time.time() - age, live=True)
         return index.nearest(vectors, k, exact=exact, among=among, without=without), version
 
 

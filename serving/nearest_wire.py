@@ -17,6 +17,7 @@ from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.serving_pb2 import ModelVersion, NearestReply, NearestRequest
 from oarlock.proto.work import expects
 from oarlock.serving.recall import Asked
+from oarlock.serving.snapshot import Model
 from oarlock.serving.vectors import BLOCK_ROWS
 
 # Of one request: vectors, and keys for each; keys of a filter are limited as those of a look-up.
@@ -43,6 +44,7 @@ def nearest_request(
     exact: bool,
     among: NDArray[np.uint64] | None,
     without: NDArray[np.uint64] | None,
+    job: str = "",
 ) -> tuple[NearestRequest, tuple[int, ...]]:
     """Return the request, and the shape of what is asked."""
     try:
@@ -55,7 +57,7 @@ def nearest_request(
         raise InvalidArgument(f"vectors for table {table}: give float32[q, dim], or one vector")
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_NEAREST:
         raise InvalidArgument(f"k = {k!r}: give an integer from 1 to {MAX_NEAREST}")
-    request = NearestRequest(protocol=PROTOCOL, table=table, vectors=pack(asked), k=int(k), exact=exact)
+    request = NearestRequest(protocol=PROTOCOL, table=table, vectors=pack(asked), k=int(k), exact=exact, job=job)
     if among is not None:
         request.among.CopyFrom(pack(among))
     if without is not None:
@@ -63,8 +65,8 @@ def nearest_request(
     return request, (len(asked), int(k))
 
 
-def answer_nearest(recall: Asked, request: NearestRequest, max_keys: int) -> NearestReply:
-    """Return the answer to a request."""
+def answer_nearest(recall: Asked, model: Model, request: NearestRequest, max_keys: int) -> NearestReply:
+    """Return the answer to a request, by the indexes of ``model``."""
     k = request.k
     if not 1 <= k <= MAX_NEAREST:
         raise InvalidArgument(f"k = {k}: give an integer from 1 to {MAX_NEAREST}")
@@ -75,6 +77,7 @@ def answer_nearest(recall: Asked, request: NearestRequest, max_keys: int) -> Nea
     among, without = (unpack(keys, np.uint64, "keys of a filter") for keys in (request.among, request.without))
     if len(among) + len(without) > max_keys:
         raise InvalidArgument(f"filters of {len(among) + len(without)} keys; the limit is {max_keys}")
+    model.part.check(model.table(request.table).spec, among)
     size = 12 * len(vectors) * k
     if size > MAX_MESSAGE_BYTES:
         raise OutOfMemory(f"{len(vectors)} times {k} keys and scores take {size} bytes: ask for them in parts")
@@ -91,7 +94,7 @@ def answer_nearest(recall: Asked, request: NearestRequest, max_keys: int) -> Nea
         among=among if request.HasField("among") else None,
         without=without,
     )
-    told = ModelVersion(run=version.run, cut=version.cut, seconds_since=version.age())
+    told = ModelVersion(run=version.run, cut=version.cut, seconds_since=version.age(), live=version.live)
     return NearestReply(version=told, keys=pack(found.keys), scores=pack(found.scores), counts=found.counts.tolist())
 
 

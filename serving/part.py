@@ -61,13 +61,6 @@ class ModelPart:
                 parts=self.parts,
             )
 
-    def refuse(self, what: str) -> None:
-        """Raise InvalidArgument unless it is whole, since ``what`` is not to be had of a part."""
-        if not self.whole:
-            raise InvalidArgument(
-                f"{what} are not to be had of a part of a model, and this process has {self}: it answers Lookup alone"
-            )
-
 
 WHOLE = ModelPart()
 

@@ -2,9 +2,10 @@
 """Recall: which tables of a model can be asked for their nearest rows, and how their indexes keep in step with it.
 
 A swap to another cut compares the blocks that are not shared, and changes what differs in place; where that is much, an index is
-built beside the old one and takes its place. ``update`` and ``remove`` are for rows that change between cuts. Invariant: an
-answer is of one state of one table, whose version it carries; until an index is in step, the old one answers. ``follow``,
-``update`` and ``remove`` are called by one thread at a time, ``nearest`` by any.
+built beside the old one and takes its place. Of a part of a model copies are changed, and those before are kept for as long as
+other parts may be behind. ``update`` and ``remove`` are for rows that change between cuts. Invariant: an answer is of one state
+of one table, whose version it carries; until an index is in step, the old one answers. ``follow``, ``update`` and ``remove`` are
+called by one thread at a time, ``nearest`` by any.
 """
 
 import re
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.frozen import FrozenBlock, FrozenTable
-from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, UnknownTable
+from oarlock.proto.errors import InvalidArgument, NotFound, PSError, Unavailable, UnknownTable
 from oarlock.serving.nearest import NearestIndex
 from oarlock.serving.snapshot import Snapshot, Version, unknown_table
 from oarlock.serving.vectors import INNER, METRICS, Floats, Keys, Nearest
@@ -116,26 +117,91 @@ def check_vectors(table: str, dim: int, vectors: Floats) -> None:
         raise InvalidArgument("a vector has a value that is not a finite number")
 
 
-class Recall:
-    """The indexes of the tables of ``specs``."""
+class Indexes:
+    """Indexes by table, of one ``version`` of the model; None: of none yet."""
 
-    def __init__(self, specs: Sequence[RecallSpec]) -> None:
+    def __init__(
+        self, specs: Mapping[str, RecallSpec], indexes: Mapping[str, NearestIndex], version: Version | None
+    ) -> None:
+        self.specs = specs
+        self.indexes = dict(indexes)
+        self.version = version
+
+    def index(self, table: str) -> NearestIndex:
+        """Return a table's index; UnknownTable says which there are."""
+        found = self.indexes.get(table)
+        if found is None:
+            raise no_index(self.specs, table)
+        return found
+
+    def nearest(
+        self,
+        table: str,
+        vectors: Floats,
+        k: int,
+        *,
+        exact: bool = False,
+        among: Keys | None = None,
+        without: Keys | None = None,
+    ) -> tuple[Nearest, Version]:
+        """Return the ``k`` nearest rows of vectors: float32[q, dim], and the version that they are of."""
+        index = self.index(table)
+        check_vectors(table, index.dim, vectors)
+        found: tuple[Nearest, Version] = index.search(vectors, k, exact=exact, among=among, without=without)
+        return found
+
+
+class Recall:
+    """The indexes of the tables of ``specs``. ``keep``: those of the snapshot before are kept as they were."""
+
+    def __init__(self, specs: Sequence[RecallSpec], *, keep: bool = False) -> None:
         self.specs = by_table(specs)
-        self.indexes: dict[str, NearestIndex] = {}
+        self._keep = keep
+        # What is asked now, and what was before that.
+        self._indexes = Indexes(self.specs, {}, None), Indexes(self.specs, {}, None)
         self._tables: dict[str, FrozenTable] = {}
         # Tables whose rows have changed since their snapshot.
         self._live: set[str] = set()
 
+    @property
+    def now(self) -> Indexes:
+        """The indexes that are in step with what is served."""
+        return self._indexes[0]
+
+    @property
+    def indexes(self) -> dict[str, NearestIndex]:
+        """These, by table."""
+        return self.now.indexes
+
+    def of(self, wanted: Version) -> Indexes:
+        """Return the indexes of a version; NotFound says of which there are."""
+        known = [each for each in self._indexes if each.version is not None]
+        for each in known:
+            if each.version is not None and each.version.stands_for(wanted):
+                return each
+        have = " and ".join(str(each.version) for each in known) or "none"
+        raise NotFound(f"nearest rows of {wanted} are not to be had here; of {have}", cut=wanted.cut, run=wanted.run)
+
+    def let_go(self) -> None:
+        """Keep nothing of what was before."""
+        self._indexes = self.now, Indexes(self.specs, {}, None)
+
     def follow(self, snapshot: Snapshot) -> None:
         """Bring all indexes to a snapshot; returns when they are there."""
+        made: dict[str, NearestIndex] = {}
         for name, spec in self.specs.items():
             table = snapshot.table(name)
             spec.check_columns(table.spec.dim)
             index = self.indexes.get(name)
+            if index is not None and self._keep:
+                index = index.copy()
             if index is None or not self._changed_in_place(spec, index, table, snapshot.version):
-                self.indexes[name] = self._built(spec, table, snapshot.version)
-            self._tables[name] = table
-            self._live.discard(name)
+                index = self._built(spec, table, snapshot.version)
+            made[name] = index
+        before = self.now if self._keep else Indexes(self.specs, {}, None)
+        self._indexes = Indexes(self.specs, made, snapshot.version), before
+        self._tables = {name: snapshot.table(name) for name in self.specs}
+        self._live.clear()
 
     def _built(self, spec: RecallSpec, table: FrozenTable, version: Version) -> NearestIndex:
         first, end = spec.columns or (0, table.spec.dim)
@@ -202,10 +268,7 @@ class Recall:
 
     def index(self, table: str) -> NearestIndex:
         """Return a table's index; UnknownTable says which there are."""
-        found = self.indexes.get(table)
-        if found is None:
-            raise no_index(self.specs, table)
-        return found
+        return self.now.index(table)
 
     def nearest(
         self,
@@ -218,10 +281,7 @@ class Recall:
         without: Keys | None = None,
     ) -> tuple[Nearest, Version]:
         """Return the ``k`` nearest rows of vectors: float32[q, dim], and the version that they are of."""
-        index = self.index(table)
-        check_vectors(table, index.dim, vectors)
-        found: tuple[Nearest, Version] = index.search(vectors, k, exact=exact, among=among, without=without)
-        return found
+        return self.now.nearest(table, vectors, k, exact=exact, among=among, without=without)
 
 
 _NOTHING: Keys = np.empty(0, np.uint64)

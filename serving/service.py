@@ -80,13 +80,14 @@ class ServingService:
 
     def _asked_of(self, message: LookupRequest) -> Model:
         """Return what a request is to be answered from; WrongJob, NotFound where that is not served here."""
-        serving = self.serving
-        snapshot = serving.current
-        if message.job and message.job != snapshot.job:
-            raise WrongJob(f"what is served here is of job {snapshot.job}, and not of {message.job[:64]!r}")
-        if message.HasField("version"):
-            wanted = message.version
-            return serving.version(Version(wanted.run, wanted.cut, 0.0, wanted.live))
+        snapshot = self._of_job(message.job)
+        return self.serving.version(_wanted(message.version)) if message.HasField("version") else snapshot
+
+    def _of_job(self, job: str) -> Model:
+        """Return what is served; WrongJob unless it is of ``job``, if that is said."""
+        snapshot = self.serving.current
+        if job and job != snapshot.job:
+            raise WrongJob(f"what is served here is of job {snapshot.job}, and not of {job[:64]!r}")
         return snapshot
 
     def rows_of(self, snapshot: Model, name: str, keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], int]:
@@ -136,9 +137,10 @@ class ServingService:
         """Return the rows nearest to vectors."""
         _check_version(request.protocol)
         # Unavailable until there is one.
-        self.serving.current.part.refuse("nearest rows")
+        model, serving = self._of_job(request.job), self.serving
+        recall = serving.recall_of(_wanted(request.version)) if request.HasField("version") else serving.recall
         begun = time.perf_counter()
-        reply = answer_nearest(self.serving.recall, request, self._max_keys)
+        reply = answer_nearest(recall, model, request, self._max_keys)
         with self._lock:
             self.nearest_seconds.observe(time.perf_counter() - begun)
         return reply
@@ -193,6 +195,10 @@ def _check_version(protocol: int) -> None:
     """Refuse another version of the messages; who does not say which is taken at its word, as a client of other make may."""
     if protocol:
         check_protocol(protocol)
+
+
+def _wanted(version: ModelVersion) -> Version:
+    return Version(version.run, version.cut, 0.0, version.live)
 
 
 def _version(version: Version) -> ModelVersion:

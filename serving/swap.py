@@ -42,7 +42,7 @@ class Serving:
         self.store = store
         self.part = part
         # The indexes of tables whose nearest rows may be asked for.
-        self._recall = Recall(recall)
+        self._recall = Recall(recall, keep=not part.whole)
         self.pinned = False
         # Why a newer cut is not served; empty: nothing is wrong.
         self.problem = ""
@@ -87,6 +87,10 @@ class Serving:
         have = " and ".join(dict.fromkeys(str(model.version) for model in found))
         raise NotFound(f"{wanted} is not served here; {have} is", cut=wanted.cut, run=wanted.run)
 
+    def recall_of(self, wanted: Version) -> Asked:
+        """Return what is asked for nearest rows of a version, which is served, or was until lately; NotFound."""
+        return self._recall.of(wanted)
+
     def _served(self) -> list[Model]:
         """Return the models that may be asked for by version, the one that is served first."""
         before = self._before
@@ -100,8 +104,13 @@ class Serving:
     def _let_go(self) -> None:
         """Give back the memory of what was kept for long enough."""
         before = self._before
-        if before is not None and self._clock() > before[1]:
-            self._before = None
+        # While another one is opened that which is kept may be exchanged; next time, then.
+        if before is not None and self._clock() > before[1] and self._loading.acquire(blocking=False):
+            try:
+                self._before = None
+                self._recall.let_go()
+            finally:
+                self._loading.release()
 
     def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Open ``cut`` (None: the newest) and serve it; whatever goes wrong leaves what is served as it was."""

@@ -9,6 +9,7 @@ have length 1, and one of zeros stays so. A batch of updates takes time for itse
 Nothing is locked here: who changes it is alone (``serving/nearest.py``).
 """
 
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,13 @@ class Vectors:
         self._free: NDArray[np.int64] = np.zeros(0, np.int64)
         # Slots from here on were never used.
         self.end = 0
+
+    def copy(self) -> "Vectors":
+        """Return the same, which can be changed by itself."""
+        made = copy(self)
+        # The other arrays are exchanged, and never written to.
+        made.matrix, made.key_of, made.used = self.matrix.copy(), self.key_of.copy(), self.used.copy()
+        return made
 
     @property
     def rows(self) -> int:

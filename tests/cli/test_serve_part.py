@@ -11,7 +11,7 @@ from oarlock.cli.main import main
     [
         (["--part", "2/2"], "part 2 of 2: give I/N"),
         (["--part", "half"], "'half' is no part: give I/N"),
-        (["--part", "0/2", "--recall", "user"], "--recall goes with all of a model"),
+        (["--part", "0/2", "--recall", "user:exact"], "no checkpoint in"),
         (["--part", "0/2", "--job", "."], "--job goes with all of a model"),
         (["--part", "1/2", "--http", "127.0.0.1:0"], "--http goes with all of a model"),
         (["--part", "1/2", "--recipe", "ncf"], "--recipe goes with all of a model"),

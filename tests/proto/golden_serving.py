@@ -62,6 +62,8 @@ SERVING: dict[str, Message] = {
             exact=True,
             among=pack(KEYS),
             without=pack(KEYS[:1]),
+            version=model_version(),
+            job=JOB.hex(),
         ),
         serving_pb2.NearestReply(
             version=model_version(),

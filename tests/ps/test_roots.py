@@ -36,7 +36,7 @@ NO_PATHS = {
     "Shard.Hello": {"version"},
     "Coordinator.Hello": {"version"},
     "Serving.Lookup": {"job"},
-    "Serving.Nearest": {"table"},
+    "Serving.Nearest": {"table", "job"},
     "GRPCInferenceService.ModelReady": {"name", "version"},
     "GRPCInferenceService.ModelMetadata": {"name", "version"},
     "GRPCInferenceService.ModelInfer": {"model_name", "model_version", "id"},

@@ -26,6 +26,15 @@ class Held(ServingService):
         self.go.set()
         self.lookups = 0
         self.waiting = threading.Event()
+        # While it is not set, nobody is told what is served.
+        self.tells = threading.Event()
+        self.tells.set()
+
+    def describe(self, request):
+        if not self.tells.is_set():
+            self.waiting.set()
+            self.tells.wait(SECONDS)
+        return super().describe(request)
 
     def lookup(self, request):
         self.lookups += 1
@@ -38,14 +47,17 @@ class Held(ServingService):
 class Server:
     """One server of what ``serving`` serves."""
 
-    def __init__(self, serving, listen="127.0.0.1:0", **options):
+    def __init__(self, serving, listen="127.0.0.1:0", tells=True, **options):
         self.serving = serving
         self.service = Held(self.serving)
+        if not tells:
+            self.service.tells.clear()
         self.server = GrpcServer(self.service, "Serving", listen=listen, serving=lambda: self.serving.ready, **options)
         self.address = self.server.start()
 
     def stop(self):
         self.service.go.set()
+        self.service.tells.set()
         self.server.stop()
 
 
@@ -55,9 +67,9 @@ class Servers:
     def __init__(self):
         self._all = []
 
-    def start(self, store, number=0, parts=1, **options):
+    def start(self, store, number=0, parts=1, recall=(), **options):
         """Return a server of part ``number`` of ``parts`` of what ``store`` has."""
-        serving = Serving(store, part=ModelPart(number, parts))
+        serving = Serving(store, part=ModelPart(number, parts), recall=recall)
         serving.load()
         return self.serve(serving, **options)
 
