@@ -19,6 +19,8 @@ from oarlock.serving.asking import Asking, Attempt, Question
 from oarlock.serving.fleet import Fleet, Replica
 
 DESCRIBE_SECONDS = 2.0
+# While some are asked what they have: between two looks for others that are to be, and for the end.
+LOOK_SECONDS = 0.1
 
 
 class Hedged:
@@ -83,8 +85,7 @@ class Hedged:
                     if asking.part not in answers:
                         for attempt in asking.late():
                             drop(attempt)
-                            late = f"{asking.question.method} at {attempt.replica.address}: no answer in time"
-                            send(asking, asking.failed(attempt, DeadlineExceeded(late)))
+                            send(asking, asking.failed(attempt, asking.no_answer(attempt)))
                         send(asking, asking.hedge())
             return answers
         finally:
@@ -130,53 +131,24 @@ class Tender:
             self._due.notify()
 
     def _run(self) -> None:
+        asked = _Described(self._fleet, self._transport)
         while True:
             with self._changed:
                 seconds = self._fleet.seconds_to_due()
-                if self._closed or seconds is None:
+                if self._closed or (seconds is None and not asked):
                     self._thread = None
-                    return
-                if seconds > 0:
+                    break
+                if seconds and not asked:
                     self._sleeps_until = time.monotonic() + seconds
                     self._due.wait(seconds)
                     self._sleeps_until = 0.0
                     continue
-            self._describe(self._fleet.due())
-
-    def _describe(self, replicas: list[Replica]) -> None:
-        asked: dict[int, tuple[Replica, Any]] = {}
-        poll = select.poll()
-        until = time.monotonic() + DESCRIBE_SECONDS
-        for replica in replicas:
-            try:
-                sent = self._transport.begin(
-                    replica.address,
-                    "Serving.Describe",
-                    ModelRequest(protocol=PROTOCOL),
-                    timeout_seconds=DESCRIBE_SECONDS,
-                )
-            except PSError as error:
-                self._fleet.silent(replica, error)
-                continue
-            asked[sent.fileno()] = (replica, sent)
-            poll.register(sent.fileno(), select.POLLIN)
-        while asked and not self._closed and (left := until - time.monotonic()) > 0:
-            for number, _ in poll.poll(min(100, math.ceil(1000 * left))):
-                replica, sent = asked.pop(number)
-                poll.unregister(number)
-                try:
-                    self._fleet.learn(replica, sent.take())
-                except PSError as error:
-                    self._fleet.silent(replica, error)
-            self._tell()
-        for replica, sent in asked.values():
-            sent.drop()
-            self._fleet.silent(replica, DeadlineExceeded(f"{replica.address} does not say in time what it serves"))
-        self._tell()
-
-    def _tell(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+            # One that is silent keeps nobody from asking another one.
+            asked.ask(self._fleet.due())
+            asked.hear(LOOK_SECONDS if seconds is None else min(LOOK_SECONDS, seconds))
+            with self._changed:
+                self._changed.notify_all()
+        asked.drop()
 
     def close(self) -> None:
         """Ask no more; idempotent."""
@@ -187,3 +159,57 @@ class Tender:
             self._changed.notify_all()
         if thread is not None:
             thread.join()
+
+
+class _Described:
+    """Servers that are asked at this moment what they have. One thread."""
+
+    def __init__(self, fleet: Fleet, transport: BlockingTransport) -> None:
+        self._fleet = fleet
+        self._transport = transport
+        self._poll = select.poll()
+        # By file number; until when an answer is waited for.
+        self._asked: dict[int, tuple[Replica, Any, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def ask(self, replicas: list[Replica]) -> None:
+        """Ask servers."""
+        request = ModelRequest(protocol=PROTOCOL)
+        for replica in replicas:
+            try:
+                sent = self._transport.begin(
+                    replica.address, "Serving.Describe", request, timeout_seconds=DESCRIBE_SECONDS
+                )
+            except PSError as error:
+                self._fleet.silent(replica, error)
+                continue
+            self._asked[sent.fileno()] = replica, sent, time.monotonic() + DESCRIBE_SECONDS
+            self._poll.register(sent.fileno(), select.POLLIN)
+
+    def hear(self, seconds: float) -> None:
+        """Wait so long for an answer, and tell the fleet what came, and of whom nothing comes any more."""
+        if self._asked:
+            for number, _ in self._poll.poll(math.ceil(1000 * seconds)):
+                replica, sent, _ = self._forget(number)
+                try:
+                    self._fleet.learn(replica, sent.take())
+                except PSError as error:
+                    self._fleet.silent(replica, error)
+        now = time.monotonic()
+        self._give_up([number for number, (_, _, until) in self._asked.items() if now >= until])
+
+    def drop(self) -> None:
+        """Wait for nobody any more."""
+        self._give_up(list(self._asked))
+
+    def _give_up(self, numbers: list[int]) -> None:
+        for number in numbers:
+            replica, sent, _ = self._forget(number)
+            sent.drop()
+            self._fleet.silent(replica, DeadlineExceeded(f"{replica.address} does not say in time what it serves"))
+
+    def _forget(self, number: int) -> tuple[Replica, Any, float]:
+        self._poll.unregister(number)
+        return self._asked.pop(number)

@@ -55,7 +55,8 @@ class AsyncHedged:
             while True:
                 seconds = max(0.0, asking.wake - time.monotonic())
                 done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                # Good ones first: an error of the same moment takes no answer away.
+                for task in sorted(done, key=_failed):
                     attempt = tasks.pop(task)
                     try:
                         answer = task.result()
@@ -64,6 +65,10 @@ class AsyncHedged:
                         continue
                     asking.answered(attempt)
                     return answer
+                for attempt in asking.late():
+                    del tasks[attempt.sent]
+                    attempt.sent.cancel()
+                    send(asking.failed(attempt, asking.no_answer(attempt)))
                 send(asking.hedge())
         finally:
             asking.give_up()
@@ -80,6 +85,8 @@ class AsyncTender:
         self._due = asyncio.Event()
         self._sleeps_until = 0.0
         self._task: asyncio.Task[None] | None = None
+        # Servers that are asked: one that is silent keeps nobody from asking another one.
+        self._asking: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def wait(self, seconds: float) -> None:
@@ -110,7 +117,10 @@ class AsyncTender:
                         await self._due.wait()
                 self._sleeps_until = 0.0
             else:
-                await asyncio.gather(*(self._describe(each) for each in self._fleet.due()))
+                for each in self._fleet.due():
+                    task = asyncio.ensure_future(self._describe(each))
+                    self._asking.add(task)
+                    task.add_done_callback(self._asking.discard)
 
     async def _describe(self, replica: Replica) -> None:
         request = ModelRequest(protocol=PROTOCOL)
@@ -129,9 +139,9 @@ class AsyncTender:
     async def close(self) -> None:
         """Ask no more; idempotent."""
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*self._asking, *([self._task] if self._task is not None else [])]
+        _cancel(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _task(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -144,6 +154,10 @@ def _heard(task: "asyncio.Task[Any]") -> None:
     """Have heard how a task ended: who lost ends as it likes."""
     if not task.cancelled():
         task.exception()
+
+
+def _failed(task: "asyncio.Task[Any]") -> bool:
+    return task.exception() is not None
 
 
 def _cancel(tasks: Iterable["asyncio.Task[Any]"]) -> None:

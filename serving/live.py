@@ -279,7 +279,12 @@ class Live:
         keys, rows = self._rows(part, table)
         coming = self._arriving.get(number)
         if coming is None or not coming.least:
-            coming = self._arriving[number] = _Arriving(int(after[0]), take)
+            coming = _Arriving(int(after[0]), take)
+        if len(keys) and int(keys.min()) < coming.least:
+            raise Malformed(f"table {table.spec.name}: a page has keys of the page before")
+        if part.next and (not len(keys) or part.next <= int(keys.max())):
+            raise Malformed(f"table {table.spec.name}: a page ends nowhere")
+        self._arriving[number] = coming
         coming.keys.append(keys)
         coming.rows.append(rows)
         coming.least = part.next

@@ -66,6 +66,12 @@ def _one_model(told: Mapping[str, ModelReply]) -> ServedModel:
     for address, other in found.items():
         if wrong := differs(other, model):
             raise InvalidArgument(f"{address} and {first} do not go together: {address} {wrong}")
+    have = {reply.part for reply in told.values()}
+    if lacking := [part for part in range(model.parts) if part not in have]:
+        raise InvalidArgument(
+            f"none of {len(told)} servers has part {lacking[0]} of {model.parts}: give the addresses of all parts, or "
+            "they serve several cuts"
+        )
     return model
 
 

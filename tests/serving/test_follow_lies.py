@@ -100,6 +100,45 @@ def test_a_lie_is_refused_or_mended(followed, monkeypatch, seed):
     assert found.tobytes() == job.inner.rows("user", KEYS).tobytes()
 
 
+def test_pages_of_a_block_that_go_nowhere_are_refused(followed):
+    """Else one that lies could go on with the same block for ever, and all of it would be kept."""
+    job, following = followed
+    live, shard = following.live, following._routes.shards[0]
+    numbers = np.flatnonzero(job.inner.owners[:12] == 0).astype(np.int32)
+    table = live.tables["user"]
+    block = next(b for b in range(8) if job.inner.owners[b] == 0 and len(table.keys_of(b)) > 3)
+    keys = np.sort(table.keys_of(block))
+
+    def page(some, following_key):
+        rows = np.zeros((len(some), table.row_bytes), np.uint8)
+        one = pack(np.array([block], np.int32))
+        after = pack(np.array([5], np.uint64))
+        return ChangesReply(
+            more=1,
+            tables=[
+                TableChanges(whole=True, blocks=one, after=after, keys=pack(some), rows=pack(rows), next=following_key)
+            ],
+        )
+
+    live._forget([block])
+    for some, following_key, match in (
+        (keys[:2], int(keys[1]), "ends nowhere"),
+        (keys[:0], 7, "ends nowhere"),
+        (keys[:2], int(keys[1]) + 1, ""),
+        (keys[:2], int(keys[1]) + 1, "keys of the page before"),
+        (keys[1:3], int(keys[2]) + 1, "keys of the page before"),
+        (keys[:0], int(keys[1]) + 1, "ends nowhere"),
+        (keys[2:], 0, ""),
+    ):
+        if match:
+            with pytest.raises(Malformed, match=match):
+                live.apply(shard, numbers, page(some, following_key), job.clock.now)
+        else:
+            live.apply(shard, numbers, page(some, following_key), job.clock.now)
+    assert np.concatenate(live._arriving[block].keys).tolist() == keys.tolist()
+    assert live._arriving[block].all_here
+
+
 @pytest.mark.parametrize(
     ("part", "match"),
     [

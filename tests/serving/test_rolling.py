@@ -62,6 +62,14 @@ def test_nobody_is_told_what_one_cannot_do(fleet, kind):
         assert cuts_of(fleet) == [3] * 4
 
 
+def test_a_set_that_lacks_a_part_is_refused(fleet, kind):
+    """Parts that are not told would serve another cut for good, and clients of all would have no version."""
+    wrong = "none of 2 servers has part 1 of 2: give the addresses of all parts"
+    with Asked(kind, [each.address for each in fleet[:2]]) as client, pytest.raises(InvalidArgument, match=wrong):
+        client.rollback(2)
+    assert cuts_of(fleet) == [3] * 4
+
+
 def test_who_fails_in_between_is_named_and_can_be_told_again(fleet, kind, monkeypatch):
     real = fleet[1].serving.roll_back
 
