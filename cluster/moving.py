@@ -108,8 +108,8 @@ class Moving:
         self._confirmed: dict[int, int] = {}
         self._look: set[int] = set()
         self._timers: list[tuple[float, int]] = []
-        # With the time at which each is given again.
-        self._reopen: dict[tuple[int, int], tuple[Order, float]] = {}
+        # With the time at which each is given again. Of one block there may be several: it is closed under whichever came last.
+        self._reopen: dict[Order, float] = {}
 
     # What is wanted
 
@@ -146,7 +146,7 @@ class Moving:
         self._look.update(
             b for b, f in self.flights.items() if shard in (f.owner, f.move.to, f.move.heir, f.move.leaves)
         )
-        self._reopen = {key: known for key, known in self._reopen.items() if known[0].owner != shard}
+        self._reopen = {order: again for order, again in self._reopen.items() if order.owner != shard}
 
     def copies_to(self, shard: int) -> list[int]:
         """Return the blocks whose owners may require a copy on a shard that no record names yet."""
@@ -169,7 +169,7 @@ class Moving:
             and flight.move.heir in self._records.shards
         ):
             return flight.move.heir
-        self._reopen[block, owner] = (Order(REOPEN, owner, block, generation, term=term, order=order), 0.0)
+        self._reopen[Order(REOPEN, owner, block, generation, term=term, order=order)] = 0.0
         return None
 
     def leaves(self, block: int) -> int:
@@ -179,8 +179,7 @@ class Moving:
 
     def reopened(self, order: Order) -> None:
         """The owner has heard that a hand-over came to nothing."""
-        if self._reopen.get((order.block, order.owner), (None, 0.0))[0] == order:
-            del self._reopen[order.block, order.owner]
+        self._reopen.pop(order, None)
 
     def hold(self, held: bool) -> None:
         """Begin nothing that closes a block, or changes a record, while ``held``."""
@@ -207,8 +206,9 @@ class Moving:
 
     def _open_again(self, flight: Flight) -> None:
         block, owner = flight.move.block, flight.owner
-        order = Order(REOPEN, owner, block, flight.generation, term=self._term, order=flight.orders[-1])
-        self._reopen[block, owner] = (order, 0.0)
+        # Each of them may be the last that came there.
+        for number in flight.orders:
+            self._reopen[Order(REOPEN, owner, block, flight.generation, term=self._term, order=number)] = 0.0
         self._leave_stage(flight)
 
     # What follows
@@ -231,11 +231,11 @@ class Moving:
         if not self.held:
             for flight in self._gathered(now):
                 self._close(flight, now, orders)
-        for key, (order, again) in list(self._reopen.items()):
+        for order, again in list(self._reopen.items()):
             if order.generation != int(self._records.generations[order.block]):
-                del self._reopen[key]
+                del self._reopen[order]
             elif again <= now:
-                self._reopen[key] = (order, now + REPEAT_SECONDS)
+                self._reopen[order] = now + REPEAT_SECONDS
                 orders.append(order)
         return orders, changes
 

@@ -149,15 +149,33 @@ def test_a_block_is_not_closed_for_ever(make_table: Any) -> None:
     table = make_table()
     table.record(1, 0, 0, 3)
     table.moving.want([Move(1, 0, 3, 3)])
-    table.moving.step(0.0)
-    now = 0.0
+    (first,), _ = table.moving.step(0.0)
+    now, given = 0.0, {first.order}
     while table.moving.flights:
         now += REPEAT_SECONDS
         orders, _ = table.moving.step(now)
+        given |= {o.order for o in orders if o.kind == HAND}
     assert now >= HAND_SECONDS
-    assert [o.kind for o in orders] == [REOPEN]
-    table.moving.reopened(orders[0])
+    assert len(given) > 1
+    assert {o.kind for o in orders} == {REOPEN}
+    assert {o.order for o in orders} == given, "it is closed under whichever came last"
+    for order in orders:
+        table.moving.reopened(order)
     assert table.moving.step(now + 10 * REPEAT_SECONDS) == ([], [])
+
+
+def test_a_late_report_of_another_order_takes_the_place_of_none(make_table: Any) -> None:
+    """The block is closed under the newest that came: a word about an older one opens nothing."""
+    table = make_table()
+    table.record(1, 0, 0, 3)
+    generation = table.records.of(1)[2]
+    for order in (3, 1):
+        assert table.moving.handed(1, TERM, order) is None
+    orders, _ = table.moving.step(0.0)
+    assert [(o.kind, o.generation, o.order) for o in orders] == [(REOPEN, generation, 3), (REOPEN, generation, 1)]
+    table.moving.reopened(orders[1])
+    again, _ = table.moving.step(REPEAT_SECONDS)
+    assert [o.order for o in again] == [3]
 
 
 def test_a_report_of_an_order_that_nobody_knows_is_answered_by_opening(make_table: Any) -> None:
