@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs of cuts, planted on purpose: at the gate, in the numbers of pushes, in views, in files, in what a manifest says."""
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -65,13 +66,21 @@ def silent_workers_are_not_waited_for_after_a_restart(patch: Patch) -> None:
     patch.setattr(Cuts, "_pushing", pushing)
 
 
+def views_that_begin_late_are_believed(patch: Patch) -> None:
+    """A coordinator that was stopped for long takes what workers said at their gates for what is so."""
+    patch.setattr(cutting, "PATIENCE", math.inf)
+
+
 def late_pushes_are_taken_for_new_ones(patch: Patch) -> None:
-    """A push of before the cut is applied after it, whoever sends it, and nothing is said of it."""
+    """A push of before the cut is applied after it, whoever sends it, and nothing is said of it. The coordinator's clock, which
+    keeps the same rule where clocks go alike, is not looked at."""
+    views_that_begin_late_are_believed(patch)
     patch.setattr(CutsOfShard, "check", lambda self, header: None)
 
 
 def tears_are_not_looked_at(patch: Patch) -> None:
-    """A view that a worker tore is committed all the same."""
+    """A view that a worker tore is committed all the same, and the coordinator's clock is not looked at."""
+    views_that_begin_late_are_believed(patch)
     original = ShardService.write
 
     def write(self: ShardService, request: Any) -> Any:

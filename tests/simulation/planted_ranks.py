@@ -146,11 +146,6 @@ def waits_where_another_shard_was_not_told(patch: Patch) -> None:
     patch.setattr(Commit, "_tell", tell)
 
 
-def waits_though_a_shard_is_new(patch: Patch) -> None:
-    """A rank waits for a step at the shards that it knew, though others came that have not heard of its commit."""
-    patch.setattr(Commit, "strangers", lambda self, routes: [])
-
-
 def rows_are_answered_before_the_step(patch: Patch) -> None:
     """A pull is answered at once, with the rows of the step before."""
     patch.setattr(Staged, "_without_rows", lambda self, state: None)

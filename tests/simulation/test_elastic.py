@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import planted_cuts
 import planted_moves
-import planted_ranks
 import pytest
 
 from oarlock.simulation.campaign import drawn, files, run_seeds
@@ -64,16 +64,9 @@ def test_a_block_may_be_handed_over_as_the_job_ends() -> None:
     assert run_seeds(range(50_046, 50_047), (ELASTIC,)).violations == []
 
 
-@pytest.mark.parametrize("seed", [9_102_438, 9_110_926, 9_111_749, 9_112_925])
-def test_what_campaigns_found_stays_mended(seed: int) -> None:
-    """A hand-over whose end the next coordinator has not heard of; a minimum that only a worker without work knew; a gate that
-    workers had opened while the coordinator was stopped; ranks that wait at shards of which others have not heard."""
-    assert run(drawn(seed, (ELASTIC,)), files()).violation == ""
-
-
-def test_ranks_that_wait_while_shards_come_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted_ranks.waits_though_a_shard_is_new(monkeypatch)
-    assert "L1: the job is not over" in run(drawn(9_112_925, (ELASTIC,)), files()).violation
+def test_views_that_begin_too_late_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted_cuts.views_that_begin_late_are_believed(monkeypatch)
+    assert "C1: cut 2" in run(drawn(9_111_749, (ELASTIC,)), files()).violation
 
 
 def test_the_campaign_has_a_mode_for_it() -> None:
