@@ -19,7 +19,10 @@ from oarlock.simulation.restored import run
 
 MOST = 400
 # Where to begin to look for one that is rare.
-FIRST = {planted_moves.refusals_end_with_their_record: 32_051}
+FIRST = {
+    planted_moves.refusals_end_with_their_record: 32_051,
+    planted_moves.opened_again_under_any_order: 400,
+}
 # Found within seconds.
 SOON = {
     planted_moves.acknowledged_before_the_copies_have_it,
