@@ -40,7 +40,7 @@ CALL_SECONDS = 20.0
 # the coordinator says so before, after one.
 SILENT_LEASES = 2
 # Of the time in which blocks move for the sake of balance, or of another number of shards, this part is spent on copies.
-COPYING_SHARE, MOST_REST_SECONDS = 0.08, 1.0
+COPYING_SHARE, MOST_REST_SECONDS = 0.1, 1.0
 
 
 def message_of(shard: Shard, stream: Stream, header: Header) -> Bulk | None:
