@@ -28,12 +28,13 @@ from oarlock.serving.asking import Question, Steps
 from oarlock.serving.fleet import Counts, Fleet, ServedModel
 from oarlock.serving.gather import looking_up, merged
 from oarlock.serving.gather_nearest import NEAREST, Wanted, finding
-from oarlock.serving.hedged import Hedged, Tender
+from oarlock.serving.hedged import Hedged
 from oarlock.serving.hedged_async import AsyncHedged, AsyncTender
 from oarlock.serving.hedging import SHARE
 from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, lookup_request, read_found
 from oarlock.serving.nearest_wire import Neighbours, read_nearest
 from oarlock.serving.rolling import roll_back, roll_back_async, rolling_back
+from oarlock.serving.tender import Tender
 
 T = TypeVar("T")
 

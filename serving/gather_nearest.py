@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.embedding.partition import Grouped, grouped_by_part
-from oarlock.proto.arrays import pack
+from oarlock.proto.arrays import pack, unpack
 from oarlock.proto.errors import NotFound
 from oarlock.proto.serving_pb2 import ModelVersion as VersionMessage
 from oarlock.proto.serving_pb2 import NearestRequest
@@ -55,11 +55,12 @@ def finding(fleet: Fleet, model: ServedModel, wanted: Wanted) -> Steps[Neighbour
     if form is None:
         raise unknown_table(wanted.table, model.tables)
     # A part is asked for nothing, and told of nothing, that it has not.
-    by_part = {
-        name: grouped_by_part(checked_keys(name, keys), np.uint64(form.salt), form.blocks, model.parts)
-        for name, keys in (("among", wanted.among), ("without", wanted.without))
-        if keys is not None
-    }
+    by_part: dict[str, Grouped] = {}
+    for name in ("among", "without"):
+        if request.HasField(name):
+            keys = unpack(getattr(request, name), np.uint64, name)
+            by_part[name] = grouped_by_part(keys, np.uint64(form.salt), form.blocks, model.parts)
+            request.ClearField(name)
 
     def question(part: int, kind: Kind | None) -> Question:
         asked = NearestRequest()

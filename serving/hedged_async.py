@@ -16,7 +16,7 @@ from oarlock.proto.rpc import GrpcTransport
 from oarlock.proto.serving_pb2 import ModelRequest
 from oarlock.serving.asking import Asking, Attempt, Question
 from oarlock.serving.fleet import Fleet, Replica
-from oarlock.serving.hedged import DESCRIBE_SECONDS
+from oarlock.serving.tender import DESCRIBE_SECONDS
 
 
 class AsyncHedged:

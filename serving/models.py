@@ -116,7 +116,7 @@ class Models:
         snapshot = self._current()
         if not snapshot.part.whole:
             raise NotFound(
-                f"there are no models here: this process has {snapshot.part} of one, and answers oarlock.Serving's Lookup alone"
+                f"there are no models here: this process has {snapshot.part} of one, and answers oarlock.Serving alone"
             )
         predicts = self.predictor is not None and name == self._prediction(snapshot)
         if not predicts and name not in snapshot.tables:

@@ -18,7 +18,7 @@ from oarlock.export.compress import Method, compress
 from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, NotFound, UnknownTable, WrongJob
 from oarlock.proto.rpc import BlockingTransport
 from oarlock.proto.serving_pb2 import LookupRequest, ModelVersion
-from oarlock.serving import Client, hedged, hedged_async
+from oarlock.serving import Client, hedged_async, tender
 from oarlock.serving.part import ModelPart, read_part
 
 KINDS = ["blocking", "asyncio"]
@@ -206,7 +206,7 @@ def test_a_replica_that_dies_is_done_without_and_comes_back(model, servers, kind
 
 
 def test_one_that_does_not_say_what_it_has_keeps_nobody_from_asking_another(model, servers, kind, monkeypatch):
-    for module in (hedged, hedged_async):
+    for module in (tender, hedged_async):
         monkeypatch.setattr(module, "DESCRIBE_SECONDS", fleet_rig.SECONDS)
     two = servers.parts(model.store, 1, replicas=2)
     with Asked(kind, [each.address for each in two]) as client:
