@@ -2,7 +2,7 @@
 """Phases in a trace: which phase a job was in, and in which epoch, as events of the coordinator's own row.
 
 Invariant: they follow each other without a gap. A change is noticed by looking, before and after every order and at every judging
-of leases: nothing that a member waits for is recorded. One event loop.
+of leases: nothing that a member waits for is recorded. Used by one event loop.
 """
 
 from oarlock.cluster.coordinator import Coordinator
@@ -19,7 +19,9 @@ class Phases:
         self._seen = self._now()
 
     def _now(self) -> tuple[str, int]:
-        return self._coordinator.phase, self._coordinator.work.epoch
+        # With the lock: an epoch ends on another thread, which changes the one after the other.
+        with self._coordinator.lock:
+            return self._coordinator.phase, self._coordinator.work.epoch
 
     def look(self) -> None:
         """Record the phase that is over, if one is."""
