@@ -123,6 +123,9 @@ class CountedProgram:
             self.row_gradients[name] = np.broadcast_to(-counts / np.float32(RATES.rows), rows.shape).copy()
         return loss
 
+    def prepare(self) -> None:
+        """Take the parameters as they are for predictions: each takes them anyhow."""
+
     def predict(self, feeds: dict[str, Any], samples: int) -> NDArray[np.float32]:
         self._inner.flat_parameters[:] = self.flat_parameters[: self._size]
         scores: NDArray[np.float32] = self._inner.predict(self._parted(feeds)[0], samples)

@@ -236,6 +236,30 @@ def _added(vectors: int) -> Callable[..., Any]:
     return tile
 
 
+def _transposed(typing: Any, source: Any, source_step: Any, out: Any, out_step: Any) -> Any:
+    """Write the transpose of ``LANES`` rows of as many columns: halves of rows are exchanged, then quarters, and so on."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_step, out, out_step = arguments
+        rows = [_read(builder, builder.add(source, builder.mul(source_step, _word(i))), 0) for i in range(LANES)]
+        distance = LANES // 2
+        while distance:
+            # Where a lane's number has the bit, the first of two rows takes the other one's lane without it, and reversed.
+            low = [LANES + i - distance if i & distance else i for i in range(LANES)]
+            high = [LANES + i if i & distance else i + distance for i in range(LANES)]
+            for i in range(LANES):
+                if not i & distance:
+                    a, b = rows[i], rows[i + distance]
+                    for j, lanes in ((i, low), (i + distance, high)):
+                        rows[j] = builder.shuffle_vector(a, b, ir.Constant(_INTS, lanes))
+            distance //= 2
+        _write(builder, [[row] for row in rows], out, out_step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
 biased_tile, biased_half_tile = intrinsic(_biased(2)), intrinsic(_biased(1))
 masked_tile, masked_half_tile = intrinsic(_masked(2)), intrinsic(_masked(1))
 added_tile, added_half_tile = intrinsic(_added(2)), intrinsic(_added(1))
+transposed_tile = intrinsic(_transposed)

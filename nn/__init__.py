@@ -2,7 +2,7 @@
 """Models as static dataflow graphs: layers called on nodes, then ``Model(...).bind(max_batch)`` to train and predict.
 
 Reading order: graph, layers, loss, model; then layout, operations, program; kernels, row_kernels, mask_kernels, pairs,
-tiled; feeds; bfloat16, bfloat16_kernels; picture.
+tiled, pair_tiles; feeds; bfloat16, bfloat16_kernels; picture.
 """
 
 from oarlock.nn.bfloat16 import DENSE_DTYPES, check_dense_dtype

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from oarlock.embedding.tile import ROWS
-from oarlock.nn import kernels, mask_kernels, pairs, row_kernels, tiled
+from oarlock.nn import kernels, mask_kernels, pair_tiles, pairs, row_kernels, tiled
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed
 from oarlock.nn.graph import Dropout, Fields, Linear, Node
 from oarlock.nn.layout import Piece, Route, Strip
@@ -27,9 +27,11 @@ Feed = LookupFeed | DenseFeed | LabelFeed
 class Step:
     """One node, bound: where it reads and writes. Of ``targets``, ``routes`` and ``moves`` see ``nn.layout.Layout``.
 
-    ``mask_key``: where a dropout's draws of this step begin; None while predicting, when nothing is dropped. Of a Linear
-    ``tiled``: whether its products are taken by ``nn.tiled``; ``before``: the one with relu and bias whose gradient it alone
-    writes; ``masked``: whether the one after it has written this one's gradient as it is before the relu, and the bias's.
+    ``mask_key``: where a dropout's draws of this step begin; None while predicting, when nothing is dropped. ``tiled_forward``:
+    whether what goes forward is made by ``nn.tiled`` or ``nn.pair_tiles``. Of a Linear ``tiled``: whether its gradients are made
+    by ``nn.tiled``; ``prepared``: what its weight was made into for predictions, if it was; ``before``: the one with relu and
+    bias whose gradient it alone writes; ``masked``: whether the one after it has written this one's gradient as it is before the
+    relu, and the bias's.
     """
 
     node: Node
@@ -45,7 +47,9 @@ class Step:
     pieces: list[tuple[Piece, Strip, Strip | None]] = field(default_factory=list)
     mask_key: np.uint64 | None = None
     scratch: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    tiled_forward: bool = False
     tiled: bool = False
+    prepared: Array | None = None
     before: "Step | None" = None
     masked: bool = False
 
@@ -112,10 +116,12 @@ def _linear_forward(step: Step) -> None:
     assert out is not None
     assert isinstance(layer, Linear)
     source, weight = step.inputs[0], step.parameters[0]
-    if step.tiled and len(out.rows) >= ROWS:
+    if step.tiled_forward and len(out.rows) >= ROWS:
         bias = step.parameters[1] if layer.bias else NO_BIAS
         clipped = layer.activation == "relu"
-        tiled.forward(source.rows, source.start, weight, bias, clipped, step.scratch, out.rows, out.start)
+        kernel = tiled.forward if step.prepared is None else tiled.forward_prepared
+        scratch = step.scratch if step.prepared is None else step.prepared
+        kernel(source.rows, source.start, weight, bias, clipped, scratch, out.rows, out.start)
         if layer.activation is not None and not clipped:
             ACTIVATE[layer.activation](out.rows, out.start, out.rows, out.start, out.width)
         return
@@ -238,7 +244,8 @@ def _pool_backward(step: Step) -> None:
 def _interactions_forward(step: Step) -> None:
     *dense, rows = step.inputs
     assert step.output is not None
-    pairs.forward(dense, rows, _fields(step.node), step.output, step.scratch)
+    forward = pair_tiles.forward if step.tiled_forward else pairs.forward
+    forward(dense, rows, _fields(step.node), step.output, step.scratch)
 
 
 def _interactions_backward(step: Step) -> None:
@@ -321,7 +328,9 @@ OPERATIONS: dict[str, Operation] = {
             _interactions_forward,
             _interactions_backward,
             lambda node: node.inputs[-1].width // _fields(node) * node.width,
-            lambda node: pairs.scratch_size(sum(child.width for child in node.inputs), _vectors(node)),
+            lambda node: pairs.scratch_size(
+                sum(child.width for child in node.inputs), _vectors(node)
+            ),  # tiles need less
         ),
         Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
         Operation("add", _add_forward, None, lambda node: node.width),

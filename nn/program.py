@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oarlock.embedding.tile import suits_cpu
-from oarlock.nn import kernels, tiled
+from oarlock.nn import kernels, pair_tiles, tiled
 from oarlock.nn.bfloat16 import HalfLinears, blas_threads
 from oarlock.nn.feeds import DenseFeed, LabelFeed, LookupFeed, check_names
-from oarlock.nn.graph import DenseInput, Label, Linear, Lookup, Node, check_width, topological, trainable
+from oarlock.nn.graph import DenseInput, Fields, Label, Linear, Lookup, Node, check_width, topological, trainable
 from oarlock.nn.layout import Layout, Route, aligned, plan
 from oarlock.nn.mask_kernels import mask_key
 from oarlock.nn.operations import OPERATIONS, Feed, Step
@@ -68,6 +68,8 @@ class Program:
             (operations[step.node].backward, step) for step in reversed(self._train) if step.node in learning
         ]
         self._predict = [(operations[node].forward, steps[node]) for node in model.score_nodes]
+        # Whose weights were put in order for predictions.
+        self._prepared: list[Step] = []
         self._dropouts = [step for step in self._train if step.node.operation == "dropout"]
         self._score = self._layout.values[model.score]
         self._known = set(self._feeds)
@@ -131,9 +133,15 @@ class Program:
     def _choose_tiles(self, steps: dict[Node, Step], others: Container[Node]) -> None:
         """Take the products of wide Linears by tiles, with the relu's gradient wherever it is nobody else's business."""
         for node, step in steps.items():
-            if not isinstance(node.detail, Linear) or node in others or not tiled.fits(*step.parameters[0].shape):
+            if isinstance(node.detail, Fields) and node.operation == "interactions":
+                fields = node.detail.count
+                step.tiled_forward = pair_tiles.fits(fields, step.inputs[-1].width // fields)
+            if not isinstance(node.detail, Linear) or node in others:
                 continue
-            step.tiled = True
+            step.tiled_forward = tiled.fits_forward(node.detail.units)
+            step.tiled = tiled.fits(*step.parameters[0].shape)
+            if not step.tiled:
+                continue
             before, target = steps[node.inputs[0]], step.targets[0] if step.targets else None
             layer, own = before.node.detail, before.gradient
             if isinstance(layer, Linear) and layer.bias and layer.activation == "relu" and target and own:
@@ -181,6 +189,9 @@ class Program:
         if self._dropouts:
             self._draw(seed, step)
         self._take(feeds, batch, self._known)
+        for one in self._prepared:
+            one.prepared = None
+        self._prepared.clear()
         for forward, one in self._forward:
             forward(one)
         for strip in self._layout.zeros:
@@ -200,6 +211,19 @@ class Program:
         label = self._feeds[self.model.label]
         assert isinstance(label, LabelFeed)
         return float(label.total[0]) / self._batch
+
+    def prepare(self) -> None:
+        """Take the parameters as they are for all predictions to come: they are put in the order of the products once.
+
+        After they have changed call it again, before any prediction; ``train`` ends it. Takes as much memory as the parameters.
+        """
+        for _, one in self._predict:
+            if one.tiled_forward and isinstance(one.node.detail, Linear):
+                weight = one.parameters[0]
+                if one.prepared is None:
+                    one.prepared = aligned(1, tiled.prepared_size(*weight.shape))[0]
+                    self._prepared.append(one)
+                tiled.prepare(weight, one.prepared)
 
     def predict(self, feeds: Mapping[str, Any], batch: int) -> Array:
         """Return the score float32[batch] of each sample, a view that is valid until the next call.

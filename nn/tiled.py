@@ -39,9 +39,19 @@ def fits(inputs: int, units: int) -> bool:
     return min(inputs, units) >= LANES
 
 
+def fits_forward(units: int) -> bool:
+    """Return whether a Linear of that many units has room for a tile in its forward product, however few inputs it has."""
+    return units >= LANES
+
+
 def scratch_size(inputs: int, units: int) -> int:
     """Return how many floats of scratch the products of such a Linear need."""
     return max(inputs * (units + WIDE), units * (inputs + WIDE)) + max(inputs, units)
+
+
+def prepared_size(inputs: int, units: int) -> int:
+    """Return how many floats ``prepare`` writes of such a weight, or some more."""
+    return units + inputs * (units + WIDE)
 
 
 @jit
@@ -87,18 +97,31 @@ def pack_transposed(weight: Array, panels: Array) -> None:
 
 
 @jit
+def prepare(weight: Array, scratch: Array) -> None:
+    """Have in ``scratch`` what ``forward_prepared`` needs of a weight."""
+    width = weight.shape[1]
+    # So that one signature does, there is always a bias.
+    scratch[:width] = ZERO
+    pack(weight, scratch[width:])
+
+
+@jit
+def forward_prepared(
+    source: Array, s0: int, weight: Array, bias: Array, relu: bool, prepared: Array, target: Array, t0: int
+) -> None:
+    """Do as ``forward``, with the weight as it was when ``prepare`` wrote ``prepared``."""
+    length, width = weight.shape
+    biased = address_in(bias if len(bias) else prepared, 0)
+    _rows(source, s0, prepared[width:], length, width, biased, ZERO if relu else LOWEST, target, t0)
+
+
+@jit
 def forward(
     source: Array, s0: int, weight: Array, bias: Array, relu: bool, scratch: Array, target: Array, t0: int
 ) -> None:
     """Write source @ weight + bias, and relu of it; an empty bias adds nothing. NaN stays NaN. At least 14 samples."""
-    length, width = weight.shape
-    # So that one signature does, there is always a bias.
-    none = scratch[:width]
-    none[:] = ZERO
-    panels = scratch[width:]
-    pack(weight, panels)
-    biased = address_in(bias if len(bias) else none, 0)
-    _rows(source, s0, panels, length, width, biased, ZERO if relu else LOWEST, target, t0)
+    prepare(weight, scratch)
+    forward_prepared(source, s0, weight, bias, relu, scratch, target, t0)
 
 
 @jit
@@ -265,6 +288,8 @@ def warm_up() -> None:
     samples, square = np.zeros((ROWS, LANES), np.float32), np.zeros((LANES, LANES), np.float32)
     scratch, bias = np.zeros(scratch_size(LANES, LANES), np.float32), np.zeros(LANES, np.float32)
     forward(samples, 0, square, bias, True, scratch, samples.copy(), 0)
+    prepare(square, scratch)
+    forward_prepared(samples, 0, square, bias, True, scratch, samples.copy(), 0)
     backward(samples, 0, square, scratch, samples.copy(), 0)
     backward_relu(samples, 0, square, scratch, samples, 0, samples.copy(), 0, bias)
     weight_gradient(samples, 0, samples, 0, square)

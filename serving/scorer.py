@@ -68,6 +68,7 @@ class Scorer:
         dense = state.dense
         if self._dense is not dense:
             self._program.flat_parameters[:] = dense
+            self._program.prepare()
             self._dense = dense
         if len(parts) == 1 and (size := parts[0].samples) > self.max_batch:
             runs = [slice(at, min(at + self.max_batch, size)) for at in range(0, size, self.max_batch)]

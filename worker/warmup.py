@@ -25,6 +25,7 @@ from oarlock.nn import (
     interactions,
     lookup,
     multiply,
+    pair_tiles,
     pool,
     relu,
     sigmoid,
@@ -53,6 +54,7 @@ def warm_up() -> None:
     program.train(feeds, 8, step=0)
     program.predict(feeds, 8)
     tiled.warm_up()
+    pair_tiles.warm_up()
     permutation(8, 0, 1)
     positives = group_positives(keys, keys)
     NegativeSampler(positives, keys, per_positive=1, seed=0).draw(keys, epoch=0, split=0, batch=0)

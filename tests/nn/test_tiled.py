@@ -68,6 +68,7 @@ def check_guards(buffer, begin, width):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("widths", [*WIDTHS, (1, 16), (13, 50)])
 def test_forward(batch, widths, relu, with_bias, rng):
     inputs, units = widths
     source, s0, x = strip(rng, batch, inputs)
@@ -201,6 +202,42 @@ def test_bits_do_not_depend_on_the_bound_or_on_earlier_batches(bound, reference)
         loss = one.train(feeds, 100, step=1)
         found.append((loss, one.flat_gradients.tobytes(), one.row_gradients["rows"].tobytes()))
     assert found[0] == found[1]
+
+
+def test_a_prepared_weight_gives_the_same_bits(batch, widths, rng):
+    inputs, units = widths
+    source, weight = rng.standard_normal((batch, inputs), np.float32), rng.standard_normal(widths, np.float32)
+    prepared = np.full(tiled.prepared_size(*widths), np.nan, np.float32)
+    tiled.prepare(weight, prepared)
+    for bias in (np.empty(0, np.float32), rng.standard_normal(units, np.float32)):
+        expected, found = np.empty((batch, units), np.float32), np.empty((batch, units), np.float32)
+        tiled.forward(source, 0, weight, bias, True, scratch_of(*widths), expected, 0)
+        for _ in range(2):
+            found[:] = np.nan
+            tiled.forward_prepared(source, 0, weight, bias, True, prepared, found, 0)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_prepared_program_predicts_the_same_until_it_is_prepared_again_or_trains(bound, reference):
+    plain, prepared = bound(True), bound(True)
+    feeds = reference.make_feeds(plain.model, 100, 1)
+
+    def expected(seed):
+        reference.fill(plain, seed)
+        return plain.predict(feeds, 100).copy()
+
+    def found(seed, prepare):
+        reference.fill(prepared, seed)
+        if prepare:
+            prepared.prepare()
+        return prepared.predict(feeds, 100).copy()
+
+    np.testing.assert_array_equal(found(5, True), expected(5))
+    # As it is documented: who changes parameters and does not say so gets no scores of either.
+    assert not np.array_equal(found(6, False), expected(6))
+    np.testing.assert_array_equal(found(6, True), expected(6))
+    prepared.train(feeds, 100, step=0)
+    np.testing.assert_array_equal(found(7, False), expected(7))
 
 
 @pytest.mark.parametrize(("threads", "kernels", "chosen"), [(1, "", True), (2, "", False), (1, "Haswell", False)])
