@@ -24,7 +24,8 @@ FIRST_HASH = np.uint64(16)
 
 Hashes = npt.NDArray[np.uint64]
 
-_ZERO = np.uint64(0)
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+_MOST_POSITIVE = np.uint64(2**63 - 1)
 _TEN = np.uint64(10)
 _100 = np.uint64(100)
 _10_4 = np.uint64(10**4)
@@ -131,10 +132,13 @@ def hash_digits(magnitude: np.uint64, negative: bool) -> np.uint64:
 
 
 @jit
-def hash_integers(magnitudes: Hashes, negative: npt.NDArray[np.bool_], out: Hashes) -> None:
-    """Write the hash of each integer's decimal digits to ``out: uint64[n]``."""
+def hash_integers(words: Hashes, signed: bool, out: Hashes) -> None:
+    """Write the hash of each integer's decimal digits to ``out: uint64[n]``; ``signed``: words are two's complements."""
     for i in range(out.shape[0]):
-        out[i] = hash_digits(magnitudes[i], negative[i])
+        word = words[i]
+        negative = signed and word > _MOST_POSITIVE
+        # So that -2^63 has a magnitude, too.
+        out[i] = hash_digits(~word + _ONE if negative else word, negative)
 
 
 @jit
@@ -204,9 +208,14 @@ def _hash_texts(chunk: Any, out: Hashes) -> None:
 def _hash_integers(chunk: Any, out: Hashes) -> None:
     if pa.types.is_boolean(chunk.type):
         chunk = chunk.cast(pa.uint8())
-    values = (pc.fill_null(chunk, 0) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
-    negative = np.zeros(values.size, np.bool_) if values.dtype.kind == "u" else values < 0
-    # Two's complement, so that -2^63 has a magnitude too.
-    words = values.astype(np.uint64) if values.dtype.kind == "u" else values.astype(np.int64).view(np.uint64)
-    magnitudes = np.where(negative, ~words + np.uint64(1), words)
-    hash_integers(magnitudes, negative, out)
+    hash_numbers((pc.fill_null(chunk, 0) if chunk.null_count else chunk).to_numpy(zero_copy_only=False), out)
+
+
+def hash_numbers(values: npt.NDArray[Any], out: Hashes) -> None:
+    """Write the hashes of integers or bools of numpy to ``out: uint64[n]``."""
+    signed = values.dtype.kind == "i"
+    words = values.astype(np.int64, copy=False).view(np.uint64) if signed else values.astype(np.uint64, copy=False)
+    if not (words.flags.c_contiguous and words.flags.writeable):
+        # There is one compiled kernel.
+        words = np.array(words)
+    hash_integers(words, signed, out)

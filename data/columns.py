@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from oarlock.data.categories import hash_array, is_category
+from oarlock.data.categories import hash_array, hash_numbers, is_category
 from oarlock.proto.errors import InvalidArgument
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -99,6 +99,21 @@ def decode(path: str, first_row: int, table: Any, columns: Sequence[ColumnSpec])
     return arrays
 
 
+def decode_plain(kind: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array of a column of numpy's numbers, as ``decode`` does of one of Arrow's; no lists of them.
+
+    An InvalidArgument names the position, and no column.
+    """
+    if kind == "category":
+        codes = np.empty(len(values), np.uint64)
+        hash_numbers(values, codes)
+        return codes
+    place = _Place("values", kind, 0)
+    if kind == "key":
+        return _as_keys(place, values)
+    return _as_numbers(place, values) if kind == "number" else _as_floats(place, values)
+
+
 @dataclass(frozen=True)
 class _Place:
     path: str
@@ -150,7 +165,10 @@ def _to_keys(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
 def _keys(place: _Place, chunk: Any) -> npt.NDArray[np.uint64]:
     if chunk.null_count:
         raise place.bad(_first_null(chunk), "null is not a key; give every row an id")
-    values = chunk.to_numpy(zero_copy_only=False)
+    return _as_keys(place, chunk.to_numpy(zero_copy_only=False))
+
+
+def _as_keys(place: _Place, values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     if values.dtype.kind == "i" and values.size and values.min() < 0:
         row = int(np.argmax(values < 0))
         raise place.bad(row, f"{values[row]} is negative; a key is an integer from 0 to 2^64 - 1")
@@ -180,7 +198,10 @@ def _key_list(place: _Place, chunk: Any) -> tuple[npt.NDArray[np.uint64], npt.ND
 def _floats(place: _Place, chunk: Any) -> npt.NDArray[np.float32]:
     if chunk.null_count:
         raise place.bad(_first_null(chunk), "the value is null; fill it or leave the row out")
-    values = chunk.to_numpy(zero_copy_only=False)
+    return _as_floats(place, chunk.to_numpy(zero_copy_only=False))
+
+
+def _as_floats(place: _Place, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         floats: npt.NDArray[np.float32] = _owned(values.astype(np.float32, copy=False))
     finite = np.isfinite(floats)
@@ -195,7 +216,12 @@ def _numbers(place: _Place, chunk: Any) -> npt.NDArray[np.float32]:
         chunk = parse_numbers(chunk, place.bad)
     elif not pa.types.is_floating(chunk.type):
         chunk = (chunk.cast(pa.uint8()) if pa.types.is_boolean(chunk.type) else chunk).cast(pa.float64(), safe=False)
-    values = chunk.to_numpy(zero_copy_only=False)
+    return _as_numbers(place, chunk.to_numpy(zero_copy_only=False))
+
+
+def _as_numbers(place: _Place, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if values.dtype.kind != "f":
+        values = values.astype(np.float64)
     with np.errstate(over="ignore"):
         floats: npt.NDArray[np.float32] = _owned(values.astype(np.float32, copy=False))
     infinite = np.isinf(floats)

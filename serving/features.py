@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oarlock.data.columns import Arrays, ColumnSpec, codes_of, decode
+from oarlock.data.columns import Arrays, ColumnSpec, codes_of, decode, decode_plain
 from oarlock.proto.errors import InvalidArgument, Malformed
 from oarlock.serving.tensors import BYTES, FLOATS, INTEGERS, Tensor, arrow_of
 
@@ -103,8 +103,7 @@ class RawColumns:
                 rest.append(column)
         out: Arrays = {}
         for (kind, _), names in groups.items():
-            values = pa.array(np.concatenate([tensors[name].values for name in names]))
-            (whole,) = decode("request", 0, pa.table({"all": values}), [ColumnSpec("all", kind)]).values()
+            whole = decode_plain(kind, np.concatenate([tensors[name].values for name in names]))
             for number, name in enumerate(names):
                 out[codes_of(name) if kind == "category" else name] = whole[number * rows : (number + 1) * rows]
         return out | self._apart(rest, tensors) if rest else out
