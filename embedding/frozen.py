@@ -41,7 +41,7 @@ from oarlock.embedding.frozen_kernels import (
 from oarlock.embedding.hashing import table_salt
 from oarlock.embedding.initial import constants, origin
 from oarlock.embedding.packed import FORMS, LINES, MIXED, NO_CODEBOOK, NO_STARTS, PQ, check_mixed, row_bytes
-from oarlock.embedding.pointer import address_of, check_output, kernel_array
+from oarlock.embedding.pointer import address_of, check_output, kernel_array, plain_array
 from oarlock.embedding.precision import FLOAT32, INT8, precision_code, weight_bytes
 from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import InvalidArgument, Malformed
@@ -222,8 +222,8 @@ class TableWords:
 
 
 def checked_keys(spec: TableSpec, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """Return keys: uint64[n] as kernels take them; Malformed unless ``out`` is float32[n, dim]."""
-    keys = kernel_array("keys", keys, np.uint64)
+    """Return keys: uint64[n] as kernels read them at an address; Malformed unless ``out`` is float32[n, dim]."""
+    keys = plain_array("keys", keys, np.uint64)
     n = len(keys)
     if out.dtype != np.float32 or out.shape != (n, spec.dim):
         raise Malformed(f"table {spec.name}: out is {out.dtype}{list(out.shape)} for {n} rows of {spec.dim}")

@@ -240,17 +240,26 @@ class _Exposed:
         self.__array_interface__ = array.__array_interface__ | {"data": (address_of(array), False)}
 
 
-def kernel_array(name: str, array: NDArray[Any], dtype: type, ndim: int = 1) -> NDArray[Any]:
-    """Return ``array`` in the one form that kernels are compiled for: right dtype, C order, aligned, typed as writable.
-
-    numba compiles a second copy of a kernel for a read-only array, and arrays from the wire are read-only. They are
-    lent to kernels that only read them. Malformed when dtype or dimensions differ.
+def plain_array(name: str, array: NDArray[Any], dtype: type, ndim: int = 1) -> NDArray[Any]:
+    """Return ``array`` as kernels read it that are given its address: right dtype, C order, aligned; Malformed when dtype or
+    dimensions differ.
     """
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
         have = f"{array.dtype}, {array.ndim} dimensions" if isinstance(array, np.ndarray) else type(array).__name__
         raise Malformed(f"{name}: expected an array of {np.dtype(dtype).name} with {ndim} dimensions, got {have}")
-    if not (array.flags.c_contiguous and array.flags.aligned):
+    flags = array.flags
+    if not (flags.c_contiguous and flags.aligned):
         return np.array(array, dtype=dtype, order="C")
+    return array
+
+
+def kernel_array(name: str, array: NDArray[Any], dtype: type, ndim: int = 1) -> NDArray[Any]:
+    """Return what ``plain_array`` does in the one form that kernels are compiled for that are given arrays: typed as writable.
+
+    numba compiles a second copy of a kernel for a read-only array, and arrays from the wire are read-only. They are
+    lent to kernels that only read them.
+    """
+    array = plain_array(name, array, dtype, ndim)
     if array.flags.writeable:
         return array
     lent = array.view()
