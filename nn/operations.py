@@ -328,9 +328,8 @@ OPERATIONS: dict[str, Operation] = {
             _interactions_forward,
             _interactions_backward,
             lambda node: node.inputs[-1].width // _fields(node) * node.width,
-            lambda node: pairs.scratch_size(
-                sum(child.width for child in node.inputs), _vectors(node)
-            ),  # tiles need less
+            # Tiles need less.
+            lambda node: pairs.scratch_size(sum(child.width for child in node.inputs), _vectors(node)),
         ),
         Operation("multiply", _multiply_forward, _multiply_backward, lambda node: node.width),
         Operation("add", _add_forward, None, lambda node: node.width),

@@ -215,7 +215,7 @@ class Program:
     def prepare(self) -> None:
         """Take the parameters as they are for all predictions to come: they are put in the order of the products once.
 
-        After they have changed call it again, before any prediction; ``train`` ends it. Takes as much memory as the parameters.
+        After they have changed call it again, before any prediction; ``train`` ends it. Takes as much memory again.
         """
         for _, one in self._predict:
             if one.tiled_forward and isinstance(one.node.detail, Linear):
