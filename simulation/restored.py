@@ -46,12 +46,16 @@ def go_on(schedule: Schedule, data: Data, checkpoints: Path, folder: Path, log: 
 def run(schedule: Schedule, data: Data, log: list[str] | None = None) -> Outcome:
     """Run a schedule in a folder of its own, and go on from one of its cuts."""
     with quick(), tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        folder = Path(name)
-        world = World(schedule, data, folder, log)
-        outcome = world.run()
-        if outcome.violation or not world.cuts.committed:
-            return outcome
-        again = go_on(schedule, data, world.folder / "checkpoints", folder / "again", log)
-        found = {"cut committed": world.cuts.committed, "block compacted": world.cuts.compacted, "restored": 1}
-        outcome.counts.update(found)
-        return replace(outcome, violation=again.violation, events=outcome.events + again.events)
+        return _run(schedule, data, Path(name), log)
+
+
+def _run(schedule: Schedule, data: Data, folder: Path, log: list[str] | None) -> Outcome:
+    # By itself: a world that is still named somewhere when rubbish is looked for is never found.
+    world = World(schedule, data, folder, log)
+    outcome = world.run()
+    if outcome.violation or not world.cuts.committed:
+        return outcome
+    again = go_on(schedule, data, world.folder / "checkpoints", folder / "again", log)
+    found = {"cut committed": world.cuts.committed, "block compacted": world.cuts.compacted, "restored": 1}
+    outcome.counts.update(found)
+    return replace(outcome, violation=again.violation, events=outcome.events + again.events)

@@ -152,15 +152,19 @@ def run_failing(mode: str, data: Data, kind: str, at: int) -> tuple[Outcome, int
     """Run the job with one step that fails, and go on from one of its cuts; return what came of it, and how many steps it had."""
     schedule = job(mode)
     with quick(), tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        world = Failing(schedule, data, Path(name), kind, at)
-        with watched(world):
-            outcome = world.run()
-        if not outcome.violation:
-            outcome.violation = _looked_at(world, outcome)
-        # Going on costs as much as the job itself: after some of the messages is enough.
-        if not outcome.violation and world.cuts.committed and (kind not in WIRE or at % GOES_ON == 0):
-            outcome.violation = go_on(schedule, data, world.folder / "checkpoints", Path(name) / "again").violation
-        return outcome, world.steps
+        return _run_failing(schedule, data, Path(name), kind, at)
+
+
+def _run_failing(schedule: Schedule, data: Data, folder: Path, kind: str, at: int) -> tuple[Outcome, int]:
+    world = Failing(schedule, data, folder, kind, at)
+    with watched(world):
+        outcome = world.run()
+    if not outcome.violation:
+        outcome.violation = _looked_at(world, outcome)
+    # Going on costs as much as the job itself: after some of the messages is enough.
+    if not outcome.violation and world.cuts.committed and (kind not in WIRE or at % GOES_ON == 0):
+        outcome.violation = go_on(schedule, data, world.folder / "checkpoints", folder / "again").violation
+    return outcome, world.steps
 
 
 def _looked_at(world: Failing, outcome: Outcome) -> str:

@@ -13,6 +13,7 @@ from oarlock.simulation import restored
 from oarlock.simulation.campaign import drawn, files
 from oarlock.simulation.elastic import ELASTIC
 from oarlock.simulation.quick import quick
+from oarlock.simulation.world import World
 
 # Cuts, copies, a job that is resumed, and compaction.
 SEED = 10_001
@@ -28,6 +29,14 @@ def test_every_event_is_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert outcomes[0].counts["cut committed"], "there is nothing to remember"
     assert logs[0] == logs[1]
     assert outcomes[0] == outcomes[1]
+
+
+def test_nothing_of_a_schedule_stays_in_memory() -> None:
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if isinstance(each, World)}
+    restored.run(drawn(SEED, (ELASTIC,)), files())
+    # Not looked for again: the next schedule's would not find it either.
+    assert not [each for each in gc.get_objects() if isinstance(each, World) and id(each) not in before]
 
 
 def test_all_is_as_it_was_afterwards() -> None:
