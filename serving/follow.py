@@ -119,7 +119,7 @@ class Following(Serving):
     def recall(self) -> Asked:
         """What is asked for nearest rows: the indexes of what is served."""
         if self.pinned and self._snapshot is not None:
-            return self._recall.now
+            return self._recall
         if self._live_recall is None:
             raise Unavailable("this process is still getting its model from the job: ask again")
         return self._live_recall

@@ -3,9 +3,9 @@
 
 A swap to another cut compares the blocks that are not shared, and changes what differs in place; where that is much, an index is
 built beside the old one and takes its place. Of a part of a model copies are changed, and those before are kept for as long as
-other parts may be behind. Invariant: an answer is of one state of one table, whose version it carries; until an index is in step,
-the old one answers. ``follow`` is called by one thread at a time, ``now`` and ``of`` by any. (Indexes of rows that change between
-cuts: ``serving/live_recall.py``.)
+other parts may be behind. ``update`` and ``remove`` are for rows that change between cuts. Invariant: an answer is of one state
+of one table, whose version it carries; until an index is in step, the old one answers. ``follow``, ``update`` and ``remove`` are
+called by one thread at a time, ``nearest`` by any.
 """
 
 import re
@@ -68,7 +68,7 @@ class Table(Protocol):
 
 
 class Asked(Protocol):
-    """What questions for nearest rows are put to: the ``Indexes`` of a version, or those of a live model."""
+    """What questions for nearest rows are put to: ``Recall``, or that of a live model."""
 
     def index(self, table: str) -> Table: ...
     def nearest(
@@ -160,6 +160,8 @@ class Recall:
         # What is asked now, and what was before that.
         self._indexes = Indexes(self.specs, {}, None), Indexes(self.specs, {}, None)
         self._tables: dict[str, FrozenTable] = {}
+        # Tables whose rows have changed since their snapshot.
+        self._live: set[str] = set()
 
     @property
     def now(self) -> Indexes:
@@ -199,6 +201,7 @@ class Recall:
         before = self.now if self._keep else Indexes(self.specs, {}, None)
         self._indexes = Indexes(self.specs, made, snapshot.version), before
         self._tables = {name: snapshot.table(name) for name in self.specs}
+        self._live.clear()
 
     def _built(self, spec: RecallSpec, table: FrozenTable, version: Version) -> NearestIndex:
         first, end = spec.columns or (0, table.spec.dim)
@@ -225,9 +228,12 @@ class Recall:
             if many > most:
                 return False
         before = self._tables[spec.table]
-        for old, new in zip(before.blocks, table.blocks, strict=True):
-            if old is not new:
-                gone.append(np.setdiff1d(old.keys, new.keys, assume_unique=True))
+        if spec.table in self._live:
+            gone.append(np.setdiff1d(index.keys, np.concatenate([block.keys for block in table.blocks])))
+        else:
+            for old, new in zip(before.blocks, table.blocks, strict=True):
+                if old is not new:
+                    gone.append(np.setdiff1d(old.keys, new.keys, assume_unique=True))
         changed = np.concatenate(rows) if rows else np.empty((0, index.dim), np.float32)
         index.apply(np.concatenate(keys), changed, np.concatenate(gone), stamp=version)
         return True
@@ -238,8 +244,44 @@ class Recall:
         if len(before) != len(table.blocks) or self._tables[name].spec.dim != table.spec.dim:
             raise InvalidArgument(f"table {name} is not what it was: {len(before)} blocks became {len(table.blocks)}")
         for old, new in zip(before, table.blocks, strict=True):
-            if old is not new:
+            if old is not new or name in self._live:
                 yield new
+
+    # Between cuts
+
+    def update(self, table: str, keys: Keys, rows: Floats, *, version: Version | None = None) -> None:
+        """Take over changed rows: float32[n, dim], whole ones, of keys: uint64[n]; a table without an index is passed over."""
+        index = self.indexes.get(table)
+        if index is not None:
+            first, end = self.specs[table].columns or (0, rows.shape[1])
+            self._live.add(table)
+            index.update(keys, rows[:, first:end], stamp=version)
+
+    def remove(self, table: str, keys: Keys, *, version: Version | None = None) -> None:
+        """Let keys: uint64[n] go; a table without an index is passed over."""
+        index = self.indexes.get(table)
+        if index is not None:
+            self._live.add(table)
+            index.remove(keys, stamp=version)
+
+    # Asking
+
+    def index(self, table: str) -> NearestIndex:
+        """Return a table's index; UnknownTable says which there are."""
+        return self.now.index(table)
+
+    def nearest(
+        self,
+        table: str,
+        vectors: Floats,
+        k: int,
+        *,
+        exact: bool = False,
+        among: Keys | None = None,
+        without: Keys | None = None,
+    ) -> tuple[Nearest, Version]:
+        """Return the ``k`` nearest rows of vectors: float32[q, dim], and the version that they are of."""
+        return self.now.nearest(table, vectors, k, exact=exact, among=among, without=without)
 
 
 _NOTHING: Keys = np.empty(0, np.uint64)

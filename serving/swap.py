@@ -68,7 +68,7 @@ class Serving:
     @property
     def recall(self) -> Asked:
         """What is asked for nearest rows."""
-        return self._recall.now
+        return self._recall
 
     @property
     def current(self) -> Model:

@@ -19,6 +19,7 @@ from oarlock.proto.serving_pb2 import NearestRequest
 from oarlock.serving import AsyncClient, Client
 from oarlock.serving.nearest_wire import MAX_NEAREST, MAX_VECTORS
 from oarlock.serving.recall import RecallSpec, read_recall
+from oarlock.serving.snapshot import Version
 from oarlock.serving.swap import Serving
 
 ITEM = RecallSpec("item", ann=False)
@@ -133,6 +134,32 @@ def third(model: Any) -> None:
             entry = model.store.write_block(3, image)
         entries.append(entry)
     model.commit(3, entries)
+
+
+def test_it_is_in_step_with_rows_between_cuts(model: Any, serving: Serving) -> None:
+    recall = serving.recall
+    keys = np.array([9, 10**6], np.uint64)
+    later = Version(0, 1, 5.0)
+    recall.update("item", keys, np.full((2, 16), 5000, np.float32), version=later)
+    recall.update("user", keys, np.array([[9, 0, 1, 9]] * 2, np.float32))
+    recall.remove("item", model.keys[:100])
+    recall.update("film", keys, np.zeros((2, 1), np.float32))
+    recall.remove("film", keys)
+    found, version = recall.nearest("item", ones(), 300)
+    assert version is later
+    # Key 9 was one of those that went.
+    assert found.keys[0, 0] == 10**6
+    assert found.counts[0] == 101
+    found, _ = recall.nearest("user", np.array([[0, 1]], np.float32), 2)
+    assert sorted(found.keys[0].tolist()) == [9, 10**6]
+    # The next cut knows nothing of them.
+    model.cut(2, same=model.store.load_manifest(1))
+    serving.look()
+    found, _ = recall.nearest("item", ones(), 300)
+    assert found.counts[0] == 200
+    found, _ = recall.nearest("user", np.array([[0, 1]], np.float32), 300)
+    assert found.counts[0] == 200
+    assert np.allclose(found.scores[0, :200], 2**-0.5)
 
 
 def test_what_is_to_be_indexed_is_read(model: Any) -> None:
