@@ -38,6 +38,8 @@ MOST_KEPT = 4
 STEP_BYTES = 4 << 20
 # Room for what nobody wants.
 SKIP_BYTES = 1 << 16
+# A frame of so many bytes goes by one call of the system as a rule, and comes by one: what others need costs more than its bytes.
+SMALL_BYTES = 1 << 14
 # Bytes that are taken in before it is known how long a frame is: all of a small one, and of others what leads to their parts.
 FIRST_BYTES = 1 << 12
 # Parts given to the system in one call; it takes 1024.
@@ -97,6 +99,12 @@ def _most(parts: int) -> int:
 
 def send(connection: socket.socket, buffers: list[memoryview], moved: Callable[[], object] = lambda: None) -> None:
     """Send all of it, saying so step by step; OSError if that cannot be."""
+    if len(buffers) <= _VECTOR and (size := sum([b.nbytes for b in buffers])) <= SMALL_BYTES:
+        sent = connection.sendmsg(buffers)
+        if sent == size:
+            return
+        moved()
+        buffers = _behind(buffers, sent)
     left = Sending(buffers)
     while left.some(connection):
         moved()
@@ -170,7 +178,11 @@ class Head(NamedTuple):
         try:
             return view_of(buffers.take(size))
         except MemoryError:
-            raise OutOfMemory(f"there is no memory for a frame of {self.length} bytes") from None
+            raise self.no_memory() from None
+
+    def no_memory(self) -> OutOfMemory:
+        """Return what says that there is none for this frame."""
+        return OutOfMemory(f"there is no memory for a frame of {self.length} bytes")
 
     @property
     def before(self) -> int:
@@ -188,6 +200,11 @@ class Head(NamedTuple):
         if at != self.length:
             raise Malformed(f"a frame of {self.length} bytes whose parts end at {at}")
         return lengths, begins, bytes(view[4 * self.parts : self.before])
+
+    def frame(self, view: memoryview) -> Frame:
+        """Return the frame that ``view``, all that follows its head, is; Malformed."""
+        lengths, begins, message = self.beginning(view)
+        return Frame(self.kind, message, [view[at : at + n] for at, n in zip(begins, lengths, strict=True)])
 
 
 def read_head(head: bytes | memoryview, most: int | None = None) -> Head:
@@ -263,9 +280,7 @@ class Body:
     def frame(self) -> Frame:
         """Return the frame, once there is no room any more; Malformed."""
         if self._frame is None:
-            lengths, begins, message = self._head.beginning(self._view)
-            parts = [self._view[at : at + length] for at, length in zip(begins, lengths, strict=True)]
-            self._frame = Frame(self._head.kind, message, parts)
+            self._frame = self._head.frame(self._view)
         return self._frame
 
 
@@ -311,6 +326,14 @@ class Receiver:
 
     def body(self, head: Head, moved: Callable[[], object] = lambda: None) -> Frame:
         """Return the frame whose head has come; ``moved`` hears of every step of it."""
+        if head.length <= min(SMALL_BYTES, self._at - HEAD_BYTES):
+            # All of it came with its head: it needs no room to come into, but memory of its own.
+            try:
+                view = memoryview(bytearray(self._first[HEAD_BYTES : HEAD_BYTES + head.length]))
+            except MemoryError:
+                raise head.no_memory() from None
+            self._keep(head)
+            return head.frame(view)
         body = Body(head, self._first[HEAD_BYTES : self._at], self._buffers)
         self._keep(head)
         while room := body.room:

@@ -266,8 +266,8 @@ def test_no_memory_is_an_error_of_ours(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("oarlock.proto.buffers.Buffers.take", none)
-    with pytest.raises(OutOfMemory, match="no memory for a frame of 3 bytes"):
-        received(joined(encode(PULL, b"abc")))
+    with pytest.raises(OutOfMemory, match="no memory for a frame of 20000 bytes"):
+        received(joined(encode(PULL, b"abcde" * 4000)))
 
 
 def test_frames_come_into_the_same_memory_unless_somebody_looks(pair):
@@ -292,6 +292,53 @@ def test_frames_come_into_the_same_memory_unless_somebody_looks(pair):
     assert again.ctypes.data == place
     assert (other == 2).all()
     assert (again == 3).all()
+
+
+@pytest.mark.parametrize("size", [3, 40, 800, 3900])
+def test_small_frames_have_memory_of_their_own(pair, size):
+    """They come together, into one place; what is made of the first stays when the next ones are read and come."""
+    ours, theirs = pair
+    reader = Receiver(ours)
+    sent = [np.full(size, value, np.uint8) for value in range(1, 13)]
+    theirs.sendall(b"".join(joined(encode(REPLY, bytes([value]), [sent[value - 1]])) for value in range(1, 13)))
+    frames_ = [reader.receive() for _ in sent]
+    for value, frame in enumerate(frames_, 1):
+        assert frame.message == bytes([value])
+        assert (np.frombuffer(frame.parts[0], np.uint8) == value).all()
+        assert not frame.parts[0].readonly
+    assert not reader.ahead
+
+
+def test_arrays_of_small_frames_are_aligned_for_their_types(rng):
+    arrays = [rng.normal(size=n) for n in (1, 30, 17, 101)]
+    frame = received(joined(encode(REPLY, b"m" * 13, arrays)))
+    for array, part in zip(arrays, frame.parts, strict=True):
+        found = np.frombuffer(part, array.dtype)
+        assert found.flags.aligned
+        assert np.array_equal(found, array)
+
+
+class Reluctant:
+    """A connection that takes so many bytes a call."""
+
+    def __init__(self, most):
+        self.most, self.taken = most, b""
+
+    def sendmsg(self, buffers):
+        taken = joined(buffers)[: self.most]
+        self.taken += taken
+        return len(taken)
+
+
+@pytest.mark.parametrize("most", [1, 7, 24, 100, 1000])
+@pytest.mark.parametrize("sizes", [(), (0,), (5, 0, 70), (300,), (9, frames.SMALL_BYTES)])
+def test_what_does_not_go_at_once_goes_bit_by_bit(most, sizes):
+    buffers = encode(PUSH, b"abc", [bytes([n % 251]) * n for n in sizes])
+    connection, steps = Reluctant(most), []
+    send(connection, buffers, lambda: steps.append(len(connection.taken)))
+    assert connection.taken == joined(buffers)
+    # Every step but the last is told of.
+    assert steps == list(range(most, len(connection.taken), most))
 
 
 def test_a_frame_keeps_nothing_but_its_buffer(pair):
