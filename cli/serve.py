@@ -33,11 +33,13 @@ from oarlock.proto.serving_pb2 import ModelReply
 from oarlock.serving.client import Client
 from oarlock.serving.compressed import locate_served
 from oarlock.serving.follow import Following
+from oarlock.serving.fronting import Fronting, FrontingJob
 from oarlock.serving.nearest import load_faiss
 from oarlock.serving.part import WHOLE, ModelPart, read_part
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.process import Settings, run
 from oarlock.serving.recall import RecallSpec, check_recall, read_recall
+from oarlock.serving.remote import RemoteModel, RowServers
 from oarlock.serving.snapshot import Model, Snapshot
 from oarlock.serving.snapshot import Progress as Told
 from oarlock.serving.swap import Serving
@@ -72,11 +74,14 @@ def _run(options: argparse.Namespace) -> int:
     store, cut = locate_served(path)
     # Before anybody is told of an address: whether there is such a cut.
     store.load_manifest(cut)
+    if options.rows_at and cut is not None:
+        raise InvalidArgument(f"@{cut} does not go with --rows-at: the cut is that which the servers of rows serve")
     folder = Path(options.job) if options.job else job or job_beside(path)
 
     def predicts(model: Model) -> Predictor | None:
-        assert isinstance(model, Snapshot)
-        manifest = model.manifest
+        opened = model.base if isinstance(model, RemoteModel) else model
+        assert isinstance(opened, Snapshot)
+        manifest = opened.manifest
         return _predictor(
             options,
             part,
@@ -85,7 +90,10 @@ def _run(options: argparse.Namespace) -> int:
             ),
         )
 
-    return _serve(options, store, security, part, cut=cut, predicts=predicts)
+    serving = None
+    if options.rows_at:
+        serving = Fronting(store, RowServers(options.rows_at, security=security), trust=options.trust)
+    return _serve(options, store, security, part, cut=cut, predicts=predicts, serving=serving)
 
 
 def _predictor(options: argparse.Namespace, part: ModelPart, make: Callable[[int], Predictor]) -> Predictor | None:
@@ -93,7 +101,7 @@ def _predictor(options: argparse.Namespace, part: ModelPart, make: Callable[[int
     if options.recipe == "none" or not part.whole:
         return None
     try:
-        return make(options.predict_threads or scorers())
+        return make(options.predict_threads or scorers(waiting=bool(options.rows_at)))
     except NoPrediction as error:
         print(f"rows alone, no predictions: {error}", file=sys.stderr, flush=True)
         return None
@@ -102,6 +110,14 @@ def _predictor(options: argparse.Namespace, part: ModelPart, make: Callable[[int
 def _part(options: argparse.Namespace) -> ModelPart:
     """Return which part of a model is to be served; InvalidArgument names an option that goes with all of a model alone."""
     part = read_part(options.part) if options.part else WHOLE
+    if options.rows_at:
+        for name, given in {
+            "--part": options.part,
+            "--recall": options.recall,
+            "--follow-cuts": options.follow_cuts,
+        }.items():
+            if given:
+                raise InvalidArgument(f"{name} does not go with --rows-at: rows are had by the servers there")
     recipe = "" if options.recipe == "none" else options.recipe
     whole = {"--job": options.job, "--recipe": recipe, "--http": options.http}
     if not part.whole:
@@ -132,15 +148,12 @@ def _follow(options: argparse.Namespace, part: ModelPart) -> int:
         predictor = _predictor(
             options, part, lambda threads: predictor_of_job(spec, recipe=options.recipe, scorers=threads)
         )
-        following = Following(
-            store,
-            transport.call,
-            lambda: read_address(folder),
-            spec.job,
-            trust=options.trust,
-            recall=recall,
-            dense=predictor is not None,
-            part=part,
+        job = (store, transport.call, lambda: read_address(folder), spec.job)
+        how = {"trust": options.trust, "dense": predictor is not None}
+        following = (
+            FrontingJob(*job, RowServers(options.rows_at, security=security), **how)
+            if options.rows_at
+            else Following(*job, recall=recall, part=part, **how)
         )
         return _serve(options, store, security, part, serving=following, predicts=lambda model: predictor)
     finally:
@@ -166,7 +179,7 @@ def _serve(
         listen=options.listen,
         http=options.http,
         cut=cut,
-        follow_cuts=options.follow_cuts,
+        follow_cuts=options.follow_cuts or (bool(options.rows_at) and not options.follow),
         trust=options.trust,
         drain_seconds=options.drain_seconds,
         max_keys=options.max_keys,

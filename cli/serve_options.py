@@ -62,6 +62,14 @@ def add_serve(commands: Any) -> None:
         "the addresses of all parts",
     )
     run.add_argument(
+        "--rows-at",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="hold no rows: ask the server there for them, one of those with the parts of the same model; given for each of "
+        "them. What is served is the cut that they serve",
+    )
+    run.add_argument(
         "--trust",
         action="store_true",
         help="do not compute the files' checksums, which is most of the time to be ready",

@@ -30,9 +30,10 @@ class NoPrediction(Exception):
     """Why there are no predictions, in words."""
 
 
-def scorers() -> int:
-    """Return how many batches are computed at once where nothing is said: one for each processor, within bounds."""
-    return max(1, min(MOST_SCORERS, len(os.sched_getaffinity(0))))
+def scorers(*, waiting: bool = False) -> int:
+    """Return how many batches are computed at once where nothing is said: one for each processor, within bounds; the most where
+    they are ``waiting`` for others most of the time."""
+    return MOST_SCORERS if waiting else max(1, min(MOST_SCORERS, len(os.sched_getaffinity(0))))
 
 
 def job_beside(path: str) -> Path | None:

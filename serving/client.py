@@ -76,13 +76,23 @@ class Client:
             self._hedged = Hedged(self._fleet, self._transport)
             self._tender = Tender(self._fleet, self._transport)
 
-    def lookup(self, tables: Mapping[str, Keys], *, timeout_seconds: float | None = None) -> Found:
-        """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
+    def lookup(
+        self,
+        tables: Mapping[str, Keys],
+        *,
+        version: ModelVersion | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Found:
+        """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong.
+
+        ``version``: of this one, such as an earlier answer had; NotFound if it is served no more, or not yet.
+        """
         if self._fleet is not None:
             return self._of_fleet(
-                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables), until), timeout_seconds
+                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables, version), until),
+                timeout_seconds,
             )
-        request = lookup_request(tables)
+        request = lookup_request(tables, version=version)
         return read_found(tables, self._call("Serving.Lookup", request, timeout_seconds))
 
     def _gathered(self, steps: Steps[T], until: float) -> T:
@@ -213,13 +223,20 @@ class AsyncClient:
             self._hedged = AsyncHedged(self._fleet, self._transport)
             self._tender = AsyncTender(self._fleet, self._transport)
 
-    async def lookup(self, tables: Mapping[str, Keys], *, timeout_seconds: float | None = None) -> Found:
-        """Return the rows of keys, by table; all of one version of the model. PSError says what is wrong."""
+    async def lookup(
+        self,
+        tables: Mapping[str, Keys],
+        *,
+        version: ModelVersion | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Found:
+        """Return the rows of keys, by table; all of one version of the model, as ``Client.lookup`` does."""
         if self._fleet is not None:
             return await self._of_fleet(
-                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables), until), timeout_seconds
+                lambda fleet, model, until: self._gathered(looking_up(fleet, model, tables, version), until),
+                timeout_seconds,
             )
-        request = lookup_request(tables)
+        request = lookup_request(tables, version=version)
         return read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds))
 
     async def _gathered(self, steps: Steps[T], until: float) -> T:

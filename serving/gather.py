@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from oarlock.embedding.partition import Grouped, grouped_by_part
 from oarlock.proto.arrays import Part, pack
 from oarlock.proto.bulk import Bulk, opened
-from oarlock.proto.errors import NotFound, Unavailable
+from oarlock.proto.errors import Malformed, NotFound, Unavailable
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.serving_pb2 import LookupRequest, ModelReply, TableLookup
 from oarlock.proto.serving_pb2 import ModelVersion as VersionMessage
@@ -42,14 +42,26 @@ LOOKUP = "Serving.Lookup"
 Kind = tuple[bool, int, int]
 
 
-def looking_up(fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys]) -> Steps[Found]:
-    """Yield questions by part, be sent the answers, or have NotFound thrown in where a version is not had; return the rows."""
+def looking_up(
+    fleet: Fleet, model: ServedModel, tables: Mapping[str, Keys], version: ModelVersion | None = None
+) -> Steps[Found]:
+    """Yield questions by part, be sent the answers, or have NotFound thrown in where a version is not had; return the rows.
+
+    ``version``: of this one alone; NotFound where a part has no server that has it.
+    """
     if model.parts == 1:
-        request = lookup_request(tables, job=model.job)
-        answers = yield {0: Question(LOOKUP, request, sum(len(keys) for keys in tables.values()))}
+        request = lookup_request(tables, job=model.job, version=version)
+        elsewhere = () if version is None else (NotFound,)
+        answers = yield {0: Question(LOOKUP, request, sum(len(keys) for keys in tables.values()), elsewhere)}
         return read_found(tables, answers[0])
     split = _Split(model, tables)
-    answers = yield from of_one_version(fleet, split.parts, split.question)
+    if version is None:
+        answers = yield from of_one_version(fleet, split.parts, split.question)
+    else:
+        wanted = (version.live, version.run, 0 if version.live else version.cut)
+        answers = yield {part: split.question(part, wanted) for part in split.parts}
+        if any(_kind(answer) != wanted for answer in answers.values()):
+            raise Malformed(f"rows of another version came than {wanted}, which was asked for")
     return split.joined(answers)
 
 

@@ -10,6 +10,7 @@ on top of the whole block; so a row that is served goes forwards only, and a key
 not fit is Malformed, and applied nowhere. Look-ups go on meanwhile; everything else is under ``lock``.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from oarlock.proto.errors import Malformed, Unavailable
 from oarlock.proto.shard_pb2 import ChangesReply, ChangesRequest, TableChanges
 from oarlock.serving.live_dense import LiveDense
 from oarlock.serving.part import WHOLE, ModelPart
-from oarlock.serving.snapshot import Version, unknown_table
+from oarlock.serving.snapshot import Version, Wanted, unknown_table
 
 Numbers = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -101,7 +102,7 @@ class Live:
         self._sources: Longs = np.zeros(blocks, np.int64)
         self._confirmed: NDArray[np.float64] = np.full(blocks, now)
         # Of the block that was confirmed longest ago; read without the lock.
-        self._oldest = now
+        self._oldest = now if self.mine.any() else math.inf
         self._arriving: dict[int, _Arriving] = {}
         self._there: NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         self.parameters = LiveDense(layout, now=now, clock=clock) if with_dense else None
@@ -129,6 +130,10 @@ class Live:
     def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
         """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
         return self.table(table).lookup(keys, out)
+
+    def lookup_many(self, wanted: Sequence[Wanted]) -> list[int]:
+        """Do so for each (table, keys, out) of ``wanted``."""
+        return [self.table(table).lookup(keys, out) for table, keys, out in wanted]
 
     def lacks(self, name: str, block: int, sequence: int) -> bool:
         """Return whether a block's state after ``sequence`` operations is newer than what is served of it."""

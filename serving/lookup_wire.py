@@ -16,6 +16,7 @@ from oarlock.proto.bulk import Bulk, opened
 from oarlock.proto.errors import InvalidArgument, Malformed
 from oarlock.proto.methods import PROTOCOL
 from oarlock.proto.serving_pb2 import LookupRequest, TableFound, TableLookup
+from oarlock.proto.serving_pb2 import ModelVersion as VersionMessage
 
 Keys = NDArray[np.uint64] | Sequence[int]
 
@@ -59,11 +60,15 @@ class Found(Mapping[str, NDArray[np.float32]]):
         return f"Found({shapes}; {self.version})"
 
 
-def lookup_request(tables: Mapping[str, Keys], *, job: str = "") -> Bulk:
-    """Return the request for keys of tables, of ``job`` if it is given; InvalidArgument names a table whose keys are none."""
+def lookup_request(tables: Mapping[str, Keys], *, job: str = "", version: ModelVersion | None = None) -> Bulk:
+    """Return the request for keys of tables, of ``job`` and of a version if they are given; InvalidArgument names a table whose
+    keys are none."""
     parts: list[Part] = []
     asked = [TableLookup(table=name, keys=pack(checked_keys(name, keys), parts)) for name, keys in tables.items()]
-    return Bulk(LookupRequest(protocol=PROTOCOL, tables=asked, job=job), parts)
+    request = LookupRequest(protocol=PROTOCOL, tables=asked, job=job)
+    if version is not None:
+        request.version.CopyFrom(VersionMessage(run=version.run, cut=version.cut, live=version.live))
+    return Bulk(request, parts)
 
 
 def checked_keys(name: str, keys: Keys) -> NDArray[np.uint64]:

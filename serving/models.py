@@ -51,18 +51,19 @@ class Metadata(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of a request: the version it is of, how many keys had no row, and the outputs."""
+    """What came of a request: the version it is of, how many keys had no row (None: not known), and the outputs."""
 
     name: str
     version: Version
-    missing: int
+    missing: int | None
     outputs: tuple[Tensor, ...]
 
     @property
     def parameters(self) -> dict[str, int | float]:
-        """Return the version in parts, its age, and how many keys had no row."""
+        """Return the version in parts, its age, and how many keys had no row, if that is known."""
         version = self.version
-        return {"run": version.run, "cut": version.cut, "seconds_since": version.age(), "missing": self.missing}
+        told = {"run": version.run, "cut": version.cut, "seconds_since": version.age()}
+        return told if self.missing is None else {**told, "missing": self.missing}
 
 
 def text_of(version: Version) -> str:
@@ -156,6 +157,7 @@ class Models:
             raise Malformed(f"output {there!r} is asked for {len(outputs)} times")
         # What it is of at least, where rows change meanwhile.
         of = snapshot.version
+        missing: int | None
         if predictor is None:
             output, missing = self._rows(snapshot, name, given)
         else:

@@ -20,10 +20,14 @@ MAX_PARTS = 1024
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Part ``number`` of ``parts``; as it is made by default, all of a model."""
+    """Part ``number`` of ``parts``; as it is made by default, all of a model.
+
+    ``rows`` = False: all of it but its rows, which others are asked for.
+    """
 
     number: int = 0
     parts: int = 1
+    rows: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.parts <= MAX_PARTS or not 0 <= self.number < self.parts:
@@ -41,12 +45,12 @@ class ModelPart:
 
     def has(self, block: int) -> bool:
         """Tell whether a block of a table is in it."""
-        return block % self.parts == self.number
+        return self.rows and block % self.parts == self.number
 
     def mask(self, blocks: int) -> NDArray[np.bool_]:
         """Return bool[blocks]: which blocks of a table of so many are in it."""
         found: NDArray[np.bool_] = np.arange(blocks) % self.parts == self.number
-        return found
+        return found & self.rows
 
     def check(self, spec: TableSpec, keys: NDArray[np.uint64]) -> None:
         """Raise InvalidArgument unless all of keys: uint64[n] are of its blocks of a table."""
@@ -63,6 +67,7 @@ class ModelPart:
 
 
 WHOLE = ModelPart()
+WITHOUT_ROWS = ModelPart(rows=False)
 
 
 def read_part(text: str) -> ModelPart:

@@ -54,7 +54,6 @@ class Predictor:
         self.batcher = Batcher(self._scorers)
         self.seconds = Histogram()
         self.samples = 0
-        self.missing = 0
         self._lock = Lock()
 
     def warm_up(self, state: State) -> None:
@@ -79,7 +78,6 @@ class Predictor:
         with self._lock:
             self.seconds.observe(perf_counter() - begun)
             self.samples += rows
-            self.missing += found.missing
         return found
 
 

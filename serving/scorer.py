@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarlock.nn import Model
+from oarlock.serving.snapshot import Wanted
 
 
 class State(Protocol):
@@ -24,8 +25,9 @@ class State(Protocol):
     @property
     def dense(self) -> NDArray[np.float32]: ...
 
-    def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
-        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+    def lookup_many(self, wanted: Sequence[Wanted]) -> Sequence[int | None]:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim], for each (table, keys, out); return how many keys of each
+        have no row (None: not known)."""
 
 
 class Samples(Protocol):
@@ -40,10 +42,10 @@ class Samples(Protocol):
 
 
 class Scored(NamedTuple):
-    """Scores: float32[samples], and how many keys had no row."""
+    """Scores: float32[samples], and how many keys had no row; None: not known of these samples alone."""
 
     scores: NDArray[np.float32]
-    missing: int
+    missing: int | None
 
 
 class Scorer:
@@ -74,27 +76,34 @@ class Scorer:
             runs = [slice(at, min(at + self.max_batch, size)) for at in range(0, size, self.max_batch)]
             found = [self._scored(state, parts, run) for run in runs]
             scores = [scored.scores for each in found for scored in each]
-            return [Scored(np.concatenate(scores), sum(scored.missing for each in found for scored in each))]
+            return [Scored(np.concatenate(scores), _sum([scored.missing for each in found for scored in each]))]
         return self._scored(state, parts, slice(None))
 
     def _scored(self, state: State, parts: Sequence[Samples], run: slice) -> list[Scored]:
         """Return the scores of the samples of ``run`` of each part; together they are ``max_batch`` at most."""
         feeds: dict[str, Any] = {name: _joined([part.feeds[name][run] for part in parts]) for name in self._inputs}
-        missing = [0] * len(parts)
+        wanted: list[Wanted] = []
         for lookup in self._lookups:
-            keys = [part.keys[lookup.name][run] for part in parts]
             rows, at = self._rows[lookup.name], 0
-            for number, wanted in enumerate(keys):
-                missing[number] += state.lookup(lookup.table, wanted.reshape(-1), rows[at : at + wanted.size])
-                at += wanted.size
+            for part in parts:
+                keys = part.keys[lookup.name][run]
+                wanted.append((lookup.table, keys.reshape(-1), rows[at : at + keys.size]))
+                at += keys.size
             shape = (at // lookup.fields, lookup.fields) if lookup.fields > 1 else (at,)
             feeds[lookup.name] = (rows[:at], self._positions[:at].reshape(shape))
+        found = state.lookup_many(wanted)
+        missing = [_sum(found[number :: len(parts)]) for number in range(len(parts))]
         sizes = [len(range(*run.indices(part.samples))) for part in parts]
         scores, at, out = self._program.predict(feeds, sum(sizes)).copy(), 0, []
         for size, lacking in zip(sizes, missing, strict=True):
             out.append(Scored(scores[at : at + size], lacking))
             at += size
         return out
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [each for each in counts if each is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _joined(arrays: list[Any]) -> Any:

@@ -69,10 +69,13 @@ class ServingService:
         reply = LookupReply(version=_version(snapshot.version))
         begun = time.perf_counter()
         counts = []
-        for name, keys in wanted:
-            table = snapshot.tables[name]
-            rows = self._buffers.array((len(keys), table.spec.dim), np.float32)
-            missing = table.lookup(keys, rows)
+        asked = [
+            (name, k, self._buffers.array((len(k), snapshot.tables[name].spec.dim), np.float32)) for name, k in wanted
+        ]
+        for (name, keys, rows), missing in zip(asked, snapshot.lookup_many(asked), strict=True):
+            if missing is None:
+                # A table that is named twice, and asked of others: each by itself.
+                missing = snapshot.lookup(name, keys, rows)
             reply.tables.append(TableFound(rows=pack(rows, beside), missing=missing))
             counts.append((name, len(keys), missing))
         self._count(counts, time.perf_counter() - begun)

@@ -8,7 +8,7 @@ began with. Any thread.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -26,6 +26,8 @@ from oarlock.proto.errors import UnknownTable
 from oarlock.serving.compressed import Compressed
 from oarlock.serving.part import WHOLE, ModelPart
 
+# A table's name, keys: uint64[n], and where their rows go: float32[n, dim].
+Wanted = tuple[str, NDArray[np.uint64], NDArray[np.float32]]
 # Told of bytes that are opened, and of all.
 Progress = Callable[[int, int], object]
 
@@ -85,6 +87,7 @@ class Model(Protocol):
     def dense(self) -> NDArray[np.float32]: ...
     def table(self, name: str) -> Served: ...
     def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int: ...
+    def lookup_many(self, wanted: Sequence[Wanted]) -> Sequence[int | None]: ...
 
 
 def created_of(manifest: Manifest) -> float:
@@ -128,6 +131,10 @@ class Snapshot:
         """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
         return self.table(table).lookup(keys, out)
 
+    def lookup_many(self, wanted: Sequence[Wanted]) -> list[int]:
+        """Do so for each (table, keys, out) of ``wanted``."""
+        return [self.table(table).lookup(keys, out) for table, keys, out in wanted]
+
 
 def unknown_table(name: str, tables: Iterable[str]) -> UnknownTable:
     """Return the error that says which tables there are."""
@@ -152,7 +159,8 @@ def open_snapshot(
         return _open_compressed(store, manifest, trust, part, progress)
     specs = manifest.table_specs()
     entries = [entry for entry in manifest.blocks if entry.kind == "rows" and part.has(entry.block)]
-    store.check_sizes(manifest, manifest.blocks if part.whole else entries)
+    dense = [entry for entry in manifest.blocks if entry.kind != "rows"] if part.whole else []
+    store.check_sizes(manifest, entries + dense)
     known = {} if before is None or before.job != manifest.job else before.blocks
     done, total = 0, sum(entry.total_bytes for entry in entries)
     blocks: dict[tuple[str, ...], FrozenBlock] = {}
@@ -174,7 +182,7 @@ def open_snapshot(
 
 def _empty_blocks(spec: TableSpec, part: ModelPart) -> dict[int, FrozenBlock]:
     """Return by number what stands for a table's blocks of other parts: one block without rows. Those of ``part`` are to come."""
-    if part.whole:
+    if part.whole and part.rows:
         return {}
     empty = FrozenBlock(spec, np.empty(0, np.uint64), np.empty((0, spec.dim), np.float32), np.empty((0, 1), np.float32))
     return dict.fromkeys(range(spec.blocks), empty)
@@ -201,7 +209,10 @@ def _open_compressed(
     specs = manifest.table_specs()
     tables = {}
     for number, (name, spec) in enumerate(specs.items(), 1):
-        tables[name] = store.open_table(name, spec, manifest.seed, trust=trust, part=part)
+        if part.rows:
+            tables[name] = store.open_table(name, spec, manifest.seed, trust=trust, part=part)
+        else:
+            tables[name] = FrozenTable(spec, list(_empty_blocks(spec, part).values()), seed=manifest.seed)
         tables[name].touch()
         progress(number, len(specs))
     return Snapshot(manifest, tables, {}, _open_dense(store, manifest, trust, part), part)

@@ -4,6 +4,7 @@
 from typing import Any
 
 from oarlock.serving.follow import Following
+from oarlock.serving.fronting import Fronting, FrontingJob
 from oarlock.serving.http_server import HttpServer
 from oarlock.serving.models import Models
 from oarlock.serving.rest import Rest
@@ -38,6 +39,13 @@ def serving_source(service: ServingService) -> Source:
                 "oarlock_serving_recall_lag_seconds": serving.recall_lags,
                 "oarlock_serving_recall_waiting_keys": {n: each.waiting for n, each in serving.indexes.items()},
                 "oarlock_serving_recall_rebuilds_total": {n: each.rebuilds for n, each in serving.indexes.items()},
+            }
+        if isinstance(serving, Fronting | FrontingJob):
+            counts = serving.servers.counts
+            found |= {
+                "oarlock_serving_hedges_total": counts.hedges,
+                "oarlock_serving_hedges_won_total": counts.hedges_won,
+                "oarlock_serving_failovers_total": counts.failovers,
             }
         if serving.ready:
             snapshot = serving.current

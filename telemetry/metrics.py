@@ -221,6 +221,13 @@ _SERVING = _metrics(
     ("batch_samples", "histogram", "Samples that were computed at once."),
     ("waiting_samples", "gauge", "Samples that wait for a batch."),
     ("overloaded_total", "counter", "Predictions that were refused because too many waited."),
+    (
+        "hedges_total",
+        "counter",
+        "Of a process without rows: requests for them that went to a second server, since the first was slow.",
+    ),
+    ("hedges_won_total", "counter", "The same: those that the second one answered first."),
+    ("failovers_total", "counter", "The same: requests that went to another server since one failed."),
     ("http_responses_total status", "counter", "Requests over HTTP that were answered, by status."),
     ("http_connections", "gauge", "Connections of HTTP."),
     (

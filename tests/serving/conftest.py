@@ -21,6 +21,7 @@ load_shared("serving/follow_rig.py")
 load_shared("serving/fleet_rig.py")
 load_shared("serving/predict_rig.py")
 load_shared("serving/http_rig.py")
+load_shared("serving/process_rig.py")
 
 import fleet_rig  # noqa: E402
 import serving_rig  # noqa: E402

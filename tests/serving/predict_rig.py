@@ -6,12 +6,15 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
+import follow_rig
 import numpy as np
 import pyarrow as pa
 import pytest
+import rig
 
 import oarlock.recipes
 from oarlock.checkpoint.store import open_checkpoint
+from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.data.columns import offsets_of
 from oarlock.data.files import files_from_json
 from oarlock.data.planted import generate_ncf
@@ -21,6 +24,7 @@ from oarlock.launch.config import run_config
 from oarlock.launch.folder import create
 from oarlock.launch.inprocess import run_in_process
 from oarlock.launch.prediction import predictor_of
+from oarlock.proto.bulk import inlined
 from oarlock.serving.predictor import Predictor
 from oarlock.serving.tensors import Tensor
 
@@ -132,3 +136,60 @@ class Job:
                 items += listed
         found = {"user": np.array(users, np.uint64), "item": np.array(items, np.uint64)}
         return [Tensor(name, "UINT64", (len(values),), values) for name, values in found.items()]
+
+
+class Going(follow_rig.Job):
+    """Shards that go on from the end of a job that was trained."""
+
+    def __init__(self, trained):
+        self.trained, self.spec, self.step = trained, trained.spec, 0
+        self.status = {"phase": "training", "events": [], "checkpoints": []}
+        self.silent, self.calls, self.clock = set(), [], follow_rig.Clock()
+        self.restart(run=trained.manifest.run + 1)
+
+    def restart(self, run, shards=2):
+        """Begin a run with the state of the trained job's last cut."""
+        self.inner = rig.Job(self.spec, shards=shards, run=run)
+        self.inner.coordinator = follow_rig.rows_rig.Coordinator(self.inner)
+        cut = self.trained.folder / "checkpoints" / f"cut-{self.trained.manifest.cut:06d}"
+        self.inner.place(restore=str(cut))
+        for service in self.inner.services.values():
+            self.tune(service)
+
+    def go_on(self, rng, size=0.05):
+        """Push gradients for rows that there are and for others, and for all dense parameters."""
+        self.step += 1
+        rows = {}
+        for spec in self.spec.tables:
+            keyset = rig.group_keys(self.inner.layout, self.inner.routes(), spec.name, self.keys_of(spec.name, rng))
+            gradients = rng.normal(0, size, (len(keyset.keys), spec.dim)).astype(np.float32)
+            rows[spec.name] = RowGradients(keyset, gradients, 0.5)
+        dense = rng.normal(0, size, self.inner.layout.dense_size).astype(np.float32)
+        for message in cut_push(self.inner.layout, self.inner.routes(), PushIdentity(1, self.step), rows, dense, 0.5):
+            request = inlined(message.bulk)
+            request.step = self.step
+            request.header.CopyFrom(self.inner.header(message.shard.id))
+            self.inner.services[message.shard.id].push(request)
+
+    def keys_of(self, name, rng):
+        number = self.inner.layout.table_index[name]
+        held = [
+            shard.tables[number].export_block(block).keys
+            for shard in self.inner.shards.values()
+            for block in shard.tables[number].owned.tolist()
+        ]
+        return np.unique(np.concatenate([np.concatenate(held), rng.integers(0, 1 << 40, 5).astype(np.uint64)]))
+
+
+class AsShardsHaveIt:
+    """The state of a job's shards, as pulls tell it."""
+
+    def __init__(self, job):
+        self.job = job
+        self.dense = job.inner.dense()
+
+    def lookup_many(self, wanted):
+        for table, keys, out in wanted:
+            distinct, back = np.unique(keys, return_inverse=True)
+            out[:] = self.job.inner.rows(table, distinct)[back]
+        return [0] * len(wanted)

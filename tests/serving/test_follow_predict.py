@@ -3,17 +3,13 @@
 
 import threading
 
-import follow_rig
 import numpy as np
 import pytest
-import rig
-from predict_rig import RECIPES
+from predict_rig import RECIPES, AsShardsHaveIt, Going
 from predict_rig import Job as Trained
 from threadpoolctl import threadpool_limits
 
-from oarlock.client.push import PushIdentity, RowGradients, cut_push
 from oarlock.launch.prediction import predictor_of_job
-from oarlock.proto.bulk import inlined
 from oarlock.proto.errors import Unavailable
 from oarlock.proto.inference_pb2 import ModelInferRequest, ModelMetadataRequest, ServerReadyRequest
 from oarlock.serving.inference import InferenceService
@@ -24,62 +20,6 @@ from oarlock.serving.service import ServingService
 @pytest.fixture(scope="module", params=RECIPES)
 def trained(request, tmp_path_factory):
     return Trained(request.param, tmp_path_factory.mktemp(request.param))
-
-
-class Going(follow_rig.Job):
-    """Shards that go on from the end of a job that was trained."""
-
-    def __init__(self, trained):
-        self.trained, self.spec, self.step = trained, trained.spec, 0
-        self.status = {"phase": "training", "events": [], "checkpoints": []}
-        self.silent, self.calls, self.clock = set(), [], follow_rig.Clock()
-        self.restart(run=trained.manifest.run + 1)
-
-    def restart(self, run, shards=2):
-        """Begin a run with the state of the trained job's last cut."""
-        self.inner = rig.Job(self.spec, shards=shards, run=run)
-        self.inner.coordinator = follow_rig.rows_rig.Coordinator(self.inner)
-        cut = self.trained.folder / "checkpoints" / f"cut-{self.trained.manifest.cut:06d}"
-        self.inner.place(restore=str(cut))
-        for service in self.inner.services.values():
-            self.tune(service)
-
-    def go_on(self, rng, size=0.05):
-        """Push gradients for rows that there are and for others, and for all dense parameters."""
-        self.step += 1
-        rows = {}
-        for spec in self.spec.tables:
-            keyset = rig.group_keys(self.inner.layout, self.inner.routes(), spec.name, self.keys_of(spec.name, rng))
-            gradients = rng.normal(0, size, (len(keyset.keys), spec.dim)).astype(np.float32)
-            rows[spec.name] = RowGradients(keyset, gradients, 0.5)
-        dense = rng.normal(0, size, self.inner.layout.dense_size).astype(np.float32)
-        for message in cut_push(self.inner.layout, self.inner.routes(), PushIdentity(1, self.step), rows, dense, 0.5):
-            request = inlined(message.bulk)
-            request.step = self.step
-            request.header.CopyFrom(self.inner.header(message.shard.id))
-            self.inner.services[message.shard.id].push(request)
-
-    def keys_of(self, name, rng):
-        number = self.inner.layout.table_index[name]
-        held = [
-            shard.tables[number].export_block(block).keys
-            for shard in self.inner.shards.values()
-            for block in shard.tables[number].owned.tolist()
-        ]
-        return np.unique(np.concatenate([np.concatenate(held), rng.integers(0, 1 << 40, 5).astype(np.uint64)]))
-
-
-class AsShardsHaveIt:
-    """The state of a job's shards, as pulls tell it."""
-
-    def __init__(self, job):
-        self.job = job
-        self.dense = job.inner.dense()
-
-    def lookup(self, table, keys, out):
-        distinct, back = np.unique(keys, return_inverse=True)
-        out[:] = self.job.inner.rows(table, distinct)[back]
-        return 0
 
 
 @pytest.fixture

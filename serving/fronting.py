@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process serves that has no rows: the dense parameters of a cut, or of a job, in front of the servers of its parts.
+
+Invariant: which cut of a checkpoint is served the servers of rows say: the newest that every part has. It takes the place of
+another once its dense parameters are here, and servers of parts keep the one before for a while, so that none of its requests
+fails. Nobody rolls such a process back: it goes where its servers go.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from oarlock.checkpoint.reading import Reading
+from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
+from oarlock.serving.follow import Call, Following
+from oarlock.serving.part import WITHOUT_ROWS
+from oarlock.serving.remote import RowServers, SeveralVersions
+from oarlock.serving.snapshot import Model, Progress, Snapshot
+from oarlock.serving.swap import LOOK_SECONDS, Serving
+
+# Between two questions to servers that are not ready yet.
+WAIT_SECONDS = 0.2
+# How long servers may take to open the same cut, before it is told as a problem.
+BETWEEN_SECONDS = 30.0
+
+
+class Fronting(Serving):
+    """Cuts of ``store`` without rows, which ``servers`` have."""
+
+    def __init__(
+        self, store: Reading, servers: RowServers, *, trust: bool = False, look_seconds: float = LOOK_SECONDS
+    ) -> None:
+        super().__init__(store, trust=trust, look_seconds=look_seconds, part=WITHOUT_ROWS)
+        self.servers = servers
+        # Since when servers have been of several versions, if they are.
+        self._between: float | None = None
+
+    @property
+    def current(self) -> Model:
+        """The model that is served now, with the rows of the servers."""
+        return self.servers.model_of(super().current)
+
+    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
+        """Serve the cut that the servers serve, once they do."""
+        while True:
+            # Nobody knows how long that takes.
+            progress(0, 0)
+            try:
+                with self._loading:
+                    self._load(self._agreed(), progress)
+                self.problem = ""
+                return self.current
+            except Unavailable as error:
+                self._complain(str(error))
+            if self._over.wait(WAIT_SECONDS):
+                raise Unavailable("this process is ending, and opens no model")
+
+    def _agreed(self) -> int:
+        """Return the cut that the servers serve."""
+        snapshot = self._snapshot
+        manifest = self.store.load_manifest(None) if snapshot is None else snapshot.manifest
+        version = self.servers.agreed(manifest.job, manifest.table_specs())
+        if version.live:
+            raise InvalidArgument(
+                f"the servers of rows ({self.servers}) follow a job: give --follow JOB in place of a checkpoint"
+            )
+        return version.cut
+
+    def look(self) -> bool:
+        """Serve the cut that the servers serve if it is another one; return whether it was. A failure is in ``problem``."""
+        with self._loading:
+            between, self._between = self._between, None
+            try:
+                cut = self._agreed()
+                if cut == super().current.version.cut:
+                    self.problem = ""
+                    return False
+                return self._take(cut)
+            except SeveralVersions as error:
+                # As it is for a moment whenever cuts change.
+                self._between = self._clock() if between is None else between
+                if self._clock() - self._between > BETWEEN_SECONDS:
+                    self._complain(str(error))
+            except (PSError, OSError) as error:
+                self._complain(f"what the servers of rows serve is not served: {error}")
+            return False
+
+    def roll_back(self, cut: int = 0) -> Snapshot:
+        _refuse(self.servers)
+
+    def release(self) -> Model:
+        _refuse(self.servers)
+
+    def close(self) -> None:
+        super().close()
+        self.servers.close()
+
+
+class FrontingJob(Following):
+    """A job that is followed without its rows, which ``servers`` follow; otherwise as ``Following``."""
+
+    def __init__(
+        self,
+        store: Reading,
+        call: Call,
+        address: Callable[[], str],
+        job: str,
+        servers: RowServers,
+        **options: Any,
+    ) -> None:
+        super().__init__(store, call, address, job, part=WITHOUT_ROWS, **options)
+        self.servers = servers
+
+    @property
+    def current(self) -> Model:
+        """The model that is served now, with the rows of the servers."""
+        return self.servers.model_of(super().current)
+
+    def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
+        """Begin to follow; return once there is something to serve, here and by the servers."""
+        made = super().load(cut, progress=progress)
+        while True:
+            progress(0, 0)
+            try:
+                self._agree(made)
+                return self.current
+            except Unavailable as error:
+                self._tell(str(error))
+            if self._over.wait(WAIT_SECONDS):
+                raise Unavailable("this process is ending, and opens no model")
+
+    def look(self) -> bool:
+        """Ask the coordinator, and the servers of rows; return whether the run was new. PSError: no answer of the coordinator."""
+        anew = super().look()
+        if self.live is not None:
+            with self._troubles.said("the servers of rows"):
+                self._agree(self.live)
+        return anew
+
+    def _agree(self, model: Model) -> None:
+        """Raise unless the servers serve the live model."""
+        version = self.servers.agreed(model.job, {name: table.spec for name, table in model.tables.items()})
+        if not version.live:
+            raise InvalidArgument(
+                f"the servers of rows ({self.servers}) serve {version}: have them follow the job, too"
+            )
+
+    def roll_back(self, cut: int = 0) -> Snapshot:
+        _refuse(self.servers)
+
+    def release(self) -> Model:
+        _refuse(self.servers)
+
+    def close(self) -> None:
+        super().close()
+        self.servers.close()
+
+
+def _refuse(servers: RowServers) -> NoReturn:
+    raise InvalidArgument(
+        f"this process serves the cut that its servers of rows do: roll those back ({servers}), and it goes with them"
+    )

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose rows are elsewhere: dense parameters and version are of what this process has, rows of the servers of its parts.
+
+Invariant: rows of an answer are of the very version that the dense parameters are of, whichever server gave them: a server that
+does not have it is not asked again for it, and if all of a part lack it the answer is Unavailable. Nothing is kept of rows. Any
+thread.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oarlock.embedding.hashing import table_salt
+from oarlock.embedding.spec import TableSpec
+from oarlock.proto.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    PSError,
+    SpecMismatch,
+    Unavailable,
+    WrongJob,
+)
+from oarlock.proto.methods import PROTOCOL
+from oarlock.proto.rpc import BlockingTransport
+from oarlock.proto.security import Security
+from oarlock.proto.serving_pb2 import ModelReply, ModelRequest
+from oarlock.serving.client import Client, ModelVersion
+from oarlock.serving.fleet import Counts, ServedModel, TableForm, read_model
+from oarlock.serving.lookup_wire import Found
+from oarlock.serving.part import WHOLE, ModelPart
+from oarlock.serving.snapshot import Model, Version, Wanted, unknown_table
+
+# A server that has not said by then what it serves is not heard this time.
+DESCRIBE_SECONDS = 2.0
+# Rows of a batch, which many callers wait for.
+ROWS_SECONDS = 5.0
+MOST_AT_ONCE = 64
+
+
+class SeveralVersions(Unavailable):
+    """The parts of a model are of several versions, and none is served of all parts."""
+
+
+class RowServers:
+    """The servers at ``addresses``, which together have the rows of a model in parts."""
+
+    def __init__(
+        self, addresses: Sequence[str], *, security: Security | None = None, rows_seconds: float = ROWS_SECONDS
+    ) -> None:
+        self._addresses = list(dict.fromkeys(addresses))
+        self._client = Client(self._addresses, timeout_seconds=rows_seconds, security=security)
+        self._transport = BlockingTransport(security=security)
+        threads = min(MOST_AT_ONCE, len(self._addresses))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="oarlock-rows")
+        self._last: RemoteModel | None = None
+        # By table, as the servers said last: rows, and the form that they are kept in.
+        self.held: dict[str, tuple[int, str]] = {}
+        # The same: what is served of the one that is farthest behind was the model's state then, in seconds since Unix' epoch.
+        self.since = math.inf
+
+    @property
+    def counts(self) -> Counts:
+        return self._client.counts
+
+    def __str__(self) -> str:
+        return ", ".join(self._addresses)
+
+    def model_of(self, base: Model) -> "RemoteModel":
+        """Return the model with the rows of these servers, in place of the rows of ``base``; the same as long as that is."""
+        last = self._last
+        if last is None or last.base is not base:
+            self._last = last = RemoteModel(base, self)
+        return last
+
+    def rows(self, tables: Mapping[str, NDArray[np.uint64]], version: Version) -> Found:
+        """Return rows of a version; Unavailable if there are none of it."""
+        try:
+            return self._client.lookup(tables, version=ModelVersion(version.run, version.cut, 0.0, version.live))
+        except (NotFound, DeadlineExceeded) as error:
+            raise Unavailable(f"rows of {version} are not to be had of {self}: ask again ({error.message})") from None
+
+    def agreed(self, job: str, tables: Mapping[str, TableSpec]) -> Version:
+        """Ask all what they serve; return the newest version of ``tables`` of ``job`` that every part has a server of.
+
+        Unavailable while there is none; InvalidArgument, WrongJob and SpecMismatch name a server that does not belong here.
+        """
+        told = self._told()
+        replies = {address: reply for address, reply in told.items() if isinstance(reply, ModelReply)}
+        if not replies:
+            address, error = next(iter(told.items()))
+            raise Unavailable(f"no server of rows answers; {address}: {error}")
+        forms = {name: TableForm(spec.dim, spec.blocks, int(table_salt(name))) for name, spec in tables.items()}
+        version = agreed_version(replies, ServedModel(job, 0, forms))
+        self.held = held_by(replies)
+        self.since = time.time() - max(reply.version.seconds_since for reply in replies.values())
+        return version
+
+    def _told(self) -> dict[str, ModelReply | PSError]:
+        """Return what each server serves, or why it does not say."""
+
+        def ask(address: str) -> ModelReply | PSError:
+            try:
+                request = ModelRequest(protocol=PROTOCOL)
+                reply: ModelReply = self._transport.call(
+                    address, "Serving.Describe", request, timeout_seconds=DESCRIBE_SECONDS
+                )
+                return reply
+            except PSError as error:
+                return error
+
+        return dict(zip(self._addresses, self._pool.map(ask, self._addresses), strict=True))
+
+    def close(self) -> None:
+        """Give back connections and threads; idempotent."""
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+        self._transport.close()
+
+
+def held_by(replies: Mapping[str, ModelReply]) -> dict[str, tuple[int, str]]:
+    """Return by table how many rows all parts have, and in which form; of each part one server counts."""
+    found: dict[str, tuple[int, str]] = {}
+    for reply in {reply.part: reply for reply in replies.values()}.values():
+        for each in reply.tables:
+            found[each.name] = (found.get(each.name, (0, ""))[0] + each.rows, each.dtype)
+    return found
+
+
+def agreed_version(replies: Mapping[str, ModelReply], wanted: ServedModel) -> Version:
+    """Return the newest version of what is wanted, in any number of parts, that every part has a server of, by what they said."""
+    parts = 0
+    by_part: dict[int, set[tuple[int, int, bool]]] = {}
+    for address, reply in replies.items():
+        told, part = read_model(reply)
+        if told.parts == 1:
+            raise InvalidArgument(
+                f"{address} has all of its model, not a part: ask it for predictions itself, or start it with --part"
+            )
+        if told.job != wanted.job:
+            raise WrongJob(f"{address} serves rows of job {told.job[:64]}, and not of {wanted.job}")
+        if told.tables != wanted.tables:
+            raise SpecMismatch(f"{address} serves other tables than this model has: {', '.join(told.tables)[:200]}")
+        parts = parts or told.parts
+        if told.parts != parts:
+            raise InvalidArgument(f"{address} serves one of {told.parts} parts, others one of {parts}")
+        version = reply.version
+        by_part.setdefault(part, set()).add((version.run, 0 if version.live else version.cut, version.live))
+    if lacking := [part for part in range(parts) if part not in by_part]:
+        raise Unavailable(f"no server answers that has part {lacking[0]} of {parts}")
+    common = set.intersection(*by_part.values())
+    if not common:
+        kinds = sorted(set().union(*by_part.values()))
+        have = ", ".join(str(Version(run, cut, 0.0, live)) for run, cut, live in kinds)
+        raise SeveralVersions(f"no version is served of all parts: their servers have {have}")
+    run, cut, live = max(common)
+    return Version(run, cut, time.time(), live)
+
+
+class RemoteTable:
+    """One table, of which this process knows what it is like."""
+
+    def __init__(self, spec: TableSpec, model: "RemoteModel", servers: RowServers) -> None:
+        self.spec = spec
+        self.nbytes = 0
+        self._model = model
+        self._servers = servers
+
+    @property
+    def rows(self) -> int:
+        """Rows that the servers have."""
+        return self._servers.held.get(self.spec.name, (0, ""))[0]
+
+    @property
+    def form(self) -> str:
+        return self._servers.held.get(self.spec.name, (0, self.spec.dtype))[1]
+
+    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+        return self._model.lookup(self.spec.name, keys, out)
+
+
+class RemoteModel:
+    """What ``base`` is, with rows of ``servers``."""
+
+    def __init__(self, base: Model, servers: RowServers) -> None:
+        self.base = base
+        self.part: ModelPart = WHOLE
+        self.job = base.job
+        self.nbytes = base.nbytes
+        self.tables = {name: RemoteTable(table.spec, self, servers) for name, table in base.tables.items()}
+        self._servers = servers
+
+    @property
+    def version(self) -> Version:
+        """What rows and dense parameters are of, as old as the older of them."""
+        version = self.base.version
+        return replace(version, created=min(version.created, self._servers.since)) if version.live else version
+
+    @property
+    def rows(self) -> int:
+        return sum(table.rows for table in self.tables.values())
+
+    @property
+    def dense(self) -> NDArray[np.float32]:
+        return self.base.dense
+
+    def table(self, name: str) -> RemoteTable:
+        """Return a table; UnknownTable says which there are."""
+        found = self.tables.get(name)
+        if found is None:
+            raise unknown_table(name, self.tables)
+        return found
+
+    def lookup(self, table: str, keys: NDArray[np.uint64], out: NDArray[np.float32]) -> int:
+        """Write the weights of keys: uint64[n] to out: float32[n, dim]; return how many of them have no row."""
+        (missing,) = self.lookup_many([(table, keys, out)])
+        assert missing is not None, "of one table that is asked for once it is known"
+        return missing
+
+    def lookup_many(self, wanted: Sequence[Wanted]) -> list[int | None]:
+        """Do so for each (table, keys, out) of ``wanted``, all in one request to each part.
+
+        How many keys have no row is told for a table as a whole: None for one that is wanted several times, unless it is none.
+        """
+        by_table: dict[str, list[int]] = {}
+        for number, (name, _, _) in enumerate(wanted):
+            by_table.setdefault(name, []).append(number)
+        keys = {name: _joined([wanted[number][1] for number in numbers]) for name, numbers in by_table.items()}
+        found = self._servers.rows(keys, self.base.version)
+        missing: list[int | None] = [0] * len(wanted)
+        for name, numbers in by_table.items():
+            rows, at = found[name], 0
+            for number in numbers:
+                _, asked, out = wanted[number]
+                out[:] = rows[at : at + len(asked)]
+                at += len(asked)
+                missing[number] = found.missing[name] if len(numbers) == 1 or not found.missing[name] else None
+        return missing
+
+
+def _joined(keys: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return keys[0] if len(keys) == 1 else np.concatenate(keys)
