@@ -71,10 +71,13 @@ class Fronting(Serving):
             between, self._between = self._between, None
             try:
                 cut = self._agreed()
-                if cut == super().current.version.cut:
+                if cut != super().current.version.cut:
+                    return self._take(cut)
+                if self.servers.problem:
+                    self._complain(self.servers.problem)
+                else:
                     self.problem = ""
-                    return False
-                return self._take(cut)
+                return False
             except SeveralVersions as error:
                 # As it is for a moment whenever cuts change.
                 self._between = self._clock() if between is None else between
@@ -143,6 +146,8 @@ class FrontingJob(Following):
             raise InvalidArgument(
                 f"the servers of rows ({self.servers}) serve {version}: have them follow the job, too"
             )
+        if self.servers.problem:
+            raise InvalidArgument(self.servers.problem)
 
     def roll_back(self, cut: int = 0) -> Snapshot:
         _refuse(self.servers)

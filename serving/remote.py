@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from oarlock.embedding.spec import TableSpec
 from oarlock.proto.errors import (
     DeadlineExceeded,
     InvalidArgument,
+    Malformed,
     NotFound,
     PSError,
     SpecMismatch,
@@ -41,6 +43,9 @@ DESCRIBE_SECONDS = 2.0
 # Rows of a batch, which many callers wait for.
 ROWS_SECONDS = 5.0
 MOST_AT_ONCE = 64
+# What a server may say: older, or with more rows, is nothing.
+MOST_SECONDS = 1e10
+MOST_ROWS = 1 << 48
 
 
 class SeveralVersions(Unavailable):
@@ -59,6 +64,11 @@ class RowServers:
         threads = min(MOST_AT_ONCE, len(self._addresses))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="oarlock-rows")
         self._last: RemoteModel | None = None
+        self._lock = Lock()
+        # Of how many parts the model is; 0: nobody has said it.
+        self._parts = 0
+        # Which servers do not belong here, and why; empty: all do that answer.
+        self.problem = ""
         # By table, as the servers said last: rows, and the form that they are kept in.
         self.held: dict[str, tuple[int, str]] = {}
         # The same: what is served of the one that is farthest behind was the model's state then, in seconds since Unix' epoch.
@@ -74,9 +84,12 @@ class RowServers:
     def model_of(self, base: Model) -> "RemoteModel":
         """Return the model with the rows of these servers, in place of the rows of ``base``; the same as long as that is."""
         last = self._last
-        if last is None or last.base is not base:
-            self._last = last = RemoteModel(base, self)
-        return last
+        if last is not None and last.base is base:
+            return last
+        with self._lock:
+            if self._last is None or self._last.base is not base:
+                self._last = RemoteModel(base, self)
+            return self._last
 
     def rows(self, tables: Mapping[str, NDArray[np.uint64]], version: Version) -> Found:
         """Return rows of a version; Unavailable if there are none of it."""
@@ -88,15 +101,31 @@ class RowServers:
     def agreed(self, job: str, tables: Mapping[str, TableSpec]) -> Version:
         """Ask all what they serve; return the newest version of ``tables`` of ``job`` that every part has a server of.
 
-        Unavailable while there is none; InvalidArgument, WrongJob and SpecMismatch name a server that does not belong here.
+        Unavailable while there is none. A server that does not belong here is refused (InvalidArgument, WrongJob, SpecMismatch,
+        Malformed) until they have agreed once, and left out from then on, with the reason in ``problem``.
         """
-        told = self._told()
-        replies = {address: reply for address, reply in told.items() if isinstance(reply, ModelReply)}
-        if not replies:
-            address, error = next(iter(told.items()))
-            raise Unavailable(f"no server of rows answers; {address}: {error}")
         forms = {name: TableForm(spec.dim, spec.blocks, int(table_salt(name))) for name, spec in tables.items()}
-        version = agreed_version(replies, ServedModel(job, 0, forms))
+        replies: dict[str, ModelReply] = {}
+        silent, misfits, parts = "", [], self._parts
+        for address, reply in self._told().items():
+            if isinstance(reply, PSError):
+                silent = silent or f"{address}: {reply}"
+                continue
+            try:
+                parts = check_fits(address, reply, ServedModel(job, parts, forms))
+                replies[address] = reply
+            except PSError as error:
+                misfits.append(error)
+        self.problem = "; ".join(each.message for each in misfits)[:1000]
+        if misfits and not (self._parts and replies):
+            raise misfits[0]
+        if not replies:
+            raise Unavailable(f"no server of rows answers; {silent}")
+        version = agreed_version(replies, parts)
+        if not self._parts:
+            # The client is to know, too, who belongs here.
+            self._client.describe()
+        self._parts = parts
         self.held = held_by(replies)
         self.since = time.time() - max(reply.version.seconds_since for reply in replies.values())
         return version
@@ -128,29 +157,39 @@ def held_by(replies: Mapping[str, ModelReply]) -> dict[str, tuple[int, str]]:
     found: dict[str, tuple[int, str]] = {}
     for reply in {reply.part: reply for reply in replies.values()}.values():
         for each in reply.tables:
-            found[each.name] = (found.get(each.name, (0, ""))[0] + each.rows, each.dtype)
+            found[each.name] = (found.get(each.name, (0, ""))[0] + each.rows, each.dtype[:32])
     return found
 
 
-def agreed_version(replies: Mapping[str, ModelReply], wanted: ServedModel) -> Version:
-    """Return the newest version of what is wanted, in any number of parts, that every part has a server of, by what they said."""
-    parts = 0
+def check_fits(address: str, reply: ModelReply, wanted: ServedModel) -> int:
+    """Return of how many parts a server's model is, which serves what is ``wanted`` (parts 0: any number of them); PSError."""
+    try:
+        told, _ = read_model(reply)
+    except PSError as error:
+        raise Malformed(f"{address}: {error.message}") from None
+    if told.parts == 1:
+        raise InvalidArgument(
+            f"{address} has all of its model, not a part: ask it for predictions itself, or start it with --part"
+        )
+    if told.job != wanted.job:
+        raise WrongJob(f"{address} serves rows of job {told.job[:64]}, and not of {wanted.job}")
+    if told.tables != wanted.tables:
+        raise SpecMismatch(f"{address} serves other tables than this model has: {', '.join(told.tables)[:200]}")
+    if wanted.parts not in (0, told.parts):
+        raise InvalidArgument(f"{address} serves one of {told.parts} parts, others one of {wanted.parts}")
+    if not 0 <= reply.version.seconds_since < MOST_SECONDS:
+        raise Malformed(f"{address}: it says that what it serves is {reply.version.seconds_since} s old")
+    if any(each.rows > MOST_ROWS for each in reply.tables):
+        raise Malformed(f"{address}: it says that it has {max(each.rows for each in reply.tables)} rows of a table")
+    return told.parts
+
+
+def agreed_version(replies: Mapping[str, ModelReply], parts: int) -> Version:
+    """Return the newest version that every one of ``parts`` has a server of, by what servers said that fit; Unavailable."""
     by_part: dict[int, set[tuple[int, int, bool]]] = {}
-    for address, reply in replies.items():
-        told, part = read_model(reply)
-        if told.parts == 1:
-            raise InvalidArgument(
-                f"{address} has all of its model, not a part: ask it for predictions itself, or start it with --part"
-            )
-        if told.job != wanted.job:
-            raise WrongJob(f"{address} serves rows of job {told.job[:64]}, and not of {wanted.job}")
-        if told.tables != wanted.tables:
-            raise SpecMismatch(f"{address} serves other tables than this model has: {', '.join(told.tables)[:200]}")
-        parts = parts or told.parts
-        if told.parts != parts:
-            raise InvalidArgument(f"{address} serves one of {told.parts} parts, others one of {parts}")
+    for reply in replies.values():
         version = reply.version
-        by_part.setdefault(part, set()).add((version.run, 0 if version.live else version.cut, version.live))
+        by_part.setdefault(reply.part, set()).add((version.run, 0 if version.live else version.cut, version.live))
     if lacking := [part for part in range(parts) if part not in by_part]:
         raise Unavailable(f"no server answers that has part {lacking[0]} of {parts}")
     common = set.intersection(*by_part.values())

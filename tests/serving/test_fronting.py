@@ -220,12 +220,15 @@ def test_a_server_that_dies_is_done_without(model, servers, front):
     fronting = front(addresses(parts))
     fronting.load()
     looked_up(fronting.current, model.keys)
-    parts[0].stop()
-    parts[3].stop()
+    # Of each part the one that was asked.
+    used = [each for each in parts if each.service.lookups]
+    assert sorted(each.serving.part.number for each in used) == [0, 1]
+    for each in used:
+        each.stop()
     for _ in range(20):
         assert same(looked_up(fronting.current, KEYS), looked_up(serving_rig.loaded(model.store).current, KEYS))
     model.cut(2)
-    for each in (parts[1], parts[2]):
+    for each in parts:
         each.serving.look()
     assert fronting.look()
     assert fronting.servers.counts.failovers > 0
@@ -336,6 +339,30 @@ def test_a_cut_that_is_not_in_the_folder_changes_nothing(model, servers, front, 
     copy.cut(2)
     assert fronting.look()
     assert (fronting.problem, fronting.current.version.cut) == ("", 2)
+
+
+def test_a_server_that_is_another_one_now_is_left_out_and_named(model, servers, front, tmp_path):
+    parts = servers.parts(model.store, 2, 2)
+    fronting = front(addresses(parts))
+    fronting.load()
+    other = serving_rig.Model(tmp_path / "other", job="f" * 32)
+    other.cut(1)
+    parts[0].stop()
+    stranger = servers.start(other.store, 0, 2, listen=parts[0].address)
+    assert not fronting.look()
+    assert fronting.problem == f"{stranger.address} serves rows of job {'f' * 32}, and not of {serving_rig.JOB}"
+    model.cut(2)
+    for each in parts[1:]:
+        each.serving.look()
+    assert fronting.look(), "the others are followed"
+    for _ in range(20):
+        assert same(looked_up(fronting.current, KEYS), looked_up(serving_rig.loaded(model.store).current, KEYS))
+    assert stranger.service.asked == {}
+    fronting.look()
+    assert stranger.address in fronting.problem
+    stranger.stop()
+    fronting.look()
+    assert fronting.problem == ""
 
 
 def test_servers_that_do_not_belong_here_are_refused(model, servers, front, tmp_path):

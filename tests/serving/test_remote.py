@@ -8,7 +8,7 @@ from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, SpecMisma
 from oarlock.proto.serving_pb2 import ModelReply, ModelVersion, ServedTable
 from oarlock.serving.client import ModelVersion as Told
 from oarlock.serving.fleet import ServedModel, TableForm
-from oarlock.serving.remote import agreed_version, held_by
+from oarlock.serving.remote import agreed_version, check_fits, held_by
 
 TABLES = {"user": TableForm(4, 4, 11), "item": TableForm(16, 2, 12)}
 
@@ -22,21 +22,24 @@ def addresses(parts):
     return [each.address for each in parts]
 
 
-def reply(cut, part, parts=2, *, run=0, live=False, job="j", tables=TABLES):
+def reply(cut, part, parts=2, *, run=0, live=False, job="j", tables=TABLES, old=1.0, rows=10):
     return ModelReply(
         job=job,
-        version=ModelVersion(run=run, cut=cut, live=live),
+        version=ModelVersion(run=run, cut=cut, live=live, seconds_since=old),
         part=part,
         parts=parts,
         tables=[
-            ServedTable(name=name, dim=form.dim, blocks=form.blocks, salt=form.salt, rows=10 + part, dtype="float32")
+            ServedTable(name=name, dim=form.dim, blocks=form.blocks, salt=form.salt, rows=rows + part, dtype="float32")
             for name, form in tables.items()
         ],
     )
 
 
 def agreed(*replies):
-    return agreed_version({f"h:{n}": each for n, each in enumerate(replies, 1)}, ServedModel("j", 0, TABLES))
+    by_address, parts = {f"h:{n}": each for n, each in enumerate(replies, 1)}, 0
+    for address, each in by_address.items():
+        parts = check_fits(address, each, ServedModel("j", parts, TABLES))
+    return agreed_version(by_address, parts)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,11 @@ def test_which_version_they_agree_on(replies, found):
         ([reply(3, 0), reply(3, 1, job="k")], WrongJob, "h:2 serves rows of job k, and not of j"),
         ([reply(3, 0, tables={"user": TABLES["user"]})], SpecMismatch, "h:1 serves other tables"),
         ([reply(3, 0, tables={**TABLES, "item": TableForm(16, 4, 12)})], SpecMismatch, "h:1 serves other tables"),
-        ([reply(3, 7)], Malformed, "part 7 of 2"),
+        ([reply(3, 7)], Malformed, "h:1: it says that it has part 7 of 2"),
+        ([reply(3, 0, old=float("nan"))], Malformed, "what it serves is nan s old"),
+        ([reply(3, 0, old=float("inf"))], Malformed, "what it serves is inf s old"),
+        ([reply(3, 0, old=-1.0)], Malformed, "what it serves is -1.0 s old"),
+        ([reply(3, 0, rows=1 << 63)], Malformed, "it says that it has 9223372036854775808 rows of a table"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(replies, error, words):
