@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from threading import Event, Lock
 
-from oarlock.proto.errors import Unavailable
+from oarlock.proto.errors import PSError, Unavailable
 from oarlock.serving.scorer import Samples, Scored, Scorer, State
 from oarlock.telemetry.histogram import Histogram
 
@@ -135,8 +135,10 @@ class Batcher:
         try:
             found = scorer.score(batch[0].state, [each.samples for each in batch])
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].error = error
+            if len(batch) == 1 or (isinstance(error, PSError) and error.retryable):
+                # What may be had later is lacked by all of them alike.
+                for each in batch:
+                    each.error = error
             else:
                 for each in batch:
                     self._compute([each], scorer)

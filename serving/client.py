@@ -31,7 +31,7 @@ from oarlock.serving.gather_nearest import NEAREST, Wanted, finding
 from oarlock.serving.hedged import Hedged
 from oarlock.serving.hedged_async import AsyncHedged, AsyncTender
 from oarlock.serving.hedging import SHARE
-from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, lookup_request, read_found
+from oarlock.serving.lookup_wire import Found, Keys, ModelVersion, checked_version, lookup_request, read_found
 from oarlock.serving.nearest_wire import Neighbours, read_nearest
 from oarlock.serving.rolling import roll_back, roll_back_async, rolling_back
 from oarlock.serving.tender import Tender
@@ -93,7 +93,7 @@ class Client:
                 timeout_seconds,
             )
         request = lookup_request(tables, version=version)
-        return read_found(tables, self._call("Serving.Lookup", request, timeout_seconds))
+        return checked_version(read_found(tables, self._call("Serving.Lookup", request, timeout_seconds)), version)
 
     def _gathered(self, steps: Steps[T], until: float) -> T:
         """Ask what ``steps`` yields, and return what it returns."""
@@ -237,7 +237,9 @@ class AsyncClient:
                 timeout_seconds,
             )
         request = lookup_request(tables, version=version)
-        return read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds))
+        return checked_version(
+            read_found(tables, await self._call("Serving.Lookup", request, timeout_seconds)), version
+        )
 
     async def _gathered(self, steps: Steps[T], until: float) -> T:
         try:

@@ -241,7 +241,11 @@ class Fleet:
             return any(each not in tried for each in self._by_part.get(part, ()))
 
     def nobody(self, part: int) -> Unavailable:
-        """Return the error that says why none of a part can be asked."""
+        """Return the error that says why none of a part can be asked; those that may be are asked soon what they have."""
+        with self._lock:
+            soon = self._clock() + PAUSE_SECONDS
+            for each in self.replicas:
+                each.due = min(each.due, soon)
         problems = "; ".join(each.problem for each in self.replicas if each.problem)[:1000]
         return Unavailable(f"no server of part {part} can be asked now{': ' if problems else ''}{problems}")
 
@@ -300,7 +304,14 @@ def _is_address(text: str) -> bool:
     host, _, port = text.rpartition(":")
     if text.startswith("unix:"):
         return len(text) > len("unix:")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16 and text.isprintable()
+    return (
+        bool(host)
+        and "," not in host
+        and port.isascii()
+        and port.isdigit()
+        and 0 < int(port[:6]) < 1 << 16
+        and text.isprintable()
+    )
 
 
 def read_model(reply: ModelReply) -> tuple[ServedModel, int]:

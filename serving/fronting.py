@@ -6,17 +6,23 @@ another once its dense parameters are here, and servers of parts keep the one be
 fails. Nobody rolls such a process back: it goes where its servers go.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from oarlock.checkpoint.reading import Reading
-from oarlock.proto.errors import InvalidArgument, PSError, Unavailable
+from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, WrongRun
 from oarlock.serving.follow import Call, Following
 from oarlock.serving.part import WITHOUT_ROWS
+from oarlock.serving.recall import Asked
 from oarlock.serving.remote import RowServers, SeveralVersions
 from oarlock.serving.snapshot import Model, Progress, Snapshot
 from oarlock.serving.swap import LOOK_SECONDS, Serving
 
+logger = logging.getLogger(__name__)
+
+# Between two looks at least.
+LEAST_SECONDS = 0.05
 # Between two questions to servers that are not ready yet.
 WAIT_SECONDS = 0.2
 # How long servers may take to open the same cut, before it is told as a problem.
@@ -50,18 +56,25 @@ class Fronting(Serving):
                 self.problem = ""
                 return self.current
             except Unavailable as error:
-                self._complain(str(error))
+                self.problem = str(error)
+                logger.info("event=waiting_for_servers problem=%r", self.problem)
             if self._over.wait(WAIT_SECONDS):
                 raise Unavailable("this process is ending, and opens no model")
 
     def _agreed(self) -> int:
-        """Return the cut that the servers serve."""
+        """Return the cut that the servers serve, which this folder has, too."""
         snapshot = self._snapshot
         manifest = self.store.load_manifest(None) if snapshot is None else snapshot.manifest
         version = self.servers.agreed(manifest.job, manifest.table_specs())
         if version.live:
             raise InvalidArgument(
                 f"the servers of rows ({self.servers}) follow a job: give --follow JOB in place of a checkpoint"
+            )
+        run = snapshot.version.run if snapshot is not None and snapshot.version.cut == version.cut else None
+        run = self.store.load_manifest(version.cut).run if run is None else run
+        if run != version.run:
+            raise WrongRun(
+                f"{version} is what the servers of rows have; in this folder cut {version.cut} is of run {run}"
             )
         return version.cut
 
@@ -73,8 +86,8 @@ class Fronting(Serving):
                 cut = self._agreed()
                 if cut != super().current.version.cut:
                     return self._take(cut)
-                if self.servers.problem:
-                    self._complain(self.servers.problem)
+                if wrong := self.servers.problem or self.servers.failure:
+                    self._complain(wrong)
                 else:
                     self.problem = ""
                 return False
@@ -87,6 +100,20 @@ class Fronting(Serving):
                 self._complain(f"what the servers of rows serve is not served: {error}")
             return False
 
+    def _follow(self) -> None:
+        while not self._over.is_set():
+            # At once where rows of what is served were not to be had.
+            self.servers.stale.wait(self._look_seconds)
+            self.servers.stale.clear()
+            if not self._over.is_set():
+                self.look()
+                self._over.wait(LEAST_SECONDS)
+
+    @property
+    def recall(self) -> Asked:
+        """Nobody is asked for nearest rows here."""
+        raise _no_recall()
+
     def roll_back(self, cut: int = 0) -> Snapshot:
         _refuse(self.servers)
 
@@ -94,7 +121,12 @@ class Fronting(Serving):
         _refuse(self.servers)
 
     def close(self) -> None:
+        self._over.set()
+        self.servers.stale.set()
         super().close()
+
+    def dispose(self) -> None:
+        super().dispose()
         self.servers.close()
 
 
@@ -120,34 +152,50 @@ class FrontingJob(Following):
 
     def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Begin to follow; return once there is something to serve, here and by the servers."""
-        made = super().load(cut, progress=progress)
+        super().load(cut, progress=progress)
         while True:
             progress(0, 0)
             try:
-                self._agree(made)
+                self._agree()
                 return self.current
             except Unavailable as error:
-                self._tell(str(error))
+                logger.info("event=waiting_for_servers problem=%r", str(error))
             if self._over.wait(WAIT_SECONDS):
                 raise Unavailable("this process is ending, and opens no model")
 
     def look(self) -> bool:
         """Ask the coordinator, and the servers of rows; return whether the run was new. PSError: no answer of the coordinator."""
-        anew = super().look()
-        if self.live is not None:
-            with self._troubles.said("the servers of rows"):
-                self._agree(self.live)
-        return anew
+        try:
+            return super().look()
+        finally:
+            # Whether or not there is a coordinator.
+            if self.live is not None:
+                with self._troubles.said("the servers of rows"):
+                    self._agree()
 
-    def _agree(self, model: Model) -> None:
+    def _agree(self) -> None:
         """Raise unless the servers serve the live model."""
+        model = self.live
+        assert model is not None, "asked once there is one"
         version = self.servers.agreed(model.job, {name: table.spec for name, table in model.tables.items()})
         if not version.live:
             raise InvalidArgument(
                 f"the servers of rows ({self.servers}) serve {version}: have them follow the job, too"
             )
-        if self.servers.problem:
-            raise InvalidArgument(self.servers.problem)
+        if version.run != model.run:
+            raise Unavailable(
+                f"the servers of rows serve run {version.run}, this process has run {model.run}: ask again"
+            )
+        if wrong := self.servers.problem or self.servers.failure:
+            raise Unavailable(wrong)
+
+    def _served(self) -> list[Model]:
+        return [self.current]
+
+    @property
+    def recall(self) -> Asked:
+        """Nobody is asked for nearest rows here."""
+        raise _no_recall()
 
     def roll_back(self, cut: int = 0) -> Snapshot:
         _refuse(self.servers)
@@ -155,9 +203,15 @@ class FrontingJob(Following):
     def release(self) -> Model:
         _refuse(self.servers)
 
-    def close(self) -> None:
-        super().close()
+    def dispose(self) -> None:
+        super().dispose()
         self.servers.close()
+
+
+def _no_recall() -> InvalidArgument:
+    return InvalidArgument(
+        "nearest rows are asked of the servers of the parts, all of them together, and not of this process"
+    )
 
 
 def _refuse(servers: RowServers) -> NoReturn:

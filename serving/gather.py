@@ -29,11 +29,14 @@ from oarlock.serving.lookup_wire import (
     ModelVersion,
     check_tables,
     checked_keys,
+    checked_version,
+    kind_of,
     lookup_request,
     own,
     read_found,
     read_rows,
     read_version,
+    version_message,
 )
 from oarlock.serving.snapshot import unknown_table
 
@@ -53,12 +56,13 @@ def looking_up(
         request = lookup_request(tables, job=model.job, version=version)
         elsewhere = () if version is None else (NotFound,)
         answers = yield {0: Question(LOOKUP, request, sum(len(keys) for keys in tables.values()), elsewhere)}
-        return read_found(tables, answers[0])
+        return checked_version(read_found(tables, answers[0]), version)
     split = _Split(model, tables)
     if version is None:
         answers = yield from of_one_version(fleet, split.parts, split.question)
     else:
-        wanted = (version.live, version.run, 0 if version.live else version.cut)
+        version_message(version)
+        wanted = kind_of(version)
         answers = yield {part: split.question(part, wanted) for part in split.parts}
         if any(_kind(answer) != wanted for answer in answers.values()):
             raise Malformed(f"rows of another version came than {wanted}, which was asked for")
@@ -89,8 +93,7 @@ def of_one_version(
 
 
 def _kind(answer: Any) -> Kind:
-    version = opened(answer)[0].version
-    return (version.live, version.run, 0 if version.live else version.cut)
+    return kind_of(opened(answer)[0].version)
 
 
 class _Asked(NamedTuple):

@@ -15,6 +15,9 @@ from oarlock.proto.rpc import BlockingTransport
 from oarlock.serving.asking import Asking, Attempt, Question
 from oarlock.serving.fleet import Fleet
 
+# A server that lets nobody in for so long is done without, if there is another one.
+CONNECT_SECONDS = 0.25
+
 
 class Hedged:
     """Asks the servers of ``fleet``."""
@@ -40,6 +43,8 @@ class Hedged:
                         question.method,
                         question.request,
                         timeout_seconds=attempt.until - time.monotonic(),
+                        # Others' answers wait meanwhile.
+                        connect_seconds=CONNECT_SECONDS if attempt.hedge or attempt.until < until else math.inf,
                     )
                 except PSError as error:
                     attempt = asking.failed(attempt, error)

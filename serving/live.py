@@ -81,6 +81,7 @@ class Live:
     ) -> None:
         self.job = job
         self.part = part
+        self.copies = 1
         self.run = run
         self.layout = layout
         self.seed = seed

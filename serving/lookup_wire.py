@@ -67,8 +67,28 @@ def lookup_request(tables: Mapping[str, Keys], *, job: str = "", version: ModelV
     asked = [TableLookup(table=name, keys=pack(checked_keys(name, keys), parts)) for name, keys in tables.items()]
     request = LookupRequest(protocol=PROTOCOL, tables=asked, job=job)
     if version is not None:
-        request.version.CopyFrom(VersionMessage(run=version.run, cut=version.cut, live=version.live))
+        request.version.CopyFrom(version_message(version))
     return Bulk(request, parts)
+
+
+def version_message(version: ModelVersion) -> VersionMessage:
+    """Return a version that is asked for; InvalidArgument if it cannot be one."""
+    try:
+        return VersionMessage(run=version.run, cut=version.cut, live=version.live)
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidArgument(f"{str(version)[:200]} is no version of a model: give that of an answer") from None
+
+
+def kind_of(version: Any) -> tuple[bool, int, int]:
+    """Return (live, run, cut): what answers of one version have in common; the cut of what is followed is 0."""
+    return (version.live, version.run, 0 if version.live else version.cut)
+
+
+def checked_version(found: Found, version: ModelVersion | None) -> Found:
+    """Return what was found; Malformed if it is of another version than was asked for."""
+    if version is not None and kind_of(found.version) != kind_of(version):
+        raise Malformed(f"rows of {found.version} came, and {version} was asked for")
+    return found
 
 
 def checked_keys(name: str, keys: Keys) -> NDArray[np.uint64]:
@@ -114,8 +134,8 @@ def read_rows(
     values: NDArray[np.float32] = unpack(
         found.rows, np.float32, f"rows of {name}", dims=2, columns=columns, parts=parts
     )
-    if len(values) != keys:
-        raise Malformed(f"{len(values)} rows of {name} came for {keys} keys")
+    if len(values) != keys or found.missing > keys:
+        raise Malformed(f"{len(values)} rows of {name} came for {keys} keys, of which {found.missing} have none")
     return values
 
 

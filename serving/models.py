@@ -19,6 +19,7 @@ from oarlock import __version__
 from oarlock.data.columns import ColumnSpec, decode
 from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, Unavailable
 from oarlock.serving.predictor import Predictor
+from oarlock.serving.remote import RemoteModel
 from oarlock.serving.service import ServingService
 from oarlock.serving.snapshot import Model, Version
 from oarlock.serving.tensors import INTEGERS, Tensor, arrow_of
@@ -82,7 +83,9 @@ class Models:
     def begin(self, predictor: Predictor | None) -> None:
         """Take a predictor, once it is warm; a snapshot is served."""
         if predictor is not None:
-            predictor.warm_up(self._service.serving.current)
+            current = self._service.serving.current
+            # By what is here: servers of rows may serve another version by now, and owe nobody an answer yet.
+            predictor.warm_up(current.base if isinstance(current, RemoteModel) else current)
         self.predictor = predictor
         self._begun = True
 
@@ -177,7 +180,7 @@ class Models:
                 f"input {KEYS!r}: give UINT64 of shape [n], not {tensor.datatype}{list(tensor.shape)}"
             )
         table, n = snapshot.tables[name], tensor.shape[0]
-        self._service.check_keys(n, 4 * n * table.spec.dim)
+        self._service.check_keys(n, 4 * n * table.spec.dim, snapshot.copies)
         keys: Any = decode("request", 0, pa.table({KEYS: arrow_of(tensor)}), _KEY)[KEYS]
         rows, missing = self._service.rows_of(snapshot, name, keys)
         return Tensor(ROWS, "FP32", rows.shape, rows), missing

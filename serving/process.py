@@ -155,6 +155,7 @@ def run(
             if http is not None:
                 http.stop(GRACE_SECONDS)
             server.stop(GRACE_SECONDS)
+            serving.dispose()
 
 
 class _Over(Exception):

@@ -6,12 +6,13 @@ does not have it is not asked again for it, and if all of a part lack it the ans
 thread.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from oarlock.proto.errors import (
     DeadlineExceeded,
     InvalidArgument,
     Malformed,
-    NotFound,
     PSError,
     SpecMismatch,
     Unavailable,
@@ -38,8 +38,13 @@ from oarlock.serving.lookup_wire import Found
 from oarlock.serving.part import WHOLE, ModelPart
 from oarlock.serving.snapshot import Model, Version, Wanted, unknown_table
 
-# A server that has not said by then what it serves is not heard this time.
+logger = logging.getLogger(__name__)
+
+# A server that has not said by then what it serves is not heard this time; once all parts have said it, others have less time.
 DESCRIBE_SECONDS = 2.0
+GRACE_SECONDS = 0.2
+# How long it is told that rows were not to be had, where nobody asks any more.
+FAILURE_SECONDS = 10.0
 # Rows of a batch, which many callers wait for.
 ROWS_SECONDS = 5.0
 MOST_AT_ONCE = 64
@@ -64,11 +69,17 @@ class RowServers:
         threads = min(MOST_AT_ONCE, len(self._addresses))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="oarlock-rows")
         self._last: RemoteModel | None = None
-        self._lock = Lock()
+        self._lock, self._telling = Lock(), Lock()
+        # Those that have not said yet what they serve.
+        self._asked: dict[str, Future[ModelReply | PSError]] = {}
         # Of how many parts the model is; 0: nobody has said it.
         self._parts = 0
         # Which servers do not belong here, and why; empty: all do that answer.
         self.problem = ""
+        # Why rows were not to be had lately; empty: they were. And whether another version may be served by now.
+        self.failure = ""
+        self._failed_at = 0.0
+        self.stale = Event()
         # By table, as the servers said last: rows, and the form that they are kept in.
         self.held: dict[str, tuple[int, str]] = {}
         # The same: what is served of the one that is farthest behind was the model's state then, in seconds since Unix' epoch.
@@ -92,11 +103,20 @@ class RowServers:
             return self._last
 
     def rows(self, tables: Mapping[str, NDArray[np.uint64]], version: Version) -> Found:
-        """Return rows of a version; Unavailable if there are none of it."""
+        """Return rows of a version; Unavailable if there are none of it, whatever is wrong with the servers."""
         try:
-            return self._client.lookup(tables, version=ModelVersion(version.run, version.cut, 0.0, version.live))
-        except (NotFound, DeadlineExceeded) as error:
-            raise Unavailable(f"rows of {version} are not to be had of {self}: ask again ({error.message})") from None
+            found = self._client.lookup(tables, version=ModelVersion(version.run, version.cut, 0.0, version.live))
+        except PSError as error:
+            # Who asks is told no addresses, and of no fault as if it were his.
+            if not self.failure:
+                logger.warning("event=no_rows version=%s error=%s", version, error)
+            self.failure = f"rows of {version} were not to be had: {error.message}"[:1000]
+            self._failed_at = time.monotonic()
+            self.stale.set()
+            raise Unavailable(f"rows of {version} cannot be had now: ask again") from None
+        if self.failure:
+            self.failure = ""
+        return found
 
     def agreed(self, job: str, tables: Mapping[str, TableSpec]) -> Version:
         """Ask all what they serve; return the newest version of ``tables`` of ``job`` that every part has a server of.
@@ -107,12 +127,16 @@ class RowServers:
         forms = {name: TableForm(spec.dim, spec.blocks, int(table_salt(name))) for name, spec in tables.items()}
         replies: dict[str, ModelReply] = {}
         silent, misfits, parts = "", [], self._parts
-        for address, reply in self._told().items():
+        kept = {name: form for name, (_, form) in self.held.items()}
+        with self._telling:
+            told = self._told()
+        for address, reply in told.items():
             if isinstance(reply, PSError):
                 silent = silent or f"{address}: {reply}"
                 continue
             try:
                 parts = check_fits(address, reply, ServedModel(job, parts, forms))
+                check_form(address, reply, kept)
                 replies[address] = reply
             except PSError as error:
                 misfits.append(error)
@@ -121,29 +145,53 @@ class RowServers:
             raise misfits[0]
         if not replies:
             raise Unavailable(f"no server of rows answers; {silent}")
-        version = agreed_version(replies, parts)
+        try:
+            version = agreed_version(replies, parts)
+        except SeveralVersions:
+            raise
+        except Unavailable as error:
+            raise Unavailable(f"{error.message}{'; ' if silent else ''}{silent}") from None
         if not self._parts:
             # The client is to know, too, who belongs here.
             self._client.describe()
+        if time.monotonic() - self._failed_at > FAILURE_SECONDS:
+            # Nobody has asked since.
+            self.failure = ""
         self._parts = parts
         self.held = held_by(replies)
         self.since = time.time() - max(reply.version.seconds_since for reply in replies.values())
         return version
 
     def _told(self) -> dict[str, ModelReply | PSError]:
-        """Return what each server serves, or why it does not say."""
+        """Return what each server serves, or why it does not say; once all parts have said it, others are not waited for."""
+        begun = time.monotonic()
+        asked = {
+            each: self._asked[each] if each in self._asked else self._pool.submit(self._ask, each)
+            for each in self._addresses
+        }
+        left = set(asked.values())
+        while left:
+            answers = [each.result() for each in asked.values() if each.done()]
+            parts = {each.part for each in answers if isinstance(each, ModelReply)}
+            patience = GRACE_SECONDS if self._parts and len(parts) == self._parts else 2 * DESCRIBE_SECONDS
+            seconds = begun + patience - time.monotonic()
+            if seconds <= 0:
+                break
+            left = wait(left, seconds, FIRST_COMPLETED).not_done
+        # Their answers are those of the next time.
+        self._asked = {each: future for each, future in asked.items() if not future.done()}
+        late = DeadlineExceeded("it has not said in time what it serves")
+        return {each: future.result() if future.done() else late for each, future in asked.items()}
 
-        def ask(address: str) -> ModelReply | PSError:
-            try:
-                request = ModelRequest(protocol=PROTOCOL)
-                reply: ModelReply = self._transport.call(
-                    address, "Serving.Describe", request, timeout_seconds=DESCRIBE_SECONDS
-                )
-                return reply
-            except PSError as error:
-                return error
-
-        return dict(zip(self._addresses, self._pool.map(ask, self._addresses), strict=True))
+    def _ask(self, address: str) -> ModelReply | PSError:
+        try:
+            request = ModelRequest(protocol=PROTOCOL)
+            reply: ModelReply = self._transport.call(
+                address, "Serving.Describe", request, timeout_seconds=DESCRIBE_SECONDS
+            )
+            return reply
+        except PSError as error:
+            return error
 
     def close(self) -> None:
         """Give back connections and threads; idempotent."""
@@ -182,6 +230,17 @@ def check_fits(address: str, reply: ModelReply, wanted: ServedModel) -> int:
     if any(each.rows > MOST_ROWS for each in reply.tables):
         raise Malformed(f"{address}: it says that it has {max(each.rows for each in reply.tables)} rows of a table")
     return told.parts
+
+
+def check_form(address: str, reply: ModelReply, kept: dict[str, str]) -> None:
+    """Raise SpecMismatch unless a server keeps its rows as the others do, by table, whose forms are ``kept``; notes new ones.
+
+    Scores would be others by another form, whoever answers.
+    """
+    for each in reply.tables:
+        form = kept.setdefault(each.name, each.dtype[:32])
+        if form != each.dtype[:32]:
+            raise SpecMismatch(f"{address} has the rows of {each.name[:80]} as {each.dtype[:32]}, others as {form}")
 
 
 def agreed_version(replies: Mapping[str, ModelReply], parts: int) -> Version:
@@ -231,6 +290,8 @@ class RemoteModel:
         self.base = base
         self.part: ModelPart = WHOLE
         self.job = base.job
+        # Received, joined, and written to their place.
+        self.copies = 3
         self.nbytes = base.nbytes
         self.tables = {name: RemoteTable(table.spec, self, servers) for name, table in base.tables.items()}
         self._servers = servers

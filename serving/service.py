@@ -73,9 +73,7 @@ class ServingService:
             (name, k, self._buffers.array((len(k), snapshot.tables[name].spec.dim), np.float32)) for name, k in wanted
         ]
         for (name, keys, rows), missing in zip(asked, snapshot.lookup_many(asked), strict=True):
-            if missing is None:
-                # A table that is named twice, and asked of others: each by itself.
-                missing = snapshot.lookup(name, keys, rows)
+            assert missing is not None, "of a table that is named once"
             reply.tables.append(TableFound(rows=pack(rows, beside), missing=missing))
             counts.append((name, len(keys), missing))
         self._count(counts, time.perf_counter() - begun)
@@ -112,13 +110,17 @@ class ServingService:
             keys += len(found)
             size += 4 * len(found) * table.spec.dim
             wanted.append((each.table, found))
-        self.check_keys(keys, size)
+        self.check_keys(keys, size, snapshot.copies)
+        names = {name for name, _ in wanted}
+        if snapshot.copies > 1 and len(names) < len(wanted):
+            raise InvalidArgument("a table is named twice, and rows are had of other servers here: name each once")
         for name, found in wanted:
             snapshot.part.check(snapshot.tables[name].spec, found)
         return wanted
 
-    def check_keys(self, keys: int, size: int) -> None:
-        """Raise unless a request may ask for ``keys`` keys, whose rows take ``size`` bytes, and there is memory for those."""
+    def check_keys(self, keys: int, size: int, copies: int = 1) -> None:
+        """Raise unless a request may ask for ``keys`` keys, whose rows take ``size`` bytes, and there is memory for as many
+        ``copies`` of those."""
         if keys > self._max_keys:
             raise InvalidArgument(
                 f"a request asks for {keys} keys; the limit is {self._max_keys}: ask for them in parts"
@@ -127,7 +129,7 @@ class ServingService:
             raise OutOfMemory(
                 f"the rows of {keys} keys take {size} bytes; an answer may have {MAX_MESSAGE_BYTES}: ask for them in parts"
             )
-        expects(size)
+        expects(copies * size)
 
     def _count(self, counts: list[tuple[str, int, int]], seconds: float) -> None:
         with self._lock:

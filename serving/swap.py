@@ -239,3 +239,6 @@ class Serving:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def dispose(self) -> None:
+        """Give back what answers are made by; nobody asks any more. Idempotent."""

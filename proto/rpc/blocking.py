@@ -9,6 +9,7 @@ and never used again, so an answer always belongs to the question before it. Any
 """
 
 import logging
+import math
 import os
 import time
 from threading import Lock
@@ -69,15 +70,26 @@ class BlockingTransport:
         message = read_answer(address, found, peer.single(found, found.roles, data, until - time.monotonic()))
         return Bulk(message, ()) if isinstance(request, Bulk) else message
 
-    def begin(self, address: str, method: str, request: Message | Bulk, *, timeout_seconds: float) -> "Begun":
-        """Send a request and return the call, whose answer is to be taken; as ``call`` else."""
+    def begin(
+        self,
+        address: str,
+        method: str,
+        request: Message | Bulk,
+        *,
+        timeout_seconds: float,
+        connect_seconds: float = math.inf,
+    ) -> "Begun":
+        """Send a request and return the call, whose answer is to be taken; as ``call`` else.
+
+        ``connect_seconds``: if there is no connection after so long, Unavailable; the call waits no longer than that.
+        """
         found = METHODS.get(method)
         if found is None:
             raise NotFound(f"there is no method {method}", method=method)
         peer = self._peers.get(address) or self._peer(address)
         until = time.monotonic() + timeout_seconds
         if found.frame and self._frames:
-            begun = peer.begin_framed(found, request, until)
+            begun = peer.begin_framed(found, request, until, connect_seconds)
             if begun is not None:
                 return begun
         data = encoded(inlined(request), f"{method} to {address}: the request")
@@ -121,12 +133,23 @@ class _Peer:
         begun = self.begin_framed(method, request, until)
         return None if begun is None else begun.take()
 
-    def begin_framed(self, method: Method, request: Message | Bulk, until: float) -> "_Framed | None":
-        """Send a frame and return the call, or None if there are no sockets for frames."""
+    def begin_framed(
+        self, method: Method, request: Message | Bulk, until: float, connect_seconds: float = math.inf
+    ) -> "_Framed | None":
+        """Send a frame and return the call, or None if there are no sockets for frames; Unavailable as ``begin`` has it."""
         message, parts = opened(request)
         kind = method.frame | (frames.BESIDE if isinstance(request, Bulk) else 0)
         data = encoded(message, f"{method.name} to {self._address}: the request")
-        exchange = self._idle_one() or self._connect(roles_of_sockets(method), until)
+        exchange = self._idle_one()
+        if exchange is None:
+            try:
+                exchange = self._connect(roles_of_sockets(method), min(until, time.monotonic() + connect_seconds))
+            except DeadlineExceeded:
+                if time.monotonic() >= until:
+                    raise
+                raise Unavailable(
+                    f"{self._address}: no connection after {connect_seconds} s", address=self._address
+                ) from None
         if exchange is None:
             return None
         try:

@@ -31,6 +31,7 @@ def fronting(trained, servers):
     made.load()
     yield made
     made.close()
+    made.dispose()
 
 
 @pytest.fixture
@@ -111,6 +112,7 @@ class Parts:
 
     def close(self):
         self.front.close()
+        self.front.dispose()
         for each in self.parts:
             each.close()
 
@@ -192,9 +194,11 @@ def test_servers_that_serve_cuts_do_not_go_with_a_job(trained, followed, servers
         assert "have them follow the job, too" in front.problem
     finally:
         front.close()
+        front.dispose()
     front = Fronting(trained.store, RowServers([servers.serve(each).address for each in followed.parts]))
     try:
         with pytest.raises(InvalidArgument, match=r"follow a job: give --follow JOB"):
             front.load()
     finally:
         front.close()
+        front.dispose()
