@@ -57,7 +57,7 @@ def serve(options: argparse.Namespace) -> int:
     address = options.address if len(options.address) > 1 else options.address[0]
     with Client(address, security=security_of(options)) as client:
         found = client.rollback(options.cut, newest=options.newest) if options.verb == "rollback" else client.describe()
-    print(json.dumps(_facts(found)) if options.json else _text(found))
+    print(json.dumps(_facts(found)) if options.json else _text(found, together=len(options.address) > 1))
     return 0
 
 
@@ -305,11 +305,13 @@ def _facts(found: ModelReply) -> dict[str, object]:
     }
 
 
-def _text(found: ModelReply) -> str:
+def _text(found: ModelReply, *, together: bool) -> str:
+    """Return what a server says in words; ``together``: what several say that have all parts."""
     version = found.version
+    of = f", all {found.parts} parts" if together else f", part {found.part} of {found.parts}"
     lines = [
         f"cut {version.cut} of run {version.run}, {version.seconds_since:,.0f} s old"
-        + (f", part {found.part} of {found.parts}" if found.parts > 1 else "")
+        + (of if found.parts > 1 else "")
         + (", pinned: newer ones are not taken" if found.pinned else "")
     ]
     lines += [

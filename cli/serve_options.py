@@ -20,6 +20,7 @@ def add_serve(commands: Any) -> None:
         help="serve the rows of a checkpoint by key",
         description="Serve the rows of a checkpoint, read-only, for other programs to look up by key (docs/serving.md).",
         epilog="oarlock serve CHECKPOINT[@CUT]: serve a job's folder, a folder of checkpoints, or one cut of it\n"
+        "oarlock serve CHECKPOINT --part 0/2, and --part 1/2: in parts; --rows-at HOST:PORT ...: predictions in front of them\n"
         "oarlock serve --follow JOB: serve what a job trains, as it changes",
     )
     # What is meant if the first word is no verb.

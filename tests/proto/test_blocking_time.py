@@ -12,7 +12,7 @@ from security_rig import opened, tls_fields
 
 from oarlock.proto import frames
 from oarlock.proto.common_pb2 import SocketsReply
-from oarlock.proto.errors import DeadlineExceeded
+from oarlock.proto.errors import DeadlineExceeded, Unavailable
 from oarlock.proto.methods import METHODS
 from oarlock.proto.rpc.blocking import _Peer
 from oarlock.proto.rpc.exchange import Exchange, opened_exchange
@@ -100,4 +100,28 @@ def test_who_waits_for_no_time_says_nothing_about_the_other_side():
         with pytest.raises(DeadlineExceeded, match=r"127\.0\.0\.1:1: no answer in time"):
             peer.begin_framed(METHODS["Serving.Lookup"], LookupRequest(), time.monotonic() + 0.02)
         assert peer._absent_until == 0
+        peer.close()
+
+
+def test_who_has_others_to_hear_waits_for_a_connection_no_longer_than_it_says(monkeypatch):
+    """A process that hangs takes connections and greets nobody."""
+    waits = []
+
+    def opened_in_vain(offer, called, until, security):
+        waits.append(until - time.monotonic())
+        threading.Event().wait(max(0.0, until - time.monotonic()))
+
+    monkeypatch.setattr("oarlock.proto.rpc.blocking.opened_exchange", opened_in_vain)
+    peer = _Peer("127.0.0.1:1", Security())
+    offer = peer._offer = SocketsReply(addresses=["127.0.0.1:1"], token=b"t" * 16)
+    try:
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1: no connection after 0\.05 s"):
+            peer.begin_framed(METHODS["Serving.Lookup"], LookupRequest(), time.monotonic() + 60.0, 0.05)
+        assert 0 < waits[0] <= 0.05
+        # It counts as one that takes frames: it may be back at any moment.
+        assert peer._absent_until == 0.0
+        peer._offer = offer
+        with pytest.raises(DeadlineExceeded):
+            peer.begin_framed(METHODS["Serving.Lookup"], LookupRequest(), time.monotonic() + 0.05, 60.0)
+    finally:
         peer.close()

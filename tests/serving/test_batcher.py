@@ -20,7 +20,7 @@ class Rows:
     """Samples whose scores are their numbers; ``bad``: they cannot be scored."""
 
     numbers: list[int]
-    bad: bool = False
+    bad: bool | Exception = False
     keys: dict[str, Any] = field(default_factory=dict)
     feeds: dict[str, Any] = field(default_factory=dict)
 
@@ -42,8 +42,9 @@ class Scorer:
         self.batches.append((state, [part.numbers for part in parts]))
         self.entered.release()
         assert self.let.acquire(timeout=SECONDS)
-        if any(part.bad for part in parts):
-            raise ValueError("bad samples")
+        for part in parts:
+            if part.bad:
+                raise part.bad if isinstance(part.bad, Exception) else ValueError("bad samples")
         return [Scored(np.array(part.numbers, np.float32), 0) for part in parts]
 
 
@@ -55,7 +56,7 @@ class Callers:
         self.found: dict[int, Any] = {}
         self.threads: list[threading.Thread] = []
 
-    def ask(self, numbers: list[int], state: Any = "a", bad: bool = False) -> None:
+    def ask(self, numbers: list[int], state: Any = "a", bad: bool | Exception = False) -> None:
         def call() -> None:
             try:
                 self.found[numbers[0]] = self.batcher.score(state, Rows(numbers, bad)).scores.tolist()  # type: ignore[arg-type]
@@ -204,3 +205,16 @@ def test_many_callers_all_get_their_own() -> None:
     assert not wrong
     assert batcher.waiting == 0
     assert all(sum(map(len, parts)) <= 8 for each in scorers for _, parts in each.batches)
+
+
+def test_what_is_lacked_by_all_is_not_tried_for_each(scorer: Scorer) -> None:
+    """Such as rows of another server: each try may take seconds, in which nobody else is computed."""
+    batcher = batcher_of(scorer)
+    callers = Callers(batcher)
+    callers.ask([1])
+    for number in range(2, 8):
+        callers.ask([number], bad=Unavailable("no rows") if number == 4 else False)
+    scorer.let.release(2)
+    callers.join()
+    assert [parts for _, parts in scorer.batches] == [[[1]], [[n] for n in range(2, 8)]]
+    assert all(isinstance(callers.found[n], Unavailable) for n in range(2, 8))

@@ -108,6 +108,19 @@ def test_pauses_grow_and_end_with_an_answer(clock):
     assert replica.pause == PAUSE_SECONDS
 
 
+def test_a_part_without_servers_is_looked_for_soon(clock):
+    fleet = fleet_of(clock, [0, 0, 1])
+    for replica in fleet.replicas[:2]:
+        for _ in range(8):
+            replica.in_flight += 1
+            replica.ready = True
+            fleet.failed(replica, Unavailable("broke"), aside=True)
+    assert fleet.choose(0, []) is None
+    assert fleet.seconds_to_due() > PAUSE_SECONDS
+    fleet.nobody(0)
+    assert fleet.seconds_to_due() == pytest.approx(PAUSE_SECONDS)
+
+
 def test_who_has_fewest_requests_is_asked_and_who_was_late_is_spared(clock):
     fleet = fleet_of(clock, [0, 0])
     first, second = fleet.replicas

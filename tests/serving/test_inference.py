@@ -260,7 +260,7 @@ class Rows:
 
     def __init__(self, snapshot: Any) -> None:
         self.job, self.part, self.version, self.tables = snapshot.job, snapshot.part, snapshot.version, snapshot.tables
-        self.table, self.rows, self.nbytes = snapshot.table, snapshot.rows, snapshot.nbytes
+        self.table, self.rows, self.nbytes, self.copies = snapshot.table, snapshot.rows, snapshot.nbytes, 1
 
 
 def test_tables_that_are_no_snapshots_give_rows_and_no_predictions(model: Any) -> None:
