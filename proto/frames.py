@@ -39,7 +39,7 @@ STEP_BYTES = 4 << 20
 # Room for what nobody wants.
 SKIP_BYTES = 1 << 16
 # A frame of so many bytes goes by one call of the system as a rule, and comes by one: what others need costs more than its bytes.
-SMALL_BYTES = 1 << 14
+SMALL_BYTES = 1 << 15
 # Bytes that are taken in before it is known how long a frame is: all of a small one, and of others what leads to their parts.
 FIRST_BYTES = 1 << 12
 # Parts given to the system in one call; it takes 1024.

@@ -23,7 +23,7 @@ from oarlock.proto.security import Security
 logger = logging.getLogger(__name__)
 
 # An answer of so many bytes is taken in by one call of the system.
-FIRST_BYTES = 1 << 14
+FIRST_BYTES = 1 << 15
 _TIME = struct.Struct("@ll")
 _LEAST_SECONDS = 0.001
 
