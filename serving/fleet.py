@@ -76,6 +76,7 @@ class Replica:
         self.asked = False
         self.asking = False
         self.due = 0.0
+        self.learnt = 0.0
         self.pause = PAUSE_SECONDS
         self.in_flight = 0
         # Answers that another server had to give in its place since its last one.
@@ -154,7 +155,7 @@ class Fleet:
                 replica.problem = f"{replica.address}: {wrong}"
                 self._set_aside(replica)
                 return
-            replica.told, replica.part, replica.ready = told, part, True
+            replica.told, replica.part, replica.ready, replica.learnt = told, part, True, self._clock()
             replica.problem, replica.late = "", 0
             self._sort()
 
@@ -243,9 +244,15 @@ class Fleet:
     def nobody(self, part: int) -> Unavailable:
         """Return the error that says why none of a part can be asked; those that may be are asked soon what they have."""
         with self._lock:
-            soon = self._clock() + PAUSE_SECONDS
+            now = self._clock()
+            # Of parts that have several the one that was heard longest ago may be another's by now.
+            doubtful = [min(each, key=lambda one: one.learnt) for each in self._by_part.values() if len(each) > 1]
+            for each in doubtful:
+                each.ready, each.due = False, now
+            if doubtful:
+                self._sort()
             for each in self.replicas:
-                each.due = min(each.due, soon)
+                each.due = min(each.due, now + PAUSE_SECONDS)
         problems = "; ".join(each.problem for each in self.replicas if each.problem)[:1000]
         return Unavailable(f"no server of part {part} can be asked now{': ' if problems else ''}{problems}")
 

@@ -121,6 +121,24 @@ def test_a_part_without_servers_is_looked_for_soon(clock):
     assert fleet.seconds_to_due() == pytest.approx(PAUSE_SECONDS)
 
 
+def test_servers_that_exchanged_their_parts_are_found(clock):
+    fleet = fleet_of(clock, [0, 1])
+    first, second = fleet.replicas
+    clock.now += 1.0
+    first.in_flight += 1
+    # It says that the keys are of another part than its own, and then which one that is.
+    fleet.failed(first, InvalidArgument("another part", part=1), aside=True)
+    clock.now += 1.0
+    assert fleet.due() == [first]
+    fleet.learn(first, reply(1, 2))
+    assert fleet.choose(0, []) is None
+    fleet.nobody(0)
+    assert fleet.due() == [second]
+    assert fleet.choose(1, []) is first
+    fleet.learn(second, reply(0, 2))
+    assert fleet.choose(0, []) is second
+
+
 def test_who_has_fewest_requests_is_asked_and_who_was_late_is_spared(clock):
     fleet = fleet_of(clock, [0, 0])
     first, second = fleet.replicas
