@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, WrongRun
+from oarlock.serving.agreeing import SeveralVersions
 from oarlock.serving.follow import Call, Following
 from oarlock.serving.part import WITHOUT_ROWS
 from oarlock.serving.recall import Asked
-from oarlock.serving.remote import RowServers, SeveralVersions
+from oarlock.serving.remote import RowServers
 from oarlock.serving.snapshot import Model, Progress, Snapshot
 from oarlock.serving.swap import LOOK_SECONDS, Serving
 

@@ -10,11 +10,12 @@ from oarlock.checkpoint.store import open_store
 from oarlock.proto.errors import InvalidArgument, Malformed, SpecMismatch, Unavailable, WrongRun
 from oarlock.proto.serving_pb2 import ModelReply, NearestRequest, ServedTable, TableFound
 from oarlock.serving import service as service_module
+from oarlock.serving.agreeing import check_form
 from oarlock.serving.client import ModelVersion as Told
 from oarlock.serving.client import lookup_request
 from oarlock.serving.fronting import Fronting
 from oarlock.serving.models import Models
-from oarlock.serving.remote import RowServers, check_form
+from oarlock.serving.remote import RowServers
 from oarlock.serving.service import ServingService
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from oarlock.proto.errors import InvalidArgument, Malformed, NotFound, SpecMismatch, Unavailable, WrongJob
 from oarlock.proto.serving_pb2 import ModelReply, ModelVersion, ServedTable
+from oarlock.serving.agreeing import agreed_version, check_fits, held_by
 from oarlock.serving.client import ModelVersion as Told
 from oarlock.serving.fleet import ServedModel, TableForm
-from oarlock.serving.remote import agreed_version, check_fits, held_by
 
 TABLES = {"user": TableForm(4, 4, 11), "item": TableForm(16, 2, 12)}
 
