@@ -104,7 +104,9 @@ def unpack(
         raise Malformed(f"{what}: {data.nbytes} bytes for shape {shape} of {wanted.name}")
     if columns is not None and shape[-1] != columns:
         raise Malformed(f"{what}: {shape[-1]} columns, wanted {columns}")
-    array = np.frombuffer(data, dtype=wanted).reshape(shape)
+    array = np.frombuffer(data, dtype=wanted)
+    if dims != 1:
+        array = array.reshape(shape)
     array.flags.writeable = False
     return array
 

@@ -111,8 +111,7 @@ class ServingService:
             size += 4 * len(found) * table.spec.dim
             wanted.append((each.table, found))
         self.check_keys(keys, size, snapshot.copies)
-        names = {name for name, _ in wanted}
-        if snapshot.copies > 1 and len(names) < len(wanted):
+        if snapshot.copies > 1 and len({name for name, _ in wanted}) < len(wanted):
             raise InvalidArgument("a table is named twice, and rows are had of other servers here: name each once")
         for name, found in wanted:
             snapshot.part.check(snapshot.tables[name].spec, found)
