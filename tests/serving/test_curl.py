@@ -61,9 +61,12 @@ def test_the_lines_get_what_they_are_for(tmp_path: Path) -> None:
             assert lines[1].startswith("ready: ")
             assert lines[1].strip().endswith("; predictions of dlrm")
             answers = [asked(words, found[1]) for words in LINES]
-            assert len(answers) == 2
+            assert len(answers) == 4
             assert answers[0]["inputs"] == [{"name": "keys", "datatype": "UINT64", "shape": [-1]}]
             assert answers[1]["outputs"][0]["shape"] == [2, 8]
+            assert [each["name"] for each in answers[2]["inputs"]] == ["age", "spent", "city", "item"]
+            assert answers[3]["outputs"][0]["shape"] == [2]
+            assert all(0 < score < 1 for score in answers[3]["outputs"][0]["data"])
             # A prediction in the same way, which is training's.
             first = {"age": "FP32", "spent": "FP32", "city": "BYTES", "item": "BYTES"}
             texts = {tensor.name: tensor.values[0].as_py().decode() for tensor in job.inputs}
@@ -79,8 +82,8 @@ def test_the_lines_get_what_they_are_for(tmp_path: Path) -> None:
             connection.request("GET", "/metrics")
             page = connection.getresponse().read().decode()
             connection.close()
-            assert 'oarlock_serving_http_responses_total{status="200"} 3' in page
-            assert "oarlock_serving_predicted_samples_total 1" in page
+            assert 'oarlock_serving_http_responses_total{status="200"} 5' in page
+            assert "oarlock_serving_predicted_samples_total 3" in page
             assert abs(np.float32(answer["outputs"][0]["data"][0]) - job.scores[0]) <= 1e-6
         finally:
             process.send_signal(signal.SIGTERM)
