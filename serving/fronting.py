@@ -8,7 +8,7 @@ fails. Nobody rolls such a process back: it goes where its servers go.
 
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from oarlock.checkpoint.reading import Reading
 from oarlock.proto.errors import InvalidArgument, PSError, Unavailable, WrongRun
@@ -30,7 +30,45 @@ WAIT_SECONDS = 0.2
 BETWEEN_SECONDS = 30.0
 
 
-class Fronting(Serving):
+class InFront(Serving):
+    """What is served without rows, whatever it is: the rows are those of ``servers``, which alone can be told otherwise."""
+
+    servers: RowServers
+
+    @property
+    def current(self) -> Model:
+        """The model that is served now, with the rows of the servers."""
+        return self.servers.model_of(super().current)
+
+    @property
+    def recall(self) -> Asked:
+        """Nobody is asked for nearest rows here."""
+        raise InvalidArgument(
+            "nearest rows are asked of the servers of the parts, all of them together, and not of this process"
+        )
+
+    def roll_back(self, cut: int = 0) -> Snapshot:
+        raise self._goes_along()
+
+    def release(self) -> Model:
+        raise self._goes_along()
+
+    def _goes_along(self) -> InvalidArgument:
+        return InvalidArgument(
+            f"this process serves the cut that its servers of rows do: roll those back ({self.servers}), and it goes with them"
+        )
+
+    def close(self) -> None:
+        self._over.set()
+        self.servers.stale.set()
+        super().close()
+
+    def dispose(self) -> None:
+        super().dispose()
+        self.servers.close()
+
+
+class Fronting(InFront):
     """Cuts of ``store`` without rows, which ``servers`` have."""
 
     def __init__(
@@ -40,11 +78,6 @@ class Fronting(Serving):
         self.servers = servers
         # Since when servers have been of several versions, if they are.
         self._between: float | None = None
-
-    @property
-    def current(self) -> Model:
-        """The model that is served now, with the rows of the servers."""
-        return self.servers.model_of(super().current)
 
     def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Serve the cut that the servers serve, once they do."""
@@ -110,28 +143,8 @@ class Fronting(Serving):
                 self.look()
                 self._over.wait(LEAST_SECONDS)
 
-    @property
-    def recall(self) -> Asked:
-        """Nobody is asked for nearest rows here."""
-        raise _no_recall()
 
-    def roll_back(self, cut: int = 0) -> Snapshot:
-        _refuse(self.servers)
-
-    def release(self) -> Model:
-        _refuse(self.servers)
-
-    def close(self) -> None:
-        self._over.set()
-        self.servers.stale.set()
-        super().close()
-
-    def dispose(self) -> None:
-        super().dispose()
-        self.servers.close()
-
-
-class FrontingJob(Following):
+class FrontingJob(InFront, Following):
     """A job that is followed without its rows, which ``servers`` follow; otherwise as ``Following``."""
 
     def __init__(
@@ -145,11 +158,6 @@ class FrontingJob(Following):
     ) -> None:
         super().__init__(store, call, address, job, part=WITHOUT_ROWS, **options)
         self.servers = servers
-
-    @property
-    def current(self) -> Model:
-        """The model that is served now, with the rows of the servers."""
-        return self.servers.model_of(super().current)
 
     def load(self, cut: int | None = None, *, progress: Progress = lambda done, total: None) -> Model:
         """Begin to follow; return once there is something to serve, here and by the servers."""
@@ -192,30 +200,3 @@ class FrontingJob(Following):
 
     def _served(self) -> list[Model]:
         return [self.current]
-
-    @property
-    def recall(self) -> Asked:
-        """Nobody is asked for nearest rows here."""
-        raise _no_recall()
-
-    def roll_back(self, cut: int = 0) -> Snapshot:
-        _refuse(self.servers)
-
-    def release(self) -> Model:
-        _refuse(self.servers)
-
-    def dispose(self) -> None:
-        super().dispose()
-        self.servers.close()
-
-
-def _no_recall() -> InvalidArgument:
-    return InvalidArgument(
-        "nearest rows are asked of the servers of the parts, all of them together, and not of this process"
-    )
-
-
-def _refuse(servers: RowServers) -> NoReturn:
-    raise InvalidArgument(
-        f"this process serves the cut that its servers of rows do: roll those back ({servers}), and it goes with them"
-    )

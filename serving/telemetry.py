@@ -4,7 +4,7 @@
 from typing import Any
 
 from oarlock.serving.follow import Following
-from oarlock.serving.fronting import Fronting, FrontingJob
+from oarlock.serving.fronting import InFront
 from oarlock.serving.http_server import HttpServer
 from oarlock.serving.models import Models
 from oarlock.serving.rest import Rest
@@ -40,7 +40,7 @@ def serving_source(service: ServingService) -> Source:
                 "oarlock_serving_recall_waiting_keys": {n: each.waiting for n, each in serving.indexes.items()},
                 "oarlock_serving_recall_rebuilds_total": {n: each.rebuilds for n, each in serving.indexes.items()},
             }
-        if isinstance(serving, Fronting | FrontingJob):
+        if isinstance(serving, InFront):
             counts = serving.servers.counts
             found |= {
                 "oarlock_serving_hedges_total": counts.hedges,

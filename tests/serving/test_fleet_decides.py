@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client of many servers decides, without any: who is asked, when a second one is, who is left out and for how long."""
 
+import math
 import random
+import time
 
 import pytest
 
@@ -9,6 +11,7 @@ from oarlock.proto.errors import DeadlineExceeded, InvalidArgument, Malformed, N
 from oarlock.proto.serving_pb2 import ModelReply, ServedTable
 from oarlock.serving.asking import Asking, Question
 from oarlock.serving.fleet import MOST_PAUSE_SECONDS, PAUSE_SECONDS, Fleet
+from oarlock.serving.hedged import CONNECT_SECONDS, Hedged
 from oarlock.serving.hedging import BURST, FIRST_SECONDS, LEAST_SECONDS, Hedging
 
 TABLE = {"name": "user", "dim": 4, "blocks": 8, "salt": 7}
@@ -119,6 +122,23 @@ def test_a_part_without_servers_is_looked_for_soon(clock):
     assert fleet.seconds_to_due() > PAUSE_SECONDS
     fleet.nobody(0)
     assert fleet.seconds_to_due() == pytest.approx(PAUSE_SECONDS)
+
+
+def test_only_the_last_server_may_take_its_time_to_let_somebody_in():
+    """Others' answers are not heard while one connects."""
+    given = []
+
+    class Transport:
+        def begin(self, address, method, request, *, timeout_seconds, connect_seconds):
+            given.append(connect_seconds)
+            raise Unavailable("nobody is let in")
+
+    fleet = Fleet(["h:1", "h:2", "h:3"], hedge_share=0.1)
+    for replica in fleet.due():
+        fleet.learn(replica, reply())
+    with pytest.raises(Unavailable, match="nobody is let in"):
+        Hedged(fleet, Transport()).ask({0: Question("Serving.Lookup", None, 1)}, time.monotonic() + 60.0)
+    assert given == [CONNECT_SECONDS, CONNECT_SECONDS, math.inf]
 
 
 def test_servers_that_exchanged_their_parts_are_found(clock):

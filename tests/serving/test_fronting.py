@@ -203,10 +203,8 @@ def test_who_asks_while_cuts_change_has_rows_and_dense_parameters_of_one(tmp_pat
             for each in rng.sample(parts, len(parts)):
                 each.serving.look()
                 fronting.look()
-            asked = len(seen)
             while cut not in seen and not wrong:
                 threads[0].join(0.001)
-            assert asked <= len(seen)
     finally:
         over.set()
         for each in threads:
