@@ -16,7 +16,7 @@ from oarlock.serving.follow import Following
 from oarlock.serving.fronting import Fronting, FrontingJob
 from oarlock.serving.models import Models
 from oarlock.serving.part import ModelPart
-from oarlock.serving.remote import RowServers
+from oarlock.serving.remote import RemoteModel, RowServers
 from oarlock.serving.service import ServingService
 
 
@@ -181,6 +181,23 @@ def test_another_run_takes_the_place_of_one_whole(trained, followed):
     found = models.infer(trained.name, "", trained.inputs, [])
     assert found.version.run == run + 1
     assert np.abs(found.outputs[0].values - trained.scores).max() <= 1e-6
+
+
+def test_a_run_that_servers_do_not_have_yet_is_the_problem(trained, followed):
+    job, front = followed.job, followed.front
+    run = job.inner.run
+    job.restart(run=run + 1)
+    assert front.look()
+    job.catch_up(front, 200)
+    front.look()
+    assert f"the servers of rows serve run {run}, this process has run {run + 1}" in front.problem
+    # Nobody gets the model that has no rows of its own.
+    assert [type(each) for each in front._served()] == [RemoteModel]
+    for each in followed.parts:
+        each.look()
+        job.catch_up(each, 200)
+    front.look()
+    assert front.problem == ""
 
 
 def test_servers_that_serve_cuts_do_not_go_with_a_job(trained, followed, servers):
